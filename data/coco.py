@@ -1,0 +1,309 @@
+"""From a COCO annotation file and a folder of images to samples: the border where formats are converted.
+
+Outside: boxes x, y, width, height; category ids with gaps; images of any kind. Inside: boxes x1, y1, x2, y2;
+labels 0..C-1; RGB of 8 bits. Whatever is wrong with the files is found here and told in one line.
+"""
+
+import io
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path, PureWindowsPath
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from detector.errors import UserError
+from detector.structures import Target
+
+MIN_SIDE = 1e-3  # pixels; a box thinner than this, after clipping, has no area
+CLIP_TOLERANCE = 0.1  # pixels; finer than this, a box outside its image is rounding in the file
+
+# A transform: image (h, w, 3) uint8 RGB, boxes (G, 4) float32, labels (G,) int64, seed -> the first three.
+Transform = Callable[[np.ndarray, np.ndarray, np.ndarray, int], tuple[np.ndarray, np.ndarray, np.ndarray]]
+
+
+class CocoDataset(Dataset):
+    """Samples of one annotation file.
+
+    A validation set is given the `category_ids` (and, to have them compared, the `class_names`) of the training
+    set, so that a label means the same class in both.
+
+    Raises UserError for whatever is wrong with the annotation file or a missing image, at once; for an image that
+    cannot be decoded or has another size than its record says, when it is read.
+    """
+
+    def __init__(
+        self,
+        annotations: str | Path,
+        images: str | Path,
+        transform: Transform,
+        *,
+        category_ids: Sequence[int] | None = None,
+        class_names: Sequence[str] | None = None,
+    ):
+        self.path, self.folder, self.transform = Path(annotations), Path(images), transform
+        self.annotations = load_annotations(self.path)
+        records = self.annotations["images"]
+        self.image_ids: list[int] = [record["id"] for record in records]
+        self.file_names: list[str] = [record["file_name"] for record in records]
+        self.sizes = [(record["height"], record["width"]) for record in records]
+        self.aspects: list[float] = [width / height for height, width in self.sizes]
+        self._name_classes(category_ids, class_names)
+        self._collect_boxes()
+        self.check_files()
+
+    def _name_classes(self, category_ids: Sequence[int] | None, class_names: Sequence[str] | None) -> None:
+        """Set `category_ids`, whose positions are the labels, and `class_names`."""
+        names = {record["id"]: record["name"] for record in self.annotations["categories"]}
+        self.category_ids: list[int] = sorted(names) if category_ids is None else list(category_ids)
+        expected = dict(zip(self.category_ids, class_names)) if class_names is not None else {}
+        for category, name in names.items():
+            if category not in self.category_ids:
+                raise UserError(
+                    f"{self.path}: category {category} ({name!r}) is unknown to the model, whose category ids are "
+                    f"{_shortened(self.category_ids)}; take an annotation file of the same data set"
+                )
+            if expected.get(category, name) != name:
+                raise UserError(
+                    f"{self.path}: category {category} is {name!r} here and {expected[category]!r} in training; "
+                    "give both annotation files the same categories"
+                )
+        names = {**names, **expected}
+        self.class_names: list[str] = [names.get(category, f"category {category}") for category in self.category_ids]
+
+    def _collect_boxes(self) -> None:
+        """Gather the boxes of all images in one array, image by image, and count what is left out of it.
+
+        One array instead of an object per box: the worker processes share it without copying.
+        """
+        index_of = {image_id: index for index, image_id in enumerate(self.image_ids)}
+        label_of = {category: label for label, category in enumerate(self.category_ids)}
+        every = self.annotations["annotations"]
+        records = [record for record in every if not record["iscrowd"]]
+        image = np.array([index_of[record["image_id"]] for record in records], np.int64)
+        labels = np.array([label_of[record["category_id"]] for record in records], np.int64)
+        raw = np.array([record["bbox"] for record in records], np.float64).reshape(-1, 4)
+        raw[:, 2:] += raw[:, :2]
+        boxes = np.clip(raw, 0, np.array(self.sizes)[image][:, [1, 0, 1, 0]]).astype(np.float32)
+        has_area = (boxes[:, 2:] - boxes[:, :2] >= MIN_SIDE).all(axis=1)
+
+        self.num_crowd = len(every) - len(records)
+        self.num_clipped = int((has_area & (np.abs(boxes - raw) > CLIP_TOLERANCE).any(axis=1)).sum())
+        self.dropped_ids = [records[i]["id"] for i in np.flatnonzero(~has_area)]
+        order = np.flatnonzero(has_area)
+        order = order[np.argsort(image[order], kind="stable")]
+        self._boxes, self._labels = boxes[order], labels[order]
+        self._starts = np.searchsorted(image[order], np.arange(len(self) + 1))  # image i owns starts[i]..starts[i+1]
+
+    def check_files(self) -> None:
+        """Raise UserError unless every image of the annotation file is in the image folder."""
+        found = {folder: _list_files(self.folder / folder) for folder in map(os.path.dirname, self.file_names)}
+        missing = [name for name in self.file_names if os.path.basename(name) not in found[os.path.dirname(name)]]
+        if missing:
+            raise UserError(
+                f"{self.folder}: {len(missing)} of {len(self)} images of {self.path} are not there, the first is "
+                f"{missing[0]!r}; correct the image folder or complete it"
+            )
+
+    def summary(self) -> str:
+        """One paragraph on what training sees of the file and what it does not."""
+        examples = ", ".join(map(str, self.dropped_ids[:3])) + (", ..." if len(self.dropped_ids) > 3 else "")
+        return (
+            f"{self.path}: {len(self):,} images, {len(self._boxes):,} boxes, {len(self.category_ids)} classes; "
+            f"{int((np.diff(self._starts) == 0).sum()):,} images without boxes, "
+            f"{self.num_crowd:,} crowd boxes left out of training, {self.num_clipped:,} boxes clipped to their image, "
+            f"{len(self.dropped_ids):,} boxes without area dropped"
+            + (f" (annotation ids {examples})." if self.dropped_ids else ".")
+        )
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Target, int, tuple[int, int]]:
+        """Image (3, h, w) uint8 RGB, its target, its id, and its (height, width) on disk.
+
+        The key is an index, or an index and the seed of the augmentation, which depends on nothing else.
+        """
+        index, seed = key if isinstance(key, tuple) else (key, 0)
+        image = read_image(self.folder / self.file_names[index], self.sizes[index])
+        own = slice(self._starts[index], self._starts[index + 1])
+        image, boxes, labels = self.transform(image, self._boxes[own].copy(), self._labels[own].copy(), seed)
+        target = Target(torch.from_numpy(boxes), torch.from_numpy(labels))
+        return torch.from_numpy(image).permute(2, 0, 1), target, self.image_ids[index], self.sizes[index]
+
+
+def load_annotations(path: str | Path) -> dict:
+    """Read a COCO annotation file and check all that is later relied on.
+
+    Returns the file's object, with `area` and `iscrowd` filled in where they lack, and without `segmentation`:
+    only boxes are used, and the polygons are nine tenths of the memory. Raises UserError at the first flaw.
+    """
+    try:
+        document = json.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the annotation file ({error.strerror}); correct its path") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({error}); export or download the file again") from None
+    if not isinstance(document, dict):
+        raise UserError(f"{path}: holds a {type(document).__name__}, not an object; give a COCO annotation file")
+    images = _records(path, document, "images")
+    categories = _records(path, document, "categories")
+    annotations = _records(path, document, "annotations")
+    for name, records in (("images", images), ("categories", categories)):
+        if not records:
+            raise UserError(f"{path}: the list {name!r} is empty; give a file that has at least one")
+
+    for index, record in enumerate(images):
+        if flaw := _image_flaw(record):
+            raise _at(path, "images", index, record, flaw)
+    names: set[str] = set()
+    for index, record in enumerate(categories):
+        name = record.get("name")
+        if not isinstance(name, str) or not name:
+            raise _at(path, "categories", index, record, f"name is {name!r}; give the class a name")
+        if name in names:
+            raise _at(path, "categories", index, record, f"a second category is named {name!r}; rename or merge them")
+        names.add(name)
+    image_ids, category_ids = {record["id"] for record in images}, {record["id"] for record in categories}
+    for index, record in enumerate(annotations):
+        if flaw := _annotation_flaw(record, image_ids, category_ids):
+            raise _at(path, "annotations", index, record, flaw)
+        width, height = record["bbox"][2:]
+        record.setdefault("area", max(width, 0) * max(height, 0))
+        record.setdefault("iscrowd", 0)
+        record.pop("segmentation", None)
+    return document
+
+
+def _records(path: str | Path, document: dict, name: str) -> list[dict]:
+    """The list `name` of the document, all of it objects with ids of their own."""
+    records = document.get(name)
+    if not isinstance(records, list):
+        raise UserError(f"{path}: has no list {name!r}; give a COCO file with images, annotations and categories")
+    seen: set[int] = set()
+    for index, record in enumerate(records):
+        if not isinstance(record, dict):
+            raise UserError(f"{path}: {name}[{index}] is {_shortened(record)}, not an object; remove it")
+        number = record.get("id")
+        if type(number) is not int:  # not isinstance: True is an int to Python
+            raise UserError(f"{path}: {name}[{index}]: id is {_shortened(number)}; give it a whole number of its own")
+        if number in seen:
+            raise UserError(f"{path}: {name}[{index}]: id {number} is taken by an earlier record; make ids unique")
+        seen.add(number)
+    return records
+
+
+def _image_flaw(record: dict) -> str | None:
+    for key in ("width", "height"):
+        if type(record.get(key)) is not int or record[key] <= 0:
+            return f"{key} is {_shortened(record.get(key))}; give the image's {key} in pixels"
+    name = record.get("file_name")
+    # The Windows flavour knows both separators and drives, so that it finds every way out of the folder.
+    file = PureWindowsPath(name) if isinstance(name, str) else None
+    if file is None or file.anchor or not file.parts or ".." in file.parts:
+        return f"file_name is {_shortened(name)}; give a path inside the image folder, relative to it"
+    return None
+
+
+def _annotation_flaw(record: dict, image_ids: set[int], category_ids: set[int]) -> str | None:
+    for key, known in (("image_id", image_ids), ("category_id", category_ids)):
+        if type(record.get(key)) is not int or record[key] not in known:
+            return f"{key} is {_shortened(record.get(key))}, which the file does not list; correct or remove it"
+    bbox = record.get("bbox")
+    # The comparison is false for NaN as well as for infinity.
+    if not (
+        isinstance(bbox, list)
+        and len(bbox) == 4
+        and all(type(value) in (int, float) and -1e9 < value < 1e9 for value in bbox)
+    ):
+        return f"bbox is {_shortened(bbox)}; give four finite numbers x, y, width, height in pixels, or remove it"
+    area = record.get("area", 0)
+    if not (type(area) in (int, float) and -1e18 < area < 1e18):
+        return f"area is {_shortened(area)}; give a finite number or leave it out"
+    if record.get("iscrowd", 0) not in (0, 1):
+        return f"iscrowd is {_shortened(record['iscrowd'])}; give 0 or 1 or leave it out"
+    return None
+
+
+def _at(path: str | Path, name: str, index: int, record: dict, flaw: str) -> UserError:
+    return UserError(f"{path}: {name}[{index}] (id {record['id']}): {flaw}")
+
+
+def _shortened(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _list_files(folder: Path) -> set[str]:
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name for entry in entries}
+    except OSError as error:
+        raise UserError(f"{folder}: cannot read the image folder ({error.strerror}); correct its path") from None
+
+
+# ---------------------------------------------------------------------------------------------------- images
+
+ORIENTATION = 0x0112  # the EXIF tag
+# What undoes each value of the tag; image (h, w, 3).
+UPRIGHT = {
+    2: lambda image: image[:, ::-1],
+    3: lambda image: image[::-1, ::-1],
+    4: lambda image: image[::-1],
+    5: lambda image: image.transpose(1, 0, 2),
+    6: lambda image: np.rot90(image, -1),
+    7: lambda image: image[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda image: np.rot90(image),
+}
+# Complete files of these formats end so; OpenCV would fill up the rest of a truncated one with gray.
+END_MARK = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
+
+
+def read_image(path: str | Path, size: tuple[int, int] | None = None) -> np.ndarray:
+    """An image file as (h, w, 3) uint8 RGB; alpha is dropped, 16 bits become the upper 8.
+
+    `size` is the (height, width) of its record, which says in which frame the boxes are: if that is the stored
+    one and not the one that the EXIF orientation asks for, the image is not turned. Raises UserError for a file
+    that cannot be decoded, has another size, or more pixels than PIL allows (179 million).
+    """
+    try:
+        data = Path(path).read_bytes()
+        with Image.open(io.BytesIO(data)) as file:
+            image = _decode(file, data)
+            # Asked after decoding: PIL turns a TIFF itself and then takes the tag away.
+            orientation = file.getexif().get(ORIENTATION, 1)
+    except Exception as error:  # decoders raise all kinds; whichever it is, the file is at fault
+        if isinstance(error, UnidentifiedImageError):
+            error = "no image format that is known" if data else "the file is empty"
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: cannot read the image ({reason}); replace it or remove its record") from None
+    stored = image.shape[:2]
+    upright = stored[::-1] if orientation in (5, 6, 7, 8) else stored
+    if size is not None and tuple(size) not in (stored, upright):
+        raise UserError(
+            f"{path}: the image is {stored[1]} x {stored[0]} pixels, its record says {size[1]} x {size[0]}; correct "
+            "the record or put the image there that was annotated"
+        )
+    if orientation in UPRIGHT and (size is None or tuple(size) == upright):
+        image = UPRIGHT[orientation](image)
+    return np.ascontiguousarray(image)
+
+
+def _decode(file: Image.Image, data: bytes) -> np.ndarray:
+    """The pixels as stored, (h, w, 3) uint8 RGB, not turned."""
+    if file.mode in ("L", "RGB") and data.endswith(END_MARK.get(file.format, b"no such end")):
+        # OpenCV gives the same pixels as PIL in less time; it would turn the image by its EXIF tag if let.
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+        if image is not None:
+            return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    if file.mode in ("F", "I"):
+        raise ValueError(f"its pixels, of PIL mode {file.mode!r}, have no fixed range; convert it to 8 or 16 bits")
+    if file.mode.startswith("I;16"):  # PIL would clip it at 255
+        return np.repeat((np.asarray(file) >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
+    # A palette by way of RGBA, since PIL warns where one has alpha and is to lose it.
+    return np.array(file.convert("RGBA" if file.mode == "P" else "RGB"))[:, :, :3]

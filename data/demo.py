@@ -1,0 +1,305 @@
+"""The embedded demo set: real handwritten digits composed over photo crops, in COCO format, with no download.
+
+Digits: the 1,797 of `sklearn.datasets.load_digits` (UCI Optical Recognition of Handwritten Digits, 8x8).
+Photos: china.jpg (danielbuechele) and flower.jpg (vultilion), CC BY 2.0, as shipped in scikit-learn.
+What makes it worth detecting: a long tail of classes, sizes from 14 to 110 px, crowded scenes, empty scenes
+and, on request, the outliers that GHM is about: training annotations with a wrong label or a shifted box.
+"""
+
+import argparse
+import json
+import os
+from collections import Counter
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+from sklearn.datasets import load_digits, load_sample_image
+
+from detector.errors import UserError, run_main
+
+RECIPE = 1  # raise it when the same settings come to give other files
+SPLITS = ("train", "val")
+FIRST_VAL_DIGIT = 1437  # of 1,797, see split_digits
+PHOTO_COLUMNS = {"train": (0, 416), "val": (416, 640)}  # so that no val background is seen in training
+PHOTO_HEIGHT = 427
+SCENE_SIZES = ((256, 192), (256, 224), (256, 256), (224, 256), (192, 256))  # width, height
+CLASS_WEIGHTS = 1 / np.arange(1, 11)  # digit 0 is ten times as frequent as digit 9
+MAX_COVERED = 0.1  # of the smaller of two boxes; more would make digits illegible
+
+
+class Digit(NamedTuple):
+    """One digit as it will be drawn. Its box is the extent of `alpha`: tight by construction."""
+
+    label: int  # 0..9, the digit itself
+    source: int  # its index in load_digits
+    alpha: np.ndarray  # (h, w) float32 in 0..1, opacity; ink touches all four sides
+    x: int  # left and top, pixels
+    y: int
+    tint: np.ndarray  # (3,) in 0..1, distance of the ink colour from black or white
+
+    @property
+    def box(self) -> list[int]:
+        """x, y, width, height in pixels, as COCO wants it."""
+        return [self.x, self.y, self.alpha.shape[1], self.alpha.shape[0]]
+
+
+class Scene(NamedTuple):
+    width: int
+    height: int
+    photo: str
+    crop: tuple[int, int, int, int]  # x, y, width, height in the photo
+    mirrored: bool
+    brightness: float
+    digits: list[Digit]
+
+
+def split_digits() -> dict[str, np.ndarray]:
+    """Indices into load_digits by split: the last fifth is for validation.
+
+    By position, not at random: the set comes writer by writer, so that validation sees mostly new hands.
+    """
+    indices = np.arange(len(load_digits().target))
+    return {"train": indices[:FIRST_VAL_DIGIT], "val": indices[FIRST_VAL_DIGIT:]}
+
+
+def plan_scenes(split: str, count: int, seed: int) -> list[Scene]:
+    """What each scene will show. A scene depends on split, seed and its own number, not on `count`."""
+    digits = load_digits()
+    sources = split_digits()[split]
+    by_class = [sources[digits.target[sources] == label] for label in range(10)]
+    randoms = (np.random.default_rng([seed, SPLITS.index(split), number]) for number in range(count))
+    return [plan_scene(digits.images, by_class, PHOTO_COLUMNS[split], rng) for rng in randoms]
+
+
+def plan_scene(
+    images: np.ndarray, by_class: list[np.ndarray], columns: tuple[int, int], rng: np.random.Generator
+) -> Scene:
+    """images (1797, 8, 8) in 0..16; by_class: the indices to use for each digit; columns: of the photos."""
+    width, height = SCENE_SIZES[rng.integers(len(SCENE_SIZES))]
+    zoom = rng.uniform(1.3, 2.5)  # photos are small: enlarge a crop
+    crop_width, crop_height = int(width / zoom), int(height / zoom)
+    crop_x = int(rng.integers(columns[0], columns[1] - crop_width, endpoint=True))
+    crop_y = int(rng.integers(0, PHOTO_HEIGHT - crop_height, endpoint=True))
+    scene = Scene(
+        width=width,
+        height=height,
+        photo=("china.jpg", "flower.jpg")[rng.integers(2)],
+        crop=(crop_x, crop_y, crop_width, crop_height),
+        mirrored=bool(rng.integers(2)),
+        brightness=rng.uniform(0.6, 1.3),
+        digits=[],
+    )
+    kind = rng.choice(["empty", "crowded", "usual"], p=[0.05, 0.1, 0.85])
+    wanted = {"empty": 0, "crowded": rng.integers(22, 32), "usual": rng.integers(2, 10)}[kind]
+    largest = 32 if kind == "crowded" else 110
+    for _ in range(wanted):
+        label = int(rng.choice(10, p=CLASS_WEIGHTS / CLASS_WEIGHTS.sum()))
+        source = int(rng.choice(by_class[label]))
+        for _ in range(20):  # then there is no room: go without
+            size = np.exp(rng.uniform(np.log(14), np.log(largest)))  # px, longer side before the rotation
+            alpha = enlarge(images[source], size, angle=rng.uniform(-15, 15))
+            x = int(rng.integers(0, width - alpha.shape[1], endpoint=True))
+            y = int(rng.integers(0, height - alpha.shape[0], endpoint=True))
+            digit = Digit(label, source, alpha, x, y, tint=rng.uniform(0, 1, 3))
+            if all(covered(digit.box, other.box) <= MAX_COVERED for other in scene.digits):
+                scene.digits.append(digit)
+                break
+    return scene
+
+
+def enlarge(image: np.ndarray, size: float, angle: float) -> np.ndarray:
+    """An 8x8 digit (0..16) as opacity (h, w) in 0..1: `size` px long, turned by `angle` degrees, trimmed."""
+    ink = image >= 6
+    scale = size / max(np.ptp(np.flatnonzero(ink.any(axis=axis))) + 1 for axis in (0, 1))
+    side = int(np.ceil(12 * scale))  # the 8x8 digit, its corners when turned, and some air
+    matrix = cv2.getRotationMatrix2D((3.5, 3.5), angle, scale)
+    matrix[:, 2] += (side - 1) / 2 - 3.5
+    smooth = cv2.warpAffine((image / 16).astype(np.float32), matrix, (side, side), flags=cv2.INTER_CUBIC)
+    # A contour with an edge of about two pixels: readable at any size, where a plain enlargement is a blur.
+    # At 0.45, since above it thin strokes break and below it ones become bars.
+    alpha = np.clip((smooth - 0.45) * max(scale / 1.5, 1.5) + 0.5, 0, 1)
+    rows, columns = (np.flatnonzero((alpha >= 0.25).any(axis=axis)) for axis in (1, 0))
+    return alpha[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+
+
+def covered(box: list[int], other: list[int]) -> float:
+    """Intersection over the smaller area of two x, y, width, height boxes."""
+    width = min(box[0] + box[2], other[0] + other[2]) - max(box[0], other[0])
+    height = min(box[1] + box[3], other[1] + other[3]) - max(box[1], other[1])
+    return max(width, 0) * max(height, 0) / min(box[2] * box[3], other[2] * other[3])
+
+
+@cache
+def photo(name: str) -> np.ndarray:
+    """(427, 640, 3) uint8 RGB."""
+    return load_sample_image(name)
+
+
+def render(scene: Scene) -> np.ndarray:
+    """The picture, (height, width, 3) uint8 RGB."""
+    x, y, width, height = scene.crop
+    crop = photo(scene.photo)[y : y + height, x : x + width]
+    picture = cv2.resize(crop, (scene.width, scene.height), interpolation=cv2.INTER_CUBIC).astype(np.float32)
+    picture = np.clip(picture[:, :: -1 if scene.mirrored else 1] * scene.brightness, 0, 255)
+    for digit in scene.digits:
+        x, y, width, height = digit.box
+        under = picture[y : y + height, x : x + width]
+        alpha = digit.alpha[:, :, None]
+        # Dark ink on light ground and the reverse, judged where the ink goes.
+        dark = (under * alpha).sum() / (3 * alpha.sum()) > 128
+        ink = 70 * digit.tint if dark else 255 - 70 * digit.tint
+        under += alpha * (ink - under)
+    return np.rint(picture).astype(np.uint8)
+
+
+def file_name(split: str, number: int) -> str:
+    return f"{split}_{number:05d}.jpg"
+
+
+def describe(split: str, scenes: list[Scene], settings: dict) -> dict:
+    """The clean COCO annotation file of a split. Category ids are 1..10 for the digits 0..9."""
+    images = [
+        {"id": i, "file_name": file_name(split, i), "width": scene.width, "height": scene.height}
+        for i, scene in enumerate(scenes, start=1)
+    ]
+    boxes = [(i, digit.label, digit.box) for i, scene in enumerate(scenes, start=1) for digit in scene.digits]
+    annotations = [
+        dict(id=i, image_id=image, category_id=label + 1, bbox=box, area=box[2] * box[3], iscrowd=0)
+        for i, (image, label, box) in enumerate(boxes, start=1)
+    ]
+    description = f"Demo, {split}: scenes composed of real handwritten digits (UCI) over crops of two photos"
+    return {
+        "info": {"description": description, "settings": settings},
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": label + 1, "name": str(label)} for label in range(10)],
+    }
+
+
+def add_outliers(dataset: dict, *, wrong_labels: float, shifted_boxes: float, seed: int) -> None:
+    """Spoil these shares of the annotations in place, never one twice, and mark each with "outlier".
+
+    "label": another class, all equally likely. "box": moved by 0.4 to 0.8 of its sides within the image (less
+    where there is no room), so that its IoU with the digit is below 0.35.
+    """
+    rng = np.random.default_rng([seed, len(SPLITS)])  # not the scenes': outliers must not change a picture
+    images = {image["id"]: image for image in dataset["images"]}
+    annotations = [dataset["annotations"][i] for i in rng.permutation(len(dataset["annotations"]))]
+    labels_end = round(wrong_labels * len(annotations))
+    boxes_end = labels_end + round(shifted_boxes * len(annotations))
+    for annotation in annotations[:labels_end]:
+        annotation["category_id"] = 1 + (annotation["category_id"] - 1 + int(rng.integers(1, 10))) % 10
+        annotation["outlier"] = "label"
+    for annotation in annotations[labels_end:boxes_end]:
+        image, box = images[annotation["image_id"]], annotation["bbox"]
+        for axis, side in enumerate((image["width"], image["height"])):
+            room = side - box[2 + axis]
+            shift = round(rng.uniform(0.4, 0.8) * box[2 + axis]) * int(rng.choice([-1, 1]))
+            if not 0 <= box[axis] + shift <= room:
+                shift = abs(shift) if 2 * box[axis] < room else -abs(shift)  # to the side with more room
+            box[axis] = min(max(box[axis] + shift, 0), room)
+        annotation["outlier"] = "box"
+
+
+def write_demo(
+    folder: Path,
+    *,
+    train_images: int = 500,
+    val_images: int = 100,
+    seed: int = 0,
+    wrong_labels: float = 0.0,
+    shifted_boxes: float = 0.0,
+    force: bool = False,
+) -> None:
+    """Write folder/train.json, val.json and the pictures in folder/train, folder/val; say what was written.
+
+    The same settings give the same bytes. A folder that already holds them is left alone; one that holds
+    another data set is refused unless `force`. The outliers go into train only; val is always clean.
+    Raises UserError for counts below 1, a negative seed, shares outside 0..1 and the refusal.
+    """
+    folder = Path(folder)
+    counts = {"train": train_images, "val": val_images}
+    settings = dict(recipe=RECIPE, train_images=train_images, val_images=val_images, seed=seed)
+    settings |= dict(wrong_labels=wrong_labels, shifted_boxes=shifted_boxes)
+    check(settings)
+    paths = {split: folder / f"{split}.json" for split in SPLITS}
+    found = [settings_of(path) for path in paths.values() if path.exists()]
+    if found == [settings, settings] and not force:
+        print(f"{folder}: already there with these settings, nothing to do")
+        return
+    if any(other != settings for other in found) and not force:
+        raise UserError(f"{folder}: holds another data set; choose another folder or replace it with --force")
+
+    for path in paths.values():
+        path.unlink(missing_ok=True)
+    datasets = {}
+    for split, count in counts.items():
+        (folder / split).mkdir(parents=True, exist_ok=True)
+        for stale in (folder / split).glob(f"{split}_*.jpg"):
+            stale.unlink()
+        scenes = plan_scenes(split, count, seed)
+        for i, scene in enumerate(scenes, start=1):
+            jpeg = cv2.imencode(".jpg", render(scene)[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])[1]
+            (folder / split / file_name(split, i)).write_bytes(jpeg.tobytes())
+        datasets[split] = describe(split, scenes, settings)
+    add_outliers(datasets["train"], wrong_labels=wrong_labels, shifted_boxes=shifted_boxes, seed=seed)
+    for split, dataset in datasets.items():  # last, and whole: an interrupted run must not look finished
+        partial = paths[split].with_suffix(".json.partial")
+        partial.write_text(json.dumps(dataset))
+        os.replace(partial, paths[split])
+        print(summary(folder / split, dataset))
+
+
+def check(settings: dict) -> None:
+    for name in ("train_images", "val_images"):
+        if settings[name] < 1:
+            raise UserError(f"{name}: {settings[name]}, must be at least 1")
+    if settings["seed"] < 0:
+        raise UserError(f"seed: {settings['seed']}, must not be negative")
+    for name in ("wrong_labels", "shifted_boxes"):
+        if not 0 <= settings[name] <= 1:
+            raise UserError(f"{name}: {settings[name]}, a share must lie in 0..1")
+    if settings["wrong_labels"] + settings["shifted_boxes"] > 1:
+        raise UserError("wrong_labels + shifted_boxes: above 1, but no annotation is spoilt twice")
+
+
+def settings_of(path: Path) -> dict | None:
+    """The settings an annotation file was written with, None if it is not ours."""
+    try:
+        return json.loads(path.read_text())["info"]["settings"]
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def summary(folder: Path, dataset: dict) -> str:
+    images, annotations = dataset["images"], dataset["annotations"]
+    outliers = sum("outlier" in annotation for annotation in annotations)
+    boxes = Counter(annotation["category_id"] for annotation in annotations)
+    by_class = " ".join(f"{category['name']}:{boxes[category['id']]}" for category in dataset["categories"])
+    counts = f"{len(images)} images, {len(annotations)} boxes, {outliers} of them outliers"
+    return f"{folder}: {counts}; boxes by class {by_class}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m data.demo",
+        description="Write a small COCO-format data set: handwritten digits over photo crops, no download.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("datasets/demo"), help="folder to write")
+    add("--train-images", type=int, default=500, metavar="N", help="scenes to train on")
+    add("--val-images", type=int, default=100, metavar="N", help="scenes to evaluate on, always clean")
+    add("--seed", type=int, default=0, help="the same seed gives the same bytes")
+    add("--wrong-labels", type=float, default=0.0, metavar="SHARE", help="of the train boxes, 0..1")
+    add("--shifted-boxes", type=float, default=0.0, metavar="SHARE", help="of the train boxes, 0..1")
+    add("--force", action="store_true", help="replace the data set in the folder")
+    options = vars(parser.parse_args())
+    write_demo(options.pop("out"), **options)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,152 @@
+"""From samples to batches: padding, the order of images, worker processes.
+
+The order and the augmentation of training depend on (seed, epoch) and the position in the epoch alone, so that a
+run that is stopped and resumed, has other workers, or is spread over processes, sees the same images.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from data.coco import CocoDataset
+from detector.errors import UserError
+from detector.structures import Batch, Target
+
+STRIDE = 32  # of C5: the padded sides are multiples of it
+
+
+def train_loader(
+    dataset: CocoDataset,
+    batch_size: int,
+    *,
+    seed: int,
+    workers: int = 0,
+    pin_memory: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
+) -> DataLoader:
+    """Batches of one process, shuffled; before each epoch call `loader.batch_sampler.set_position(epoch)`."""
+    sampler = TrainSampler(dataset.aspects, batch_size, seed=seed, rank=rank, world_size=world_size)
+    return _loader(dataset, sampler, workers, pin_memory)
+
+
+def eval_loader(
+    dataset: CocoDataset,
+    batch_size: int,
+    *,
+    workers: int = 0,
+    pin_memory: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
+) -> DataLoader:
+    """This process's share of the images, each once."""
+    return _loader(dataset, EvalSampler(dataset.aspects, batch_size, rank, world_size), workers, pin_memory)
+
+
+class TrainSampler(Sampler[list[tuple[int, int]]]):
+    """Batches of (index, augmentation seed) of one process, each batch of images of like shape.
+
+    `batch_size` is that of one process. A global batch, of batch_size * world_size images, is drawn first and
+    then dealt out, so that K processes together see what one sees with a batch K times as large. All batches are
+    whole: the last is filled up from the start of the permutation, so that an epoch may show some images twice.
+    """
+
+    def __init__(self, aspects: Sequence[float], batch_size: int, *, seed: int, rank: int = 0, world_size: int = 1):
+        if batch_size < 1:
+            raise UserError(f"batch size is {batch_size}; give at least 1")
+        self.landscape = np.asarray(aspects) >= 1
+        self.global_batch = batch_size * world_size
+        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.set_position(0)
+
+    def set_position(self, epoch: int, batch: int = 0) -> None:
+        """Let the next iteration be this epoch, from this batch on."""
+        self.epoch, self.batch = epoch, batch
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch."""
+        return -(-len(self.landscape) // self.global_batch)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for batch in self._global_batches()[self.batch :]:
+            yield [(index, self._image_seed(index)) for index in batch[self.rank :: self.world_size]]
+
+    def _global_batches(self) -> list[list[int]]:
+        generator = np.random.default_rng((self.seed, self.epoch))
+        order = generator.permutation(len(self.landscape))
+        size = self.global_batch
+        batches, left = [], []
+        for group in (order[self.landscape[order]], order[~self.landscape[order]]):
+            whole = len(group) // size * size
+            batches += group[:whole].reshape(-1, size).tolist()
+            left += group[whole:].tolist()
+        missing = -len(left) % size
+        left += np.resize(order, missing).tolist()  # repeats the permutation where it is too short
+        batches += [left[start : start + size] for start in range(0, len(left), size)]
+        return [batches[i] for i in generator.permutation(len(batches))]
+
+    def _image_seed(self, index: int) -> int:
+        return int(np.random.SeedSequence((self.seed, self.epoch, index)).generate_state(1)[0])
+
+
+class EvalSampler(Sampler[list[int]]):
+    """Batches of indices, sorted by aspect to have little padding; over all processes, every image once."""
+
+    def __init__(self, aspects: Sequence[float], batch_size: int, rank: int = 0, world_size: int = 1):
+        if batch_size < 1:
+            raise UserError(f"batch size is {batch_size}; give at least 1")
+        order = np.argsort(aspects, kind="stable").tolist()
+        batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        self.batches = batches[rank::world_size]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.batches)
+
+
+def collate(samples: Sequence[tuple[Tensor, Target, int, tuple[int, int]]]) -> Batch:
+    """Pad images (3, h, w) with zeros at the right and bottom to one size and stack them; boxes stay valid."""
+    images, targets, image_ids, original_sizes = zip(*samples)
+    sizes = [tuple(image.shape[1:]) for image in images]
+    height, width = (-(-max(side) // STRIDE) * STRIDE for side in zip(*sizes))
+    stacked = torch.zeros(len(images), 3, height, width, dtype=torch.uint8)
+    for padded, image in zip(stacked, images):
+        padded[:, : image.shape[1], : image.shape[2]] = image
+    return Batch(stacked, list(targets), list(image_ids), sizes, list(original_sizes))
+
+
+class _Loader(DataLoader):
+    """A DataLoader out of which a worker's UserError comes as it was raised, in one line."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        try:
+            yield from super().__iter__()
+        except UserError as error:
+            # From a worker it comes as a whole traceback, whose last line has the message behind the class name.
+            raise UserError(str(error).rstrip().rpartition("UserError: ")[2]) from None
+
+
+def _loader(dataset: CocoDataset, sampler: Sampler, workers: int, pin_memory: bool) -> DataLoader:
+    return _Loader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=pin_memory,
+        worker_init_fn=_start_worker,
+        persistent_workers=workers > 0,
+        # The loader draws a number per epoch; from a generator of its own, it leaves the run's own draws alone.
+        generator=torch.Generator(),
+    )
+
+
+def _start_worker(worker: int) -> None:
+    # The processes are the parallelism: threads inside them would only contend.
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)

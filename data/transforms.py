@@ -1,0 +1,128 @@
+"""What happens to an image and its boxes between reading and padding: augmentation in training, then resizing.
+
+A transform takes an image (h, w, 3) uint8 RGB, boxes (G, 4) float32 xyxy in pixels, labels (G,) and a seed, and
+gives the first three back; G may be 0. The same seed gives the same result, whatever was transformed before.
+"""
+
+import os
+import random
+
+import cv2
+import numpy as np
+
+from detector.errors import UserError
+
+MIN_VISIBLE = 0.25  # a box of which less is left in the image is dropped: it would teach to guess
+
+Sample = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+class EvalTransform:
+    """Resizing alone: short side `short_side`, unless the long side would pass `long_side`."""
+
+    def __init__(self, short_side: int, long_side: int):
+        _check_sides(short_side, long_side)
+        self.short_side, self.long_side = short_side, long_side
+
+    def __call__(self, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, seed: int = 0) -> Sample:
+        height, width = target_size(*image.shape[:2], self.short_side, self.long_side)
+        return *resize(image, boxes, height, width), labels
+
+
+class TrainTransform:
+    """Augmentation, then resizing as in evaluation.
+
+    horizontal_flip, vertical_flip: probabilities. scale_jitter: both sides are multiplied by a factor drawn
+    log-uniformly from this range. strong: also shift, zoom, turn, crop and change colours, all mildly.
+    """
+
+    def __init__(
+        self,
+        short_side: int,
+        long_side: int,
+        *,
+        horizontal_flip: float = 0.5,
+        vertical_flip: float = 0.0,
+        scale_jitter: tuple[float, float] = (1.0, 1.0),
+        strong: bool = False,
+    ):
+        _check_sides(short_side, long_side)
+        for name, probability in (("horizontal_flip", horizontal_flip), ("vertical_flip", vertical_flip)):
+            if not 0 <= probability <= 1:
+                raise UserError(f"{name} is {probability}; give a probability from 0 to 1")
+        if not 0 < scale_jitter[0] <= scale_jitter[1] < float("inf"):
+            raise UserError(f"scale_jitter is {tuple(scale_jitter)}; give a range of factors such as (0.8, 1.25)")
+        self.short_side, self.long_side, self.scale_jitter = short_side, long_side, tuple(scale_jitter)
+        self.augment = _pipeline(horizontal_flip, vertical_flip, strong)
+
+    def __call__(self, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, seed: int) -> Sample:
+        if self.augment is not None:
+            # Not set_random_seed: it starts every transform from the same seed, so that a horizontal and a vertical
+            # flip of the same probability would always happen together.
+            self.augment.set_random_state(np.random.default_rng(seed), random.Random(seed))
+            result = self.augment(image=image, bboxes=boxes, rows=np.arange(len(boxes)))
+            image = result["image"]
+            boxes = np.asarray(result["bboxes"], np.float32).reshape(-1, 4)
+            labels = labels[np.asarray(result["rows"], np.int64)]
+        low, high = np.log(self.scale_jitter)
+        factor = float(np.exp(np.random.default_rng((seed, 1)).uniform(low, high)))
+        height, width = target_size(*image.shape[:2], self.short_side * factor, self.long_side * factor)
+        return *resize(image, boxes, height, width), labels
+
+
+def target_size(height: int, width: int, short_side: float, long_side: float) -> tuple[int, int]:
+    """(height, width) with the short side at `short_side`, unless the long side would pass `long_side`.
+
+    480 x 640 with 800 and 1333 gives 800 x 1067. Resizing the short side and then the long one does not.
+    """
+    scale = min(short_side / min(height, width), long_side / max(height, width))
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def resize(image: np.ndarray, boxes: np.ndarray, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Image and boxes at another size; boxes by the exact ratio of each axis, which rounding makes differ."""
+    old_height, old_width = image.shape[:2]
+    if (height, width) == (old_height, old_width):
+        return image, boxes
+    # Down to a half, bilinear weights still reach every pixel; below, they would skip some: average areas.
+    shrinks = 2 * max(height / old_height, width / old_width) < 1
+    image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+    ratio = np.array([width / old_width, height / old_height] * 2)
+    return image, (boxes * ratio).astype(np.float32)
+
+
+def _pipeline(horizontal_flip: float, vertical_flip: float, strong: bool):
+    """The albumentations pipeline, or None where nothing is asked of it."""
+    if not (horizontal_flip or vertical_flip or strong):
+        return None
+    # Here and not above: albumentations takes seconds to import, which evaluation need not wait for, and looks
+    # for a newer version of itself over the network unless told not to.
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+    import albumentations as A
+
+    steps = []
+    if strong:
+        steps += [
+            A.Affine(scale=(0.9, 1.1), translate_percent=(-0.06, 0.06), rotate=(-5, 5), balanced_scale=True, p=0.5),
+            # Rather than one of the crops that look for boxes: those enlarge a single small object without bound.
+            A.RandomCropFromBorders(crop_left=0.2, crop_right=0.2, crop_top=0.2, crop_bottom=0.2, p=0.5),
+            A.ColorJitter(brightness=(0.7, 1.3), contrast=(0.7, 1.3), saturation=(0.7, 1.3), hue=(-0.03, 0.03), p=0.8),
+        ]
+    if horizontal_flip:
+        steps.append(A.HorizontalFlip(p=horizontal_flip))
+    if vertical_flip:
+        steps.append(A.VerticalFlip(p=vertical_flip))
+    boxes = A.BboxParams(
+        format="pascal_voc",
+        label_fields=["rows"],
+        min_visibility=MIN_VISIBLE,
+        # Judged once at the end, where the shift and the crop have both taken their part. That is why the crop
+        # comes after the shift: it shows nothing that the shift has pushed out.
+        check_each_transform=False,
+    )
+    return A.Compose(steps, bbox_params=boxes)
+
+
+def _check_sides(short_side: int, long_side: int) -> None:
+    if not 0 < short_side <= long_side:
+        raise UserError(f"image sides are {short_side} (short) and {long_side} (long); give 0 < short <= long")

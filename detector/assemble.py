@@ -1,0 +1,128 @@
+"""The menu: every name that YAML may say, and the parts built from it."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pydantic
+from pydantic import ConfigDict, ValidationError
+
+from detector import config, distributed, losses
+from detector.anchors import Anchors, TorchvisionAnchors
+from detector.assigner import IoUAssigner
+from detector.backbone import BACKBONES, Backbone
+from detector.box_coder import BoxCoder
+from detector.config import Config, Part
+from detector.criterion import Criterion
+from detector.errors import UserError
+from detector.fpn import FPN
+from detector.head import Head
+from detector.model import RetinaNet
+from detector.postprocess import Postprocess
+from detector.solver import Solver
+
+ANCHORS = {"grid": Anchors, "torchvision": TorchvisionAnchors}
+ASSIGNERS = {"iou": IoUAssigner}
+CLASS_LOSSES = {"ce": losses.CrossEntropy, "ohem": losses.OHEM, "focal": losses.Focal, "ghm_c": losses.GHMC}
+BOX_LOSSES = {"smooth_l1": losses.SmoothL1, "l1": losses.L1, "asl1": losses.ASL1, "ghm_r": losses.GHMR}
+PARTS: dict[str, dict[str, Callable]] = {
+    "anchors": ANCHORS,
+    "assigner": ASSIGNERS,
+    "class_loss": CLASS_LOSSES,
+    "box_loss": BOX_LOSSES,
+}
+
+
+def configure(path: str, settings: list[str] | None = None) -> Config:
+    """The config of a YAML file, every part's options checked and filled in; UserError for any slip."""
+    return complete(config.load(path, settings), path)
+
+
+def complete(cfg: Config, source: str) -> Config:
+    """`cfg` with the defaults of its parts spelled out; UserError, naming `source`, where it cannot be built."""
+    try:
+        _pick(BACKBONES, "model.backbone", cfg.model.backbone)
+        parts = {}
+        for section, menu in PARTS.items():
+            part: Part = getattr(cfg, section)
+            options = _typed_options(_pick(menu, f"{section}.name", part.name), section, part.options)
+            fixed = {key: getattr(part, key) for key in type(part).model_fields}
+            parts[section] = type(part)(**fixed, **options)
+        completed = cfg.model_copy(update=parts)
+        for section in PARTS:
+            _build(completed, section)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+    return completed
+
+
+def build_model(cfg: Config, num_classes: int) -> RetinaNet:
+    """The detector with random weights; checkpoint.py fills in better ones."""
+    options = cfg.model
+    backbone = Backbone(options.backbone, options.norm, options.frozen_stages)
+    fpn = FPN(backbone.channels, options.fpn_channels, options.p6_from)
+    anchors = _build(cfg, "anchors")
+    head = Head(options.fpn_channels, anchors.per_cell, num_classes, **options.head.model_dump())
+    return RetinaNet(backbone, fpn, head, anchors)
+
+
+def build_criterion(cfg: Config) -> Criterion:
+    return Criterion(
+        assigner=_build(cfg, "assigner"),
+        coder=BoxCoder(cfg.box_coder.weights),
+        class_loss=_build(cfg, "class_loss"),
+        box_loss=_build(cfg, "box_loss"),
+        class_weight=cfg.class_loss.weight,
+        box_weight=cfg.box_loss.weight,
+    )
+
+
+def build_postprocess(cfg: Config) -> Postprocess:
+    return Postprocess(BoxCoder(cfg.box_coder.weights), **cfg.postprocess.model_dump())
+
+
+def build_solver(cfg: Config, model: RetinaNet, steps_per_epoch: int) -> Solver:
+    total = cfg.solver.epochs * steps_per_epoch
+    return Solver(
+        model,
+        total_steps=min(total, cfg.solver.max_steps or total),
+        precision=cfg.precision,
+        **cfg.solver.model_dump(exclude={"epochs", "max_steps"}),
+    )
+
+
+def images_per_process(cfg: Config) -> int:
+    """Images of a step that one process computes, in `solver.accumulate` parts."""
+    processes, parts = distributed.world_size(), cfg.solver.accumulate
+    if cfg.solver.batch_size % (processes * parts):
+        raise UserError(
+            f"solver.batch_size {cfg.solver.batch_size} cannot be split over {processes} processes x "
+            f"accumulate {parts}; make it a multiple of {processes * parts}"
+        )
+    return cfg.solver.batch_size // processes
+
+
+def _build(cfg: Config, section: str) -> Any:
+    part: Part = getattr(cfg, section)
+    try:
+        return PARTS[section][part.name](**part.options)
+    except ValueError as error:
+        raise UserError(f"{section}: {error}") from None
+
+
+def _pick(menu: dict[str, Any], key: str, name: str) -> Any:
+    if name not in menu:
+        raise UserError(f"{key}: no {name!r}; it may be one of {', '.join(menu)}")
+    return menu[name]
+
+
+def _typed_options(part: Callable, section: str, options: dict[str, Any]) -> dict[str, Any]:
+    """`options` checked against the arguments of the part's constructor, its defaults filled in."""
+    parameters = list(inspect.signature(part).parameters.values())
+    fields = {p.name: (p.annotation, ... if p.default is p.empty else p.default) for p in parameters}
+    strict = ConfigDict(extra="forbid", allow_inf_nan=False)
+    checked = pydantic.create_model(section, __config__=strict, **fields)
+    try:
+        return checked.model_validate(options).model_dump(mode="json")
+    except ValidationError as error:
+        raise UserError(config.describe(error, checked, where=section)) from None

@@ -1,0 +1,114 @@
+"""ResNet / ResNeXt stages C3..C5 from torchvision."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
+
+from detector.errors import UserError
+
+BACKBONES = {
+    "resnet18": (torchvision.models.resnet18, torchvision.models.ResNet18_Weights.IMAGENET1K_V1),
+    "resnet34": (torchvision.models.resnet34, torchvision.models.ResNet34_Weights.IMAGENET1K_V1),
+    "resnet50": (torchvision.models.resnet50, torchvision.models.ResNet50_Weights.IMAGENET1K_V1),
+    "resnet101": (torchvision.models.resnet101, torchvision.models.ResNet101_Weights.IMAGENET1K_V1),
+    "resnet152": (torchvision.models.resnet152, torchvision.models.ResNet152_Weights.IMAGENET1K_V1),
+    "resnext50_32x4d": (
+        torchvision.models.resnext50_32x4d,
+        torchvision.models.ResNeXt50_32X4D_Weights.IMAGENET1K_V1,
+    ),
+    "resnext101_32x8d": (
+        torchvision.models.resnext101_32x8d,
+        torchvision.models.ResNeXt101_32X8D_Weights.IMAGENET1K_V1,
+    ),
+}
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """32 groups, as in Wu and He, Group Normalization, 2018."""
+    return nn.GroupNorm(32, channels)
+
+
+NORMS: dict[str, Any] = {"frozen_bn": FrozenBatchNorm2d, "bn": nn.BatchNorm2d, "gn": group_norm}
+
+
+class Backbone(nn.Module):
+    """images (B, 3, H, W), normalised -> C3, C4, C5 at strides 8, 16, 32.
+
+    Args:
+        name: a key of `BACKBONES`
+        norm: a key of `NORMS`; frozen_bn keeps the statistics and the affine part of the weights it is given
+        frozen_stages: 0 none, 1 the stem and the first stage (C2), ... 4 all
+    """
+
+    def __init__(self, name: str, norm: str, frozen_stages: int):
+        super().__init__()
+        build, _ = BACKBONES[name]
+        resnet = build(weights=None, norm_layer=NORMS[norm])
+        self.conv1, self.bn1, self.relu, self.maxpool = resnet.conv1, resnet.bn1, resnet.relu, resnet.maxpool
+        self.layer1, self.layer2 = resnet.layer1, resnet.layer2
+        self.layer3, self.layer4 = resnet.layer3, resnet.layer4
+        per_block = resnet.fc.in_features // 8
+        self.channels = (per_block * 2, per_block * 4, per_block * 8)
+        stages = [nn.ModuleList([self.conv1, self.bn1, self.layer1]), self.layer2, self.layer3, self.layer4]
+        self._frozen = stages[:frozen_stages]
+        for stage in self._frozen:
+            stage.requires_grad_(False)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        c2 = self.layer1(self.maxpool(self.relu(self.bn1(self.conv1(images)))))
+        c3 = self.layer2(c2)
+        c4 = self.layer3(c3)
+        return c3, c4, self.layer4(c4)
+
+    def train(self, mode: bool = True) -> "Backbone":
+        super().train(mode)
+        for stage in self._frozen:  # a frozen stage's BatchNorm must not go on counting
+            stage.eval()
+        return self
+
+
+def load_backbone_weights(backbone: Backbone, name: str, weights: str) -> None:
+    """Fill the backbone from ImageNet ("imagenet") or from a file with torchvision's names.
+
+    Raises UserError if the file is not there, is no state dict of this backbone, or cannot be downloaded.
+    """
+    if weights == "imagenet":
+        try:
+            state = BACKBONES[name][1].get_state_dict(progress=True, check_hash=True)
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"model.weights: imagenet weights of {name} cannot be downloaded ({error}); "
+                "set model.weights to a local file with them, or to none"
+            ) from None
+    else:
+        state = read_weights(weights)
+    state = {key: value for key, value in state.items() if not key.startswith("fc.")}
+    missing = [key for key in backbone.state_dict() if key not in state and "num_batches" not in key]
+    if missing:
+        raise UserError(
+            f"model.weights: {weights} is no {name}: it lacks {missing[0]} and {len(missing) - 1} more; "
+            "give a state dict with torchvision's names"
+        )
+    try:
+        backbone.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        detail = str(error).splitlines()[-1].strip()
+        raise UserError(f"model.weights: {weights} is no {name}: {detail}") from None
+
+
+def read_weights(path: str | Path) -> dict[str, Any]:
+    """A file of plain tensors; UserError where it is none."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        detail = str(error).strip().splitlines()[0][:120]
+        raise UserError(f"{path}: not a readable weights file ({detail})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}, not a dict of tensors")
+    return content

@@ -1,0 +1,28 @@
+"""Pure box arithmetic. Boxes are (..., 4) as (x1, y1, x2, y2) in pixels."""
+
+from torch import Tensor
+
+
+def area(boxes: Tensor) -> Tensor:
+    """(..., 4) -> (...) in square pixels."""
+    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+
+
+def clip(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """(D, 4) -> (D, 4) inside an image of (height, width)."""
+    height, width = size
+    return boxes.clamp(min=0).minimum(boxes.new_tensor([width, height, width, height]))
+
+
+def rescale(boxes: Tensor, size: tuple[int, int], new_size: tuple[int, int]) -> Tensor:
+    """(D, 4) in an image of `size` -> the same boxes in the image resized to `new_size`, both (height, width)."""
+    y, x = new_size[0] / size[0], new_size[1] / size[1]
+    return boxes * boxes.new_tensor([x, y, x, y])
+
+
+def iou_with_one(boxes: Tensor, box: Tensor) -> Tensor:
+    """IoU of (A, 4) boxes with a single (4,) box -> (A,)."""
+    width = boxes[:, 2].minimum(box[2]) - boxes[:, 0].maximum(box[0])
+    height = boxes[:, 3].minimum(box[3]) - boxes[:, 1].maximum(box[1])
+    intersection = width.clamp_(min=0) * height.clamp_(min=0)
+    return intersection / (area(boxes) + area(box) - intersection)

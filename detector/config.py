@@ -1,0 +1,264 @@
+"""The options, typed, with their defaults. YAML says what differs; a slip is one clear line.
+
+`load(path, ["solver.lr=0.02"])` reads a file, the file it is based on (key `base`), and one-off settings.
+The options of a swappable part (`{name: ..., its options}`) are the arguments of its constructor, and are
+checked where the parts are known, in assemble.py.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from detector.errors import UserError
+
+
+class Options(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, validate_default=True)
+
+
+class Part(BaseModel):
+    """A swappable part: its name in the menu of assemble.py, and whatever options it takes."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+    name: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class LossPart(Part):
+    weight: float = Field(1.0, gt=0)  # multiplies the loss; losses' scales differ, so it is part of the choice
+
+
+class Files(Options):
+    annotations: str = ""  # a COCO annotation file
+    images: str = ""  # the folder its file names start from
+
+
+class Data(Options):
+    train: Files = Files()
+    val: Files = Files()
+    short_side: int = Field(800, ge=32)  # pixels, unless the long side would pass long_side
+    long_side: int = Field(1333, ge=32)
+    workers: int = Field(2, ge=0)  # processes that load images; 0 loads in the training process
+    horizontal_flip: float = Field(0.5, ge=0, le=1)  # probability
+    vertical_flip: float = Field(0.0, ge=0, le=1)
+    scale_jitter: tuple[float, float] = (1.0, 1.0)  # training images are resized by a factor drawn from this range
+    strong: bool = False  # also colour, crops that keep boxes, affine maps
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Data":
+        low, high = self.scale_jitter
+        if not 0.1 <= low <= high <= 10:
+            raise ValueError(f"scale_jitter [{low}, {high}]: needs 0.1 <= low <= high <= 10")
+        if self.long_side < self.short_side:
+            raise ValueError(f"long_side {self.long_side} is below short_side {self.short_side}")
+        return self
+
+
+class HeadOptions(Options):
+    depth: int = Field(4, ge=0)
+    width: int = Field(256, ge=32, multiple_of=32)
+    norm: Literal["none", "gn"] = "none"
+    prior: float = Field(0.01, gt=0, lt=1)
+
+
+class Model(Options):
+    backbone: str = "resnet50"
+    weights: str = "imagenet"  # imagenet | none | a file: of the backbone, or a checkpoint to fine-tune from
+    norm: Literal["frozen_bn", "bn", "gn"] = "frozen_bn"
+    frozen_stages: int | None = Field(None, ge=0, le=4)  # by default 1 (stem and first stage), from scratch 0
+    p6_from: Literal["c5", "p5"] = "c5"
+    fpn_channels: int = Field(256, ge=32, multiple_of=32)
+    head: HeadOptions = HeadOptions()
+
+    @model_validator(mode="after")
+    def _trainable(self) -> "Model":
+        if self.weights == "none" and self.norm == "frozen_bn":
+            raise ValueError(
+                "norm frozen_bn with weights none: frozen statistics of random weights never fit the data; "
+                "use norm bn or gn, or give weights"
+            )
+        if self.weights == "none" and self.frozen_stages:
+            raise ValueError(
+                f"frozen_stages {self.frozen_stages} with weights none: frozen random filters never learn; "
+                "use frozen_stages 0, or give weights"
+            )
+        if self.weights == "imagenet" and self.norm == "gn":
+            raise ValueError(
+                "norm gn with weights imagenet: those weights were trained with BatchNorm; "
+                "use norm frozen_bn or bn, or weights none or a file trained with gn"
+            )
+        if self.frozen_stages is None:
+            self.frozen_stages = 0 if self.weights == "none" else 1
+        return self
+
+
+class BoxCoding(Options):
+    weights: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)  # of dx, dy, dw, dh
+
+
+class Solver(Options):
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: float = Field(0.01, gt=0)  # for batches of lr_batch_size
+    lr_batch_size: int | None = Field(16, ge=1)  # lr scales from here to batch_size; null: lr is as given
+    batch_size: int = Field(16, ge=1)  # images a step, over all processes and accumulated parts
+    accumulate: int = Field(1, ge=1)  # parts a step is computed in, one after the other, to save memory
+    epochs: int = Field(12, ge=1)
+    max_steps: int | None = Field(None, ge=1)  # ends the training, and its schedule, earlier
+    momentum: float = Field(0.9, ge=0, lt=1)  # of sgd
+    weight_decay: float = Field(1e-4, ge=0)
+    warmup_steps: int = Field(500, ge=0)  # at lr_batch_size; smaller batches take proportionally more
+    warmup_factor: float = Field(0.001, gt=0, le=1)  # of lr, at the first step
+    schedule: Literal["step", "cosine"] = "step"
+    decay_at: list[float] = [8 / 12, 11 / 12]  # shares of the training after which lr drops (step)
+    decay_factor: float = Field(0.1, gt=0, lt=1)
+    clip_norm: float | None = Field(None, gt=0)  # largest norm of the gradient
+    ema: float | None = Field(None, gt=0, lt=1)  # decay of the averaged weights; evaluation then uses them
+
+    @model_validator(mode="after")
+    def _whole_parts(self) -> "Solver":
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"batch_size {self.batch_size} cannot be split in accumulate = {self.accumulate} parts")
+        if any(not 0 < share < 1 for share in self.decay_at) or sorted(self.decay_at) != self.decay_at:
+            raise ValueError(f"decay_at {self.decay_at}: needs growing shares of the training, between 0 and 1")
+        return self
+
+
+class PostprocessOptions(Options):
+    score_threshold: float = Field(0.05, ge=0, lt=1)
+    top_k: int = Field(1000, ge=1)  # a level, before NMS
+    nms_iou: float = Field(0.5, ge=0, le=1)
+    max_detections: int = Field(100, ge=1)  # an image
+
+
+class Evaluation(Options):
+    every: int = Field(1, ge=1)  # epochs; the last is always evaluated
+    batch_size: int | None = Field(None, ge=1)  # a process; by default the training's
+
+
+class TensorBoard(Options):
+    every: int = Field(20, ge=1)  # steps
+    images: int = Field(8, ge=0)  # validation images drawn at each evaluation
+
+
+class Config(Options):
+    run: str = Field("run", min_length=1)  # results go to the folder output/run
+    output: str = "runs"
+    seed: int = Field(0, ge=0)
+    device: str = "auto"  # auto | cpu | cuda | cuda:1 | mps
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"  # of the model; the criterion is always float32
+    channels_last: bool = True
+    data: Data = Data()
+    model: Model = Model()
+    anchors: Part = Part(name="grid")
+    assigner: Part = Part(name="iou")
+    box_coder: BoxCoding = BoxCoding()
+    class_loss: LossPart = LossPart(name="focal")
+    box_loss: LossPart = LossPart(name="smooth_l1")
+    solver: Solver = Solver()
+    postprocess: PostprocessOptions = PostprocessOptions()
+    evaluation: Evaluation = Evaluation()
+    tensorboard: TensorBoard = TensorBoard()
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output) / self.run
+
+
+def load(path: str | Path, settings: list[str] | None = None) -> Config:
+    """The options of a YAML file with `settings` ("a.b=value", value in YAML) on top; UserError for any slip."""
+    return build(with_settings(_read(Path(path), ()), settings or []), str(path))
+
+
+def with_settings(values: dict[str, Any], settings: list[str]) -> dict[str, Any]:
+    """Plain values with `settings` ("a.b=value") on top."""
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals or not all(key.split(".")):
+            raise UserError(f"--set {setting}: write it as key=value, such as --set solver.lr=0.02")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"--set {setting}: {text!r} is not a YAML value") from None
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        values = merge(values, value)
+    return values
+
+
+def build(values: dict[str, Any], source: str) -> Config:
+    """Checked options from plain values; `source` is named in the UserError that a slip raises."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{source}: " + describe(error, Config)) from None
+
+
+def merge(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`values` with `changes` on top, key by key; a part that gets another name gives up its old options."""
+    merged = dict(values)
+    for key, change in changes.items():
+        old = merged.get(key)
+        both = isinstance(old, dict) and isinstance(change, dict)
+        renamed = both and change.get("name", old.get("name")) != old.get("name")
+        merged[key] = merge(old, change) if both and not renamed else change
+    return merged
+
+
+def describe(error: ValidationError, options: type[BaseModel], where: str = "") -> str:
+    """The first slip in one line, with the key meant where a key is unknown, and how many more there are."""
+    first = error.errors(include_url=False)[0]
+    location = ".".join(str(part) for part in first["loc"])
+    key = ".".join(part for part in (where, location) if part) or "the file"
+    if first["type"] == "extra_forbidden":
+        known = _fields(options, first["loc"][:-1])
+        close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"it may be one of {', '.join(known)}"
+        text = f"{key}: unknown option; {hint}"
+    else:
+        message = first["msg"].removeprefix("Value error, ")
+        found = "" if isinstance(first["input"], (dict, BaseModel)) else f" (found {first['input']!r})"
+        text = f"{key}: {message}{found}"
+    more = error.error_count() - 1
+    return text.replace("\n", " ") + (f" (and {more} more)" if more else "")
+
+
+def dump(config: Config) -> str:
+    """The options as YAML that `load` reads back to the same."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _fields(options: type[BaseModel], location: tuple) -> list[str]:
+    for part in location:
+        options = options.model_fields[part].annotation
+    return list(options.model_fields)
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    """The values of a file over those of its base; `base` is a path beside the file."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such config file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"line {mark.line + 1}: " if mark else ""
+        raise UserError(f"{path}: {place}not YAML ({getattr(error, 'problem', None) or error})") from None
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: holds a {type(values).__name__}; write `key: value` lines")
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    base_path = path.parent / str(base)
+    if path.resolve() in seen:
+        raise UserError(f"{path}: its bases lead back to itself")
+    return merge(_read(base_path, (*seen, path.resolve())), values)

@@ -1,0 +1,30 @@
+"""What a user can mend, told in one line."""
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """A slip in a config, annotation file, image, checkpoint or flag.
+
+    The message is one line: what was found, where, and what to do about it.
+    """
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Run an entry point and exit: 0 when done, 2 for a user's slip, 1 for a fault.
+
+    Called only by the scripts that a user starts. A slip, and a fault that we foresaw (a loss that is not
+    finite), end in one line; anything else keeps its traceback, since it is ours to mend.
+    """
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,134 @@
+"""TensorBoard and the progress line; silence on all processes but the first."""
+
+import statistics
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+from tqdm import tqdm
+
+from detector import distributed
+from detector.solver import Solver
+from detector.structures import Batch
+
+# Steps left out of the seconds a step: caches, kernels and workers warm up in them.
+WARM_UP = 5
+
+
+class Logger:
+    """Everything a run tells while it trains.
+
+    Args:
+        folder: the run folder; TensorBoard's files go there
+        every: steps between two entries of the training curves
+        first_step: where the run goes on; older entries past it are hidden
+        seconds_per_step: median of the part of the run before, when resumed
+    """
+
+    def __init__(self, folder: Path, every: int, first_step: int = 0, seconds_per_step: float | None = None):
+        self.every = every
+        self._writer = None
+        if distributed.is_main():
+            self._writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
+        self._durations: deque[float] = deque(maxlen=1000)
+        self._before = seconds_per_step
+        self._steps = 0
+        self._wait = 0.0
+        self._line: tqdm | None = None
+        self._recent: deque[tuple[float, float, int]] = deque(maxlen=50)  # seconds, of it waiting for data, images
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """Median wall-clock seconds of a training step, waiting for data included."""
+        return statistics.median(self._durations) if self._durations else self._before
+
+    def say(self, text: str) -> None:
+        if distributed.is_main():
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def progress(self, batches: Iterable[Batch], solver: Solver) -> Iterator[Batch]:
+        """The batches, with a line of loss, lr, images per second, share of time waiting for data, and time left."""
+        if self._line is None:
+            terminal = sys.stderr.isatty()
+            self._line = tqdm(
+                total=solver.total_steps,
+                initial=solver.step_count,
+                desc="train",
+                unit="step",
+                disable=not distributed.is_main(),
+                dynamic_ncols=terminal,
+                ncols=None if terminal else 160,
+                mininterval=0.5 if terminal else 30,  # a log file gets a line twice a minute
+                maxinterval=10 if terminal else 60,
+            )
+        start = time.perf_counter()
+        for batch in batches:
+            arrived = time.perf_counter()
+            yield batch
+            end = time.perf_counter()
+            self._steps += 1
+            if self._steps > WARM_UP:
+                self._durations.append(end - start)
+            self._recent.append((end - start, arrived - start, len(batch.images)))
+            start = end
+
+    def step(self, values: dict[str, float], terms: Iterable[str], lr: float, images: int, step: int) -> None:
+        """Note a training step: loss terms and diagnostics, learning rate, and images of all processes."""
+        if not distributed.is_main():
+            return
+        total = sum(values[name] for name in terms)
+        seconds, waited, _ = map(sum, zip(*self._recent)) if self._recent else (0.0, 0.0, 0)
+        speed = len(self._recent) * images / seconds if seconds else 0.0
+        wait = waited / seconds if seconds else 0.0
+        if self._line is not None:
+            self._line.set_postfix_str(
+                f"loss {total:.4f}, lr {lr:.2e}, {speed:.1f} img/s, data wait {wait:.0%}", refresh=False
+            )
+            self._line.update()
+        if step % self.every and step != 1:
+            return
+        scalars = {"loss/total": total, "lr": lr, "speed/images_per_second": speed, "speed/data_wait": wait}
+        terms = set(terms)
+        for name, value in values.items():
+            scalars[f"loss/{name}" if name in terms else f"diagnostics/{name}"] = value
+        self.scalars(scalars, step)
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+
+    def metrics(self, metrics: dict[str, Any], step: int) -> None:
+        """AP numbers of an evaluation under eval/, each class's under eval_per_class/; -1 (undefined) is left out."""
+        numbers = {f"eval/{key}": value for key, value in metrics.items() if key[:2] in ("AP", "AR")}
+        numbers |= {f"eval_per_class/{name}": values["AP"] for name, values in metrics["per_class"].items()}
+        self.scalars({key: value for key, value in numbers.items() if value >= 0}, step)
+        if self._writer is not None:
+            self._writer.flush()
+
+    def image(self, name: str, image: Tensor, step: int) -> None:
+        """Image (3, h, w) uint8."""
+        if self._writer is not None:
+            self._writer.add_image(name, image, step)
+
+    def config(self, text: str, settings: dict[str, Any]) -> None:
+        """The config as text, and as hyper-parameters beside which TensorBoard shows the AP numbers."""
+        if self._writer is None:
+            return
+        self._writer.add_text("config", "```yaml\n" + text + "\n```")
+        # add_hparams would open a second folder for the run; these three records are what it writes there.
+        for record in hparams(settings, {f"eval/{name}": 0 for name in ("AP", "AP50", "AP75", "AP80", "AP90")}):
+            self._writer.file_writer.add_summary(record)
+
+    def close(self) -> None:
+        if self._line is not None:
+            self._line.close()
+        if self._writer is not None:
+            self._writer.close()

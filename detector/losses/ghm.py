@@ -1,0 +1,148 @@
+"""Gradient harmonizing: every example weighs the inverse of how many share its gradient norm.
+
+Li, Liu, Wang, "Gradient Harmonized Single-stage Detector", AAAI 2019, arXiv 1811.05181: unit regions, GHM-C, GHM-R.
+"""
+
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from detector.distributed import all_sum
+from detector.losses.cells import cross_entropy, logits_against_truth, sum_cells
+
+Normalizer = Literal["valid_bins", "all_bins"]
+
+
+class GradientDensity(nn.Module):
+    """Histogram of gradient norms over all processes, with a moving average: what GHMC and GHMR share.
+
+    The unit interval is cut into `bins` equal regions; R_j counts the examples of the batch in region j.
+
+        S_j = a S_j + (1 - a) R_j               moving average, a = momentum; without momentum S = R
+        S_j / (1 - a^t)                         corrected for its start at 0, t = training updates so far
+        beta_j = N / (S_j n)                    n = regions that hold an example ("valid_bins") or `bins` ("all_bins")
+
+    The paper has "all_bins"; the released code divides by the non-empty regions, so that weights do not depend on
+    `bins` where all examples share one. That code does not correct: the first weights are 1 / (1 - a) too large.
+
+    Buffers, moved only in training mode and only by a batch with an example in it: `average` (bins,) float32,
+    `updates` () int64. In evaluation the average that this batch would give is used and not kept. Counts are
+    summed over processes: each must call at every step, whether or not it has examples.
+    """
+
+    def __init__(self, bins: int, momentum: float, normalizer: Normalizer, corrected: bool) -> None:
+        super().__init__()
+        name = type(self).__name__
+        if bins < 1:
+            raise ValueError(f"{name}: bins is {bins}; it must be at least 1")
+        if not 0 <= momentum < 1:
+            raise ValueError(f"{name}: momentum is {momentum}; it must be in [0, 1), 0 for no moving average")
+        if normalizer not in get_args(Normalizer):
+            raise ValueError(f"{name}: normalizer is {normalizer!r}; it must be 'valid_bins' or 'all_bins'")
+        self.bins = bins
+        self.momentum = momentum
+        self.normalizer = normalizer
+        self.corrected = corrected
+        self.register_buffer("average", torch.zeros(bins))
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def shares(self, norms: Tensor, valid: Tensor) -> Tensor:
+        """beta / N of every example, a constant for the backward pass; 0 in rows that are not valid.
+
+        norms (N, K) in [0, 1], valid (N,) bool -> (N, K) float32. Sums of share x loss over processes are the mean.
+        """
+        region = (norms * self.bins).long().clamp_(0, self.bins - 1)
+        region.masked_fill_(~valid[:, None], self.bins)  # one region too many takes what does not count
+        counts = all_sum(count_regions(region, self.bins + 1)[: self.bins])
+        average = self._averaged(counts)
+        divisor = (counts > 0).sum() if self.normalizer == "valid_bins" else self.bins
+        share = torch.where(counts > 0, 1 / (average * divisor), 0)  # N of beta and N of the mean cancel
+        return F.pad(share, (0, 1))[region]
+
+    def _averaged(self, counts: Tensor) -> Tensor:
+        """Moving average with this batch in it (bins,), stored in training mode."""
+        seen = counts.sum() > 0  # an empty batch says nothing about the density; decided without a host copy
+        updates = self.updates + seen
+        moved = self.momentum * self.average + (1 - self.momentum) * counts
+        average = torch.where(seen, moved, self.average)
+        if self.training:
+            self.average.copy_(average)
+            self.updates.copy_(updates)
+        return average / (1 - self.momentum ** updates.double()) if self.corrected else average
+
+
+def count_regions(region: Tensor, size: int) -> Tensor:
+    """How often each of 0..size-1 occurs in `region` (N, K) int64 -> (size,) int64.
+
+    Integers, since float32 stops counting at 2^24 and one image has 16 million cells. Counted by row first: most
+    cells share one region, and additions to a single counter would queue. bincount would wait for the device.
+    """
+    one = torch.ones((), dtype=torch.int32, device=region.device)
+    by_row = torch.zeros(len(region), size, dtype=torch.int32, device=region.device)
+    return by_row.scatter_add_(1, region, one.expand_as(region)).sum(0)
+
+
+class GHMC(GradientDensity):
+    """Cross entropy harmonized by the density of its gradient norm g = |p - p*|.
+
+        loss = (1 / N) sum beta(g) [-p* log p - (1-p*) log(1-p)]        beta as in GradientDensity
+
+    Normalised by N, the valid cells of all processes (it is built into beta), so num_pos is not used.
+
+        class_loss = GHMC(bins=30, momentum=0.75)  # keep it, and save its state_dict beside the model's
+        labels = torch.where(positive, gt_labels[gt_index], num_classes)  # (N,), num_classes = background
+        loss = class_loss(logits, labels, ~ignored, positive.sum().clamp(min=1))
+
+    Raises ValueError where bins is below 1, momentum outside [0, 1), or normalizer unknown.
+    """
+
+    def __init__(
+        self, bins: int = 30, momentum: float = 0.75, *, normalizer: Normalizer = "valid_bins", corrected: bool = True
+    ) -> None:
+        super().__init__(bins, momentum, normalizer, corrected)
+
+    def forward(self, logits: Tensor, labels: Tensor, valid: Tensor, num_pos: Tensor | float) -> Tensor:
+        """logits (N, C), labels (N,) int64 with C = background, valid (N,) bool -> scalar."""
+        z = logits_against_truth(logits, labels, valid)
+        return sum_cells(self.shares(z.sigmoid(), valid) * cross_entropy(z), valid)
+
+
+class GHMR(GradientDensity):
+    """ASL1 harmonized by the density of its gradient norm g = |d| / sqrt(d^2 + mu^2), d = delta - target.
+
+        loss = (1 / N) sum beta(g) [sqrt(d^2 + mu^2) - mu]              beta as in GradientDensity
+
+    Normalised by N, the box coordinates of all processes (it is built into beta), so num_pos is not used.
+
+        box_loss = GHMR(bins=10, mu=0.02, momentum=0.7)  # keep it, and save its state_dict beside the model's
+        targets = encode(gt_boxes[gt_index[positive]], anchors[positive])  # (P, 4)
+        loss = 10 * box_loss(deltas[positive], targets, num_pos)  # 10: the released code's weight
+
+    Raises ValueError where mu is not positive and finite, and where GHMC does.
+    """
+
+    def __init__(
+        self,
+        bins: int = 10,
+        mu: float = 0.02,
+        momentum: float = 0.7,
+        *,
+        normalizer: Normalizer = "valid_bins",
+        corrected: bool = True,
+    ) -> None:
+        super().__init__(bins, momentum, normalizer, corrected)
+        if not 0 < mu < float("inf"):
+            raise ValueError(f"GHMR: mu is {mu}; it must be positive")
+        self.mu = mu
+
+    def forward(self, deltas: Tensor, targets: Tensor, num_pos: Tensor | float) -> Tensor:
+        """deltas, targets (P, 4), in encoded box coordinates; P may be 0 -> scalar."""
+        dtype = torch.promote_types(deltas.dtype, torch.float32)
+        d = deltas.to(dtype) - targets.to(dtype)
+        length = torch.hypot(d, torch.full_like(d, self.mu))  # the square of a large d would overflow
+        norms = d.abs() / length
+        everything = torch.ones(len(d), dtype=torch.bool, device=d.device)
+        return (self.shares(norms, everything) * (length - self.mu)).sum()

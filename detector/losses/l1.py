@@ -1,0 +1,28 @@
+"""Absolute error of encoded boxes."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class L1(nn.Module):
+    """Absolute error.
+
+        loss = (1 / num_pos) sum |d|,   d = delta - target, over the four coordinates of every positive anchor
+
+    Its gradient is 0 at d = 0. Normalised by num_pos, the positive anchors of all processes.
+
+        box_loss = L1()
+        targets = encode(gt_boxes[gt_index[positive]], anchors[positive])  # (P, 4)
+        loss = box_loss(deltas[positive], targets, positive.sum().clamp(min=1))
+
+    Raises nothing of its own.
+    """
+
+    def __init__(self) -> None:  # so that its signature says that there is nothing to set
+        super().__init__()
+
+    def forward(self, deltas: Tensor, targets: Tensor, num_pos: Tensor | float) -> Tensor:
+        """deltas, targets (P, 4), in encoded box coordinates; P may be 0 -> scalar."""
+        dtype = torch.promote_types(deltas.dtype, torch.float32)
+        return F.l1_loss(deltas.to(dtype), targets.to(dtype), reduction="sum") / num_pos

@@ -1,0 +1,44 @@
+"""Images -> Predictions. No loss, no thresholds."""
+
+import torch
+from torch import Tensor, nn
+
+from detector.anchors import Anchors
+from detector.backbone import Backbone
+from detector.fpn import FPN
+from detector.head import Head
+from detector.structures import Predictions
+
+# Of ImageNet, in 0..255: what the backbones' weights were trained with.
+MEAN = (123.675, 116.28, 103.53)
+STD = (58.395, 57.12, 57.375)
+
+
+class RetinaNet(nn.Module):
+    """Backbone, pyramid and heads (Lin et al., Focal Loss, 2017).
+
+    Takes uint8 images, so that a quarter of the bytes cross to the device, and normalises there.
+    """
+
+    def __init__(self, backbone: Backbone, fpn: FPN, head: Head, anchors: Anchors):
+        super().__init__()
+        self.backbone, self.fpn, self.head, self.anchors = backbone, fpn, head, anchors
+        self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor, sizes: list[tuple[int, int]] | None = None) -> Predictions:
+        """Images (B, 3, H, W) uint8 RGB, H and W multiples of 32; sizes: (height, width) inside the padding."""
+        levels = self.fpn(self.backbone(self.normalize(images, sizes)))
+        logits, deltas = self.head(levels)
+        grids = [tuple(level.shape[-2:]) for level in levels]
+        anchors = self.anchors(grids, tuple(images.shape[-2:]), images.device)
+        counts = tuple(height * width * self.anchors.per_cell for height, width in grids)
+        return Predictions(logits, deltas, anchors, counts)
+
+    def normalize(self, images: Tensor, sizes: list[tuple[int, int]] | None) -> Tensor:
+        """To mean 0 and deviation 1; the padding to 0, the mean colour, as the peers have it."""
+        images = (images.to(self.mean.dtype) - self.mean) / self.std
+        for image, (height, width) in zip(images, sizes or []):
+            image[:, height:] = 0
+            image[:, :, width:] = 0
+        return images

@@ -1,0 +1,153 @@
+"""Optimizer, warm-up and schedule, clipping, averaged weights: all that turns gradients into new weights."""
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Solver:
+    """One optimizer step at a time, and the state that goes with it.
+
+    `lr` is meant for batches of `lr_batch_size` and scaled to `batch_size`: in proportion for SGD (Goyal et
+    al., 2017), by the square root for AdamW (Malladi et al., 2022). Warm-up steps scale the other way, so
+    that warm-up covers the same number of images. The schedule spans `total_steps`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        total_steps: int,
+        optimizer: Literal["sgd", "adamw"] = "sgd",
+        lr: float = 0.01,
+        lr_batch_size: int | None = 16,
+        batch_size: int = 16,
+        accumulate: int = 1,
+        momentum: float = 0.9,
+        weight_decay: float = 1e-4,
+        warmup_steps: int = 500,
+        warmup_factor: float = 0.001,
+        schedule: Literal["step", "cosine"] = "step",
+        decay_at: list[float] | None = None,
+        decay_factor: float = 0.1,
+        clip_norm: float | None = None,
+        ema: float | None = None,
+        precision: str = "float32",
+    ):
+        scale = batch_size / (lr_batch_size or batch_size)
+        self.total_steps, self.accumulate = total_steps, accumulate
+        self.lr = lr * (scale if optimizer == "sgd" else math.sqrt(scale))
+        self.warmup_steps = min(round(warmup_steps / scale), total_steps // 2)
+        self.warmup_factor, self.schedule = warmup_factor, schedule
+        self.decay_steps = [round(share * total_steps) for share in decay_at or []]
+        self.decay_factor = decay_factor
+        self._described = (lr, lr_batch_size, batch_size, optimizer, warmup_steps)
+
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        if optimizer == "sgd":
+            self.optimizer: torch.optim.Optimizer = torch.optim.SGD(
+                self.parameters, self.lr, momentum=momentum, weight_decay=weight_decay
+            )
+        else:
+            self.optimizer = torch.optim.AdamW(self.parameters, self.lr, weight_decay=weight_decay)
+        self.clip_norm = clip_norm
+        self.precision = PRECISIONS[precision]
+        self.scaler = torch.amp.GradScaler(self.parameters[0].device.type, enabled=precision == "float16")
+        self.averaged = _averaged(model, ema) if ema else None
+        self.model = model
+        self.step_count = 0  # optimizer steps done
+
+    @property
+    def done(self) -> bool:
+        return self.step_count >= self.total_steps
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of the step after `step` steps."""
+        lr = self.lr
+        if self.schedule == "cosine":
+            progress = max(step - self.warmup_steps, 0) / max(self.total_steps - self.warmup_steps, 1)
+            lr *= 0.5 * (1 + math.cos(math.pi * min(progress, 1)))
+        else:
+            lr *= self.decay_factor ** sum(step >= decay for decay in self.decay_steps)
+        if step < self.warmup_steps:
+            lr *= self.warmup_factor + (1 - self.warmup_factor) * step / self.warmup_steps
+        return lr
+
+    def describe(self) -> str:
+        """The learning rate and schedule as they came out, in one line."""
+        lr, lr_batch_size, batch_size, optimizer, warmup = self._described
+        text = f"{optimizer}: lr {self.lr:.4g}"
+        if lr_batch_size and lr_batch_size != batch_size:
+            rule = "in proportion" if optimizer == "sgd" else "by the square root"
+            text += f" ({lr:g} at batch {lr_batch_size}, scaled {rule} to batch {batch_size})"
+        text += f", warm-up {self.warmup_steps} steps"
+        if self.warmup_steps != warmup:
+            text += f" (from {warmup})"
+        if self.schedule == "cosine":
+            return text + f", then cosine to 0 at step {self.total_steps}"
+        drops = " and ".join(map(str, self.decay_steps)) or "no step"
+        return text + f", x{self.decay_factor:g} at {drops}, {self.total_steps} steps in all"
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of one part of the batch."""
+        self.scaler.scale(loss / self.accumulate).backward()
+
+    def gradient_norm(self) -> Tensor:
+        """Norm over all parameters, before clipping; the gradients are clipped. Once a step, before `step`."""
+        self.scaler.unscale_(self.optimizer)
+        return nn.utils.clip_grad_norm_(self.parameters, self.clip_norm or math.inf)
+
+    def step(self) -> None:
+        """Update the weights and their average from the gradients, and clear those."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr_at(self.step_count)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step_count += 1
+        if self.averaged is not None:
+            self.averaged.update_parameters(self.model)
+
+    @property
+    def evaluated_model(self) -> nn.Module:
+        """The averaged weights where there are such, else the trained ones."""
+        return self.averaged.module if self.averaged is not None else self.model
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "step": self.step_count,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "averaged": self.averaged.state_dict() if self.averaged is not None else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step_count = state["step"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.averaged is not None and state["averaged"] is not None:
+            self.averaged.load_state_dict(state["averaged"])
+
+
+def _averaged(model: nn.Module, decay: float) -> AveragedModel:
+    """An exponential moving average of weights and statistics.
+
+    Its decay grows as (1 + n) / (10 + n) up to `decay`, so that a short run's average is not mostly its start.
+    """
+
+    @torch.no_grad()
+    def average(averages: list[Tensor], currents: list[Tensor], num_averaged: Tensor) -> None:
+        n = int(num_averaged)
+        weight = 1 - min(decay, (1 + n) / (10 + n))
+        for mean, current in zip(averages, currents):
+            if mean.is_floating_point():
+                mean.lerp_(current, weight)
+            else:
+                mean.copy_(current)
+
+    return AveragedModel(model, multi_avg_fn=average, use_buffers=True)

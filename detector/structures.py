@@ -1,0 +1,76 @@
+"""The types that travel between files, and the legend of shapes used everywhere.
+
+    B images of a batch          C classes                     H, W height and width in pixels
+    A anchors of one image       N = B x A anchors of a batch
+    G ground-truth boxes of one image                          P positive anchors of a batch
+    D detections of one image
+
+Boxes are float32 (x1, y1, x2, y2) in pixels, x2 and y2 exclusive. Labels are 0..C-1; where background needs
+a label (the class losses), it is C.
+"""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Target(NamedTuple):
+    """Ground truth of one image; G may be 0."""
+
+    boxes: Tensor  # (G, 4) float32
+    labels: Tensor  # (G,) int64
+
+    def to(self, device: torch.device) -> "Target":
+        return Target(self.boxes.to(device, non_blocking=True), self.labels.to(device, non_blocking=True))
+
+
+class Batch(NamedTuple):
+    """Images padded at the right and bottom to one size, a multiple of 32."""
+
+    images: Tensor  # (B, 3, H, W) uint8 RGB
+    targets: list[Target]
+    image_ids: list[int]
+    sizes: list[tuple[int, int]]  # (height, width) of each image inside its padding
+    original_sizes: list[tuple[int, int]]  # (height, width) of each image on disk
+
+    def pin_memory(self) -> "Batch":
+        return self._replace(images=self.images.pin_memory())
+
+
+class Predictions(NamedTuple):
+    """What the model says, all levels joined: level, then row, column, anchor shape."""
+
+    logits: Tensor  # (B, A, C)
+    deltas: Tensor  # (B, A, 4)
+    anchors: Tensor  # (A, 4) float32
+    levels: tuple[int, ...]  # anchors in each level, adding up to A
+
+
+class Assignment(NamedTuple):
+    """What each anchor of one image is taught."""
+
+    gt_index: Tensor  # (A,) int64, meaningful only where positive
+    positive: Tensor  # (A,) bool
+    ignored: Tensor  # (A,) bool, never also positive
+
+
+@dataclass
+class Losses:
+    """This process's share of the loss: summed over processes, `total` is what is minimised."""
+
+    terms: dict[str, Tensor]  # scalars that add up to the total
+    diagnostics: dict[str, Tensor] = field(default_factory=dict)  # detached, only logged
+
+    @property
+    def total(self) -> Tensor:
+        return torch.stack(list(self.terms.values())).sum()
+
+
+class Detections(NamedTuple):
+    """What is found in one image, best first."""
+
+    boxes: Tensor  # (D, 4) float32
+    scores: Tensor  # (D,) float32
+    labels: Tensor  # (D,) int64

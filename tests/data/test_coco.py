@@ -1,0 +1,327 @@
+import copy
+import json
+import struct
+import zlib
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from data.coco import UPRIGHT, CocoDataset, load_annotations, read_image
+from data.transforms import EvalTransform
+from detector.errors import UserError
+
+REAL = Path(__file__).parents[2].parent / "shared" / "data"
+
+
+def keep(image, boxes, labels, seed):
+    return image, boxes, labels
+
+
+GOOD = {
+    "images": [
+        {"id": 7, "file_name": "a.png", "width": 40, "height": 30},
+        {"id": 3, "file_name": "sub/b.png", "width": 20, "height": 50},
+        {"id": 9, "file_name": "c.png", "width": 16, "height": 16},
+    ],
+    "categories": [{"id": 90, "name": "dog"}, {"id": 5, "name": "cat"}],
+    "annotations": [
+        {"id": 1, "image_id": 3, "category_id": 90, "bbox": [1, 2, 3, 4]},
+        {"id": 2, "image_id": 7, "category_id": 5, "bbox": [-5, 10.5, 20, 100], "area": 1.0, "iscrowd": 0},
+        {"id": 3, "image_id": 7, "category_id": 90, "bbox": [0, 0, 40, 30], "iscrowd": 1},
+        {"id": 4, "image_id": 7, "category_id": 90, "bbox": [10, 10, -4, 5]},
+        {"id": 5, "image_id": 3, "category_id": 5, "bbox": [30, 10, 5, 5]},
+        {"id": 6, "image_id": 3, "category_id": 5, "bbox": [0, 0, 20.05, 50], "segmentation": [[0, 0, 1, 1, 0, 1]]},
+    ],
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A data set: annotations.json and images/."""
+    (tmp_path / "images" / "sub").mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    for record in GOOD["images"]:
+        pixels = generator.integers(0, 256, (record["height"], record["width"], 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / record["file_name"])
+    write(tmp_path, GOOD)
+    return tmp_path
+
+
+def write(folder, document):
+    path = folder / "annotations.json"
+    path.write_text(document if isinstance(document, str) else json.dumps(document))
+    return path
+
+
+def dataset(folder, **options):
+    return CocoDataset(folder / "annotations.json", folder / "images", keep, **options)
+
+
+def one_line(excinfo, *parts):
+    message = str(excinfo.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+# ------------------------------------------------------------------------------------------------- samples
+
+
+def test_labels_are_positions_of_sorted_category_ids(folder):
+    data = dataset(folder)
+    assert data.category_ids == [5, 90] and data.class_names == ["cat", "dog"]
+    assert data.image_ids == [7, 3, 9] and data.aspects == [40 / 30, 20 / 50, 1.0]
+    assert data[1][1].labels.tolist() == [1, 0]
+
+
+def test_boxes_are_converted_clipped_and_dropped(folder):
+    data = dataset(folder)
+    image, target, image_id, size = data[0]
+    assert (image.shape, image_id, size) == ((3, 30, 40), 7, (30, 40))
+    assert target.boxes.tolist() == [[0, 10.5, 15, 30]]  # the crowd and the negative width are left out
+    assert data[1][1].boxes.tolist() == [[1, 2, 4, 6], [0, 0, 20, 50]]
+    assert data[2][1].boxes.shape == (0, 4) and data[2][1].labels.shape == (0,)
+    summary = data.summary()
+    assert "3 images, 3 boxes, 2 classes; 1 images without boxes, 1 crowd boxes" in summary
+    assert "1 boxes clipped" in summary  # 0.05 px too far is rounding
+    assert "2 boxes without area dropped (annotation ids 4, 5)" in summary
+
+
+def test_pixels_are_those_of_the_file(folder):
+    expected = np.asarray(Image.open(folder / "images" / "a.png"))
+    assert np.array_equal(dataset(folder)[0][0].permute(1, 2, 0).numpy(), expected)
+
+
+def test_only_what_the_scorer_needs_is_filled_in(folder):
+    records = load_annotations(folder / "annotations.json")["annotations"]
+    assert [record["area"] for record in records] == [12, 1.0, 1200, 0, 25, 1002.5]
+    assert [record["iscrowd"] for record in records] == [0, 0, 1, 0, 0, 0]
+    assert not any("segmentation" in record for record in records)
+
+
+def test_validation_takes_the_label_space_of_training(folder):
+    data = dataset(folder, category_ids=[5, 8, 90], class_names=["cat", "bird", "dog"])
+    assert data[1][1].labels.tolist() == [2, 0] and data.class_names == ["cat", "bird", "dog"]
+    with pytest.raises(UserError) as excinfo:
+        dataset(folder, category_ids=[5])
+    one_line(excinfo, "annotations.json", "category 90", "'dog'")
+    with pytest.raises(UserError) as excinfo:
+        dataset(folder, category_ids=[5, 90], class_names=["cat", "horse"])
+    one_line(excinfo, "category 90 is 'dog' here and 'horse' in training")
+
+
+def test_missing_images_are_counted_at_once(folder):
+    (folder / "images" / "sub" / "b.png").unlink()
+    (folder / "images" / "c.png").unlink()
+    with pytest.raises(UserError) as excinfo:
+        dataset(folder)
+    one_line(excinfo, "2 of 3", "'sub/b.png'", str(folder / "images"))
+    with pytest.raises(UserError) as excinfo:
+        CocoDataset(folder / "annotations.json", folder / "nowhere", keep)
+    one_line(excinfo, "nowhere")
+
+
+# --------------------------------------------------------------------------------- flaws of annotation files
+
+
+def changed(*path_and_value):
+    *path, last, value = path_and_value
+
+    def change(document):
+        for key in path:
+            document = document[key]
+        if value is KeyError:
+            del document[last]
+        else:
+            document[last] = value
+
+    return change
+
+
+FLAWS = {
+    "no images list": (changed("images", KeyError), ["'images'"]),
+    "no annotations list": (changed("annotations", KeyError), ["'annotations'"]),
+    "categories no list": (changed("categories", {}), ["'categories'"]),
+    "no images": (changed("images", []), ["'images' is empty"]),
+    "no categories": (changed("categories", []), ["'categories' is empty"]),
+    "record no object": (changed("annotations", 2, 5), ["annotations[2] is 5"]),
+    "id absent": (changed("images", 1, "id", KeyError), ["images[1]", "id is None"]),
+    "id text": (changed("annotations", 1, "id", "x"), ["annotations[1]", "id is 'x'"]),
+    "id bool": (changed("categories", 1, "id", True), ["categories[1]", "id is True"]),
+    "image id twice": (changed("images", 1, "id", 7), ["images[1]", "id 7"]),
+    "annotation id twice": (changed("annotations", 1, "id", 1), ["annotations[1]", "id 1"]),
+    "category id twice": (changed("categories", 1, "id", 90), ["categories[1]", "id 90"]),
+    "category without name": (changed("categories", 0, "name", KeyError), ["categories[0] (id 90)", "name is None"]),
+    "category name twice": (changed("categories", 1, "name", "dog"), ["categories[1] (id 5)", "'dog'"]),
+    "no width": (changed("images", 0, "width", KeyError), ["images[0] (id 7)", "width is None"]),
+    "height zero": (changed("images", 0, "height", 0), ["images[0] (id 7)", "height is 0"]),
+    "width fraction": (changed("images", 0, "width", 40.5), ["images[0] (id 7)", "width is 40.5"]),
+    "width bool": (changed("images", 0, "width", True), ["images[0] (id 7)", "width is True"]),
+    "no file name": (changed("images", 2, "file_name", KeyError), ["images[2] (id 9)", "file_name is None"]),
+    "empty file name": (changed("images", 2, "file_name", ""), ["images[2] (id 9)", "file_name is ''"]),
+    "absolute": (changed("images", 2, "file_name", "/etc/x.png"), ["images[2] (id 9)", "/etc/x.png"]),
+    "outside": (changed("images", 2, "file_name", "s/../../x.png"), ["images[2] (id 9)", "../x.png"]),
+    "windows drive": (changed("images", 2, "file_name", "C:\\x.png"), ["images[2] (id 9)", "file_name"]),
+    "unknown image": (changed("annotations", 0, "image_id", 8), ["annotations[0] (id 1)", "image_id is 8"]),
+    "unhashable image": (changed("annotations", 0, "image_id", [3]), ["annotations[0] (id 1)", "image_id is [3]"]),
+    "unknown category": (changed("annotations", 0, "category_id", 6), ["annotations[0] (id 1)", "category_id is 6"]),
+    "no bbox": (changed("annotations", 4, "bbox", KeyError), ["annotations[4] (id 5)", "bbox is None"]),
+    "bbox of three": (changed("annotations", 4, "bbox", [1, 2, 3]), ["annotations[4] (id 5)", "[1, 2, 3]"]),
+    "bbox text": (changed("annotations", 4, "bbox", [1, 2, 3, "4"]), ["annotations[4] (id 5)", "'4'"]),
+    "bbox NaN": (changed("annotations", 4, "bbox", [1, 2, float("nan"), 4]), ["annotations[4] (id 5)", "nan"]),
+    "bbox infinite": (changed("annotations", 4, "bbox", [1, 2, 3, float("inf")]), ["annotations[4] (id 5)", "inf"]),
+    "area NaN": (changed("annotations", 4, "area", float("nan")), ["annotations[4] (id 5)", "area is nan"]),
+    "iscrowd": (changed("annotations", 4, "iscrowd", "no"), ["annotations[4] (id 5)", "iscrowd is 'no'"]),
+}
+
+
+@pytest.mark.parametrize("flaw", FLAWS)
+def test_each_flaw_of_a_record_is_one_line(tmp_path, flaw):
+    change, parts = FLAWS[flaw]
+    document = copy.deepcopy(GOOD)
+    change(document)
+    with pytest.raises(UserError) as excinfo:
+        load_annotations(write(tmp_path, document))
+    one_line(excinfo, "annotations.json", *parts)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1, 2]", "null", "[" * 100_000, '{"images": "\\'], ids=repr)
+def test_each_flaw_of_a_file_is_one_line(tmp_path, text):
+    with pytest.raises(UserError) as excinfo:
+        load_annotations(write(tmp_path, text))
+    one_line(excinfo, "annotations.json")
+
+
+def test_unreadable_files_are_one_line(tmp_path):
+    (tmp_path / "latin.json").write_bytes(b'{"images": "caf\xe9"}')
+    for name in ("absent.json", ".", "latin.json"):
+        with pytest.raises(UserError) as excinfo:
+            load_annotations(tmp_path / name)
+        one_line(excinfo, str(tmp_path))
+
+
+# -------------------------------------------------------------------------------------------------- images
+
+RGB = np.random.default_rng(1).integers(0, 256, (24, 36, 3), dtype=np.uint8)
+WIDE = np.random.default_rng(2).integers(0, 65536, (24, 36, 3), dtype=np.uint16)
+ALPHA = np.dstack([RGB, RGB[:, :, :1]])
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.jpg", "x.bmp", "x.tif", "x.gif"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "P"])
+def test_ordinary_images_are_as_pil_shows_them(tmp_path, name, mode):
+    if name == "x.jpg" and mode in "1P":
+        pytest.skip("JPEG has no such kind")
+    Image.fromarray(RGB).convert(mode).save(tmp_path / name)
+    expected = np.asarray(Image.open(tmp_path / name).convert("RGB"))
+    assert np.array_equal(read_image(tmp_path / name), expected)
+
+
+@pytest.mark.filterwarnings("error")
+def test_alpha_is_dropped_and_colour_kept(tmp_path):
+    Image.fromarray(ALPHA).save(tmp_path / "a.png")
+    assert np.array_equal(read_image(tmp_path / "a.png"), RGB)
+    Image.fromarray(ALPHA).convert("LA").save(tmp_path / "la.png")
+    assert np.array_equal(read_image(tmp_path / "la.png")[:, :, 0], np.asarray(Image.fromarray(RGB).convert("L")))
+    palette = Image.fromarray(RGB).convert("P")
+    palette.save(tmp_path / "p.png", transparency=bytes(range(256)))
+    assert np.array_equal(read_image(tmp_path / "p.png"), np.asarray(palette.convert("RGB")))
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.tif"])
+@pytest.mark.parametrize("kind", ["gray", "colour"])
+def test_16_bits_become_the_upper_8(tmp_path, name, kind):
+    pixels = WIDE[:, :, 0] if kind == "gray" else WIDE
+    cv2.imwrite(str(tmp_path / name), pixels if kind == "gray" else pixels[:, :, ::-1])
+    expected = (pixels >> 8).astype(np.uint8)
+    assert np.array_equal(read_image(tmp_path / name), expected if kind == "colour" else np.dstack([expected] * 3))
+
+
+def test_cmyk_is_not_shown_inverted(tmp_path):
+    flat = np.full((32, 32, 3), (220, 60, 30), np.uint8)
+    Image.fromarray(flat).convert("CMYK").save(tmp_path / "x.jpg", quality=98)  # PIL writes Adobe's inverted kind
+    assert b"Adobe" in (tmp_path / "x.jpg").read_bytes()
+    assert np.abs(read_image(tmp_path / "x.jpg").astype(int) - flat).max() <= 4
+
+
+def test_float_pixels_are_refused(tmp_path):
+    Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "x.tif")
+    with pytest.raises(UserError) as excinfo:
+        read_image(tmp_path / "x.tif")
+    one_line(excinfo, "x.tif", "'F'")
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.jpg"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_follows_the_record(tmp_path, name, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(RGB).save(tmp_path / name, exif=exif)
+    stored = np.asarray(Image.open(tmp_path / name))
+    shown = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / name)))
+    assert np.array_equal(read_image(tmp_path / name), shown)
+    assert np.array_equal(read_image(tmp_path / name, shown.shape[:2]), shown)
+    if orientation in (5, 6, 7, 8):
+        assert np.array_equal(read_image(tmp_path / name, stored.shape[:2]), stored)
+
+
+def test_every_turn_is_known():
+    assert sorted(UPRIGHT) == list(range(2, 9))
+
+
+def test_a_size_that_is_not_the_records_is_refused(tmp_path):
+    Image.fromarray(RGB).save(tmp_path / "x.png")
+    for size in ((36, 24), (24, 35)):
+        with pytest.raises(UserError) as excinfo:
+            read_image(tmp_path / "x.png", size)
+        one_line(excinfo, "x.png", "36 x 24", f"{size[1]} x {size[0]}")
+
+
+@pytest.mark.filterwarnings("ignore:Truncated File Read")
+@pytest.mark.parametrize("name", ["x.png", "x.jpg", "x.gif", "x.tif", "x.bmp"])
+def test_broken_files_are_one_line(tmp_path, name):
+    path = tmp_path / name
+    Image.fromarray(np.kron(RGB, np.ones((8, 8, 1), np.uint8))).save(path)
+    whole = path.read_bytes()
+    for data in (b"", b"hello", whole[:50], whole[: len(whole) // 2], whole[: -len(whole) // 10]):
+        path.write_bytes(data)
+        with pytest.raises(UserError) as excinfo:
+            read_image(path)
+        one_line(excinfo, name, "replace it")
+    path.unlink()
+    with pytest.raises(UserError) as excinfo:
+        read_image(path)
+    one_line(excinfo, name)
+
+
+def test_decompression_bombs_are_refused(tmp_path):
+    Image.fromarray(RGB).save(tmp_path / "x.png")
+    data = bytearray((tmp_path / "x.png").read_bytes())
+    data[16:24] = struct.pack(">II", 20_000, 20_000)  # the size in the header, and the checksum after it
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    (tmp_path / "x.png").write_bytes(data)
+    with pytest.raises(UserError) as excinfo:
+        read_image(tmp_path / "x.png")
+    one_line(excinfo, "x.png", "400000000 pixels")
+
+
+# ---------------------------------------------------------------------------------------------- real images
+
+
+@pytest.mark.parametrize("name, images", [("bccd", 72), ("coco_free", 46)])
+def test_real_data_is_read_as_pil_and_the_file_say(name, images):
+    if not (REAL / name).is_dir():
+        pytest.skip(f"no {REAL / name}")
+    data = CocoDataset(REAL / name / "val.json", REAL / name / "images", EvalTransform(64, 128))
+    document = json.loads((REAL / name / "val.json").read_text())
+    assert len(data) == images
+    for index, image_id in enumerate(data.image_ids[:20]):
+        path = data.folder / data.file_names[index]
+        expected = np.asarray(ImageOps.exif_transpose(Image.open(path)).convert("RGB"))
+        assert np.array_equal(read_image(path, data.sizes[index]), expected)
+        records = [r for r in document["annotations"] if r["image_id"] == image_id and not r["iscrowd"]]
+        target = data[index][1]
+        assert [data.category_ids[label] for label in target.labels] == [r["category_id"] for r in records]

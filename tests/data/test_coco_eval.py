@@ -1,0 +1,285 @@
+"""Laws of data/coco_eval.py: pycocotools' own numbers, and the cases that it stumbles over."""
+
+import contextlib
+import copy
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from data.coco_eval import coco_results, explain_missing, metrics_table, per_class_table, score
+from detector.errors import UserError
+from detector.structures import Detections
+
+STATS = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
+OVERALL = [*STATS, "AP80", "AP90"]
+
+
+def found(boxes, scores, labels) -> Detections:
+    return Detections(
+        torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+        torch.tensor(scores, dtype=torch.float32),
+        torch.tensor(labels, dtype=torch.int64),
+    )
+
+
+NOTHING = found([], [], [])
+
+
+def file_of(boxes, image_ids=(1,), categories=((1, "cat"),)) -> dict:
+    """A file without `info`, `licenses`, `area` and `iscrowd`; boxes are (image, category, xywh)."""
+    return {
+        "images": [{"id": i, "width": 640, "height": 480, "file_name": f"{i}.jpg"} for i in image_ids],
+        "categories": [{"id": i, "name": name} for i, name in categories],
+        "annotations": [
+            {"id": n, "image_id": image, "category_id": category, "bbox": list(xywh)}
+            for n, (image, category, xywh) in enumerate(boxes, start=1)
+        ],
+    }
+
+
+def random_case(seed: int) -> tuple[dict, dict[int, Detections], list[int]]:
+    """Crowds, tied scores, crowded images, images without boxes, category gaps, classes without boxes."""
+    rng = np.random.default_rng(seed)
+    category_ids = [3, 7, 18, 90]  # 90 has no box
+    image_ids = [900100581904, 581929, 16777217, 16777216, 5, 8]  # float32 cannot tell the middle two apart
+    annotations = file_of([], image_ids, [(90, "d"), (7, "b"), (3, "a"), (18, "c")])
+    detections = {}
+    for image_id in image_ids:
+        boxes, labels = [], []
+        for _ in range(0 if image_id == 5 else rng.integers(4, 15)):
+            w, h = np.exp(rng.uniform(np.log(8), np.log(250), 2))
+            x, y, label = rng.uniform(0, 640 - w), rng.uniform(0, 480 - h), rng.integers(3)
+            annotations["annotations"].append(
+                {
+                    "id": len(annotations["annotations"]) + 1,
+                    "image_id": image_id,
+                    "category_id": category_ids[label],
+                    "bbox": [x, y, w, h],
+                    "area": 0.7 * w * h,  # as a mask's
+                    "iscrowd": int(rng.random() < 0.15),
+                }
+            )
+            for _ in range(rng.integers(0, 4)):
+                boxes.append(np.array([x, y, x + w, y + h]) + rng.normal(0, 0.06, 4) * [w, h, w, h])
+                labels.append(label if rng.random() < 0.9 else rng.integers(4))
+        for _ in range(350 if image_id == 8 else 10):  # over 100 of one class
+            x, y = rng.uniform(0, 400, 2)
+            boxes.append([x, y, *(np.array([x, y]) + rng.uniform(5, 200, 2))])
+            labels.append(rng.integers(4) if image_id != 8 else 1)
+        scores = rng.integers(1, 20, len(boxes)) / 20  # many ties
+        detections[image_id] = found(np.array(boxes), scores, labels)
+    return annotations, detections, category_ids
+
+
+def official(annotations: dict, detections, category_ids, folder, image_ids=None) -> COCOeval:
+    """Two JSON files and pycocotools as its demo uses it; shares nothing with what is tested."""
+    (folder / "gt.json").write_text(json.dumps(annotations))
+    results = []
+    for image_id, (boxes, scores, labels) in detections.items():
+        for box, value, label in zip(boxes.tolist(), scores.tolist(), labels.tolist()):
+            xywh = [box[0], box[1], box[2] - box[0], box[3] - box[1]]
+            results.append(
+                {"image_id": image_id, "category_id": category_ids[label], "bbox": xywh, "score": value}
+            )
+    (folder / "dt.json").write_text(json.dumps(results))
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(folder / "gt.json"))
+        evaluation = COCOeval(truth, truth.loadRes(str(folder / "dt.json")), "bbox")
+        if image_ids is not None:
+            evaluation.params.imgIds = image_ids
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return evaluation
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_numbers_are_pycocotools_own(seed, tmp_path, capsys):
+    case = random_case(seed)
+    metrics = score(*case)
+    assert capsys.readouterr().out == ""
+    expected = official(*case, tmp_path)
+    assert [metrics[name] for name in STATS] == expected.stats.tolist()
+    assert 0.1 < metrics["AP"] < 0.9  # the case is hard, but not hopeless
+    assert all(type(metrics[name]) is float for name in OVERALL)
+    json.dumps(metrics)
+
+
+def test_per_class_is_pycocotools_on_that_class_alone(tmp_path):
+    annotations, detections, category_ids = random_case(11)
+    metrics = score(annotations, detections, category_ids)
+    assert list(metrics["per_class"]) == ["d", "b", "a", "c"]  # as in the file
+    for category in annotations["categories"]:
+        one = [a for a in annotations["annotations"] if a["category_id"] == category["id"]]
+        alone = {**annotations, "categories": [category], "annotations": one}
+        stats = official(alone, detections, category_ids, tmp_path).stats
+        values = metrics["per_class"][category["name"]]
+        assert [values[k] for k in ("AP", "AP50", "AP75", "AR100")] == [stats[i] for i in (0, 1, 2, 8)]
+        assert values["boxes"] == sum(not a["iscrowd"] for a in one)
+    assert metrics["per_class"]["d"] == {"AP": -1.0, "AP50": -1.0, "AP75": -1.0, "AR100": -1.0, "boxes": 0}
+    with_boxes = [values["AP"] for values in metrics["per_class"].values() if values["AP"] >= 0]
+    assert metrics["AP"] == pytest.approx(np.mean(with_boxes), abs=1e-12)
+
+
+def test_only_the_images_of_the_detections_count(tmp_path):
+    annotations, detections, category_ids = random_case(3)
+    subset = {i: detections[i] for i in (581929, 5, 900100581904)}
+    metrics = score(annotations, subset, category_ids)
+    expected = official(annotations, detections, category_ids, tmp_path, image_ids=list(subset))
+    assert [metrics[name] for name in STATS] == expected.stats.tolist()
+    assert metrics["images"] == 3
+    assert metrics["AP"] != score(annotations, detections, category_ids)["AP"]
+    counted = [a for a in annotations["annotations"] if a["image_id"] in subset and not a["iscrowd"]]
+    assert sum(values["boxes"] for values in metrics["per_class"].values()) == len(counted)
+
+
+def test_an_image_without_detections_still_counts_its_boxes():
+    annotations = file_of([(1, 1, (0, 0, 50, 50)), (2, 1, (0, 0, 50, 50))], image_ids=(1, 2))
+    right = found([[0, 0, 50, 50]], [0.9], [0])
+    assert score(annotations, {1: right}, [1])["AR100"] == 1
+    assert score(annotations, {1: right, 2: NOTHING}, [1])["AR100"] == 0.5
+
+
+@pytest.mark.parametrize("first_id", [0, 1])
+def test_ground_truth_as_detections_is_perfect(first_id):
+    # With ids from 0, pycocotools alone would take the match with annotation 0 for a miss.
+    boxes = [(1, 4, (10, 10, 20, 20)), (1, 9, (50, 50, 60, 60)), (900100581904, 4, (0, 0, 200, 150))]
+    annotations = file_of(boxes, image_ids=(1, 900100581904), categories=((4, "a"), (9, "b")))
+    for annotation in annotations["annotations"]:
+        annotation["id"] += first_id - 1
+    detections = {
+        1: found([[10, 10, 30, 30], [50, 50, 110, 110]], [0.9, 0.8], [0, 1]),
+        900100581904: found([[0, 0, 200, 150]], [0.7], [0]),
+    }
+    metrics = score(annotations, detections, [4, 9])
+    assert {name: metrics[name] for name in OVERALL if not name.startswith("AR1")} == pytest.approx(
+        {name: 1.0 for name in OVERALL if not name.startswith("AR1")}
+    )
+    assert metrics["AR100"] == 1
+
+
+@pytest.mark.parametrize(
+    "height, ap, ap80, ap90", [(78, 0.6, 0, 0), (82, 0.7, 1, 0), (87, 0.8, 1, 0), (92, 0.9, 1, 1)]
+)
+def test_one_box_by_hand(height, ap, ap80, ap90):
+    # IoU is height / 100; AP is the share of the thresholds 0.50, 0.55 ... 0.95 that it reaches.
+    annotations = file_of([(1, 1, (20, 30, 100, 100))])
+    metrics = score(annotations, {1: found([[20, 30, 120, 30 + height]], [0.5], [0])}, [1])
+    assert (metrics["AP80"], metrics["AP90"]) == pytest.approx((ap80, ap90))
+    assert metrics["AP"] == pytest.approx(ap)
+    assert metrics["APl"] == pytest.approx(ap)  # area is w * h where the file has none: 100 * 100 > 96^2
+    assert metrics["APs"] == metrics["APm"] == -1
+
+
+def test_no_detections_is_zero_where_there_are_boxes():
+    annotations = file_of([(1, 1, (0, 0, 50, 50))], categories=((1, "cat"), (2, "dog")))
+    metrics = score(annotations, {1: NOTHING}, [1, 2])
+    missing = {"APs", "APl", "ARs", "ARl"}
+    assert {name: metrics[name] for name in OVERALL} == {n: -1.0 if n in missing else 0.0 for n in OVERALL}
+    assert (metrics["per_class"]["cat"]["AP"], metrics["per_class"]["dog"]["AP"]) == (0.0, -1.0)
+
+
+@pytest.mark.parametrize("detections", [{1: found([[0, 0, 9, 9]], [0.5], [0])}, {1: NOTHING}, {}])
+def test_no_ground_truth_is_minus_one(detections):
+    metrics = score(file_of([]), detections, [1])
+    assert {metrics[name] for name in OVERALL} == {-1.0}
+    (line,) = explain_missing(metrics)
+    assert ("no boxes" if detections else "no images") in line
+    assert line in metrics_table(metrics)
+
+
+def test_categories_that_the_file_does_not_have_are_ignored():
+    annotations = file_of([(1, 5, (0, 0, 50, 50))], categories=((5, "cat"),))
+    both = found([[0, 0, 50, 50], [0, 0, 50, 50]], [0.5, 0.9], [1, 0])
+    metrics = score(annotations, {1: both}, [2, 5, 77])
+    assert metrics["AP"] == pytest.approx(1)
+    assert list(metrics["per_class"]) == ["cat"]
+
+
+def test_categories_of_one_name_are_both_shown():
+    annotations = file_of([(1, 1, (0, 0, 50, 50))], categories=((0, "cell"), (1, "cell"), (2, "dog")))
+    metrics = score(annotations, {1: NOTHING}, [0, 1, 2])
+    assert [(n, v["boxes"]) for n, v in metrics["per_class"].items()] == [
+        ("cell (id 0)", 0),
+        ("cell (id 1)", 1),
+        ("dog", 0),
+    ]
+
+
+def test_unknown_image_is_the_users_slip():
+    with pytest.raises(UserError, match=r"1 image.*not in the annotation file.*581929"):
+        score(file_of([]), {1: NOTHING, 581929: NOTHING}, [1])
+
+
+@pytest.mark.parametrize("box, value", [([0, 0, float("nan"), 9], 0.5), ([0, 0, 9, 9], float("inf"))])
+def test_detections_that_are_not_finite_are_refused(box, value):
+    # pycocotools would count the first as a match of any box.
+    with pytest.raises(FloatingPointError, match="image id 1"):
+        score(file_of([(1, 1, (200, 200, 50, 50))]), {1: found([box], [value], [0])}, [1])
+
+
+def test_input_is_not_modified():
+    annotations, detections, category_ids = random_case(5)
+    for annotation in annotations["annotations"][::2]:
+        del annotation["area"], annotation["iscrowd"]
+    before = copy.deepcopy((annotations, detections))
+    first = score(annotations, detections, category_ids)
+    assert annotations == before[0]
+    for image_id, kept in before[1].items():
+        assert all(torch.equal(a, b) for a, b in zip(kept, detections[image_id]))
+    assert score(annotations, detections, category_ids) == first
+
+
+def test_results_file():
+    detections = {
+        900100581904: found([[1.23456, 2, 11.5, 22]], [0.123456], [1]),
+        581929: found([[0, 0, 5, 6], [1, 1, 2, 2]], [0.9, 0.8], [0, 1]),
+    }
+    results = coco_results(detections, [3, 90])
+    assert results == json.loads(json.dumps(results))
+    assert results == [
+        {"image_id": 581929, "category_id": 3, "bbox": [0, 0, 5, 6], "score": 0.9},
+        {"image_id": 581929, "category_id": 90, "bbox": [1, 1, 1, 1], "score": 0.8},
+        {"image_id": 900100581904, "category_id": 90, "bbox": [1.235, 2, 10.265, 20], "score": 0.12346},
+    ]
+
+
+def test_table_by_eye():
+    categories = [(1, "a"), (2, "traffic light"), (3, "c")]
+    annotations = file_of([(1, 1, (0, 0, 50, 50)), (1, 2, (90, 90, 50, 50))], categories=categories)
+    detections = {1: found([[0, 0, 50, 50], [90, 90, 140, 130]], [0.9, 0.8], [0, 1])}  # IoU 1 and 0.8
+    metrics = score(annotations, detections, [1, 2, 3])
+    head, *table = metrics_table(metrics).splitlines()
+    assert head.startswith("1 images, pycocotools 2.") and head.endswith("in percent")
+    assert table == [
+        "",
+        "     AP   AP50   AP75   AP80   AP90    APs    APm    APl",
+        "   85.0  100.0  100.0  100.0   50.0      -   85.0      -",
+        "    AR1   AR10  AR100    ARs    ARm    ARl",
+        "   85.0   85.0   85.0      -   85.0      -",
+        "",
+        "APs and ARs are -1: the validation set has no small boxes (area < 32^2 px)",
+        "APl and ARl are -1: the validation set has no large boxes (area > 96^2 px)",
+        "AP of a class is -1, and not in the mean: the validation set has no boxes of c",
+    ]
+    assert per_class_table(metrics).splitlines() == [
+        "class            boxes     AP   AP50   AP75",
+        "a                    1  100.0  100.0  100.0",
+        "traffic light        1   70.0  100.0  100.0",
+        "c                    0      -      -      -",
+    ]
+
+
+def test_table_of_eighty_classes():
+    categories = [(i, f"class {i}") for i in range(1, 81)]
+    boxes = [(1, 1, (0, 0, 10, 10)), (1, 1, (0, 0, 50, 50)), (1, 1, (0, 0, 100, 100))]
+    metrics = score(file_of(boxes, categories=categories), {1: NOTHING}, list(range(1, 81)))
+    lines = per_class_table(metrics).splitlines()
+    assert len(lines) == 81 and len({len(line) for line in lines}) == 1
+    (line,) = explain_missing(metrics)
+    assert line.endswith("no boxes of class 2, class 3, class 4, class 5, class 6 and 74 more")

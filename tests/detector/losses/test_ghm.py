@@ -1,0 +1,247 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import distributed as dist
+
+from detector.losses import GHMC, GHMR
+from detector.losses.ghm import count_regions
+
+
+class Oracle:
+    """Harmonized mean of (gradient norm, loss) pairs in float64, straight from the formulas, a loop per bin."""
+
+    def __init__(self, bins, momentum, normalizer="valid_bins", corrected=True):
+        self.bins, self.momentum, self.normalizer, self.corrected = bins, momentum, normalizer, corrected
+        self.average, self.updates = [0.0] * bins, 0
+
+    def __call__(self, norms, values):
+        where = [min(int(g * self.bins), self.bins - 1) for g in norms]
+        counts = [where.count(j) for j in range(self.bins)]
+        if not norms:
+            return 0.0
+        self.updates += 1
+        a = self.momentum
+        self.average = [a * s + (1 - a) * r for s, r in zip(self.average, counts)]
+        start = 1 - a**self.updates if self.corrected else 1
+        divisor = sum(r > 0 for r in counts) if self.normalizer == "valid_bins" else self.bins
+        total = 0.0
+        for j, s in enumerate(self.average):
+            members = [v for v, k in zip(values, where) if k == j]
+            if members:
+                beta = len(norms) / (s / start * divisor)
+                total += beta * math.fsum(members)
+        return total / len(norms)
+
+
+def cell_pairs(logits, labels, valid, one_hot):
+    targets = one_hot(labels, logits.shape[1])[valid]
+    norms = (logits[valid].sigmoid() - targets).abs()
+    values = F.binary_cross_entropy_with_logits(logits[valid], targets, reduction="none")
+    return norms.flatten().tolist(), values.flatten().tolist()
+
+
+def box_pairs(deltas, targets, mu=0.02):
+    d = (deltas - targets).flatten()
+    length = (d * d + mu * mu).sqrt()
+    return (d.abs() / length).tolist(), (length - mu).tolist()
+
+
+def uniform_cells(bins=10, each=4):
+    """Background logits whose gradient norms fill every bin equally."""
+    norms = (torch.arange(bins * each, dtype=torch.float64) + 0.5) / (bins * each)
+    return norms.logit()[:, None], torch.ones(len(norms), dtype=torch.int64), torch.ones(len(norms), dtype=torch.bool)
+
+
+SETTINGS = [
+    {"bins": 30, "momentum": 0.0},
+    {"bins": 30, "momentum": 0.75},
+    {"bins": 7, "momentum": 0.9, "normalizer": "all_bins"},
+    {"bins": 10, "momentum": 0.7, "corrected": False},
+    {"bins": 1, "momentum": 0.5, "normalizer": "all_bins", "corrected": False},
+]
+
+
+@pytest.mark.parametrize("options", SETTINGS, ids=str)
+def test_ghm_c_is_the_loop_over_bins(options, cells, one_hot):
+    loss, oracle = GHMC(**options), Oracle(**options)
+    for step in range(5):
+        logits, labels, valid, num_pos = cells(rows=30 + 10 * step, seed=step, spread=1.0 + step)
+        expected = oracle(*cell_pairs(logits, labels, valid, one_hot))
+        assert loss(logits, labels, valid, num_pos).item() == pytest.approx(expected, rel=1e-6)
+    assert loss.average.tolist() == pytest.approx(oracle.average, rel=1e-6)
+    assert loss.updates == oracle.updates
+
+
+@pytest.mark.parametrize("options", SETTINGS, ids=str)
+def test_ghm_r_is_the_loop_over_bins(options, boxes):
+    loss, oracle = GHMR(**options), Oracle(**options)
+    for step, rows in enumerate([20, 5, 0, 40]):
+        deltas, targets, num_pos = boxes(rows=rows, seed=step, spread=0.02 * (1 + step))
+        expected = oracle(*box_pairs(deltas, targets))
+        assert loss(deltas, targets, num_pos).item() == pytest.approx(expected, rel=1e-6)
+    assert loss.average.tolist() == pytest.approx(oracle.average, rel=1e-6)
+    assert loss.updates == 3  # the step without boxes is none
+
+
+def test_beta_is_constant_for_the_backward_pass(cells):
+    logits, labels, valid, num_pos = cells()
+    logits.requires_grad_()
+    loss = GHMC(bins=4, momentum=0.0)
+    loss(logits, labels, valid, num_pos).backward()
+    z = torch.where(F.one_hot(labels, 6)[:, :5].bool(), -logits, logits).detach()
+    held = loss.shares(z.sigmoid(), valid)
+    torch.testing.assert_close(logits.grad.abs(), held * z.sigmoid())
+
+
+@pytest.mark.parametrize("normalizer", ["valid_bins", "all_bins"])
+def test_one_bin_without_momentum_is_mean_cross_entropy(normalizer, cells, one_hot):
+    logits, labels, valid, num_pos = cells()
+    mean = F.binary_cross_entropy_with_logits(logits[valid], one_hot(labels, 5)[valid])
+    value = GHMC(bins=1, momentum=0.0, normalizer=normalizer)(logits, labels, valid, num_pos)
+    torch.testing.assert_close(value, mean, rtol=1e-6, atol=0)
+
+
+def test_uniform_gradient_norms_weigh_one():
+    logits, labels, valid = uniform_cells()
+    loss = GHMC(bins=10, momentum=0.0, normalizer="all_bins")
+    beta = loss.shares(logits.sigmoid(), valid) * len(logits)
+    torch.testing.assert_close(beta, torch.ones_like(beta))
+    torch.testing.assert_close(loss(logits, labels, valid, 1), F.softplus(logits).mean(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("normalizer", ["valid_bins", "all_bins"])
+def test_each_bin_with_examples_weighs_the_same(normalizer, cells):
+    logits, _, valid, _ = cells(rows=100)
+    norms = logits.sigmoid()
+    share = GHMC(bins=12, momentum=0.0, normalizer=normalizer).shares(norms, valid)
+    region = (norms * 12).long()
+    totals = [float(share[(region == j) & valid[:, None]].sum()) for j in range(12)]
+    totals = [total for total in totals if total > 0]
+    assert totals == pytest.approx([1 / (len(totals) if normalizer == "valid_bins" else 12)] * len(totals))
+    assert (share[~valid] == 0).all()
+
+
+@pytest.mark.parametrize("momentum", [0.75, 0.99, 0.999999])
+def test_first_step_has_no_memory(momentum, cells):
+    torch.testing.assert_close(GHMC(momentum=momentum)(*cells()), GHMC(momentum=0.0)(*cells()), rtol=1e-6, atol=0)
+
+
+def test_uncorrected_start_is_too_large_by_what_momentum_withholds(cells):
+    torch.testing.assert_close(GHMC(momentum=0.75, corrected=False)(*cells()), 4 * GHMC(momentum=0.0)(*cells()))
+
+
+def test_high_momentum_stays_finite(cells):
+    loss = GHMC(momentum=0.99)
+    values = torch.stack([loss(*cells(seed=step, spread=0.5 + step)) for step in range(20)])
+    assert values.isfinite().all() and (values < 100).all()
+
+
+def test_evaluation_sees_the_batch_and_keeps_nothing(cells):
+    loss = GHMC()
+    loss(*cells(seed=0))
+    before = {name: buffer.clone() for name, buffer in loss.state_dict().items()}
+    evaluated = loss.eval()(*cells(seed=1))
+    assert all(torch.equal(buffer, before[name]) for name, buffer in loss.state_dict().items())
+    assert torch.equal(evaluated, loss.train()(*cells(seed=1)))  # the loss that training would have seen
+    assert loss.updates == 2
+
+
+def test_evaluation_before_training_is_defined(cells, boxes):
+    torch.testing.assert_close(GHMC().eval()(*cells()), GHMC(momentum=0.0)(*cells()))
+    assert GHMR().eval()(*boxes(rows=0)) == 0
+
+
+@pytest.mark.parametrize("make, batch", [(GHMC, "cells"), (GHMR, "boxes")])
+def test_resumed_state_continues_bit_for_bit(make, batch, request, tmp_path):
+    batch = request.getfixturevalue(batch)
+    loss = make()
+    for step in range(3):
+        loss(*batch(seed=step))
+    torch.save(loss.state_dict(), tmp_path / "loss.pt")
+    resumed = make()
+    resumed.load_state_dict(torch.load(tmp_path / "loss.pt", weights_only=True))
+    for step in range(3, 6):
+        assert torch.equal(loss(*batch(seed=step)), resumed(*batch(seed=step)))
+    assert torch.equal(loss.average, resumed.average)
+
+
+@pytest.mark.parametrize("options", SETTINGS, ids=str)
+def test_state_has_the_same_names_whatever_the_settings(options):
+    assert list(GHMC(**options).state_dict()) == list(GHMR(**options).state_dict()) == ["average", "updates"]
+
+
+def test_counts_are_exact_beyond_float32():
+    rows, columns = 2381, 7141  # 17,002,721 cells, odd and past 2^24
+    region = torch.zeros((), dtype=torch.int64).expand(rows, columns)
+    assert count_regions(region, 2).tolist() == [rows * columns, 0]
+
+
+def test_gradient_norm_one_falls_in_the_last_bin():
+    loss = GHMC(bins=10, momentum=0.0)
+    loss(torch.tensor([[100.0], [-100.0]]), torch.tensor([1, 1]), torch.tensor([True, True]), 1)
+    assert loss.average.tolist() == [1.0] + [0.0] * 8 + [1.0]
+
+
+def test_nan_logits_give_a_nan_loss_and_a_sound_state():
+    loss = GHMC()
+    logits, valid = torch.tensor([[torch.nan], [1.0]]), torch.tensor([True, True])
+    assert loss(logits, torch.tensor([1, 1]), valid, 1).isnan()  # seen by whoever watches the loss
+    assert loss.average.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"bins": 0}, {"momentum": 1.0}, {"momentum": -0.1}, {"momentum": float("nan")}, {"normalizer": "bins"}],
+    ids=str,
+)
+def test_refuses_impossible_settings(options):
+    for make in (GHMC, GHMR):
+        with pytest.raises(ValueError, match=rf"{make.__name__}: {next(iter(options))}"):
+            make(**options)
+    with pytest.raises(ValueError, match="mu"):
+        GHMR(mu=0.0)
+
+
+def three_steps(batches):
+    """Losses, gradients of the first input, and final state of GHMC and GHMR over (cells, boxes) batches."""
+    class_loss, box_loss = GHMC(), GHMR()
+    out = []
+    for cell_batch, box_batch in batches:
+        for loss, (x, *rest) in ((class_loss, cell_batch), (box_loss, box_batch)):
+            x = x.clone().requires_grad_()
+            value = loss(x, *rest)
+            value.backward()
+            out.append((value.detach(), x.grad))
+    return out, [class_loss.state_dict(), box_loss.state_dict()]
+
+
+def process(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.save(three_steps(torch.load(folder / f"batches{rank}.pt")), folder / f"out{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_equal_one_on_the_joined_batch(cells, boxes, tmp_path):
+    joined = [(cells(seed=s), boxes(rows=20, seed=s)) for s in range(3)]
+    for rank, part in enumerate([slice(None, 12), slice(12, None)]):
+        # Process 0 has no box at all in the second step.
+        shares = [slice(None, 7), slice(None, 0), slice(None, 7)]
+        shares = shares if rank == 0 else [slice(s.stop, None) for s in shares]
+        batches = [
+            ((*(t[part] for t in c[:3]), c[3]), (*(t[share] for t in b[:2]), b[2]))
+            for (c, b), share in zip(joined, shares)
+        ]
+        torch.save(batches, tmp_path / f"batches{rank}.pt")
+    torch.multiprocessing.spawn(process, args=(tmp_path,), nprocs=2)
+
+    expected, state = three_steps(joined)
+    (first, first_state), (second, second_state) = (torch.load(tmp_path / f"out{rank}.pt") for rank in range(2))
+    for (value, grad), (value0, grad0), (value1, grad1) in zip(expected, first, second):
+        torch.testing.assert_close(value0 + value1, value)
+        torch.testing.assert_close(torch.cat([grad0, grad1]), grad)
+    for one, two, alone in zip(first_state, second_state, state):
+        for name in alone:
+            assert torch.equal(one[name], two[name]) and torch.equal(one[name], alone[name])

@@ -1,0 +1,248 @@
+"""What every class loss, and every box loss, must obey."""
+
+import inspect
+
+import pytest
+import torch
+
+from detector import losses
+from detector.losses import ASL1, GHMC, GHMR, L1, OHEM, CrossEntropy, Focal, SmoothL1
+
+CLASS_LOSSES = {
+    "ce": CrossEntropy,
+    "ce_balanced": lambda: CrossEntropy(alpha=0.25),
+    "ohem": OHEM,
+    "ohem_top_k": lambda: OHEM(top_k=17),
+    "focal": Focal,
+    "focal_gamma_half": lambda: Focal(gamma=0.5),
+    "ghm_c": GHMC,
+    "ghm_c_all_bins": lambda: GHMC(momentum=0.0, normalizer="all_bins"),
+}
+BOX_LOSSES = {
+    "l1": L1,
+    "smooth_l1": SmoothL1,
+    "asl1": ASL1,
+    "ghm_r": GHMR,
+    "ghm_r_all_bins": lambda: GHMR(momentum=0.0, normalizer="all_bins"),
+}
+class_losses = pytest.mark.parametrize("make", CLASS_LOSSES.values(), ids=CLASS_LOSSES)
+box_losses = pytest.mark.parametrize("make", BOX_LOSSES.values(), ids=BOX_LOSSES)
+halves = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+
+
+def value_and_grad(loss, x, *rest):
+    x = x.clone().requires_grad_()
+    value = loss(x, *rest)
+    value.backward()
+    return value.detach(), x.grad
+
+
+# ---- class losses
+
+
+@class_losses
+def test_ignored_rows_change_nothing(make, cells):
+    logits, labels, valid, num_pos = cells()
+    dirty, strange = logits.clone(), labels.clone()
+    dirty[~valid] = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e4, 0.0], dtype=logits.dtype)
+    strange[~valid] = torch.tensor([-1, 0, 999]).repeat(len(labels))[: (~valid).sum()]
+    everything = torch.ones(int(valid.sum()), dtype=torch.bool)
+
+    first, second = make(), make()
+    value, grad = value_and_grad(first, dirty, strange, valid, num_pos)
+    without, without_grad = value_and_grad(second, logits[valid], labels[valid], everything, num_pos)
+
+    torch.testing.assert_close(value, without)
+    torch.testing.assert_close(grad[valid], without_grad)
+    assert (grad[~valid] == 0).all()
+    for name, buffer in first.state_dict().items():
+        assert torch.equal(buffer, second.state_dict()[name]), name
+
+
+@class_losses
+@pytest.mark.parametrize("rows, share_valid", [(0, 1), (6, 0)], ids=["no rows", "all ignored"])
+def test_nothing_to_learn_from_is_zero_with_a_gradient(make, rows, share_valid):
+    valid = torch.full((rows,), bool(share_valid))
+    labels = torch.zeros(rows, dtype=torch.int64)
+    value, grad = value_and_grad(make(), torch.randn(rows, 3), labels, valid, 1)
+    assert value == 0
+    assert grad.shape == (rows, 3) and (grad == 0).all()
+
+
+@class_losses
+def test_without_positives_negatives_still_teach(make, cells):
+    logits, labels, valid, _ = cells()
+    value, grad = value_and_grad(make(), logits, torch.full_like(labels, 5), valid, 1)
+    assert value.isfinite() and value > 0
+    assert grad.isfinite().all() and (grad > 0).any() and (grad >= 0).all()
+
+
+@class_losses
+def test_one_class(make, cells):
+    value, grad = value_and_grad(make(), *cells(classes=1))
+    assert value.isfinite() and value > 0 and (grad != 0).any()
+
+
+@class_losses
+def test_descent_direction_raises_the_truth(make, cells, one_hot):
+    logits, labels, valid, num_pos = cells(spread=1.0)
+    _, grad = value_and_grad(make(), logits, labels, valid, num_pos)
+    positive = one_hot(labels, 5).bool() & valid[:, None]
+    assert (grad[positive] <= 0).all() and (grad[~positive] >= 0).all()
+    assert (grad[positive] < 0).any() and (grad[~positive] > 0).any()
+
+
+@class_losses
+def test_gradcheck(make, cells):
+    logits, labels, valid, num_pos = cells(rows=8, classes=3)
+    loss = make().eval()  # in evaluation beta is the same function of the logits at every call
+    assert torch.autograd.gradcheck(lambda x: loss(x, labels, valid, num_pos), logits.requires_grad_())
+
+
+@class_losses
+@pytest.mark.parametrize("size", [50.0, 200.0, 1e4])
+def test_extreme_logits_give_finite_value_and_gradient(make, size):
+    logits = torch.tensor([[size, -size, 0.0], [-size, size, 0.0], [0.0, size, -size]])
+    value, grad = value_and_grad(make(), logits, torch.tensor([0, 0, 3]), torch.ones(3, dtype=torch.bool), 2)
+    assert value.isfinite() and value > 0
+    assert grad.isfinite().all()
+
+
+@class_losses
+@halves
+def test_half_precision_logits_give_the_float32_loss(make, cells, dtype):
+    logits, labels, valid, num_pos = cells(rows=20_000, spread=1.0)  # 100,000 cells: more than float16 can count
+    rounded = logits.to(dtype)
+    value, grad = value_and_grad(make(), rounded, labels, valid, num_pos)
+    exact, exact_grad = value_and_grad(make(), rounded.float(), labels, valid, num_pos)
+    assert value.dtype == torch.float32 and grad.dtype == dtype
+    assert torch.equal(value, exact)
+    torch.testing.assert_close(grad, exact_grad.to(dtype))
+    unrounded = make()(logits, labels, valid, num_pos)
+    torch.testing.assert_close(value.double(), unrounded, rtol=float(torch.finfo(dtype).eps), atol=0)
+
+
+@pytest.mark.parametrize("name", sorted(CLASS_LOSSES.keys() - {"ohem_top_k"}))  # top_k is no mean
+def test_doubling_the_batch_changes_nothing(name, cells):
+    make = CLASS_LOSSES[name]
+    logits, labels, valid, num_pos = cells()
+    once = make()(logits, labels, valid, num_pos)
+    twice = make()(logits.repeat(2, 1), labels.repeat(2), valid.repeat(2), 2 * num_pos)
+    torch.testing.assert_close(once, twice, rtol=1e-6, atol=0)
+
+
+@class_losses
+def test_order_of_rows_does_not_matter(make, cells):
+    logits, labels, valid, num_pos = cells()
+    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(1))
+    value = make()(logits, labels, valid, num_pos)
+    other = make()(logits[shuffled], labels[shuffled], valid[shuffled], num_pos)
+    torch.testing.assert_close(value, other)
+
+
+@class_losses
+def test_num_pos_may_be_a_number(make, cells):
+    logits, labels, valid, num_pos = cells()
+    assert make()(logits, labels, valid, num_pos) == make()(logits, labels, valid, int(num_pos))
+
+
+@class_losses
+def test_nothing_waits_for_the_device(make):
+    # Meta tensors have no data: .item(), a branch on a value, nonzero and boolean-mask indexing raise on them.
+    with torch.device("meta"):
+        logits = torch.empty(7, 3, requires_grad=True)
+        labels, valid = torch.empty(7, dtype=torch.int64), torch.empty(7, dtype=torch.bool)
+        make()(logits, labels, valid, torch.empty(())).backward()
+    assert logits.grad.shape == (7, 3)
+
+
+# ---- box losses
+
+
+@box_losses
+def test_no_boxes_is_zero_with_a_gradient(make):
+    value, grad = value_and_grad(make(), torch.zeros(0, 4), torch.zeros(0, 4), 1)
+    assert value == 0
+    assert grad.shape == (0, 4)
+
+
+@box_losses
+def test_perfect_boxes_cost_nothing(make):
+    targets = torch.randn(5, 4)
+    value, grad = value_and_grad(make(), targets, targets, 5)
+    assert value == 0
+    assert (grad == 0).all()
+
+
+@box_losses
+def test_overshooting_costs_as_much_as_undershooting(make, boxes):
+    deltas, targets, num_pos = boxes()
+    torch.testing.assert_close(make()(deltas, targets, num_pos), make()(targets, deltas, num_pos))
+
+
+@box_losses
+def test_box_gradcheck(make, boxes):
+    deltas, targets, num_pos = boxes(rows=6)
+    loss = make().eval()
+    assert torch.autograd.gradcheck(lambda x: loss(x, targets, num_pos), deltas.requires_grad_())
+
+
+@box_losses
+@pytest.mark.parametrize("size", [1e-30, 50.0, 1e20])
+def test_extreme_boxes_give_finite_value_and_gradient(make, size):
+    deltas = torch.tensor([[size, -size, 0.0, 1.0]])
+    value, grad = value_and_grad(make(), deltas, torch.zeros(1, 4), 1)
+    assert value.isfinite() and value > 0
+    assert grad.isfinite().all()
+    assert grad[0, 0] >= 0 >= grad[0, 1]
+
+
+@box_losses
+@halves
+def test_half_precision_deltas_give_the_float32_loss(make, boxes, dtype):
+    deltas, targets, num_pos = boxes(rows=20_000)
+    rounded, targets = deltas.to(dtype), targets.float()
+    value = make()(rounded, targets, num_pos)
+    assert value.dtype == torch.float32
+    assert torch.equal(value, make()(rounded.float(), targets, num_pos))
+    torch.testing.assert_close(value, make()(deltas.float(), targets, num_pos), rtol=1e-3, atol=0)
+
+
+@box_losses
+def test_doubling_the_boxes_changes_nothing(make, boxes):
+    deltas, targets, num_pos = boxes()
+    once = make()(deltas, targets, num_pos)
+    twice = make()(deltas.repeat(2, 1), targets.repeat(2, 1), 2 * num_pos)
+    torch.testing.assert_close(once, twice, rtol=1e-6, atol=0)
+
+
+@box_losses
+def test_no_box_loss_waits_for_the_device(make):
+    with torch.device("meta"):
+        deltas = torch.empty(7, 4, requires_grad=True)
+        make()(deltas, torch.empty(7, 4), torch.empty(())).backward()
+    assert deltas.grad.shape == (7, 4)
+
+
+# ---- both
+
+
+@pytest.mark.parametrize("name", losses.__all__)
+def test_every_option_has_a_type_and_a_default(name):
+    parameters = inspect.signature(getattr(losses, name)).parameters.values()
+    assert all(p.annotation is not p.empty and p.default is not p.empty for p in parameters)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_no_loss_synchronises_on_cuda(cells, boxes):
+    class_batch = [t.cuda() for t in cells(rows=1000)]
+    box_batch = [t.cuda() for t in boxes(rows=1000)]
+    parts = [(make().cuda(), class_batch) for make in CLASS_LOSSES.values()]
+    parts += [(make().cuda(), box_batch) for make in BOX_LOSSES.values()]
+    for loss, (x, *rest) in parts:
+        x = x.float().requires_grad_()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            loss(x, *rest).backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,191 @@
+"""Train a RetinaNet: python train.py --config configs/demo/focal.yaml [--set solver.lr=0.02 ...] [--resume]"""
+
+import argparse
+import json
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+from torchvision.io import write_png
+
+from data.coco import CocoDataset
+from data.coco_eval import metrics_table, score
+from data.draw import contact_sheet, validation_pictures
+from data.loader import eval_loader, train_loader
+from data.transforms import EvalTransform, TrainTransform
+from detector import assemble, checkpoint, config, distributed
+from detector.config import Config
+from detector.engine import predict, train_one_epoch
+from detector.errors import UserError, run_main
+from detector.logger import Logger
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train a RetinaNet with the losses that a YAML file names.")
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML with what differs from the defaults")
+    parser.add_argument("--set", nargs="+", action="extend", metavar="KEY=VALUE", help="one-off options on top")
+    parser.add_argument("--resume", action="store_true", help="go on from the run folder's last.pt, if there is one")
+    args = parser.parse_args()
+    cfg = assemble.configure(args.config, args.set)
+    device = distributed.setup(pick_device(cfg.device))
+    try:
+        train(cfg, device, resume=args.resume)
+    finally:
+        distributed.shutdown()
+
+
+def train(cfg: Config, device: torch.device, *, resume: bool = False) -> dict:
+    """Train as `cfg` says, into the folder `cfg.folder`; returns the metrics of the last evaluation."""
+    seed_everything(cfg.seed)
+    train_set, val_set = build_datasets(cfg)
+    batches = train_loader(train_set, assemble.images_per_process(cfg), **loader_options(cfg, device), seed=cfg.seed)
+    val_batches = eval_loader(val_set, evaluation_batch(cfg), **loader_options(cfg, device))
+
+    model = assemble.build_model(cfg, num_classes=len(train_set.category_ids))
+    weights = checkpoint.load_initial_weights(model, cfg)
+    model.to(device, memory_format=torch.channels_last if cfg.channels_last else torch.contiguous_format)
+    criterion = assemble.build_criterion(cfg).to(device)
+    solver = assemble.build_solver(cfg, model, steps_per_epoch=len(batches))
+    postprocess = assemble.build_postprocess(cfg)
+
+    last = open_folder(cfg, resume)
+    kept = {"best": float("-inf"), "seconds_per_step": None}
+    if last:
+        kept = checkpoint.resume(checkpoint.read(last), last, solver, criterion)
+    logger = Logger(cfg.folder, cfg.tensorboard.every, solver.step_count, kept["seconds_per_step"])
+    logger.config(config.dump(cfg), flat(cfg.model_dump(mode="json")))
+    logger.say(f"run: {cfg.folder} on {device}, {cfg.precision}" + (f", from step {solver.step_count}" if last else ""))
+    logger.say(f"train: {train_set.summary()}\nval: {val_set.summary()}")
+    logger.say(f"{cfg.model.backbone}: {checkpoint.describe_size(model)}, {weights}\n{solver.describe()}")
+
+    replica = distributed.replicate(model, device)
+    best, metrics = kept["best"], {}
+    while not solver.done or not metrics:
+        epoch, batch = divmod(solver.step_count, len(batches))
+        if not solver.done:
+            batches.batch_sampler.set_position(epoch, batch)
+            train_one_epoch(replica, criterion, batches, solver, logger, device)
+        finished = -(-solver.step_count // len(batches))
+        if solver.done or finished % cfg.evaluation.every == 0:
+            detections = predict(solver.evaluated_model, val_batches, postprocess, device, solver.precision)
+            metrics = score(val_set.annotations, detections, val_set.category_ids)
+            metrics |= {"step": solver.step_count, "epoch": finished, "seconds_per_step": logger.seconds_per_step}
+            if distributed.is_main():
+                report(cfg, metrics, val_set, detections, logger)
+        if distributed.is_main():
+            improved = bool(metrics) and metrics["step"] == solver.step_count and metrics["AP"] > best
+            best = max(best, metrics["AP"]) if improved else best
+            for name in ("last.pt", "best.pt")[: 1 + improved]:
+                checkpoint.save(
+                    cfg.folder / name,
+                    cfg,
+                    solver,
+                    criterion,
+                    category_ids=train_set.category_ids,
+                    class_names=train_set.class_names,
+                    best=best,
+                    seconds_per_step=logger.seconds_per_step,
+                )
+        distributed.barrier()
+    logger.close()
+    logger.say(metrics_table(metrics))
+    logger.say(f"in {cfg.folder}: last.pt, best.pt, metrics.json, detections.png; tensorboard --logdir {cfg.output}")
+    return metrics
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is a GPU, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device: {name!r} cannot be used here ({str(error).splitlines()[0]}); try auto") from None
+    return device
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def build_datasets(cfg: Config) -> tuple[CocoDataset, CocoDataset]:
+    """Training and validation set; the training set says which classes there are."""
+    for split in ("train", "val"):
+        for key, value in getattr(cfg.data, split):
+            if not value:
+                raise UserError(f"data.{split}.{key}: not set; name it in the config or by --set data.{split}.{key}=...")
+    size = (cfg.data.short_side, cfg.data.long_side)
+    augment = TrainTransform(
+        *size,
+        horizontal_flip=cfg.data.horizontal_flip,
+        vertical_flip=cfg.data.vertical_flip,
+        scale_jitter=cfg.data.scale_jitter,
+        strong=cfg.data.strong,
+    )
+    train_set = CocoDataset(cfg.data.train.annotations, cfg.data.train.images, augment)
+    val = cfg.data.val
+    val_set = CocoDataset(val.annotations, val.images, EvalTransform(*size), category_ids=train_set.category_ids)
+    return train_set, val_set
+
+
+def loader_options(cfg: Config, device: torch.device) -> dict:
+    return {
+        "workers": cfg.data.workers,
+        "pin_memory": device.type == "cuda",
+        "rank": distributed.rank(),
+        "world_size": distributed.world_size(),
+    }
+
+
+def evaluation_batch(cfg: Config) -> int:
+    return cfg.evaluation.batch_size or max(1, assemble.images_per_process(cfg) // cfg.solver.accumulate)
+
+
+def open_folder(cfg: Config, resume: bool) -> Path | None:
+    """Make the run folder and write its config; the checkpoint to go on from, if any."""
+    last = cfg.folder / "last.pt"
+    if last.exists() and not resume:
+        raise UserError(f"{cfg.folder} already holds a run: go on with --resume, or give another name by --set run=NAME")
+    if distributed.is_main():
+        try:
+            cfg.folder.mkdir(parents=True, exist_ok=True)
+            (cfg.folder / "config.yaml").write_text(config.dump(cfg), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"output: the run folder {cfg.folder} cannot be written ({error.strerror})") from None
+    distributed.barrier()
+    return last if last.exists() else None
+
+
+def report(cfg: Config, metrics: dict, val_set: CocoDataset, detections: dict, logger: Logger) -> None:
+    """An evaluation as a line, as metrics.json, in TensorBoard and as detections.png."""
+    beside = cfg.folder / "metrics.json.tmp"
+    beside.write_text(json.dumps(metrics, indent=1), encoding="utf-8")
+    os.replace(beside, cfg.folder / "metrics.json")
+    logger.metrics(metrics, metrics["step"])
+    numbers = ", ".join(f"{name} {metrics[name]:.3f}" for name in ("AP", "AP50", "AP75", "APs", "APm", "APl"))
+    logger.say(f"epoch {metrics['epoch']}, step {metrics['step']}: {numbers}")
+    pictures = list(validation_pictures(val_set, detections, cfg.tensorboard.images))
+    for index, picture in enumerate(pictures):
+        logger.image(f"validation/{index}", picture, metrics["step"])
+    if pictures:
+        write_png(contact_sheet(pictures), str(cfg.folder / "detections.png"))
+
+
+def flat(values: dict, prefix: str = "") -> dict[str, str | int | float | bool]:
+    """Nested options under dotted keys; what TensorBoard cannot hold as text."""
+    result = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            result |= flat(value, f"{prefix}{key}.")
+        else:
+            result[prefix + key] = value if isinstance(value, (str, int, float, bool)) else str(value)
+    return result
+
+
+if __name__ == "__main__":
+    run_main(main)
