@@ -1,22 +1,20 @@
 """From a COCO annotation file and a folder of images to samples: the border where formats are converted.
 
-Outside: boxes x, y, width, height; category ids with gaps; images of any kind. Inside: boxes x1, y1, x2, y2;
-labels 0..C-1; RGB of 8 bits. Whatever is wrong with the files is found here and told in one line.
+Outside: boxes x, y, width, height; category ids with gaps. Inside: boxes x1, y1, x2, y2; labels 0..C-1.
+Whatever is wrong with the file is found here and told in one line.
 """
 
-import io
 import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path, PureWindowsPath
 
-import cv2
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from data.images import read_image
 from detector.errors import UserError
 from detector.structures import Target
 
@@ -245,65 +243,3 @@ def _list_files(folder: Path) -> set[str]:
             return {entry.name for entry in entries}
     except OSError as error:
         raise UserError(f"{folder}: cannot read the image folder ({error.strerror}); correct its path") from None
-
-
-# ---------------------------------------------------------------------------------------------------- images
-
-ORIENTATION = 0x0112  # the EXIF tag
-# What undoes each value of the tag; image (h, w, 3).
-UPRIGHT = {
-    2: lambda image: image[:, ::-1],
-    3: lambda image: image[::-1, ::-1],
-    4: lambda image: image[::-1],
-    5: lambda image: image.transpose(1, 0, 2),
-    6: lambda image: np.rot90(image, -1),
-    7: lambda image: image[::-1, ::-1].transpose(1, 0, 2),
-    8: lambda image: np.rot90(image),
-}
-# Complete files of these formats end so; OpenCV would fill up the rest of a truncated one with gray.
-END_MARK = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
-
-
-def read_image(path: str | Path, size: tuple[int, int] | None = None) -> np.ndarray:
-    """An image file as (h, w, 3) uint8 RGB; alpha is dropped, 16 bits become the upper 8.
-
-    `size` is the (height, width) of its record, which says in which frame the boxes are: if that is the stored
-    one and not the one that the EXIF orientation asks for, the image is not turned. Raises UserError for a file
-    that cannot be decoded, has another size, or more pixels than PIL allows (179 million).
-    """
-    try:
-        data = Path(path).read_bytes()
-        with Image.open(io.BytesIO(data)) as file:
-            image = _decode(file, data)
-            # Asked after decoding: PIL turns a TIFF itself and then takes the tag away.
-            orientation = file.getexif().get(ORIENTATION, 1)
-    except Exception as error:  # decoders raise all kinds; whichever it is, the file is at fault
-        if isinstance(error, UnidentifiedImageError):
-            error = "no image format that is known" if data else "the file is empty"
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: cannot read the image ({reason}); replace it or remove its record") from None
-    stored = image.shape[:2]
-    upright = stored[::-1] if orientation in (5, 6, 7, 8) else stored
-    if size is not None and tuple(size) not in (stored, upright):
-        raise UserError(
-            f"{path}: the image is {stored[1]} x {stored[0]} pixels, its record says {size[1]} x {size[0]}; correct "
-            "the record or put the image there that was annotated"
-        )
-    if orientation in UPRIGHT and (size is None or tuple(size) == upright):
-        image = UPRIGHT[orientation](image)
-    return np.ascontiguousarray(image)
-
-
-def _decode(file: Image.Image, data: bytes) -> np.ndarray:
-    """The pixels as stored, (h, w, 3) uint8 RGB, not turned."""
-    if file.mode in ("L", "RGB") and data.endswith(END_MARK.get(file.format, b"no such end")):
-        # OpenCV gives the same pixels as PIL in less time; it would turn the image by its EXIF tag if let.
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
-        if image is not None:
-            return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-    if file.mode in ("F", "I"):
-        raise ValueError(f"its pixels, of PIL mode {file.mode!r}, have no fixed range; convert it to 8 or 16 bits")
-    if file.mode.startswith("I;16"):  # PIL would clip it at 255
-        return np.repeat((np.asarray(file) >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
-    # A palette by way of RGBA, since PIL warns where one has alpha and is to lose it.
-    return np.array(file.convert("RGBA" if file.mode == "P" else "RGB"))[:, :, :3]
