@@ -77,7 +77,8 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False) -> dict:
         if distributed.is_main():
             improved = bool(metrics) and metrics["step"] == solver.step_count and metrics["AP"] > best
             best = max(best, metrics["AP"]) if improved else best
-            for name in ("last.pt", "best.pt")[: 1 + improved]:
+            # The best first: were it lost between the two, last.pt would already know its AP, and it would not return.
+            for name in ("best.pt", "last.pt")[not improved :]:
                 checkpoint.save(
                     cfg.folder / name,
                     cfg,

@@ -45,8 +45,8 @@ def complete(cfg: Config, source: str) -> Config:
         parts = {}
         for section, menu in PARTS.items():
             part: Part = getattr(cfg, section)
-            options = _typed_options(_pick(menu, f"{section}.name", part.name), section, part.options)
             fixed = {key: getattr(part, key) for key in type(part).model_fields}
+            options = _typed_options(_pick(menu, f"{section}.name", part.name), section, part.options, fixed)
             parts[section] = type(part)(**fixed, **options)
         completed = cfg.model_copy(update=parts)
         for section in PARTS:
@@ -116,8 +116,11 @@ def _pick(menu: dict[str, Any], key: str, name: str) -> Any:
     return menu[name]
 
 
-def _typed_options(part: Callable, section: str, options: dict[str, Any]) -> dict[str, Any]:
-    """`options` checked against the arguments of the part's constructor, its defaults filled in."""
+def _typed_options(part: Callable, section: str, options: dict[str, Any], fixed: dict[str, Any]) -> dict[str, Any]:
+    """`options` checked against the arguments of the part's constructor, its defaults filled in.
+
+    `fixed`: the keys that the section has whatever the part.
+    """
     parameters = list(inspect.signature(part).parameters.values())
     fields = {p.name: (p.annotation, ... if p.default is p.empty else p.default) for p in parameters}
     strict = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -125,4 +128,4 @@ def _typed_options(part: Callable, section: str, options: dict[str, Any]) -> dic
     try:
         return checked.model_validate(options).model_dump(mode="json")
     except ValidationError as error:
-        raise UserError(config.describe(error, checked, where=section)) from None
+        raise UserError(config.describe(error, checked, where=section, also=fixed)) from None

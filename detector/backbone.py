@@ -107,8 +107,8 @@ def read_weights(path: str | Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        detail = str(error).strip().splitlines()[0][:120]
+        detail = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
         raise UserError(f"{path}: not a readable weights file ({detail})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds a {type(content).__name__}, not a dict of tensors")
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise UserError(f"{path}: holds a {type(content).__name__}, not a dict of tensors by name")
     return content

@@ -6,6 +6,7 @@ checked where the parts are known, in assemble.py.
 """
 
 import difflib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -149,7 +150,7 @@ class TensorBoard(Options):
 class Config(Options):
     run: str = Field("run", min_length=1)  # results go to the folder output/run
     output: str = "runs"
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     device: str = "auto"  # auto | cpu | cuda | cuda:1 | mps
     precision: Literal["float32", "bfloat16", "float16"] = "float32"  # of the model; the criterion is always float32
     channels_last: bool = True
@@ -181,10 +182,7 @@ def with_settings(values: dict[str, Any], settings: list[str]) -> dict[str, Any]
         key, equals, text = setting.partition("=")
         if not equals or not all(key.split(".")):
             raise UserError(f"--set {setting}: write it as key=value, such as --set solver.lr=0.02")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise UserError(f"--set {setting}: {text!r} is not a YAML value") from None
+        value = _parse(text, f"--set {setting}")
         for part in reversed(key.split(".")):
             value = {part: value}
         values = merge(values, value)
@@ -210,13 +208,16 @@ def merge(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def describe(error: ValidationError, options: type[BaseModel], where: str = "") -> str:
-    """The first slip in one line, with the key meant where a key is unknown, and how many more there are."""
+def describe(error: ValidationError, options: type[BaseModel], where: str = "", also: Iterable[str] = ()) -> str:
+    """The first slip in one line, with the key meant where a key is unknown, and how many more there are.
+
+    `also`: keys that may stand beside those of `options`.
+    """
     first = error.errors(include_url=False)[0]
     location = ".".join(str(part) for part in first["loc"])
     key = ".".join(part for part in (where, location) if part) or "the file"
     if first["type"] == "extra_forbidden":
-        known = _fields(options, first["loc"][:-1])
+        known = [*_fields(options, first["loc"][:-1]), *also]
         close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"it may be one of {', '.join(known)}"
         text = f"{key}: unknown option; {hint}"
@@ -239,18 +240,26 @@ def _fields(options: type[BaseModel], location: tuple) -> list[str]:
     return list(options.model_fields)
 
 
+def _parse(text: str, source: str) -> Any:
+    """A YAML text's value; UserError, naming `source`, where it is none."""
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2024-13-45
+        mark = getattr(error, "problem_mark", None)
+        place = f"line {mark.line + 1}: " if mark else ""
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise UserError(f"{source}: {place}not YAML ({problem})") from None
+
+
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     """The values of a file over those of its base; `base` is a path beside the file."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: no such config file") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: bytes that are not UTF-8, a NUL in the path
         raise UserError(f"{path}: cannot be read ({error})") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"line {mark.line + 1}: " if mark else ""
-        raise UserError(f"{path}: {place}not YAML ({getattr(error, 'problem', None) or error})") from None
+    values = _parse(text, str(path))
     if values is None:
         values = {}
     if not isinstance(values, dict):

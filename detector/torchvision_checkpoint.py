@@ -62,11 +62,13 @@ def _our_name(key: str, head_norm: str) -> str:
         return ".".join(["backbone", *parts[2:]])
     if key.startswith("backbone.fpn.extra_blocks."):
         return ".".join(["fpn", *parts[3:]])
-    if key.startswith("backbone.fpn."):  # inner_blocks.0.0.weight
+    if key.startswith("backbone.fpn."):  # inner_blocks.0.0.weight, in the published first file inner_blocks.0.weight
         return ".".join(["fpn", {"inner_blocks": "lateral", "layer_blocks": "output"}[parts[2]], parts[3], parts[-1]])
     tower, theirs, ours = _HEADS[parts[1]]
     if parts[2] == theirs:
         return f"head.{ours}.{parts[-1]}"
+    if len(parts) == 5:  # conv.2.weight: the published first file counts convolutions and ReLUs in one row, as ours
+        return f"head.{tower}.{parts[3]}.{parts[-1]}"
     layers = 3 if head_norm == "gn" else 2  # convolution, norm, ReLU, in one row of ours
     return f"head.{tower}.{int(parts[3]) * layers + int(parts[4])}.{parts[-1]}"
 

@@ -1,0 +1,156 @@
+"""Train torchvision's RetinaNet on our data, recipe and steps, and score it beside a run of ours.
+
+    python scripts/bench/torchvision_baseline.py --config configs/bccd/focal.yaml [--set run=... ...]
+
+Same backbone, pyramid and head sizes, anchors, images in the same order with the same augmentation, optimizer,
+schedule, averaged weights and evaluation; torchvision's are the model, its initial values, the assignment, the focal
+loss and L1 box loss, and the postprocessing. Writes the run folder <output>/<run>_torchvision, with a metrics.json
+that scripts/compare.py reads.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's packages, wherever this is started
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection import RetinaNet
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+
+import train
+from data.coco_eval import metrics_table, score
+from data.loader import eval_loader, train_loader
+from detector import assemble, boxes, config
+from detector.backbone import BACKBONES, NORMS
+from detector.config import Config
+from detector.errors import UserError, run_main
+from detector.model import MEAN, STD
+from detector.structures import Batch, Detections
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", required=True, metavar="FILE", help="a config of ours")
+    parser.add_argument("--set", nargs="+", action="extend", metavar="KEY=VALUE", help="one-off options on top")
+    args = parser.parse_args()
+    cfg = assemble.configure(args.config, args.set)
+    if cfg.model.weights != "none" or cfg.anchors.name != "grid" or cfg.model.head.norm != "none":
+        raise UserError("this comparison is from scratch: it needs weights none, anchors grid and head norm none")
+    cfg = cfg.model_copy(update={"run": cfg.run + "_torchvision"})
+    cfg.folder.mkdir(parents=True, exist_ok=True)
+    (cfg.folder / "config.yaml").write_text(config.dump(cfg))
+
+    device = train.pick_device(cfg.device)
+    train.seed_everything(cfg.seed)
+    train_set, val_set = train.build_datasets(cfg)
+    options = train.loader_options(cfg, device)
+    batches = train_loader(train_set, cfg.solver.batch_size, **options, seed=cfg.seed)
+    val_batches = eval_loader(val_set, train.evaluation_batch(cfg), **options)
+    model = build(cfg, len(train_set.category_ids)).to(device, memory_format=torch.channels_last)
+    solver = assemble.build_solver(cfg, model, len(batches))
+
+    model.train()
+    seconds: list[float] = []
+    while not solver.done:
+        batches.batch_sampler.set_position(*divmod(solver.step_count, len(batches)))
+        for batch in batches:
+            start = time.perf_counter()
+            images, targets = inputs(batch, device)
+            with torch.autocast(device.type, solver.precision, enabled=solver.precision != torch.float32):
+                losses = model(images, targets)
+            total = torch.stack(list(losses.values())).sum()
+            solver.backward(total)
+            solver.gradient_norm()
+            solver.step()
+            seconds.append(time.perf_counter() - start)
+            if solver.step_count % 20 == 0:
+                print(f"step {solver.step_count}/{solver.total_steps}, loss {float(total):.4f}", flush=True)
+            if solver.done:
+                break
+
+    metrics = score(val_set.annotations, predict(solver.evaluated_model, val_batches, device), val_set.category_ids)
+    metrics |= {"step": solver.step_count, "epoch": cfg.solver.epochs}
+    metrics |= {"seconds_per_step": sorted(seconds)[len(seconds) // 2]}
+    (cfg.folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
+    print(metrics_table(metrics))
+
+
+def build(cfg: Config, num_classes: int) -> RetinaNet:
+    """torchvision's RetinaNet of the sizes that the config gives ours."""
+    options, anchors = cfg.model, cfg.anchors.options
+    resnet = BACKBONES[options.backbone][0](weights=None, norm_layer=NORMS[options.norm])
+    channels = [resnet.fc.in_features // part for part in (4, 2, 1)]
+    last = LastLevelP6P7(channels[-1] if options.p6_from == "c5" else options.fpn_channels, options.fpn_channels)
+    stages = {f"layer{stage}": str(level) for level, stage in enumerate((2, 3, 4))}
+    backbone = BackboneWithFPN(resnet, stages, channels, options.fpn_channels, extra_blocks=last)
+    sizes = tuple(
+        tuple(size * 2 ** (i / anchors["octaves"]) for i in range(anchors["octaves"])) for size in anchors["sizes"]
+    )
+    model = RetinaNet(
+        backbone,
+        num_classes,
+        anchor_generator=AnchorGenerator(sizes, (tuple(anchors["ratios"]),) * len(sizes)),
+        score_thresh=cfg.postprocess.score_threshold,
+        nms_thresh=cfg.postprocess.nms_iou,
+        detections_per_img=cfg.postprocess.max_detections,
+        topk_candidates=cfg.postprocess.top_k,
+    )
+    # Its heads are always four convolutions deep, as wide as the pyramid.
+    if options.head.width != options.fpn_channels:
+        raise UserError("torchvision's heads are as wide as its pyramid: set model.head.width to model.fpn_channels")
+    for tower in (model.head.classification_head, model.head.regression_head):
+        tower.conv = tower.conv[: options.head.depth]
+    model.transform = Prepared()
+    return model
+
+
+class Prepared(nn.Module):
+    """In the place of torchvision's transform: images come resized, padded and normalised from our loader."""
+
+    def forward(self, images, targets=None):
+        return images, targets
+
+    def postprocess(self, result, image_sizes, original_sizes):
+        return result
+
+
+class Images:
+    """What torchvision's model asks of its ImageList."""
+
+    def __init__(self, tensors: Tensor, sizes: list[tuple[int, int]]):
+        self.tensors, self.image_sizes = tensors, sizes
+
+    def __iter__(self):
+        return iter(self.tensors)
+
+
+def inputs(batch: Batch, device: torch.device) -> tuple[Images, list[dict[str, Tensor]]]:
+    images = batch.images.to(device).float()
+    images = (images - images.new_tensor(MEAN).view(3, 1, 1)) / images.new_tensor(STD).view(3, 1, 1)
+    for image, (height, width) in zip(images, batch.sizes):
+        image[:, height:] = 0
+        image[:, :, width:] = 0
+    targets = [{"boxes": t.boxes.to(device), "labels": t.labels.to(device)} for t in batch.targets]
+    return Images(images, batch.sizes), targets
+
+
+@torch.no_grad()
+def predict(model: nn.Module, batches, device: torch.device) -> dict[int, Detections]:
+    model.eval()
+    found = {}
+    for batch in batches:
+        results = model(inputs(batch, device)[0])
+        for image_id, result, size, original in zip(batch.image_ids, results, batch.sizes, batch.original_sizes):
+            scaled = boxes.rescale(result["boxes"], size, original)
+            found[image_id] = Detections(scaled.cpu(), result["scores"].cpu(), result["labels"].cpu())
+    return found
+
+
+if __name__ == "__main__":
+    run_main(main)

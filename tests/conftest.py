@@ -1,0 +1,111 @@
+"""What the tests of whole runs share: a small demo set, drawn rectangles, and a config that trains in seconds."""
+
+import os
+
+os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # before data.transforms is imported: it would ask the network
+
+import json
+import shutil
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from data.demo import write_demo
+from detector import config
+
+COLOURS = ((255, 60, 60), (60, 255, 60), (90, 90, 255))
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory) -> Path:
+    """Eight training and four validation scenes of the demo set."""
+    folder = tmp_path_factory.mktemp("demo")
+    write_demo(folder, train_images=8, val_images=4)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder emptied after the test: each checkpoint has some 100 MB."""
+    yield tmp_path
+    shutil.rmtree(tmp_path, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def tiny(demo):
+    """Writes a config into a folder and returns its path: two epochs of two steps, changed by whole sections."""
+
+    def write(folder: Path, **changes) -> str:
+        files = {split: {"annotations": str(demo / f"{split}.json"), "images": str(demo / split)} for split in
+                 ("train", "val")}
+        values = {
+            "run": "tiny",
+            "output": str(folder / "runs"),
+            "device": "cpu",
+            "data": {**files, "short_side": 96, "long_side": 128, "workers": 0},
+            "model": {
+                "backbone": "resnet18",
+                "weights": "none",
+                "norm": "bn",
+                "fpn_channels": 32,
+                "head": {"width": 32, "depth": 1},
+            },
+            "solver": {"batch_size": 4, "lr_batch_size": None, "epochs": 2, "warmup_steps": 1},
+            "tensorboard": {"every": 1, "images": 1},
+        }
+        path = folder / "tiny.yaml"
+        path.write_text(yaml.safe_dump(config.merge(values, changes)))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def rectangles():
+    """Writes images of bright rectangles on black, a colour a class, and their COCO file; category ids have gaps."""
+
+    def write(folder: Path, boxes: list[list[tuple[int, list[int]]]], classes: int, side: int = 64) -> tuple[str, str]:
+        """boxes: of each image, (class, [x, y, width, height]) -> annotation file, image folder."""
+        (folder / "images").mkdir(parents=True, exist_ok=True)
+        document = {"images": [], "annotations": [], "categories": []}
+        document["categories"] = [{"id": 3 + 4 * c, "name": f"colour {c}"} for c in range(classes)]
+        for number, content in enumerate(boxes):
+            image = np.zeros((side, side, 3), np.uint8)
+            document["images"].append({"id": 50 + number, "file_name": f"{number}.png", "width": side, "height": side})
+            for c, (x, y, width, height) in content:
+                image[y : y + height, x : x + width] = COLOURS[c][::-1]
+                document["annotations"].append(
+                    {
+                        "id": len(document["annotations"]) + 1,
+                        "image_id": 50 + number,
+                        "category_id": 3 + 4 * c,
+                        "bbox": [x, y, width, height],
+                        "area": width * height,
+                        "iscrowd": 0,
+                    }
+                )
+            cv2.imwrite(str(folder / "images" / f"{number}.png"), image)
+        (folder / "annotations.json").write_text(json.dumps(document))
+        return str(folder / "annotations.json"), str(folder / "images")
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def same():
+    """Whether two nested values are equal to the last bit."""
+
+    def equal(one, other) -> bool:
+        if isinstance(one, torch.Tensor):
+            return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
+        if isinstance(one, dict):
+            return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
+        if isinstance(one, (list, tuple)):
+            return len(one) == len(other) and all(map(equal, one, other))
+        return one == other
+
+    return equal

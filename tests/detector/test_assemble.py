@@ -1,0 +1,115 @@
+"""The menu: every name builds, every option is typed, every class loss goes with every box loss."""
+
+import itertools
+
+import pytest
+import torch
+
+from detector import assemble
+from detector.backbone import BACKBONES
+from detector.config import Config, LossPart, Model, Part
+from detector.errors import UserError
+from detector.structures import Target
+
+MENU = [(section, name) for section, menu in assemble.PARTS.items() for name in menu]
+
+
+def part(section, name, **options):
+    return (LossPart if section.endswith("loss") else Part)(name=name, **options)
+
+
+def complete(section, name, **options):
+    return assemble.complete(Config(**{section: part(section, name, **options)}), "x.yaml")
+
+
+@pytest.mark.parametrize(("section", "name"), MENU)
+def test_every_name_builds_with_its_defaults_spelled_out(section, name):
+    cfg = complete(section, name)
+    built = assemble._build(cfg, section)
+    assert type(built) is assemble.PARTS[section][name]
+    assert assemble.complete(cfg, "again") == cfg
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("norm", ["frozen_bn", "bn", "gn"])
+def test_every_backbone_builds(name, norm):
+    cfg = assemble.complete(Config(model=Model(backbone=name, norm=norm, weights="some.pt")), "x.yaml")
+    with torch.device("meta"):
+        model = assemble.build_model(cfg, num_classes=7)
+    assert model.head.num_classes == 7
+
+
+@pytest.mark.parametrize("section", assemble.PARTS)
+def test_an_unknown_name_lists_the_known(section):
+    with pytest.raises(UserError) as error:
+        complete(section, "nothing")
+    known = ", ".join(assemble.PARTS[section])
+    assert str(error.value) == f"x.yaml: {section}.name: no 'nothing'; it may be one of {known}"
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "options", "expected"),
+    [
+        ("class_loss", "ghm_c", {"bins": "many"}, "class_loss.bins: Input should be a valid integer"),
+        ("class_loss", "ghm_c", {"bins": 0}, "class_loss: GHMC: bins is 0; it must be at least 1"),
+        ("class_loss", "ghm_c", {"normalizer": "none"}, "class_loss.normalizer: "),
+        ("class_loss", "focal", {"gamma": float("nan")}, "class_loss.gamma: "),
+        ("class_loss", "focal", {"alpha": 2}, "class_loss: Focal: alpha is 2"),
+        ("box_loss", "smooth_l1", {"beta": 0}, "box_loss: SmoothL1: beta is 0"),
+        ("assigner", "iou", {"fg_iou": 0.3}, "assigner: bg_iou 0.4 and fg_iou 0.3"),
+        ("anchors", "grid", {"sizes": [8, 16]}, "anchors: sizes and strides need five numbers"),
+        ("anchors", "grid", {"sizes": 8}, "anchors.sizes: "),
+    ],
+)
+def test_options_are_typed_and_the_constructors_words_are_kept(section, name, options, expected):
+    with pytest.raises(UserError) as error:
+        complete(section, name, **options)
+    assert str(error.value).startswith(f"x.yaml: {expected}")
+    assert "\n" not in str(error.value)
+
+
+def test_options_reach_the_part():
+    cfg = complete("class_loss", "ghm_c", bins="12", momentum=0, weight=3)
+    criterion = assemble.build_criterion(cfg)
+    assert (criterion.class_loss.bins, criterion.class_loss.momentum, criterion.class_weight) == (12, 0, 3)
+    assert criterion.box_weight == 1
+
+
+@pytest.fixture(scope="module")
+def predictions():
+    """Of a random tiny model, on one image with boxes and one without; and the targets."""
+    torch.manual_seed(0)
+    model = Model(backbone="resnet18", weights="none", norm="gn", fpn_channels=32, head={"width": 32, "depth": 1})
+    cfg = assemble.complete(Config(model=model), "x.yaml")
+    found = assemble.build_model(cfg, num_classes=3)(torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8))
+    boxes = torch.tensor([[4.0, 4, 40, 36], [20, 30, 60, 62]])
+    nothing = Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
+    return found, [Target(boxes, torch.tensor([0, 2])), nothing]
+
+
+@pytest.mark.parametrize(
+    ("class_loss", "box_loss"), itertools.product(assemble.CLASS_LOSSES, assemble.BOX_LOSSES)
+)  # fmt: skip
+def test_any_class_loss_goes_with_any_box_loss(predictions, class_loss, box_loss):
+    found, targets = predictions
+    cfg = Config(class_loss=part("class_loss", class_loss), box_loss=part("box_loss", box_loss, weight=2))
+    criterion = assemble.build_criterion(assemble.complete(cfg, "x.yaml"))
+    logits, deltas = (values.detach().requires_grad_() for values in (found.logits, found.deltas))
+    losses = criterion(found._replace(logits=logits, deltas=deltas), targets)
+    assert set(losses.terms) == {"class", "box"}
+    assert set(losses.diagnostics) == {"true_class_probability", "positives_per_image"}
+    assert all(torch.isfinite(value) and value > 0 for value in losses.terms.values())
+    losses.total.backward()
+    for gradient in (logits.grad, deltas.grad):
+        assert torch.isfinite(gradient).all() and gradient.abs().sum() > 0
+    assert deltas.grad[1].abs().sum() == 0  # no boxes, nothing to learn of boxes
+
+
+def test_images_per_process_must_come_out_whole(monkeypatch):
+    cfg = Config(solver={"batch_size": 6, "accumulate": 2})
+    assert assemble.images_per_process(cfg) == 6
+    monkeypatch.setattr(assemble.distributed, "world_size", lambda: 3)
+    assert assemble.images_per_process(cfg) == 2
+    monkeypatch.setattr(assemble.distributed, "world_size", lambda: 2)
+    with pytest.raises(UserError, match="multiple of 4"):
+        assemble.images_per_process(cfg)

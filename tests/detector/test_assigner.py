@@ -1,0 +1,128 @@
+import pytest
+import torch
+from torchvision.models.detection._utils import Matcher
+from torchvision.ops import box_iou
+
+from detector.anchors import Anchors
+from detector.assigner import IoUAssigner
+
+SQUARE = torch.tensor([0.0, 0, 10, 10])
+
+
+def random_boxes(count, seed, side):
+    rng = torch.Generator().manual_seed(seed)
+    corner = torch.rand(count, 2, generator=rng) * side * 0.8
+    return torch.cat([corner, corner + (torch.rand(count, 2, generator=rng) * 0.4 + 0.02) * side], dim=1)
+
+
+def boxes_with_iou(*values):
+    """Boxes inside SQUARE, as wide as it, that have these IoUs with it."""
+    return torch.tensor([[0, 0, 10, 10 * value] for value in values])
+
+
+def matches(assignment):
+    """As torchvision writes it: index of the box, -1 background, -2 ignored."""
+    index = torch.where(assignment.positive, assignment.gt_index, -1)
+    return torch.where(assignment.ignored, -2, index)
+
+
+def all_anchors():
+    return Anchors()([(32, 32), (16, 16), (8, 8), (4, 4), (2, 2)], (256, 256), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("count", [1, 10, 100])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_equals_torchvision_on_grid_anchors(count, seed):
+    anchors, boxes = all_anchors(), random_boxes(count, seed, 256)
+    theirs = Matcher(0.5, 0.4, allow_low_quality_matches=True)(box_iou(boxes, anchors))
+    assert torch.equal(matches(IoUAssigner(0.5, 0.4)(anchors, boxes)), theirs)
+    assert (theirs >= 0).any()  # the case is not empty
+
+
+@pytest.mark.parametrize("count", [1, 10, 100])
+def test_equals_torchvision_on_random_anchors(count):
+    boxes = random_boxes(count, 0, 256)
+    anchors = torch.cat([random_boxes(2000, 1, 256), boxes])  # every box touches one, see the docstring
+    theirs = Matcher(0.5, 0.4, allow_low_quality_matches=True)(box_iou(boxes, anchors))
+    assert torch.equal(matches(IoUAssigner(0.5, 0.4)(anchors, boxes)), theirs)
+
+
+def test_equals_torchvision_without_low_quality_matches():
+    anchors, boxes = all_anchors(), random_boxes(30, 3, 256)
+    theirs = Matcher(0.5, 0.4, allow_low_quality_matches=False)(box_iou(boxes, anchors))
+    assert torch.equal(matches(IoUAssigner(0.5, 0.4, min_iou=0.5)(anchors, boxes)), theirs)
+
+
+def test_no_boxes_all_background():
+    assignment = IoUAssigner()(all_anchors(), torch.zeros(0, 4))
+    assert not assignment.positive.any() and not assignment.ignored.any()
+    assert len(assignment.positive) == len(assignment.ignored) == len(assignment.gt_index) == len(all_anchors())
+
+
+def test_thresholds_by_hand():
+    anchors = boxes_with_iou(1.0, 0.5, 0.45, 0.4, 0.3)
+    assert matches(IoUAssigner(0.5, 0.4)(anchors, SQUARE[None])).tolist() == [0, 0, -2, -2, -1]
+
+
+def test_low_quality_match_is_kept():
+    anchors = boxes_with_iou(0.2, 0.1)
+    assert matches(IoUAssigner(0.5, 0.4)(anchors, SQUARE[None])).tolist() == [0, -1]
+
+
+def test_low_quality_match_out_of_the_ignored_band():
+    anchors = boxes_with_iou(0.45, 0.42)
+    assert matches(IoUAssigner(0.5, 0.4)(anchors, SQUARE[None])).tolist() == [0, -2]
+
+
+def test_min_iou_forbids_low_quality_matches_below_it():
+    anchors = boxes_with_iou(0.2, 0.1)
+    assert matches(IoUAssigner(0.5, 0.4, min_iou=0.3)(anchors, SQUARE[None])).tolist() == [-1, -1]
+    assert matches(IoUAssigner(0.5, 0.4, min_iou=0.15)(anchors, SQUARE[None])).tolist() == [0, -1]
+
+
+def test_all_anchors_that_tie_for_the_best_are_positive():
+    anchors = torch.tensor([[0.0, 0, 10, 2], [0, 8, 10, 10], [0, 0, 10, 1]])
+    assert matches(IoUAssigner(0.5, 0.4)(anchors, SQUARE[None])).tolist() == [0, 0, -1]
+
+
+def test_a_low_quality_match_belongs_to_the_box_that_the_anchor_overlaps_most():
+    boxes = torch.stack([torch.tensor([0.0, 0, 10, 30]), SQUARE])
+    # The only anchor is the best of both boxes; it is SQUARE itself.
+    assert matches(IoUAssigner(0.5, 0.4)(SQUARE[None], boxes)).tolist() == [1]
+
+
+def test_of_equal_boxes_the_first_is_taken():
+    boxes = torch.stack([SQUARE + 50, SQUARE, SQUARE])
+    assert matches(IoUAssigner()(boxes_with_iou(1.0, 0.6), boxes)).tolist() == [1, 1]
+
+
+def test_a_box_that_touches_no_anchor_makes_nothing_positive():
+    assignment = IoUAssigner()(all_anchors(), torch.tensor([[9000.0, 9000, 9010, 9010]]))
+    assert not assignment.positive.any() and not assignment.ignored.any()
+
+
+def test_such_a_box_takes_nothing_from_another():
+    far = torch.tensor([9000.0, 9000, 9010, 9010])
+    anchors = boxes_with_iou(1.0, 0.45, 0.1)
+    assert matches(IoUAssigner()(anchors, torch.stack([far, SQUARE]))).tolist() == [1, -2, -1]
+
+
+@pytest.mark.parametrize("options", [{}, {"min_iou": 0.3}, {"fg_iou": 0.5, "bg_iou": 0.5}, {"fg_iou": 0.9, "bg_iou": 0.1}])
+def test_never_positive_and_ignored_at_once(options):
+    assignment = IoUAssigner(**options)(all_anchors(), random_boxes(50, 5, 256))
+    assert assignment.positive.any()
+    assert not (assignment.positive & assignment.ignored).any()
+
+
+def test_types():
+    assignment = IoUAssigner()(all_anchors(), random_boxes(3, 0, 256))
+    assert [value.dtype for value in assignment] == [torch.int64, torch.bool, torch.bool]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"fg_iou": 0.4, "bg_iou": 0.5}, {"bg_iou": 0.0}, {"fg_iou": 1.1}, {"min_iou": -0.1}, {"min_iou": 0.6}],
+)
+def test_refuses_thresholds_out_of_order(options):
+    with pytest.raises(ValueError, match="iou"):
+        IoUAssigner(**options)

@@ -1,0 +1,237 @@
+"""The options: defaults, bases, --set, and one line for every slip."""
+
+import pytest
+import yaml
+
+from detector import assemble, config
+from detector.config import Config, merge
+from detector.errors import UserError
+
+
+@pytest.fixture
+def slip(tmp_path):
+    """The message that a config text (and settings) is refused with: one line."""
+
+    def message(text: str, *settings: str) -> str:
+        (tmp_path / "x.yaml").write_text(text)
+        with pytest.raises(UserError) as error:
+            assemble.configure(str(tmp_path / "x.yaml"), list(settings))
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    return message
+
+
+def load(tmp_path, text: str, *settings: str) -> Config:
+    (tmp_path / "x.yaml").write_text(text)
+    return assemble.configure(str(tmp_path / "x.yaml"), list(settings))
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "{}", "---\n"])
+def test_an_empty_file_is_the_defaults(tmp_path, text):
+    assert load(tmp_path, text) == assemble.complete(Config(), "defaults")
+
+
+def test_defaults_are_the_recipe_of_the_paper():
+    cfg = assemble.complete(Config(), "defaults")
+    assert (cfg.data.short_side, cfg.data.long_side) == (800, 1333)
+    assert (cfg.solver.lr, cfg.solver.batch_size, cfg.solver.epochs, cfg.solver.weight_decay) == (0.01, 16, 12, 1e-4)
+    assert cfg.model.frozen_stages == 1 and cfg.model.norm == "frozen_bn"
+    assert cfg.class_loss.options == {"alpha": 0.25, "gamma": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("slover: {lr: 1}", "slover: unknown option; did you mean 'solver'?"),
+        ("solver: {lrr: 1}", "solver.lrr: unknown option; did you mean 'lr'?"),
+        ("data: {train: {anotations: x}}", "data.train.anotations: unknown option; did you mean 'annotations'?"),
+        ("model: {head: {widht: 64}}", "model.head.widht: unknown option; did you mean 'width'?"),
+        ("class_loss: {name: focal, gama: 1}", "class_loss.gama: unknown option; did you mean 'gamma'?"),
+        ("class_loss: {name: focal, wieght: 1}", "class_loss.wieght: unknown option; did you mean 'weight'?"),
+        ("anchors: {name: grid, size: [1]}", "anchors.size: unknown option; did you mean 'sizes'?"),
+        ("box_loss: {name: l1, zzz: 1}", "box_loss.zzz: unknown option; it may be one of name, weight"),
+        ("data: {train: {zzz: x}}", "data.train.zzz: unknown option; it may be one of annotations, images"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_one_meant(slip, tmp_path, text, expected):
+    assert slip(text) == f"{tmp_path / 'x.yaml'}: {expected}"
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "found"),
+    [
+        ("solver: {lr: fast}", "solver.lr", "fast"),
+        ("solver: {lr: 0}", "solver.lr", "0"),
+        ("solver: {lr: .nan}", "solver.lr", "nan"),
+        ("solver: {lr: .inf}", "solver.lr", "inf"),
+        ("solver: {epochs: 1.5}", "solver.epochs", "1.5"),
+        ("solver: {epochs: 0}", "solver.epochs", "0"),
+        ("solver: {optimizer: adam}", "solver.optimizer", "adam"),
+        ("solver: {decay_at: [0.9, 0.5]}", "solver", "[0.9, 0.5]"),
+        ("solver: {decay_at: [2]}", "solver", "[2.0]"),
+        ("solver: {batch_size: 5, accumulate: 2}", "solver", "batch_size 5"),
+        ("solver: {ema: 1}", "solver.ema", "1"),
+        ("data: {short_side: 800, long_side: 600}", "data", "long_side 600"),
+        ("data: {scale_jitter: [2, 1]}", "data", "scale_jitter"),
+        ("data: {scale_jitter: 2}", "data.scale_jitter", "2"),
+        ("model: {norm: layer}", "model.norm", "layer"),
+        ("model: {fpn_channels: 100}", "model.fpn_channels", "100"),
+        ("model: {frozen_stages: 5}", "model.frozen_stages", "5"),
+        ("model: {backbone: vgg}", "model.backbone", "vgg"),
+        ("model: {weights: none}", "model", "norm frozen_bn with weights none"),
+        ("model: {weights: none, norm: bn, frozen_stages: 1}", "model", "frozen_stages 1 with weights none"),
+        ("model: {norm: gn}", "model", "norm gn with weights imagenet"),
+        ("postprocess: {nms_iou: 2}", "postprocess.nms_iou", "2"),
+        ("box_coder: {weights: [1, 1]}", "box_coder.weights", "Field required"),
+        ("class_loss: {name: focal, weight: 0}", "class_loss.weight", "0"),
+        ("class_loss: {gamma: 1}", "class_loss.name", "required"),
+        ("precision: half", "precision", "half"),
+        ("seed: -1", "seed", "-1"),
+        ("seed: 100000000000000000000", "seed", "100000000000000000000"),
+        ("run: ''", "run", "''"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_key(slip, tmp_path, text, key, found):
+    message = slip(text)
+    assert message.startswith(f"{tmp_path / 'x.yaml'}: {key}")
+    assert found in message
+
+
+def test_how_many_slips_there_are_is_said(slip):
+    assert slip("solver: {lr: 0, epochs: 0, ema: 2}").endswith("(and 2 more)")
+
+
+# Whatever shape it has, one line and no traceback.
+@pytest.mark.parametrize(
+    "text",
+    [
+        "data: 3",
+        "solver: []",
+        "class_loss: focal",
+        "class_loss: []",
+        "class_loss: {name: [focal]}",
+        "class_loss: {name: null}",
+        "class_loss: {name: {focal: 1}}",
+        "solver:",
+        "data: {train: null}",
+        "model: {head: [1, 2]}",
+        "data: {train: {annotations: {a: {b: {c: [1, {d: e}]}}}}}",
+        "3: 4",
+        "null: 4",
+        "class_loss: {name: focal, 3: 4}",
+        "? [a, b]\n: c",
+        "- a\n- b",
+        "just text",
+        "3",
+        "run: 3",
+        "run: 2024-01-01",
+        "run: 2024-13-45",
+        "run: [",
+        "run: a: b",
+        "\tx: 1",
+        "run: \x00",
+        "run: !!python/object:os.system x",
+        "[" * 3000,
+        "&a [*a]",
+        "data: &a {train: *a}",
+        "class_loss: {name: focal, gamma: {a: &x [*x]}}",
+        'base: "\\0"',
+        "base: ''",
+        "base: [a]",
+        "base: .",
+        '"a\\nb": 3',
+        "seed: " + "9" * 5000,
+    ],
+)
+def test_odd_shapes_are_refused_in_one_line(slip, text):
+    assert "x.yaml" in slip(text)
+
+
+@pytest.mark.parametrize(
+    "setting", ["data=3", "run=", "solver=[]", "solver.lr", "=3", "solver..lr=1", ".lr=1", "run=2024-13-45", "run=[",
+                "solver.lr.x=1", "class_loss=focal", "class_loss.name=", "base=other.yaml", "solver.lr=nan"]
+)  # fmt: skip
+def test_odd_settings_are_refused_in_one_line(slip, setting):
+    slip("", setting)
+
+
+def test_files_that_are_no_config(tmp_path):
+    for path, content in ((tmp_path / "missing.yaml", None), (tmp_path / "bytes.yaml", b"\xff\xfe\x00")):
+        if content:
+            path.write_bytes(content)
+        with pytest.raises(UserError, match=path.name) as error:
+            config.load(path)
+        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="cannot be read"):
+        config.load(tmp_path)
+
+
+def test_broken_yaml_names_the_line(slip, tmp_path):
+    assert slip("run: x\nsolver: {lr: 1\n").startswith(f"{tmp_path / 'x.yaml'}: line 3: not YAML")
+
+
+def test_a_base_is_read_from_beside_the_file(tmp_path):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "a.yaml").write_text("seed: 1\nsolver: {lr: 0.5, epochs: 3}")
+    (tmp_path / "b.yaml").write_text("base: a.yaml\nrun: b\nsolver: {lr: 0.25}")
+    (tmp_path / "deep" / "c.yaml").write_text("base: ../b.yaml\nseed: 2")
+    cfg = config.load(tmp_path / "deep" / "c.yaml")
+    assert (cfg.seed, cfg.run, cfg.solver.lr, cfg.solver.epochs) == (2, "b", 0.25, 3)
+
+
+def test_bases_that_lead_nowhere(tmp_path):
+    (tmp_path / "a.yaml").write_text("base: b.yaml")
+    (tmp_path / "b.yaml").write_text("base: a.yaml")
+    (tmp_path / "self.yaml").write_text("base: self.yaml")
+    (tmp_path / "orphan.yaml").write_text("base: gone.yaml")
+    for name, text in (("a", "lead back to itself"), ("self", "lead back to itself"), ("orphan", "gone.yaml: no such")):
+        with pytest.raises(UserError, match=text):
+            config.load(tmp_path / f"{name}.yaml")
+
+
+def test_pyyaml_reads_1e_2_as_text_and_it_is_a_number_here(tmp_path):
+    assert yaml.safe_load("1e-2") == "1e-2"
+    text = "solver: {lr: 1e-2, clip_norm: 1e1}\nbox_loss: {name: smooth_l1, beta: 1e-1, weight: 2e0}"
+    cfg = load(tmp_path, text, "solver.weight_decay=1e-3", "class_loss.name=focal", "class_loss.gamma=5e-1")
+    assert (cfg.solver.lr, cfg.solver.clip_norm, cfg.solver.weight_decay) == (0.01, 10, 0.001)
+    assert cfg.box_loss.options == {"beta": 0.1} and cfg.box_loss.weight == 2
+    assert cfg.class_loss.options["gamma"] == 0.5
+
+
+def test_settings_go_on_top_one_after_the_other(tmp_path):
+    cfg = load(tmp_path, "solver: {lr: 1, epochs: 3}", "solver.lr=2", "solver.lr=3", "data.train.images=a=b", "run=x")
+    assert (cfg.solver.lr, cfg.solver.epochs, cfg.data.train.images, cfg.run) == (3, 3, "a=b", "x")
+    assert load(tmp_path, "", "solver={lr: 3}").solver.lr == 3
+
+
+def test_a_part_with_another_name_gives_up_its_old_options(tmp_path):
+    (tmp_path / "base.yaml").write_text("class_loss: {name: focal, alpha: 0.9, weight: 3}")
+    other = load(tmp_path, "base: base.yaml\nclass_loss: {name: ghm_c}").class_loss
+    assert other.weight == 1 and "alpha" not in other.options
+    same = load(tmp_path, "base: base.yaml\nclass_loss: {name: focal, gamma: 1}").class_loss
+    assert same.options == {"alpha": 0.9, "gamma": 1} and same.weight == 3
+    unnamed = load(tmp_path, "base: base.yaml\nclass_loss: {gamma: 1}").class_loss
+    assert unnamed == same
+    assert load(tmp_path, "base: base.yaml", "class_loss.name=ce").class_loss.options == {"alpha": None}
+
+
+def test_merge_leaves_its_arguments_alone():
+    one, other = {"a": {"b": 1}, "c": {"name": "x", "d": 1}}, {"a": {"e": 2}, "c": {"name": "y"}}
+    assert merge(one, other) == {"a": {"b": 1, "e": 2}, "c": {"name": "y"}}
+    assert one == {"a": {"b": 1}, "c": {"name": "x", "d": 1}} and other == {"a": {"e": 2}, "c": {"name": "y"}}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "model: {weights: none, norm: bn}\nsolver: {lr: 1e-5, ema: 0.998, max_steps: 7, lr_batch_size: null}",
+        "class_loss: {name: ghm_c, momentum: 0}\nbox_loss: {name: ghm_r}\nassigner: {name: iou, bg_iou: 0.3}",
+        "run: 'no: yes'\ndata: {train: {annotations: 'ü # x', images: '{a}'}}\nanchors: {name: torchvision}",
+    ],
+)
+def test_what_is_dumped_loads_to_the_same(tmp_path, text):
+    cfg = load(tmp_path, text)
+    assert load(tmp_path, config.dump(cfg)) == cfg
+    assert config.dump(load(tmp_path, config.dump(cfg))) == config.dump(cfg)

@@ -1,0 +1,198 @@
+import math
+
+import pytest
+import torch
+from torchvision.models.detection._utils import Matcher
+from torchvision.ops import box_iou
+
+from detector.assigner import IoUAssigner
+from detector.box_coder import BoxCoder
+from detector.criterion import Criterion
+from detector.losses import GHMC, GHMR, L1, Focal
+from detector.structures import Predictions, Target
+
+ANCHORS = 40
+NOTHING = Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
+
+
+def build(**options):
+    coder = BoxCoder((1.0, 2.0, 3.0, 4.0))
+    parts = {"class_loss": Focal(0.25, 2.0), "box_loss": L1()} | options
+    return Criterion(assigner=IoUAssigner(0.5, 0.4), coder=coder, **parts)
+
+
+def random_case(classes=3, images=2, seed=0):
+    """Predictions and targets, with positive and ignored anchors and background in every image."""
+    rng = torch.Generator().manual_seed(seed)
+    corner = torch.rand(ANCHORS, 2, generator=rng) * 100
+    anchors = torch.cat([corner, corner + 20 + torch.rand(ANCHORS, 2, generator=rng) * 30], dim=1)
+    targets = []
+    for _ in range(images):
+        chosen = torch.randperm(ANCHORS, generator=rng)[:6]
+        boxes = anchors[chosen] + torch.randn(6, 4, generator=rng) * 3
+        targets.append(Target(boxes, torch.randint(0, classes, (6,), generator=rng)))
+    predictions = Predictions(
+        torch.randn(images, ANCHORS, classes, generator=rng).requires_grad_(),
+        torch.randn(images, ANCHORS, 4, generator=rng).requires_grad_(),
+        anchors,
+        (ANCHORS,),
+    )
+    return predictions, targets
+
+
+def by_hand(predictions, targets, classes):
+    """Class and box loss, positives, and the mean probability of the true class, with plain loops."""
+    class_sum = box_sum = probability = 0.0
+    positives = ignored = 0
+    for logits, deltas, target in zip(predictions.logits.tolist(), predictions.deltas.tolist(), targets):
+        matches = [-1] * ANCHORS
+        if len(target.boxes):
+            matches = Matcher(0.5, 0.4, allow_low_quality_matches=True)(
+                box_iou(target.boxes, predictions.anchors)
+            ).tolist()
+        for anchor, match in enumerate(matches):
+            if match == -2:
+                ignored += 1
+                continue
+            for label in range(classes):
+                p = 1 / (1 + math.exp(-logits[anchor][label]))
+                if match >= 0 and target.labels[match] == label:
+                    class_sum += 0.25 * (1 - p) ** 2 * -math.log(p)
+                    probability += p
+                else:
+                    class_sum += 0.75 * p**2 * -math.log(1 - p)
+            if match >= 0:
+                positives += 1
+                ax1, ay1, ax2, ay2 = predictions.anchors[anchor].tolist()
+                x1, y1, x2, y2 = target.boxes[match].tolist()
+                w, h = ax2 - ax1, ay2 - ay1
+                wanted = [
+                    1 * ((x1 + x2) / 2 - (ax1 + ax2) / 2) / w,
+                    2 * ((y1 + y2) / 2 - (ay1 + ay2) / 2) / h,
+                    3 * math.log((x2 - x1) / w),
+                    4 * math.log((y2 - y1) / h),
+                ]
+                box_sum += sum(abs(a - b) for a, b in zip(deltas[anchor], wanted))
+    number = max(positives, 1)
+    return class_sum / number, box_sum / number, positives, ignored, probability / number
+
+
+@pytest.mark.parametrize("classes", [1, 2, 3])
+def test_equals_plain_loops(classes):
+    predictions, targets = random_case(classes)
+    losses = build()(predictions, targets)
+    class_loss, box_loss, positives, ignored, probability = by_hand(predictions, targets, classes)
+    assert positives > 5 and ignored > 2
+    assert losses.terms["class"].item() == pytest.approx(class_loss, rel=1e-4)
+    assert losses.terms["box"].item() == pytest.approx(box_loss, rel=1e-4)
+    assert losses.diagnostics["true_class_probability"].item() == pytest.approx(probability, rel=1e-4)
+    assert losses.diagnostics["positives_per_image"].item() == pytest.approx(positives / 2)
+
+
+def test_an_image_without_boxes_among_others():
+    predictions, targets = random_case(images=3)
+    targets[1] = NOTHING
+    losses = build()(predictions, targets)
+    class_loss, box_loss, *_ = by_hand(predictions, targets, 3)
+    assert losses.terms["class"].item() == pytest.approx(class_loss, rel=1e-4)
+    assert losses.terms["box"].item() == pytest.approx(box_loss, rel=1e-4)
+    losses.total.backward()
+    assert predictions.logits.grad[1].all() and not predictions.deltas.grad[1].any()
+
+
+@pytest.mark.parametrize("losses", [(Focal(), L1()), (GHMC(), GHMR())])
+def test_a_batch_without_any_box(losses):
+    class_loss, box_loss = losses
+    predictions, _ = random_case()
+    result = build(class_loss=class_loss, box_loss=box_loss)(predictions, [NOTHING, NOTHING])
+    assert result.terms["box"].item() == 0 and 0 < result.terms["class"].item() < math.inf
+    assert all(value.isfinite() for value in result.diagnostics.values())
+    result.total.backward()
+    assert predictions.logits.grad.all()
+    assert predictions.deltas.grad is not None and not predictions.deltas.grad.any()  # none would stop DDP
+
+
+def test_a_batch_without_any_box_by_hand():
+    predictions, _ = random_case()
+    expected = by_hand(predictions, [NOTHING, NOTHING], 3)[0]
+    assert build()(predictions, [NOTHING, NOTHING]).terms["class"].item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_ignored_anchors_get_no_gradient_and_all_others_do():
+    predictions, targets = random_case()
+    build()(predictions, targets).total.backward()
+    for logits, deltas, target in zip(predictions.logits.grad, predictions.deltas.grad, targets):
+        assignment = IoUAssigner(0.5, 0.4)(predictions.anchors, target.boxes)
+        assert torch.equal(logits.any(dim=1), ~assignment.ignored)
+        assert torch.equal(deltas.any(dim=1), assignment.positive)
+
+
+def test_weights_multiply():
+    predictions, targets = random_case()
+    plain, weighted = build()(predictions, targets), build(class_weight=3.0, box_weight=0.5)(predictions, targets)
+    torch.testing.assert_close(weighted.terms["class"], 3 * plain.terms["class"])
+    torch.testing.assert_close(weighted.terms["box"], plain.terms["box"] / 2)
+    torch.testing.assert_close(weighted.total, weighted.terms["class"] + weighted.terms["box"])
+
+
+def test_diagnostics_are_detached_and_do_not_see_weights():
+    predictions, targets = random_case()
+    plain, weighted = build()(predictions, targets), build(class_weight=3.0, box_weight=0.5)(predictions, targets)
+    assert plain.diagnostics.keys() == {"true_class_probability", "positives_per_image"}
+    for name, value in plain.diagnostics.items():
+        assert not value.requires_grad and value.ndim == 0
+        assert torch.equal(value, weighted.diagnostics[name])
+    assert plain.terms.keys() == {"class", "box"} and all(term.requires_grad for term in plain.terms.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_predictions_are_taken_in_float32(dtype):
+    predictions, targets = random_case()
+    half = predictions._replace(
+        logits=predictions.logits.detach().to(dtype).requires_grad_(),
+        deltas=predictions.deltas.detach().to(dtype).requires_grad_(),
+    )
+    wide = half._replace(logits=half.logits.detach().float(), deltas=half.deltas.detach().float())
+    losses, expected = build()(half, targets), build()(wide, targets)
+    for name, term in losses.terms.items():
+        assert term.dtype == torch.float32
+        assert torch.equal(term, expected.terms[name])
+    losses.total.backward()
+    assert half.logits.grad.dtype == half.deltas.grad.dtype == dtype
+    assert half.logits.grad.any() and half.deltas.grad.any()
+
+
+def test_each_loss_is_called_once_on_the_whole_batch():
+    calls = []
+
+    class Recorded(Focal):
+        def forward(self, logits, labels, valid, num_pos):
+            calls.append((logits, labels, valid, num_pos))
+            return super().forward(logits, labels, valid, num_pos)
+
+    predictions, targets = random_case()
+    build(class_loss=Recorded())(predictions, targets)
+    ((logits, labels, valid, num_pos),) = calls
+    assert logits.shape == (2 * ANCHORS, 3) and labels.shape == valid.shape == (2 * ANCHORS,)
+    assert torch.equal(logits[ANCHORS:], predictions.logits[1])  # images one after the other
+    assert num_pos == ((labels < 3) & valid).sum()
+
+
+def test_permuting_the_images_changes_nothing():
+    predictions, targets = random_case()
+    swapped = predictions._replace(logits=predictions.logits.flip(0), deltas=predictions.deltas.flip(0))
+    losses, other = build()(predictions, targets), build()(swapped, targets[::-1])
+    for name, term in losses.terms.items():
+        torch.testing.assert_close(other.terms[name], term)
+
+
+def test_state_of_the_losses_is_saved_and_moves_in_training_only():
+    predictions, targets = random_case()
+    criterion = build(class_loss=GHMC(), box_loss=GHMR())
+    assert {"class_loss.average", "box_loss.average"} <= criterion.state_dict().keys()
+    criterion.eval()
+    criterion(predictions, targets)
+    assert not criterion.class_loss.updates and not criterion.box_loss.updates
+    criterion.train()
+    criterion(predictions, targets)
+    assert criterion.class_loss.updates == criterion.box_loss.updates == 1

@@ -1,0 +1,171 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models.detection import RetinaNet
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+
+from detector.box_coder import BoxCoder
+from detector.postprocess import Postprocess
+from detector.structures import Predictions
+
+SIZE = (100, 160)
+LEVELS = (40, 20, 10)
+
+
+def random_predictions(images=2, classes=3, seed=0, mean=-2.0):
+    rng = torch.Generator().manual_seed(seed)
+    count = sum(LEVELS)
+    corner = torch.rand(count, 2, generator=rng) * 120 - 10
+    anchors = torch.cat([corner, corner + 10 + torch.rand(count, 2, generator=rng) * 50], dim=1)
+    logits = torch.randn(images, count, classes, generator=rng) * 2 + mean
+    deltas = torch.randn(images, count, 4, generator=rng) * 0.3
+    return Predictions(logits, deltas, anchors, LEVELS)
+
+
+def overlap(a, b):
+    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    if width <= 0 or height <= 0:
+        return 0.0
+    shared = width * height
+    return shared / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared)
+
+
+def plain_loop(logits, deltas, anchors, size, threshold, top_k, nms_iou, max_detections):
+    """One image as one would do it by hand: (score, label, box), best first."""
+    candidates, start = [], 0
+    for count in LEVELS:
+        level = []
+        for anchor in range(start, start + count):
+            for label, logit in enumerate(logits[anchor]):
+                score = 1 / (1 + math.exp(-logit))
+                if score > threshold:
+                    level.append((score, label, anchor))
+        candidates += sorted(level, reverse=True)[:top_k]
+        start += count
+    found = []
+    for score, label, anchor in sorted(candidates, reverse=True):
+        x1, y1, x2, y2 = anchors[anchor]
+        dx, dy, dw, dh = deltas[anchor]
+        x, y = (x1 + x2) / 2 + dx * (x2 - x1), (y1 + y2) / 2 + dy * (y2 - y1)
+        w, h = (x2 - x1) * math.exp(dw), (y2 - y1) * math.exp(dh)
+        height, width = size
+        box = [min(max(value, 0), limit) for value, limit in zip(
+            [x - w / 2, y - h / 2, x + w / 2, y + h / 2], [width, height, width, height]
+        )]
+        if all(other != label or overlap(box, kept) <= nms_iou for _, other, kept in found):
+            found.append((score, label, box))
+    return found[:max_detections]
+
+
+@pytest.mark.parametrize(
+    ("threshold", "top_k", "nms_iou", "max_detections"),
+    [(0.05, 1000, 0.5, 100), (0.3, 1000, 0.5, 100), (0.05, 7, 0.5, 100), (0.05, 1000, 0.2, 5), (0.0, 9, 0.7, 100)],
+)
+def test_equals_a_plain_loop(threshold, top_k, nms_iou, max_detections):
+    predictions, sizes = random_predictions(), [SIZE, (70, 90)]
+    found = Postprocess(BoxCoder(), threshold, top_k, nms_iou, max_detections)(predictions, sizes)
+    for index, size in enumerate(sizes):
+        logits, deltas = predictions.logits[index].tolist(), predictions.deltas[index].tolist()
+        expected = plain_loop(
+            logits, deltas, predictions.anchors.tolist(), size, threshold, top_k, nms_iou, max_detections
+        )
+        assert len(expected) > 3
+        assert found[index].labels.tolist() == [label for _, label, _ in expected]
+        assert found[index].scores.tolist() == pytest.approx([score for score, _, _ in expected], rel=1e-5)
+        torch.testing.assert_close(
+            found[index].boxes, torch.tensor([box for _, _, box in expected]), rtol=1e-4, atol=1e-3
+        )
+
+
+@pytest.mark.parametrize(("top_k", "max_detections"), [(1000, 300), (6, 300), (1000, 4)])
+def test_equals_torchvision(top_k, max_detections):
+    backbone = nn.Conv2d(3, 4, 1)
+    backbone.out_channels = 4
+    theirs = RetinaNet(
+        backbone,
+        num_classes=3,
+        anchor_generator=AnchorGenerator(((8,),), ((1.0,),)),
+        topk_candidates=top_k,
+        detections_per_img=max_detections,
+    )
+    predictions, sizes = random_predictions(seed=5), [SIZE, (70, 90)]
+    outputs = {
+        "cls_logits": list(predictions.logits.split(LEVELS, dim=1)),
+        "bbox_regression": list(predictions.deltas.split(LEVELS, dim=1)),
+    }
+    expected = theirs.postprocess_detections(outputs, [list(predictions.anchors.split(LEVELS))] * 2, sizes)
+    found = Postprocess(BoxCoder(), 0.05, top_k, 0.5, max_detections)(predictions, sizes)
+    for ours, other in zip(found, expected, strict=True):
+        assert len(ours.scores) > 0
+        assert torch.equal(ours.labels, other["labels"])
+        torch.testing.assert_close(ours.scores, other["scores"])
+        torch.testing.assert_close(ours.boxes, other["boxes"])
+
+
+def test_nothing_found_at_all():
+    predictions = random_predictions(mean=-50)
+    for found in Postprocess(BoxCoder())(predictions, [SIZE, SIZE]):
+        assert found.boxes.shape == (0, 4) and found.scores.shape == (0,) and found.labels.shape == (0,)
+        assert found.boxes.dtype == found.scores.dtype == torch.float32 and found.labels.dtype == torch.int64
+
+
+def test_nothing_on_one_level_and_in_one_image():
+    predictions = random_predictions()
+    predictions.logits[0, :40] = -50
+    predictions.logits[1] = -50
+    first, second = Postprocess(BoxCoder())(predictions, [SIZE, SIZE])
+    assert len(first.scores) > 0 and len(second.scores) == 0
+
+
+def test_top_k_counts_for_each_level():
+    predictions = random_predictions(images=1)
+    (found,) = Postprocess(BoxCoder(), 0.0, top_k=2, nms_iou=1.0)(predictions, [SIZE])
+    assert len(found.scores) == 2 * len(LEVELS)
+    best = [level.flatten().topk(2).values for level in predictions.logits[0].sigmoid().split(LEVELS)]
+    torch.testing.assert_close(found.scores, torch.cat(best).sort(descending=True).values)
+
+
+def test_max_detections_keeps_the_best():
+    predictions = random_predictions()
+    few = Postprocess(BoxCoder(), max_detections=3)(predictions, [SIZE, SIZE])
+    many = Postprocess(BoxCoder(), max_detections=1000)(predictions, [SIZE, SIZE])
+    for ours, all_of_them in zip(few, many):
+        assert len(all_of_them.scores) > 3
+        assert torch.equal(ours.boxes, all_of_them.boxes[:3])
+        assert torch.equal(ours.scores, all_of_them.scores.sort(descending=True).values[:3])
+
+
+def test_a_score_of_exactly_the_threshold_is_dropped():
+    predictions = random_predictions(images=1, mean=-50)
+    predictions.logits[0, 3, 1] = 0.0
+    predictions.logits[0, 4, 1] = 1e-6
+    (found,) = Postprocess(BoxCoder(), score_threshold=0.5)(predictions, [SIZE])
+    assert len(found.scores) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_predictions_are_treated_in_float32(dtype):
+    predictions = random_predictions()
+    half = predictions._replace(logits=predictions.logits.to(dtype), deltas=predictions.deltas.to(dtype))
+    wide = half._replace(logits=half.logits.float(), deltas=half.deltas.float())
+    postprocess = Postprocess(BoxCoder())
+    for ours, expected in zip(postprocess(half, [SIZE, SIZE]), postprocess(wide, [SIZE, SIZE])):
+        assert ours.boxes.dtype == ours.scores.dtype == torch.float32 and len(ours.scores) > 0
+        assert all(torch.equal(a, b) for a, b in zip(ours, expected))
+
+
+def test_the_coder_that_it_is_given_decodes():
+    predictions = random_predictions(images=1)
+    weights = (10.0, 10.0, 5.0, 5.0)
+    scaled = predictions._replace(deltas=predictions.deltas * torch.tensor(weights))
+    (expected,) = Postprocess(BoxCoder())(predictions, [SIZE])
+    (found,) = Postprocess(BoxCoder(weights))(scaled, [SIZE])
+    torch.testing.assert_close(found.boxes, expected.boxes)
+
+
+def test_no_gradient_is_kept():
+    predictions = random_predictions()
+    predictions.logits.requires_grad_()
+    assert not any(value.requires_grad for value in Postprocess(BoxCoder())(predictions, [SIZE, SIZE])[0])

@@ -1,0 +1,53 @@
+"""The shipped configs: each builds, and within a folder an ablation changes the loss alone."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from data.transforms import EvalTransform, TrainTransform
+from detector import assemble
+from detector.config import Config
+
+ROOT = Path(__file__).parents[1] / "configs"
+FILES = sorted(path for path in ROOT.glob("*/*.yaml") if path.name != "base.yaml")
+FOLDERS = sorted({path.parent for path in FILES})
+CHOSEN = {"run", "class_loss", "box_loss"}
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_it_builds(path):
+    cfg = assemble.configure(str(path))
+    with torch.device("meta"):
+        model = assemble.build_model(cfg, num_classes=80)
+        assemble.build_solver(cfg, model, steps_per_epoch=100)
+    assemble.build_criterion(cfg)
+    assemble.build_postprocess(cfg)
+    assert assemble.images_per_process(cfg) == cfg.solver.batch_size
+    EvalTransform(cfg.data.short_side, cfg.data.long_side)
+    flips = {"horizontal_flip": cfg.data.horizontal_flip, "vertical_flip": cfg.data.vertical_flip}
+    size = (cfg.data.short_side, cfg.data.long_side)
+    TrainTransform(*size, **flips, scale_jitter=cfg.data.scale_jitter, strong=cfg.data.strong)
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=name)
+def test_an_ablation_changes_the_loss_alone(folder):
+    configs = [assemble.configure(str(path)) for path in FILES if path.parent == folder]
+    rest = [cfg.model_dump(exclude=CHOSEN) for cfg in configs]
+    assert all(one == rest[0] for one in rest)
+    losses = [(cfg.class_loss.name, cfg.box_loss.name) for cfg in configs]
+    assert len(set(losses)) == len(losses)
+
+
+def test_no_two_configs_share_a_run_folder():
+    runs = [assemble.configure(str(path)).folder for path in FILES]
+    assert len(set(runs)) == len(runs)
+
+
+def test_nothing_is_left_out_of_the_comparison():
+    assert set(Config.model_fields) >= CHOSEN
+    assert len(FILES) >= 12
