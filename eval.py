@@ -25,7 +25,7 @@ def main() -> None:
     )
     parser.add_argument("--checkpoint", required=True, metavar="FILE")
     parser.add_argument(
-        "--data", nargs=2, metavar=("ANNOTATIONS", "IMAGES"), help="annotation file and image folder, instead of its own"
+        "--data", nargs=2, metavar=("ANNOTATIONS", "IMAGES"), help="annotation file and image folder, not its own"
     )
     parser.add_argument("--output", metavar="FOLDER", help="for the results; by default the checkpoint's own folder")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="other options")
@@ -39,7 +39,8 @@ def main() -> None:
     if not annotations or not images:
         raise UserError(f"{args.checkpoint} names no validation set; give one by --data ANNOTATIONS IMAGES")
     size = (cfg.data.short_side, cfg.data.long_side)
-    dataset = CocoDataset(annotations, images, EvalTransform(*size), category_ids=content["category_ids"])
+    classes = {"category_ids": content["category_ids"], "class_names": content["class_names"] or None}
+    dataset = CocoDataset(annotations, images, EvalTransform(*size), **classes)
     print(f"{args.checkpoint} on {annotations}: {dataset.summary()}")
 
     model.to(device, memory_format=torch.channels_last if cfg.channels_last else torch.contiguous_format)
@@ -47,8 +48,9 @@ def main() -> None:
     postprocess = assemble.build_postprocess(cfg)
     detections = predict(model, batches, postprocess, device, PRECISIONS[cfg.precision])
     metrics = score(dataset.annotations, detections, dataset.category_ids)
-    metrics |= {"step": content.get("run", {}).get("solver", {}).get("step")}
-    metrics |= {"seconds_per_step": content.get("run", {}).get("seconds_per_step")}
+    run = content.get("run", {})
+    metrics |= {"step": run.get("solver", {}).get("step"), "epoch": run.get("epoch")}
+    metrics |= {"seconds_per_step": run.get("seconds_per_step")}
     if distributed.is_main():
         print(f"{metrics_table(metrics)}\n\n{per_class_table(metrics)}")
         folder = Path(args.output or Path(args.checkpoint).parent)

@@ -1,6 +1,8 @@
 """Train a RetinaNet: python train.py --config configs/demo/focal.yaml [--set solver.lr=0.02 ...] [--resume]"""
 
 import argparse
+import contextlib
+import ctypes
 import json
 import os
 import random
@@ -30,6 +32,8 @@ def main() -> None:
     args = parser.parse_args()
     cfg = assemble.configure(args.config, args.set)
     device = distributed.setup(pick_device(cfg.device))
+    if device.type == "cpu":
+        keep_freed_memory()
     try:
         train(cfg, device, resume=args.resume)
     finally:
@@ -50,47 +54,50 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False) -> dict:
     solver = assemble.build_solver(cfg, model, steps_per_epoch=len(batches))
     postprocess = assemble.build_postprocess(cfg)
 
-    last = open_folder(cfg, resume)
+    last = last_checkpoint(cfg, resume)
     kept = {"best": float("-inf"), "seconds_per_step": None}
     if last:
-        kept = checkpoint.resume(checkpoint.read(last), last, solver, criterion)
+        kept = checkpoint.resume(checkpoint.read(last), last, cfg, solver, criterion)
+    open_folder(cfg)
     logger = Logger(cfg.folder, cfg.tensorboard.every, solver.step_count, kept["seconds_per_step"])
-    logger.config(config.dump(cfg), flat(cfg.model_dump(mode="json")))
-    logger.say(f"run: {cfg.folder} on {device}, {cfg.precision}" + (f", from step {solver.step_count}" if last else ""))
-    logger.say(f"train: {train_set.summary()}\nval: {val_set.summary()}")
-    logger.say(f"{cfg.model.backbone}: {checkpoint.describe_size(model)}, {weights}\n{solver.describe()}")
+    with contextlib.closing(logger):  # also on an error, which must not land in the progress line
+        logger.config(config.dump(cfg), flat(cfg.model_dump(mode="json")))
+        start = f", from step {solver.step_count}" if last else ""
+        logger.say(f"run: {cfg.folder} on {device}, {cfg.precision}{start}")
+        logger.say(f"train: {train_set.summary()}\nval: {val_set.summary()}")
+        logger.say(f"{cfg.model.backbone}: {checkpoint.describe_size(model)}, {weights}\n{solver.describe()}")
 
-    replica = distributed.replicate(model, device)
-    best, metrics = kept["best"], {}
-    while not solver.done or not metrics:
-        epoch, batch = divmod(solver.step_count, len(batches))
-        if not solver.done:
-            batches.batch_sampler.set_position(epoch, batch)
-            train_one_epoch(replica, criterion, batches, solver, logger, device)
-        finished = -(-solver.step_count // len(batches))
-        if solver.done or finished % cfg.evaluation.every == 0:
-            detections = predict(solver.evaluated_model, val_batches, postprocess, device, solver.precision)
-            metrics = score(val_set.annotations, detections, val_set.category_ids)
-            metrics |= {"step": solver.step_count, "epoch": finished, "seconds_per_step": logger.seconds_per_step}
+        replica = distributed.replicate(model, device)
+        best, metrics = kept["best"], {}
+        while not solver.done or not metrics:
+            epoch, batch = divmod(solver.step_count, len(batches))
+            if not solver.done:
+                batches.batch_sampler.set_position(epoch, batch)
+                train_one_epoch(replica, criterion, batches, solver, logger, device)
+            finished = -(-solver.step_count // len(batches))
+            if solver.done or finished % cfg.evaluation.every == 0:
+                detections = predict(solver.evaluated_model, val_batches, postprocess, device, solver.precision)
+                metrics = score(val_set.annotations, detections, val_set.category_ids)
+                metrics |= {"step": solver.step_count, "epoch": finished, "seconds_per_step": logger.seconds_per_step}
+                if distributed.is_main():
+                    report(cfg, metrics, val_set, detections, logger)
             if distributed.is_main():
-                report(cfg, metrics, val_set, detections, logger)
-        if distributed.is_main():
-            improved = bool(metrics) and metrics["step"] == solver.step_count and metrics["AP"] > best
-            best = max(best, metrics["AP"]) if improved else best
-            # The best first: were it lost between the two, last.pt would already know its AP, and it would not return.
-            for name in ("best.pt", "last.pt")[not improved :]:
-                checkpoint.save(
-                    cfg.folder / name,
-                    cfg,
-                    solver,
-                    criterion,
-                    category_ids=train_set.category_ids,
-                    class_names=train_set.class_names,
-                    best=best,
-                    seconds_per_step=logger.seconds_per_step,
-                )
-        distributed.barrier()
-    logger.close()
+                improved = bool(metrics) and metrics["step"] == solver.step_count and metrics["AP"] > best
+                best = max(best, metrics["AP"]) if improved else best
+                # The best first: were it lost between the two, last.pt would have its AP, and it would not return.
+                for name in ("best.pt", "last.pt")[not improved :]:
+                    checkpoint.save(
+                        cfg.folder / name,
+                        cfg,
+                        solver,
+                        criterion,
+                        category_ids=train_set.category_ids,
+                        class_names=train_set.class_names,
+                        epoch=finished,
+                        best=best,
+                        seconds_per_step=logger.seconds_per_step,
+                    )
+            distributed.barrier()
     logger.say(metrics_table(metrics))
     logger.say(f"in {cfg.folder}: last.pt, best.pt, metrics.json, detections.png; tensorboard --logdir {cfg.output}")
     return metrics
@@ -108,6 +115,21 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def keep_freed_memory() -> None:
+    """Have the C library keep what a step frees for the next one.
+
+    Otherwise glibc hands large blocks back and asks for them anew; where the first touch of a page is dear, as on
+    virtual machines, that was half of a training step on the CPU.
+    """
+    trim_threshold, mmap_max = -1, -4  # numbers of <malloc.h>
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):  # another C library
+        return
+    mallopt(trim_threshold, -1)
+    mallopt(mmap_max, 0)
+
+
 def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -119,7 +141,7 @@ def build_datasets(cfg: Config) -> tuple[CocoDataset, CocoDataset]:
     for split in ("train", "val"):
         for key, value in getattr(cfg.data, split):
             if not value:
-                raise UserError(f"data.{split}.{key}: not set; name it in the config or by --set data.{split}.{key}=...")
+                raise UserError(f"data.{split}.{key}: not set; name it in the config or --set data.{split}.{key}=...")
     size = (cfg.data.short_side, cfg.data.long_side)
     augment = TrainTransform(
         *size,
@@ -130,8 +152,8 @@ def build_datasets(cfg: Config) -> tuple[CocoDataset, CocoDataset]:
     )
     train_set = CocoDataset(cfg.data.train.annotations, cfg.data.train.images, augment)
     val = cfg.data.val
-    val_set = CocoDataset(val.annotations, val.images, EvalTransform(*size), category_ids=train_set.category_ids)
-    return train_set, val_set
+    classes = {"category_ids": train_set.category_ids, "class_names": train_set.class_names}
+    return train_set, CocoDataset(val.annotations, val.images, EvalTransform(*size), **classes)
 
 
 def loader_options(cfg: Config, device: torch.device) -> dict:
@@ -147,11 +169,16 @@ def evaluation_batch(cfg: Config) -> int:
     return cfg.evaluation.batch_size or max(1, assemble.images_per_process(cfg) // cfg.solver.accumulate)
 
 
-def open_folder(cfg: Config, resume: bool) -> Path | None:
-    """Make the run folder and write its config; the checkpoint to go on from, if any."""
+def last_checkpoint(cfg: Config, resume: bool) -> Path | None:
+    """The checkpoint to go on from, if there is one; UserError if there is and `resume` does not ask for it."""
     last = cfg.folder / "last.pt"
     if last.exists() and not resume:
-        raise UserError(f"{cfg.folder} already holds a run: go on with --resume, or give another name by --set run=NAME")
+        raise UserError(f"{cfg.folder} already holds a run: go on with --resume, or name another by --set run=NAME")
+    return last if last.exists() else None
+
+
+def open_folder(cfg: Config) -> None:
+    """Make the run folder and write its config."""
     if distributed.is_main():
         try:
             cfg.folder.mkdir(parents=True, exist_ok=True)
@@ -159,7 +186,6 @@ def open_folder(cfg: Config, resume: bool) -> Path | None:
         except OSError as error:
             raise UserError(f"output: the run folder {cfg.folder} cannot be written ({error.strerror})") from None
     distributed.barrier()
-    return last if last.exists() else None
 
 
 def report(cfg: Config, metrics: dict, val_set: CocoDataset, detections: dict, logger: Logger) -> None:

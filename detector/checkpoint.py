@@ -20,6 +20,7 @@ from detector.model import RetinaNet
 from detector.solver import Solver
 
 FORMAT = 1
+KINDS = {"config": dict, "category_ids": list, "class_names": list, "model": dict}
 
 
 def save(
@@ -30,10 +31,11 @@ def save(
     *,
     category_ids: list[int],
     class_names: list[str],
+    epoch: int,
     best: float,
     seconds_per_step: float | None,
 ) -> None:
-    """Write the run's state; `best` is the best AP so far."""
+    """Write the run's state; `epoch` counts those begun, `best` is the best AP so far."""
     content = {
         "format": FORMAT,
         "config": cfg.model_dump(mode="json"),
@@ -45,6 +47,7 @@ def save(
             "solver": solver.state_dict(),
             "criterion": criterion.state_dict(),
             "rng": torch.get_rng_state(),
+            "epoch": epoch,
             "best": float(best),
             "seconds_per_step": seconds_per_step,
         },
@@ -60,7 +63,7 @@ def read(path: str | Path) -> dict[str, Any]:
     content = read_weights(path)
     if torchvision_checkpoint.is_torchvision(content):
         return torchvision_checkpoint.convert(content, path)
-    if not {"config", "category_ids", "class_names", "model"} <= content.keys():
+    if not all(isinstance(content.get(key), kind) for key, kind in KINDS.items()):
         raise UserError(f"{path}: no detector checkpoint; give last.pt or best.pt of a run, or torchvision's RetinaNet")
     return content
 
@@ -77,11 +80,20 @@ def build_model(content: dict[str, Any], path: str | Path) -> tuple[RetinaNet, C
     return model.eval(), cfg
 
 
-def resume(content: dict[str, Any], path: Path, solver: Solver, criterion: Criterion) -> dict[str, Any]:
-    """Put the state of a run back; returns what the caller keeps of it: best, seconds_per_step."""
+def resume(content: dict[str, Any], path: Path, cfg: Config, solver: Solver, criterion: Criterion) -> dict[str, Any]:
+    """Put the state of a run back; returns what the caller keeps of it: best, seconds_per_step.
+
+    UserError where the run had other losses, another model or another optimizer than `cfg`.
+    """
     if "run" not in content:
         raise UserError(f"{path}: holds weights alone, no state to resume a run from; give it as model.weights")
-    run = content["run"]
+    run, now = content["run"], cfg.model_dump(mode="json")
+    for key in ("class_loss", "box_loss"):  # most have no state that would tell
+        if content["config"].get(key) != now[key]:
+            raise UserError(
+                f"{path}: was trained with {key} {content['config'].get(key)}, now it is {now[key]}; go on with the "
+                "same, or start another run by --set run=NAME"
+            )
     try:
         solver.model.load_state_dict(run["model"])
         solver.load_state_dict(run["solver"])
@@ -102,7 +114,10 @@ def load_initial_weights(model: RetinaNet, cfg: Config) -> str:
     weights = cfg.model.weights
     if weights == "none":
         return "random weights"
-    content = {} if weights == "imagenet" else read_weights(weights)
+    try:
+        content = {} if weights == "imagenet" else read_weights(weights)
+    except UserError as error:
+        raise UserError(f"model.weights: {error}") from None
     if "category_ids" not in content and not torchvision_checkpoint.is_torchvision(content):
         load_backbone_weights(model.backbone, cfg.model.backbone, weights)
         return f"backbone weights: {weights}"

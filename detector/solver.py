@@ -49,12 +49,12 @@ class Solver:
         self._described = (lr, lr_batch_size, batch_size, optimizer, warmup_steps)
 
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        # Fused: one pass over the weights instead of ten, on the CPU as on a GPU.
+        common = {"lr": self.lr, "weight_decay": weight_decay, "fused": True}
         if optimizer == "sgd":
-            self.optimizer: torch.optim.Optimizer = torch.optim.SGD(
-                self.parameters, self.lr, momentum=momentum, weight_decay=weight_decay
-            )
+            self.optimizer: torch.optim.Optimizer = torch.optim.SGD(self.parameters, momentum=momentum, **common)
         else:
-            self.optimizer = torch.optim.AdamW(self.parameters, self.lr, weight_decay=weight_decay)
+            self.optimizer = torch.optim.AdamW(self.parameters, **common)
         self.clip_norm = clip_norm
         self.precision = PRECISIONS[precision]
         self.scaler = torch.amp.GradScaler(self.parameters[0].device.type, enabled=precision == "float16")
@@ -127,6 +127,9 @@ class Solver:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises ValueError where the state is of another optimizer: torch's would take it, and fail at the step."""
+        if state["optimizer"]["param_groups"][0].keys() != self.optimizer.state_dict()["param_groups"][0].keys():
+            raise ValueError("the optimizer is another")
         self.step_count = state["step"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])

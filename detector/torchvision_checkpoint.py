@@ -51,7 +51,7 @@ def convert(state: dict[str, Tensor], path: Path) -> dict[str, Any]:
     return {
         "config": config.model_dump(mode="json"),
         "category_ids": list(range(num_classes)),
-        "class_names": [str(index) for index in range(num_classes)],
+        "class_names": [],  # the file does not say
         "model": {_our_name(key, head_norm): value for key, value in state.items()},
     }
 

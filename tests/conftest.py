@@ -6,6 +6,7 @@ os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # before data.transforms is import
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import cv2
@@ -14,8 +15,10 @@ import pytest
 import torch
 import yaml
 
+import train
 from data.demo import write_demo
-from detector import config
+from detector import assemble, config
+from detector.errors import run_main
 
 COLOURS = ((255, 60, 60), (60, 255, 60), (90, 90, 255))
 
@@ -40,8 +43,9 @@ def tiny(demo):
     """Writes a config into a folder and returns its path: two epochs of two steps, changed by whole sections."""
 
     def write(folder: Path, **changes) -> str:
-        files = {split: {"annotations": str(demo / f"{split}.json"), "images": str(demo / split)} for split in
-                 ("train", "val")}
+        files = {}
+        for split in ("train", "val"):
+            files[split] = {"annotations": str(demo / f"{split}.json"), "images": str(demo / split)}
         values = {
             "run": "tiny",
             "output": str(folder / "runs"),
@@ -93,6 +97,64 @@ def rectangles():
         return str(folder / "annotations.json"), str(folder / "images")
 
     return write
+
+
+@pytest.fixture(scope="session")
+def overfit(rectangles):
+    """Trains on two images of rectangles, to be scored on the same; returns the run folder and its metrics."""
+
+    def run(folder: Path, classes: int, **changes) -> tuple[Path, dict]:
+        second, last = min(1, classes - 1), classes - 1
+        boxes = [
+            [(0, [9, 12, 30, 36]), (last, [54, 45, 33, 30])],
+            [(second, [45, 9, 39, 33]), (0, [12, 54, 27, 30])],
+        ]
+        # In training each twelve times, since a checkpoint is written every epoch.
+        files = {}
+        for split, times in (("train", 12), ("val", 1)):
+            annotations, images = rectangles(folder / split, boxes * times, classes, side=96)
+            files[split] = {"annotations": annotations, "images": images}
+        values = {
+            "run": "overfit",
+            "output": str(folder / "runs"),
+            "device": "cpu",
+            "data": {**files, "short_side": 64, "long_side": 64, "workers": 0, "horizontal_flip": 0},
+            "model": {
+                "backbone": "resnet18",
+                "weights": "none",
+                "norm": "gn",  # no gap between training and evaluation, as BatchNorm has with two images
+                "p6_from": "p5",
+                "fpn_channels": 32,
+                "head": {"width": 32, "depth": 1},
+            },
+            "anchors": {"name": "grid", "sizes": [16, 32, 48, 64, 96]},
+            "solver": {"optimizer": "adamw", "lr": 1e-3, "lr_batch_size": None, "batch_size": 2, "epochs": 3,
+                       "warmup_steps": 5, "schedule": "cosine", "clip_norm": 10},
+            "evaluation": {"every": 3},
+            "tensorboard": {"every": 10, "images": 2},
+        }  # fmt: skip
+        (folder / "overfit.yaml").write_text(yaml.safe_dump(config.merge(values, changes)))
+        cfg = assemble.configure(str(folder / "overfit.yaml"))
+        return cfg.folder, train.train(cfg, torch.device("cpu"))
+
+    return run
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Calls an entry point as the shell would: its exit code, standard output and standard error."""
+
+    def call(main, *arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+        capsys.readouterr()
+        code = 0
+        try:
+            run_main(main)
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    return call
 
 
 @pytest.fixture(scope="session")

@@ -107,7 +107,9 @@ def test_such_a_box_takes_nothing_from_another():
     assert matches(IoUAssigner()(anchors, torch.stack([far, SQUARE]))).tolist() == [1, -2, -1]
 
 
-@pytest.mark.parametrize("options", [{}, {"min_iou": 0.3}, {"fg_iou": 0.5, "bg_iou": 0.5}, {"fg_iou": 0.9, "bg_iou": 0.1}])
+@pytest.mark.parametrize(
+    "options", [{}, {"min_iou": 0.3}, {"fg_iou": 0.5, "bg_iou": 0.5}, {"fg_iou": 0.9, "bg_iou": 0.1}]
+)
 def test_never_positive_and_ignored_at_once(options):
     assignment = IoUAssigner(**options)(all_anchors(), random_boxes(50, 5, 256))
     assert assignment.positive.any()

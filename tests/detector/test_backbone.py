@@ -172,6 +172,16 @@ def test_value_that_is_no_tensor(resnet18, tmp_path):
     assert "conv1.weight" in error_of(path)
 
 
+def test_weights_of_an_old_torch_and_with_more_in_it_load(resnet18, tmp_path):
+    """Before PyTorch 0.4.1 BatchNorm did not count batches."""
+    path = tmp_path / "old.pth"
+    state = {key: value for key, value in resnet18.state_dict().items() if "num_batches" not in key}
+    torch.save(state | {"decoder.weight": torch.zeros(3)}, path)
+    backbone = Backbone("resnet18", "bn", 1)
+    load_backbone_weights(backbone, "resnet18", str(path))
+    assert torch.equal(backbone.layer4[1].bn2.running_var, resnet18.layer4[1].bn2.running_var)
+
+
 def test_read_weights_gives_what_was_saved(tmp_path):
     torch.save({"a": torch.arange(3)}, tmp_path / "a.pth")
     assert read_weights(tmp_path / "a.pth")["a"].tolist() == [0, 1, 2]

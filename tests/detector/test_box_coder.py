@@ -69,7 +69,9 @@ def test_leading_dimensions_and_no_boxes():
     coder = BoxCoder()
     boxes, anchors = random_boxes(24, 0), random_boxes(24, 1)
     deltas = coder.encode(boxes, anchors)
-    assert torch.equal(coder.decode(deltas.view(2, 12, 4), anchors.view(2, 12, 4)), coder.decode(deltas, anchors).view(2, 12, 4))
+    assert torch.equal(
+        coder.decode(deltas.view(2, 12, 4), anchors.view(2, 12, 4)), coder.decode(deltas, anchors).view(2, 12, 4)
+    )
     assert coder.encode(torch.zeros(0, 4), torch.zeros(0, 4)).shape == (0, 4)
     assert coder.decode(torch.zeros(0, 4), torch.zeros(0, 4)).shape == (0, 4)
 

@@ -136,10 +136,6 @@ def test_how_many_slips_there_are_is_said(slip):
         "&a [*a]",
         "data: &a {train: *a}",
         "class_loss: {name: focal, gamma: {a: &x [*x]}}",
-        'base: "\\0"',
-        "base: ''",
-        "base: [a]",
-        "base: .",
         '"a\\nb": 3',
         "seed: " + "9" * 5000,
     ],
@@ -165,6 +161,11 @@ def test_files_that_are_no_config(tmp_path):
         assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="cannot be read"):
         config.load(tmp_path)
+
+
+@pytest.mark.parametrize("text", ['base: "\\0"', "base: ''", "base: [a]", "base: ."])
+def test_odd_bases_are_refused_in_one_line(slip, text):
+    slip(text)
 
 
 def test_broken_yaml_names_the_line(slip, tmp_path):

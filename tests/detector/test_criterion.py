@@ -157,9 +157,23 @@ def test_half_precision_predictions_are_taken_in_float32(dtype):
     for name, term in losses.terms.items():
         assert term.dtype == torch.float32
         assert torch.equal(term, expected.terms[name])
+    for name, value in losses.diagnostics.items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, expected.diagnostics[name])
     losses.total.backward()
     assert half.logits.grad.dtype == half.deltas.grad.dtype == dtype
     assert half.logits.grad.any() and half.deltas.grad.any()
+
+
+def test_losses_are_given_float32():
+    class Strict(L1):
+        def forward(self, deltas, targets, num_pos):
+            assert deltas.dtype == targets.dtype == torch.float32
+            return super().forward(deltas, targets, num_pos)
+
+    predictions, targets = random_case()
+    half = predictions._replace(logits=predictions.logits.bfloat16(), deltas=predictions.deltas.bfloat16())
+    build(box_loss=Strict())(half, targets)
 
 
 def test_each_loss_is_called_once_on_the_whole_batch():

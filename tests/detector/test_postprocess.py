@@ -51,9 +51,10 @@ def plain_loop(logits, deltas, anchors, size, threshold, top_k, nms_iou, max_det
         x, y = (x1 + x2) / 2 + dx * (x2 - x1), (y1 + y2) / 2 + dy * (y2 - y1)
         w, h = (x2 - x1) * math.exp(dw), (y2 - y1) * math.exp(dh)
         height, width = size
-        box = [min(max(value, 0), limit) for value, limit in zip(
-            [x - w / 2, y - h / 2, x + w / 2, y + h / 2], [width, height, width, height]
-        )]
+        box = [
+            min(max(value, 0), limit)
+            for value, limit in zip([x - w / 2, y - h / 2, x + w / 2, y + h / 2], [width, height, width, height])
+        ]
         if all(other != label or overlap(box, kept) <= nms_iou for _, other, kept in found):
             found.append((score, label, box))
     return found[:max_detections]

@@ -1,3 +1,4 @@
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -43,7 +44,10 @@ def randomize(model, images):
     for layer, values, spread in [(classes, outputs.logits, 1.0), (boxes, outputs.deltas, 0.3)]:
         layer.weight.data *= spread / values.std()
         nn.init.normal_(layer.bias, std=0.2)
-    classes.bias.data -= 6.5
+    # Some hundred cells pass, and the threshold lies in the widest gap there, so that rounding moves none across.
+    best = run(model, images).logits.flatten().topk(500).values[300:]
+    widest = (best[:-1] - best[1:]).argmax()
+    classes.bias.data += math.log(0.05 / 0.95) - (best[widest] + best[widest + 1]) / 2
 
 
 @torch.no_grad()
@@ -104,7 +108,8 @@ def test_what_the_file_says(case):
     assert case.config.model.p6_from == {"v1": "p5", "v2": "c5"}[case.name]
     assert case.config.model.head.norm == {"v1": "none", "v2": "gn"}[case.name]
     assert case.config.run == f"retinanet_{case.name}"
-    assert case.content["category_ids"] == list(range(91)) and len(case.content["class_names"]) == 91
+    assert case.content["category_ids"] == list(range(91))
+    assert case.content["class_names"] == []  # it has none
     assert not case.model.training
 
 
@@ -131,9 +136,7 @@ def test_on_the_same_outputs_the_detections_are_the_same(case):
 
 
 def test_final_detections_agree(case):
-    found = Postprocess(BoxCoder(), score_threshold=0.05, top_k=1000, nms_iou=0.5, max_detections=300)(
-        case.ours, SIZES
-    )
+    found = Postprocess(BoxCoder(), score_threshold=0.05, top_k=1000, nms_iou=0.5, max_detections=300)(case.ours, SIZES)
     for ours, theirs in zip(found, case.theirs.detections, strict=True):
         assert 20 < len(ours.scores) < 300  # none was cut off, where a tie could go either way
         assert len(ours.scores) == len(theirs["scores"])

@@ -1,0 +1,214 @@
+"""The two loops: what a step does, what stops it, and what evaluation gives and leaves alone."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from detector import assemble, engine
+from detector.config import Config
+from detector.engine import predict, train_one_epoch
+from detector.structures import Batch, Detections, Losses, Predictions, Target
+
+CPU = torch.device("cpu")
+
+
+class Recorder:
+    """What train_one_epoch tells the logger."""
+
+    def __init__(self):
+        self.steps = []
+
+    def progress(self, batches, solver):
+        yield from batches
+
+    def step(self, values, terms, lr, images, step):
+        self.steps.append((values, set(terms), lr, images, step))
+
+
+def make(norm="gn", steps=10, precision="float32", class_loss=None, **solver):
+    model = {"backbone": "resnet18", "weights": "none", "norm": norm, "fpn_channels": 32, "head": {"width": 32,
+             "depth": 1}}  # fmt: skip
+    options = {"batch_size": 2, "lr_batch_size": None, "lr": 0.01, "warmup_steps": 0, "max_steps": steps, **solver}
+    cfg = Config(model=model, solver=options, precision=precision, class_loss=class_loss or {"name": "ghm_c"})
+    cfg = assemble.complete(cfg, "test")
+    torch.manual_seed(0)
+    net = assemble.build_model(cfg, num_classes=3)
+    return net, assemble.build_criterion(cfg), assemble.build_solver(cfg, net, steps_per_epoch=steps)
+
+
+def batch(ids=(1, 2), seed=0, size=(64, 64)) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (len(ids), 3, *size), generator=generator, dtype=torch.uint8)
+    targets = [Target(torch.tensor([[4.0 + i, 6, 44, 40]]), torch.tensor([i % 3])) for i in range(len(ids))]
+    return Batch(images, targets, list(ids), [size] * len(ids), [size] * len(ids))
+
+
+def test_a_step_moves_the_weights_and_is_told():
+    model, criterion, solver = make(steps=3)
+    before = copy.deepcopy(model.state_dict())
+    logger = Recorder()
+    train_one_epoch(model, criterion, [batch()] * 2, solver, logger, CPU)
+    assert any(not torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert [step for *_, step in logger.steps] == [1, 2] and solver.step_count == 2
+    values, terms, lr, images, _ = logger.steps[0]
+    assert terms == {"class", "box"} and images == 2 and lr == pytest.approx(0.01)
+    assert set(values) == {"class", "box", "gradient_norm", "true_class_probability", "positives_per_image"}
+    assert values["gradient_norm"] > 0
+    assert criterion.class_loss.updates == 2
+    assert model.training and criterion.training
+
+
+def test_it_ends_where_the_solver_is_done():
+    model, criterion, solver = make(steps=2)
+    logger = Recorder()
+    train_one_epoch(model, criterion, [batch()] * 5, solver, logger, CPU)
+    assert len(logger.steps) == 2 and solver.done
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_a_loss_that_is_not_finite_stops_before_the_update(value):
+    model, criterion, solver = make()
+    solver.step_count = 6
+    forward = criterion.forward
+
+    def poisoned(predictions, targets):
+        losses = forward(predictions, targets)
+        return Losses({**losses.terms, "box": losses.terms["box"] * value}, losses.diagnostics)
+
+    criterion.forward = poisoned
+    before = copy.deepcopy({key: value for key, value in model.named_parameters()})
+    with pytest.raises(FloatingPointError) as error:
+        train_one_epoch(model, criterion, [batch(ids=(17, 39))], solver, Recorder(), CPU)
+    message = str(error.value)
+    assert "box = " in message and "step 7" in message and "[17, 39]" in message and "\n" not in message
+    assert "class = " not in message
+    assert all(torch.equal(before[key], value) for key, value in model.named_parameters())
+    assert solver.step_count == 6
+
+
+def test_a_gradient_that_is_not_finite_stops_as_well():
+    model, criterion, solver = make()
+    model.head.deltas.bias.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(FloatingPointError, match=r"gradient_norm = (inf|nan) at step 1"):
+        train_one_epoch(model, criterion, [batch()], solver, Recorder(), CPU)
+
+
+def test_nan_weights_stop_it():
+    model, criterion, solver = make(class_loss={"name": "focal"})
+    with torch.no_grad():
+        model.head.logits.weight[0, 0, 0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match="class = nan"):
+        train_one_epoch(model, criterion, [batch()], solver, Recorder(), CPU)
+
+
+def test_accumulation_visits_every_image_once_in_order():
+    model, criterion, solver = make(batch_size=4, accumulate=2)
+    seen, forward = [], model.forward
+
+    def spied(images, sizes):
+        seen.append(images)
+        return forward(images, sizes)
+
+    model.forward = spied
+    four = batch(ids=(1, 2, 3, 4))
+    logger = Recorder()
+    train_one_epoch(model, criterion, [four], solver, logger, CPU)
+    assert [len(images) for images in seen] == [2, 2] and torch.equal(torch.cat(seen), four.images)
+    assert solver.step_count == 1 and len(logger.steps) == 1 and logger.steps[0][3] == 4
+
+
+def test_two_equal_halves_accumulated_are_the_whole_batch():
+    two = batch()
+    doubled = Batch(torch.cat([two.images] * 2), *(list(values) * 2 for values in two[1:]))
+    results = []
+    for accumulate in (1, 2):
+        model, criterion, solver = make(
+            batch_size=4, accumulate=accumulate, momentum=0, weight_decay=0, class_loss={"name": "focal"}
+        )
+        before = [p.detach().clone() for p in model.parameters()]
+        logger = Recorder()
+        train_one_epoch(model, criterion, [doubled], solver, logger, CPU)
+        moved = torch.cat([(p.detach() - b).flatten() for p, b in zip(model.parameters(), before)])
+        results.append((moved, logger.steps[0][0]))
+    (moved, values), (moved_by_halves, values_by_halves) = results
+    assert (moved - moved_by_halves).norm() < 1e-4 * moved.norm()
+    assert values == pytest.approx(values_by_halves, rel=1e-4)
+
+
+class Fixed(nn.Module):
+    """No detector: what it "predicts" is the image ids' order, for the loop alone."""
+
+    def forward(self, images, sizes):
+        return Predictions(images.float().mean((1, 2, 3)), None, None, ())
+
+
+def test_predict_gives_every_image_once_in_pixels_of_the_original():
+    sizes, originals = [(64, 96), (48, 64), (60, 30)], [(128, 192), (480, 320), (20, 10)]
+    batches = []
+    for size, original, image_id in zip(sizes, originals, (7, 5, 9)):
+        batches.append(Batch(torch.zeros(1, 3, 64, 96, dtype=torch.uint8), [None], [image_id], [size], [original]))
+    joined = Batch(torch.zeros(2, 3, 64, 96, dtype=torch.uint8), [None] * 2, [7, 5], sizes[:2], originals[:2])
+
+    def whole_image(predictions, sizes):
+        boxes = [torch.tensor([[0.0, 0, w, h], [w / 2, h / 4, w, h / 2]]) for h, w in sizes]
+        return [Detections(box, torch.tensor([0.9, 0.8]), torch.tensor([0, 1])) for box in boxes]
+
+    found = predict(Fixed(), [joined, batches[2]], whole_image, CPU)
+    assert list(found) == [7, 5, 9]
+    for image_id, (h, w) in zip((7, 5, 9), originals):
+        expected = torch.tensor([[0.0, 0, w, h], [w / 2, h / 4, w, h / 2]])
+        assert torch.allclose(found[image_id].boxes, expected)
+        assert found[image_id].scores.tolist() == pytest.approx([0.9, 0.8])
+        assert found[image_id].labels.tolist() == [0, 1]
+
+
+def test_predict_joins_the_shares_of_all_processes(monkeypatch):
+    one = Batch(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), [None], [1], [(32, 32)], [(32, 32)])
+    nothing = Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
+    monkeypatch.setattr(engine.distributed, "gather", lambda value: [value, {2: nothing, 1: nothing}])
+    assert set(predict(Fixed(), [one], lambda p, sizes: [nothing], CPU)) == {1, 2}
+
+
+def test_evaluation_leaves_statistics_and_the_losses_state_alone(same):
+    model, criterion, solver = make(norm="bn")
+    train_one_epoch(model, criterion, [batch()], solver, Recorder(), CPU)
+    before = copy.deepcopy((model.state_dict(), criterion.state_dict(), solver.state_dict()))
+    postprocess = assemble.build_postprocess(Config(postprocess={"score_threshold": 0}))
+    found = predict(model, [batch(ids=(1, 2)), batch(ids=(3,), seed=1)], postprocess, CPU)
+    assert same(before, (model.state_dict(), criterion.state_dict(), solver.state_dict()))
+    assert sorted(found) == [1, 2, 3] and all(len(one.boxes) == 100 for one in found.values())
+    criterion.eval()
+    criterion(model(batch().images), batch().targets)
+    assert same(before[1], criterion.state_dict())
+
+
+def test_predict_does_not_depend_on_the_batch():
+    model, _, _ = make(norm="bn")
+    postprocess = assemble.build_postprocess(Config(postprocess={"score_threshold": 0}))
+    two, ids = batch(), (1, 2)
+    singles = [Batch(*(values[i : i + 1] for values in two)) for i in range(2)]
+    together, apart = predict(model, [two], postprocess, CPU), predict(model, singles, postprocess, CPU)
+    for i in ids:
+        assert torch.allclose(together[i].scores, apart[i].scores, atol=1e-5)
+
+
+def test_bfloat16_is_for_the_model_alone():
+    model, criterion, solver = make(precision="bfloat16")
+    seen, forward = [], criterion.forward
+
+    def spied(predictions, targets):
+        losses = forward(predictions, targets)
+        seen.append((predictions.logits.dtype, predictions.anchors.dtype, {v.dtype for v in losses.terms.values()}))
+        return losses
+
+    criterion.forward = spied
+    train_one_epoch(model, criterion, [batch()], solver, Recorder(), CPU)
+    assert seen == [(torch.bfloat16, torch.float32, {torch.float32})]
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    found = predict(model, [batch()], assemble.build_postprocess(Config(postprocess={"score_threshold": 0})), CPU,
+                    torch.bfloat16)  # fmt: skip
+    assert (
+        {one.boxes.dtype for one in found.values()} == {one.scores.dtype for one in found.values()} == {torch.float32}
+    )

@@ -1,0 +1,122 @@
+"""What is told, where, and when nothing is."""
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from detector import distributed
+from detector.logger import Logger
+
+VALUES = {"class": 0.5, "box": 0.25, "gradient_norm": 2.0}
+
+
+class Clock:
+    """The solver, as far as the progress line knows it."""
+
+    total_steps, step_count = 10, 0
+
+
+def read(folder):
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0})
+    events.Reload()
+    return events
+
+
+def scalars(folder, tag):
+    return {event.step: event.value for event in read(folder).Scalars(tag)}
+
+
+def log(logger, steps):
+    for step in steps:
+        logger.step(VALUES, ("class", "box"), 0.01, 4, step)
+
+
+def test_curves_have_the_first_step_and_every_nth(tmp_path):
+    logger = Logger(tmp_path, every=4)
+    log(logger, range(1, 10))
+    logger.close()
+    assert scalars(tmp_path, "loss/total") == {1: 0.75, 4: 0.75, 8: 0.75}
+    assert set(read(tmp_path).Tags()["scalars"]) == {
+        "loss/class", "loss/box", "loss/total", "lr", "diagnostics/gradient_norm", "speed/images_per_second",
+        "speed/data_wait",
+    }  # fmt: skip
+
+
+def test_what_is_undefined_is_left_out(tmp_path):
+    logger = Logger(tmp_path, every=1)
+    metrics = {"AP": 0.25, "APs": -1.0, "AR100": 0.5, "images": 4, "engine": "x", "step": 3}
+    logger.metrics({**metrics, "per_class": {"cat": {"AP": 0.25}, "dog": {"AP": -1.0}}}, 3)
+    logger.close()
+    assert set(read(tmp_path).Tags()["scalars"]) == {"eval/AP", "eval/AR100", "eval_per_class/cat"}
+    assert scalars(tmp_path, "eval/AP") == {3: 0.25}
+
+
+def test_a_resumed_run_hides_what_was_told_past_its_start(tmp_path):
+    first = Logger(tmp_path, every=1)
+    log(first, range(1, 6))
+    first.close()
+    again = Logger(tmp_path, every=1, first_step=3)
+    for step in (4, 5):
+        again.step({**VALUES, "class": 8.0}, ("class", "box"), 0.01, 4, step)
+    again.close()
+    found = read(tmp_path).Scalars("loss/class")
+    assert [(event.step, event.value) for event in found] == [(1, 0.5), (2, 0.5), (3, 0.5), (4, 8.0), (5, 8.0)]
+
+
+def test_pictures_config_and_hyper_parameters(tmp_path):
+    logger = Logger(tmp_path, every=1)
+    logger.image("validation/0", torch.zeros(3, 8, 6, dtype=torch.uint8), 1)
+    logger.config("run: x", {"solver.lr": 0.1, "run": "x", "flag": True})
+    logger.close()
+    tags = read(tmp_path).Tags()
+    assert tags["images"] == ["validation/0"]
+    assert "config/text_summary" in tags["tensors"]
+    hparams = read(tmp_path).summary_metadata
+    assert {"_hparams_/experiment", "_hparams_/session_start_info"} <= hparams.keys()
+
+
+def test_the_other_processes_are_silent(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(distributed, "is_main", lambda: False)
+    logger = Logger(tmp_path, every=1)
+    log(logger, [1])
+    logger.say("hello")
+    logger.scalars({"x": 1.0}, 1)
+    logger.image("x", torch.zeros(3, 2, 2, dtype=torch.uint8), 1)
+    logger.config("", {})
+    logger.metrics({"AP": 1.0, "per_class": {}}, 1)
+    logger.close()
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr() == ("", "")
+
+
+def test_progress_gives_every_batch_and_times_all_but_the_first(tmp_path, capsys):
+    logger = Logger(tmp_path, every=100, seconds_per_step=9.0)
+    assert logger.seconds_per_step == 9.0  # of the part before, until there is something to go by
+
+    class Images:
+        images = torch.zeros(2)
+
+    batches = [Images() for _ in range(8)]
+    for step, batch in enumerate(logger.progress(batches, Clock()), start=1):
+        assert batch is batches[step - 1]
+        logger.step(VALUES, ("class", "box"), 0.01, 2, step)
+        assert (logger.seconds_per_step == 9.0) == (step <= 6)
+    logger.close()
+    assert 0 < logger.seconds_per_step < 1
+    told = capsys.readouterr()
+    assert told.out == "" and "8/10" in told.err and "loss 0.7500" in told.err
+
+
+def test_say_goes_to_standard_output(tmp_path, capsys):
+    logger = Logger(tmp_path, every=1)
+    logger.say("hello")
+    logger.close()
+    assert capsys.readouterr() == ("hello\n", "")
+
+
+@pytest.mark.parametrize("name", ["a/b", "ü b", "x (id 3)"])
+def test_class_names_of_any_kind_are_accepted(tmp_path, name):
+    logger = Logger(tmp_path, every=1)
+    logger.metrics({"AP": 0.5, "per_class": {name: {"AP": 0.5}}}, 1)
+    logger.close()
+    assert len(read(tmp_path).Tags()["scalars"]) == 2

@@ -1,0 +1,187 @@
+"""Warm-up and schedule, scaling with the batch, clipping, averaged weights, and the state that goes on."""
+
+import copy
+import io
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from detector.solver import Solver
+
+
+def small_model(seed=0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1)).double()
+
+
+def train(model, solver, steps, seed=0):
+    """Steps on batches that depend on the step alone."""
+    for _ in range(steps):
+        generator = torch.Generator().manual_seed(seed + solver.step_count)
+        solver.backward(model(torch.randn(6, 4, generator=generator, dtype=torch.float64)).square().sum())
+        solver.gradient_norm()
+        solver.step()
+
+
+def plain(total_steps=100, **options) -> Solver:
+    """A solver whose numbers are as given: no scaling, no warm-up unless asked."""
+    return Solver(nn.Linear(1, 1), total_steps=total_steps, **{"lr_batch_size": None, "warmup_steps": 0, **options})
+
+
+def test_step_schedule_by_hand():
+    solver = plain(lr=0.4, schedule="step", decay_at=[8 / 12, 11 / 12], decay_factor=0.1, total_steps=120)
+    values = {0: 0.4, 79: 0.4, 80: 0.04, 109: 0.04, 110: 0.004, 119: 0.004}
+    for step, lr in values.items():
+        assert solver.lr_at(step) == pytest.approx(lr)
+
+
+def test_cosine_by_hand():
+    solver = plain(lr=0.4, schedule="cosine", total_steps=100)
+    for step, lr in {0: 0.4, 25: 0.2 * (1 + math.sqrt(0.5)), 50: 0.2, 75: 0.2 * (1 - math.sqrt(0.5)), 100: 0.0}.items():
+        assert solver.lr_at(step) == pytest.approx(lr, abs=1e-12)
+
+
+@pytest.mark.parametrize("schedule", ["step", "cosine"])
+def test_warm_up_is_linear_from_its_factor(schedule):
+    solver = plain(lr=2.0, schedule=schedule, warmup_steps=10, warmup_factor=0.1, decay_at=[0.5])
+    assert [solver.lr_at(step) for step in (0, 5, 10)] == pytest.approx([0.2, 1.1, 2.0])
+
+
+def test_cosine_starts_where_warm_up_ends():
+    solver = plain(lr=1.0, schedule="cosine", warmup_steps=20, total_steps=100)
+    assert solver.lr_at(60) == pytest.approx(0.5)
+
+
+def test_a_drop_within_the_warm_up_counts():
+    solver = plain(lr=1.0, warmup_steps=50, warmup_factor=0.5, decay_at=[0.1], total_steps=100)
+    assert solver.lr_at(9) == pytest.approx(0.5 + 0.5 * 9 / 50)
+    assert solver.lr_at(10) == pytest.approx(0.1 * (0.5 + 0.5 * 10 / 50))
+
+
+@pytest.mark.parametrize(("optimizer", "lr"), [("sgd", 0.4 / 4), ("adamw", 0.4 / 2)])
+def test_lr_and_warm_up_scale_with_the_batch(optimizer, lr):
+    solver = plain(9000, optimizer=optimizer, lr=0.4, lr_batch_size=16, batch_size=4, warmup_steps=500)
+    assert solver.lr == pytest.approx(lr)
+    assert solver.warmup_steps == 2000  # the same number of images
+    told = solver.describe()
+    for number in (f"lr {lr:g}", "0.4 at batch 16", "batch 4", "warm-up 2000 steps", "from 500"):
+        assert number in told
+    assert "\n" not in told
+
+
+def test_lr_batch_size_null_takes_lr_as_it_is():
+    solver = plain(9000, lr=0.4, batch_size=4, warmup_steps=500)
+    assert (solver.lr, solver.warmup_steps) == (0.4, 500)
+    assert "scaled" not in solver.describe()
+
+
+def test_a_short_training_is_not_all_warm_up():
+    solver = plain(total_steps=10, warmup_steps=500, lr=1.0)
+    assert solver.warmup_steps == 5
+    assert solver.lr_at(5) == 1.0
+
+
+def test_the_lr_of_the_schedule_is_the_one_used():
+    model = nn.Linear(1, 1, bias=False)
+    solver = Solver(model, total_steps=4, lr=1.0, lr_batch_size=None, warmup_steps=2, warmup_factor=0.5, momentum=0,
+                    weight_decay=0)  # fmt: skip
+    moves = []
+    for _ in range(4):
+        before = model.weight.item()
+        solver.backward(model.weight.sum())
+        solver.gradient_norm()
+        solver.step()
+        moves.append(before - model.weight.item())
+    assert moves == pytest.approx([0.5, 0.75, 1.0, 1.0], abs=1e-6)
+    assert solver.done
+
+
+def test_clipping_bounds_the_update_and_the_norm_is_told_unclipped():
+    for clip, moved in ((0.5, 0.5), (None, 50.0), (100.0, 50.0)):
+        model = nn.Linear(2, 1, bias=False).double()
+        solver = Solver(model, total_steps=1, lr=1.0, lr_batch_size=None, warmup_steps=0, momentum=0, weight_decay=0,
+                        clip_norm=clip)  # fmt: skip
+        before = model.weight.detach().clone()
+        solver.backward((model.weight * torch.tensor([[30.0, 40.0]])).sum())
+        assert solver.gradient_norm().item() == pytest.approx(50)
+        solver.step()
+        assert (model.weight - before).norm().item() == pytest.approx(moved, rel=1e-5)
+
+
+def test_frozen_parameters_are_left_out():
+    model = small_model()
+    model[0].requires_grad_(False)
+    assert len(Solver(model, total_steps=1).parameters) == 4
+
+
+def test_the_average_is_a_plain_loop_and_buffers_are_in_it():
+    model, decay = small_model(), 0.7
+    solver = Solver(model, total_steps=30, lr=0.05, lr_batch_size=None, warmup_steps=0, ema=decay)
+    expected, used = None, []
+    for n in range(25):
+        train(model, solver, 1)
+        current = {key: value.double().clone() for key, value in model.state_dict().items()}
+        if expected is None:
+            expected = current  # the start is the first step's weights, not the random ones
+        else:
+            used.append(min(decay, (1 + n) / (10 + n)))
+            expected = {key: used[-1] * expected[key] + (1 - used[-1]) * current[key] for key in current}
+        found = solver.evaluated_model.state_dict()
+        assert found.keys() == expected.keys()
+        for key in found:
+            if found[key].is_floating_point():
+                assert torch.allclose(found[key], expected[key], rtol=1e-12, atol=1e-14), (n, key)
+            else:
+                assert found[key] == model.state_dict()[key]
+    assert used[0] < 0.2 and used[-1] == decay  # it grew, up to the decay
+    assert not torch.equal(found["1.running_mean"], model[1].running_mean)
+
+
+def test_without_average_the_model_itself_is_evaluated():
+    model = small_model()
+    assert Solver(model, total_steps=1).evaluated_model is model
+
+
+@pytest.mark.parametrize("ema", [None, 0.9])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_restored_solver_goes_on_bit_for_bit(optimizer, ema, same):
+    options = dict(total_steps=8, optimizer=optimizer, lr=0.1, warmup_steps=4, schedule="cosine", clip_norm=1, ema=ema)
+    model = small_model()
+    solver = Solver(model, **options)
+    train(model, solver, 3)
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "solver": solver.state_dict()}, file)
+    file.seek(0)
+    content = torch.load(file, weights_only=True)
+
+    again = small_model(seed=1)
+    restored = Solver(again, **options)
+    again.load_state_dict(content["model"])
+    restored.load_state_dict(content["solver"])
+    assert restored.step_count == 3
+    train(model, solver, 5)
+    train(again, restored, 5)
+    assert same(model.state_dict(), again.state_dict())
+    assert same(solver.state_dict(), restored.state_dict())
+    assert restored.done
+
+    without = Solver(small_model(), **options)  # and the state matters
+    without.model.load_state_dict(content["model"])
+    train(without.model, without, 5)
+    assert not same(model.state_dict(), without.model.state_dict())
+
+
+def test_accumulated_parts_are_averaged():
+    model = small_model().eval()
+    whole, parts = (Solver(copy.deepcopy(model), total_steps=2, warmup_steps=0, accumulate=n) for n in (1, 2))
+    x = torch.randn(4, 4, dtype=torch.float64)
+    whole.backward(whole.model(x).mean())
+    for part in x.split(2):
+        parts.backward(parts.model(part).mean())
+    for solver in (whole, parts):
+        solver.gradient_norm()
+        solver.step()
+    for one, other in zip(whole.parameters, parts.parameters):
+        assert torch.allclose(one, other, atol=1e-14)

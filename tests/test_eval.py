@@ -1,0 +1,129 @@
+"""A checkpoint alone says how good it is: the same numbers, its own data or others, ours or torchvision's."""
+
+import contextlib
+import importlib.util
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from detector import checkpoint
+
+# Not by `import eval`: the name is Python's own.
+spec = importlib.util.spec_from_file_location("evaluation", Path(__file__).parents[1] / "eval.py")
+evaluation = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(evaluation)
+
+
+@pytest.fixture(scope="module")
+def learnt(overfit, tmp_path_factory):
+    """The folder of a run that knows three classes by heart."""
+    folder = tmp_path_factory.mktemp("learnt")
+    run, _ = overfit(folder, 3, solver={"ema": 0.5})
+    yield run
+    shutil.rmtree(folder)
+
+
+def read(path: Path):
+    return json.loads(path.read_text())
+
+
+def one_line(err: str) -> bool:
+    return err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_a_checkpoint_alone_gives_the_metrics_of_its_run(learnt, folder, command):
+    code, out, err = command(evaluation.main, "--checkpoint", learnt / "last.pt", "--output", folder / "deep" / "er")
+    assert code == 0, err
+    expected = read(learnt / "metrics.json")
+    assert expected["AP50"] > 0.9 and len(expected["per_class"]) == 3
+    assert read(folder / "deep" / "er" / "metrics.json") == expected
+    assert "AP50" in out and "colour 2" in out
+    best = command(evaluation.main, "--checkpoint", learnt / "best.pt", "--output", folder)
+    assert best[0] == 0 and read(folder / "metrics.json") == expected
+
+
+def test_detections_are_in_cocos_format_and_score_the_same(learnt, folder, command):
+    command(evaluation.main, "--checkpoint", learnt / "last.pt", "--output", folder)
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(checkpoint.read(learnt / "last.pt")["config"]["data"]["val"]["annotations"])
+        scored = COCOeval(truth, truth.loadRes(str(folder / "detections.json")), "bbox")
+        scored.evaluate()
+        scored.accumulate()
+        scored.summarize()
+    found = read(folder / "metrics.json")
+    assert scored.stats[:3].tolist() == pytest.approx([found["AP"], found["AP50"], found["AP75"]], abs=1e-3)
+    results = read(folder / "detections.json")
+    assert {result["category_id"] for result in results} <= {3, 7, 11}
+    assert {result["image_id"] for result in results} == {50, 51}
+
+
+def test_without_output_the_checkpoints_folder_is_written(learnt, command):
+    expected = read(learnt / "metrics.json")
+    code, out, _ = command(evaluation.main, "--checkpoint", learnt / "last.pt")
+    assert code == 0 and str(learnt / "detections.json") in out
+    assert read(learnt / "metrics.json") == expected
+
+
+def test_another_set_of_the_same_categories(learnt, rectangles, folder, command):
+    # Twice as large, and resized to what the model knows: boxes are in pixels of the original.
+    boxes = [[(0, [18, 24, 60, 72])], [], [(1, [90, 18, 78, 66])]]
+    annotations, images = rectangles(folder, boxes, classes=2, side=192)
+    arguments = ("--checkpoint", learnt / "last.pt", "--data", annotations, images, "--output", folder)
+    code, out, err = command(evaluation.main, *arguments)
+    assert code == 0, err
+    found = read(folder / "metrics.json")
+    assert found["images"] == 3 and found["per_class"].keys() == {"colour 0", "colour 1"}
+    assert found["AP50"] > 0.9
+    assert annotations in out
+
+
+def test_options_can_be_changed(learnt, folder, command):
+    settings = ("postprocess.max_detections=1", "evaluation.batch_size=1")
+    code, _, err = command(
+        evaluation.main, "--checkpoint", learnt / "last.pt", "--output", folder, "--set", *settings
+    )
+    assert code == 0, err
+    assert len(read(folder / "detections.json")) == 2
+
+
+def test_slips_are_one_line_and_exit_code_2(learnt, rectangles, folder, command):
+    annotations, images = rectangles(folder, [[(0, [5, 5, 20, 20])]], classes=1)
+    document = read(Path(annotations))
+    document["categories"][0]["id"] = document["annotations"][0]["category_id"] = 4
+    Path(annotations).write_text(json.dumps(document))
+    (folder / "text.pt").write_text("hello")
+    last = learnt / "last.pt"
+    slips = {
+        "category 4": ("--checkpoint", last, "--data", annotations, images),
+        "missing.json": ("--checkpoint", last, "--data", "missing.json", images),
+        "text.pt": ("--checkpoint", folder / "text.pt"),
+        "none.pt": ("--checkpoint", folder / "none.pt"),
+        "postprocess.nms": ("--checkpoint", last, "--set", "postprocess.nms=0.5"),
+        "/dev/null/x": ("--checkpoint", last, "--output", "/dev/null/x"),
+    }
+    for expected, arguments in slips.items():
+        code, _, err = command(evaluation.main, *arguments)
+        assert code == 2 and one_line(err), (expected, err)
+        assert expected in err
+
+
+def test_torchvisions_checkpoint_is_scored_as_it_is(rectangles, folder, command):
+    torch.manual_seed(0)
+    model = torchvision.models.detection.retinanet_resnet50_fpn(weights=None, weights_backbone=None, num_classes=91)
+    torch.save(model.state_dict(), folder / "retinanet.pth")
+    annotations, images = rectangles(folder, [[(0, [5, 5, 20, 20])], [(1, [8, 9, 30, 20])]], classes=2)
+    small = ("device=cpu", "data.workers=0", "data.short_side=64", "data.long_side=64")
+    arguments = ("--checkpoint", folder / "retinanet.pth", "--set", *small, "postprocess.score_threshold=0")
+    code, _, err = command(evaluation.main, *arguments)
+    assert code == 2 and "--data" in err and one_line(err)
+    code, out, err = command(evaluation.main, *arguments, "--data", annotations, images)
+    assert code == 0, err
+    assert 0 <= read(folder / "metrics.json")["AP"] < 0.5
+    assert len(read(folder / "detections.json")) == 200 and "colour 1" in out

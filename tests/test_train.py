@@ -1,0 +1,267 @@
+"""Whole runs: what is in the folder, how it ends, how it goes on, and that it learns."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import train
+from detector import assemble, checkpoint
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+GHM = {"class_loss": {"name": "ghm_c"}, "box_loss": {"name": "ghm_r"}, "solver": {"ema": 0.9}}
+METRICS = {"AP", "AP50", "AP75", "AP80", "AP90", "APs", "APm", "APl", "AR1", "AR10", "AR100", "per_class"}
+
+
+def start(*arguments: object) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "NO_ALBUMENTATIONS_UPDATE": "1"}
+    return subprocess.run(
+        [sys.executable, "train.py", *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+
+
+def read(folder: Path, name: str = "last.pt") -> dict:
+    """A checkpoint without what depends on the clock and on where it lies."""
+    content = checkpoint.read(folder / name)
+    del content["run"]["seconds_per_step"], content["config"]["output"]
+    return content
+
+
+def metrics(folder: Path) -> dict:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def trained(tiny, tmp_path_factory):
+    """The folder of a run of two epochs with GHM and averaged weights, and what its training returned."""
+    folder = tmp_path_factory.mktemp("trained")
+    cfg = assemble.configure(tiny(folder, **GHM))
+    result = train.train(cfg, CPU)
+    yield cfg.folder, result
+    shutil.rmtree(folder)
+
+
+def one_line(err: str) -> bool:
+    return err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err
+
+
+# ------------------------------------------------------------------------------------------ the folder
+
+
+def test_the_folder_holds_all_that_is_promised(trained):
+    folder, result = trained
+    names = {"config.yaml", "last.pt", "best.pt", "metrics.json", "detections.png"}
+    assert names <= {path.name for path in folder.iterdir()}
+    assert not [path for path in folder.iterdir() if path.suffix == ".tmp"]
+    found = metrics(folder)
+    assert found.keys() >= METRICS and found == result
+    assert (found["step"], found["epoch"], found["images"], len(found["per_class"])) == (4, 2, 4, 10)
+    assert (folder / "detections.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_config_in_the_folder_is_the_one_that_was_run(trained):
+    folder, _ = trained
+    again = assemble.configure(str(folder / "config.yaml"))
+    assert again.model_dump(mode="json") == checkpoint.read(folder / "last.pt")["config"]
+    assert again.class_loss.options["bins"] == 30
+
+
+def test_tensorboard_has_curves_pictures_and_settings(trained):
+    events = EventAccumulator(str(trained[0]), size_guidance={"scalars": 0, "images": 0})
+    events.Reload()
+    tags = events.Tags()
+    diagnostics = ("true_class_probability", "positives_per_image", "gradient_norm")
+    expected = {"loss/class", "loss/box", "loss/total", "lr", "eval/AP", *(f"diagnostics/{d}" for d in diagnostics)}
+    assert set(tags["scalars"]) >= expected
+    assert tags["images"] == ["validation/0"]
+    assert "config/text_summary" in tags["tensors"] and "_hparams_/session_start_info" in events.summary_metadata
+    assert [event.step for event in events.Scalars("loss/total")] == [1, 2, 3, 4]
+    assert [event.step for event in events.Scalars("eval/AP")] == [2, 4]
+
+
+# ------------------------------------------------------------------------------------------ how it ends
+
+
+def test_from_the_shell(tiny, folder):
+    path = tiny(folder)
+    done = start("--config", path, "--set", "solver.max_steps=1", "tensorboard.images=0")
+    assert done.returncode == 0, done.stderr
+    assert "AP50" in done.stdout and "Traceback" not in done.stderr
+    assert (folder / "runs" / "tiny" / "last.pt").exists()
+    slip = start("--config", path, "--set", "slover.lr=1")
+    assert slip.returncode == 2 and slip.stdout == ""
+    assert slip.stderr == f"error: {path}: slover: unknown option; did you mean 'solver'?\n"
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (["data.train.annotations=missing.json"], "missing.json"),
+        (["data.val.annotations="], "data.val.annotations"),
+        (["data.val={}"], None),
+        (["data.val.images=nowhere"], "nowhere"),
+        (["solver.batch_size=5", "solver.accumulate=2"], "accumulate"),
+        (["model.weights=nothing.pt"], "model.weights: nothing.pt"),
+        (["device=tpu"], "device"),
+        (["device=cuda:99"], "device"),
+        (["output=/dev/null/x"], "output"),
+    ],
+    ids=str,
+)
+def test_a_slip_is_one_line_and_exit_code_2(tiny, folder, command, settings, expected):
+    if expected is None:
+        settings, expected = ["data.val.annotations=", "data.val.images="], "data.val.annotations"
+    code, _, err = command(train.main, "--config", tiny(folder), "--set", *settings)
+    assert code == 2 and one_line(err), err
+    assert expected in err
+
+
+def test_a_missing_set_is_asked_for(tmp_path, command):
+    (tmp_path / "x.yaml").write_text("device: cpu")
+    code, _, err = command(train.main, "--config", tmp_path / "x.yaml")
+    assert code == 2 and one_line(err)
+    assert "data.train.annotations: not set" in err
+
+
+def test_validation_classes_must_be_those_of_training(tiny, demo, folder, command):
+    document = json.loads((demo / "val.json").read_text())
+    document["categories"][0]["name"], document["categories"][1]["name"] = "1", "0"
+    (folder / "swapped.json").write_text(json.dumps(document))
+    setting = f"data.val.annotations={folder / 'swapped.json'}"
+    code, _, err = command(train.main, "--config", tiny(folder), "--set", setting)
+    assert code == 2 and one_line(err)
+    assert "category 1 is '1' here and '0' in training" in err
+
+
+def test_a_diverging_run_ends_in_one_line_and_exit_code_1(tiny, folder, command):
+    settings = ["solver.lr=1e30", "solver.warmup_steps=0", "solver.schedule=cosine", "class_loss.name=focal"]
+    code, _, err = command(train.main, "--config", tiny(folder), "--set", *settings)
+    assert code == 1 and "Traceback" not in err
+    last = err.splitlines()[-1]  # below the progress line
+    assert last.startswith("error: ") and "at step 2, images [" in last and "solver.lr" in last
+
+
+# ------------------------------------------------------------------------------------------ how it goes on
+
+
+def test_an_existing_run_is_not_overwritten(tiny, trained, command):
+    before = (trained[0] / "last.pt").stat().st_mtime_ns
+    path = tiny(trained[0].parent.parent, **GHM)
+    code, _, err = command(train.main, "--config", path)
+    assert code == 2 and one_line(err) and "--resume" in err and "--set run=" in err
+    assert (trained[0] / "last.pt").stat().st_mtime_ns == before
+
+
+def test_another_loss_does_not_go_on_from_this_one(tiny, trained, command):
+    path = tiny(trained[0].parent.parent, **GHM)
+    before = (trained[0] / "config.yaml").read_text()
+    code, _, err = command(train.main, "--config", path, "--resume", "--set", "class_loss.name=focal")
+    assert code == 2 and one_line(err) and "class_loss" in err
+    assert (trained[0] / "config.yaml").read_text() == before
+
+
+@pytest.mark.parametrize("interrupted_at", ["last.pt", "best.pt"])
+def test_an_interrupted_and_resumed_run_equals_the_whole(tiny, trained, folder, monkeypatch, same, interrupted_at):
+    whole, _ = trained
+    cfg = assemble.configure(tiny(folder, **GHM))
+    save = checkpoint.save
+
+    def save_and_die(path, *arguments, **named):
+        save(path, *arguments, **named)
+        if path.name == interrupted_at:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", save_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            train.train(cfg, CPU)
+    if interrupted_at == "last.pt":
+        assert checkpoint.read(cfg.folder / "last.pt")["run"]["solver"]["step"] == 2
+    train.train(cfg, CPU, resume=True)  # without a last.pt it starts anew
+
+    for name in ("last.pt", "best.pt"):
+        one, other = read(whole, name), read(cfg.folder, name)
+        assert same(one["run"]["criterion"], other["run"]["criterion"])
+        assert one["run"]["criterion"]["class_loss.updates"] == one["run"]["solver"]["step"] > 0
+        assert same(one, other)
+    one, other = metrics(whole), metrics(cfg.folder)
+    assert {**one, "seconds_per_step": 0} == {**other, "seconds_per_step": 0}
+
+
+def test_a_run_resumed_within_an_epoch_sees_the_images_it_had_not_seen(tiny, folder, monkeypatch):
+    seen = []
+
+    def look(model, criterion, batches, solver, logger, device):
+        for batch in batches:
+            seen.append(batch.image_ids)
+            solver.step_count += 1
+            if solver.done:
+                break
+
+    monkeypatch.setattr(train, "train_one_epoch", look)
+    path = tiny(folder, solver={"batch_size": 2})
+    train.train(assemble.configure(path, ["run=whole"]), CPU)
+    whole, seen[:] = list(seen), []
+    for steps in (1, 6, 8):
+        train.train(assemble.configure(path, [f"solver.max_steps={steps}"]), CPU, resume=True)
+        assert len(seen) == steps
+    assert seen == whole
+    first, second = (sum(whole[start : start + 4], []) for start in (0, 4))
+    assert sorted(first) == sorted(second) == list(range(1, 9)) and first != second
+
+
+def test_resuming_a_finished_run_evaluates_and_changes_nothing(trained, tiny, command, same):
+    folder, _ = trained
+    before = {name: checkpoint.read(folder / name) for name in ("last.pt", "best.pt")}, metrics(folder)
+    (folder / "metrics.json").unlink()
+    code, out, _ = command(train.main, "--config", folder / "config.yaml", "--resume")
+    assert code == 0 and "from step 4" in out
+    after = {name: checkpoint.read(folder / name) for name in ("last.pt", "best.pt")}, metrics(folder)
+    assert same(before, after)
+
+
+# ------------------------------------------------------------------------------------------ that it learns
+
+
+@pytest.mark.parametrize("classes", [1, 2])  # and 3 in test_eval.py
+def test_two_images_are_learnt_by_heart(overfit, folder, classes):
+    run, found = overfit(folder, classes)
+    assert found["AP50"] > 0.9
+    assert len(found["per_class"]) == classes
+    assert checkpoint.read(run / "last.pt")["category_ids"] == [3, 7][:classes]
+
+
+LOSSES = [("focal", "smooth_l1"), ("ghm_c", "ghm_r"), ("ohem", "l1")]
+
+
+@pytest.mark.parametrize(("class_loss", "box_loss"), LOSSES)
+@pytest.mark.parametrize("with_boxes", [0, 1])
+def test_images_without_boxes_are_trained_on(
+    rectangles, tiny, folder, capsys, monkeypatch, class_loss, box_loss, with_boxes
+):
+    content = [(0, [10, 10, 30, 40])]
+    annotations, images = rectangles(folder, [content] * with_boxes + [[]] * (2 - with_boxes), classes=2)
+    files = {"annotations": annotations, "images": images}
+    losses = {"class_loss": {"name": class_loss}, "box_loss": {"name": box_loss}}
+    solver = {"batch_size": 2, "epochs": 1}
+    cfg = assemble.configure(tiny(folder, data={"train": files, "val": files}, solver=solver, **losses))
+    monkeypatch.setattr(checkpoint, "save", lambda *a, **k: None)  # of no interest here, and large
+    found = train.train(cfg, CPU)
+    assert found["step"] == 1
+    told = capsys.readouterr().out
+    if with_boxes:
+        assert found["AP"] >= 0
+    else:
+        assert found["AP"] == -1 and "the validation set has no boxes" in told
+
+
+def test_settings_flatten_to_what_tensorboard_takes():
+    values = {"a": {"b": {"c": 1, "d": None}}, "e": [1, 2], "f": True}
+    assert train.flat(values) == {"a.b.c": 1, "a.b.d": "None", "e": "[1, 2]", "f": True}
