@@ -213,7 +213,7 @@ def test_a_run_resumed_within_an_epoch_sees_the_images_it_had_not_seen(tiny, fol
         train.train(assemble.configure(path, [f"solver.max_steps={steps}"]), CPU, resume=True)
         assert len(seen) == steps
     assert seen == whole
-    first, second = (sum(whole[start : start + 4], []) for start in (0, 4))
+    first, second = ([i for ids in whole[start : start + 4] for i in ids] for start in (0, 4))
     assert sorted(first) == sorted(second) == list(range(1, 9)) and first != second
 
 
