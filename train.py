@@ -47,17 +47,17 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False) -> dict:
     batches = train_loader(train_set, assemble.images_per_process(cfg), **loader_options(cfg, device), seed=cfg.seed)
     val_batches = eval_loader(val_set, evaluation_batch(cfg), **loader_options(cfg, device))
 
+    last = last_checkpoint(cfg, resume)
     model = assemble.build_model(cfg, num_classes=len(train_set.category_ids))
-    weights = checkpoint.load_initial_weights(model, cfg)
+    weights = f"weights from {last}" if last else checkpoint.load_initial_weights(model, cfg)
     model.to(device, memory_format=torch.channels_last if cfg.channels_last else torch.contiguous_format)
     criterion = assemble.build_criterion(cfg).to(device)
     solver = assemble.build_solver(cfg, model, steps_per_epoch=len(batches))
     postprocess = assemble.build_postprocess(cfg)
-
-    last = last_checkpoint(cfg, resume)
     kept = {"best": float("-inf"), "seconds_per_step": None}
     if last:
         kept = checkpoint.resume(checkpoint.read(last), last, cfg, solver, criterion)
+
     open_folder(cfg)
     logger = Logger(cfg.folder, cfg.tensorboard.every, solver.step_count, kept["seconds_per_step"])
     with contextlib.closing(logger):  # also on an error, which must not land in the progress line
@@ -69,23 +69,24 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False) -> dict:
 
         replica = distributed.replicate(model, device)
         best, metrics = kept["best"], {}
-        while not solver.done or not metrics:
-            epoch, batch = divmod(solver.step_count, len(batches))
+        while not solver.done or not metrics:  # a finished run that is resumed is evaluated once more
             if not solver.done:
-                batches.batch_sampler.set_position(epoch, batch)
+                batches.batch_sampler.set_position(*divmod(solver.step_count, len(batches)))
                 train_one_epoch(replica, criterion, batches, solver, logger, device)
-            finished = -(-solver.step_count // len(batches))
-            if solver.done or finished % cfg.evaluation.every == 0:
+            epoch = -(-solver.step_count // len(batches))
+            names = ["last.pt"]
+            if solver.done or epoch % cfg.evaluation.every == 0:
                 detections = predict(solver.evaluated_model, val_batches, postprocess, device, solver.precision)
                 metrics = score(val_set.annotations, detections, val_set.category_ids)
-                metrics |= {"step": solver.step_count, "epoch": finished, "seconds_per_step": logger.seconds_per_step}
+                metrics |= {"step": solver.step_count, "epoch": epoch, "seconds_per_step": logger.seconds_per_step}
                 if distributed.is_main():
                     report(cfg, metrics, val_set, detections, logger)
+                if metrics["AP"] > best:
+                    best = metrics["AP"]
+                    # The best first: were it lost between the two, last.pt would have its AP, and it would not return.
+                    names = ["best.pt", "last.pt"]
             if distributed.is_main():
-                improved = bool(metrics) and metrics["step"] == solver.step_count and metrics["AP"] > best
-                best = max(best, metrics["AP"]) if improved else best
-                # The best first: were it lost between the two, last.pt would have its AP, and it would not return.
-                for name in ("best.pt", "last.pt")[not improved :]:
+                for name in names:
                     checkpoint.save(
                         cfg.folder / name,
                         cfg,
@@ -93,7 +94,7 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False) -> dict:
                         criterion,
                         category_ids=train_set.category_ids,
                         class_names=train_set.class_names,
-                        epoch=finished,
+                        epoch=epoch,
                         best=best,
                         seconds_per_step=logger.seconds_per_step,
                     )
