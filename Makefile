@@ -27,4 +27,4 @@ test: .venv/developer
 	$(BIN)/python -m pytest
 
 clean:
-	rm -rf .venv runs datasets/demo
+	rm -rf .venv runs/demo_* datasets/demo

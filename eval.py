@@ -11,10 +11,12 @@ from data.coco_eval import coco_results, metrics_table, per_class_table, score
 from data.loader import eval_loader
 from data.transforms import EvalTransform
 from detector import assemble, checkpoint, config, distributed
+from detector.config import Config
+from detector.device import keep_freed_memory, pick_device
 from detector.engine import predict
 from detector.errors import UserError, run_main
+from detector.model import RetinaNet
 from detector.solver import PRECISIONS
-from train import evaluation_batch, loader_options, pick_device
 
 
 def main() -> None:
@@ -27,35 +29,60 @@ def main() -> None:
     parser.add_argument(
         "--data", nargs=2, metavar=("ANNOTATIONS", "IMAGES"), help="annotation file and image folder, not its own"
     )
-    parser.add_argument("--output", metavar="FOLDER", help="for the results; by default the checkpoint's own folder")
+    parser.add_argument(
+        "--output",
+        metavar="FOLDER",
+        help="for the results; by default the checkpoint's own folder, with --data one in it named after ANNOTATIONS",
+    )
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="other options")
     args = parser.parse_args()
 
     content = checkpoint.read(args.checkpoint)
     content["config"] = config.with_settings(content["config"], args.set)
     model, cfg = checkpoint.build_model(content, args.checkpoint)
+    folder = Path(args.checkpoint).parent
+    if args.data:  # the run's own metrics.json stays
+        folder /= Path(args.data[0]).stem
     device = distributed.setup(pick_device(cfg.device))
-    annotations, images = args.data or (cfg.data.val.annotations, cfg.data.val.images)
+    if device.type == "cpu":
+        keep_freed_memory()
+    try:
+        evaluate(args.checkpoint, content, model, cfg, args.data, Path(args.output or folder), device)
+    finally:
+        distributed.shutdown()
+
+
+def evaluate(
+    source: str,
+    content: dict,
+    model: RetinaNet,
+    cfg: Config,
+    data: list[str] | None,
+    folder: Path,
+    device: torch.device,
+) -> None:
+    """Score the checkpoint read from `source` on `data`, or on its own validation set, and write the results."""
+    annotations, images = data or (cfg.data.val.annotations, cfg.data.val.images)
     if not annotations or not images:
-        raise UserError(f"{args.checkpoint} names no validation set; give one by --data ANNOTATIONS IMAGES")
-    size = (cfg.data.short_side, cfg.data.long_side)
+        raise UserError(f"{source} names no validation set; give one by --data ANNOTATIONS IMAGES")
+    transform = EvalTransform(cfg.data.short_side, cfg.data.long_side)
     classes = {"category_ids": content["category_ids"], "class_names": content["class_names"] or None}
-    dataset = CocoDataset(annotations, images, EvalTransform(*size), **classes)
-    print(f"{args.checkpoint} on {annotations}: {dataset.summary()}")
+    dataset = CocoDataset(annotations, images, transform, **classes)
+    if distributed.is_main():
+        print(f"{source} on {dataset.summary()}")
 
     model.to(device, memory_format=torch.channels_last if cfg.channels_last else torch.contiguous_format)
-    batches = eval_loader(dataset, evaluation_batch(cfg), **loader_options(cfg, device))
+    batches = eval_loader(dataset, assemble.evaluation_batch(cfg), **assemble.loader_options(cfg, device))
     postprocess = assemble.build_postprocess(cfg)
     detections = predict(model, batches, postprocess, device, PRECISIONS[cfg.precision])
+    if not distributed.is_main():
+        return
     metrics = score(dataset.annotations, detections, dataset.category_ids)
     run = content.get("run", {})
     metrics |= {"step": run.get("solver", {}).get("step"), "epoch": run.get("epoch")}
     metrics |= {"seconds_per_step": run.get("seconds_per_step")}
-    if distributed.is_main():
-        print(f"{metrics_table(metrics)}\n\n{per_class_table(metrics)}")
-        folder = Path(args.output or Path(args.checkpoint).parent)
-        write(folder, metrics, coco_results(detections, dataset.category_ids))
-    distributed.shutdown()
+    print(f"{metrics_table(metrics)}\n\n{per_class_table(metrics)}")
+    write(folder, metrics, coco_results(detections, dataset.category_ids))
 
 
 def write(folder: Path, metrics: dict, results: list[dict]) -> None:

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import ctypes
 import json
 import os
 import random
@@ -19,6 +18,7 @@ from data.loader import eval_loader, train_loader
 from data.transforms import EvalTransform, TrainTransform
 from detector import assemble, checkpoint, config, distributed
 from detector.config import Config
+from detector.device import keep_freed_memory, pick_device
 from detector.engine import predict, train_one_epoch
 from detector.errors import UserError, run_main
 from detector.logger import Logger
@@ -44,8 +44,9 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False) -> dict:
     """Train as `cfg` says, into the folder `cfg.folder`; returns the metrics of the last evaluation."""
     seed_everything(cfg.seed)
     train_set, val_set = build_datasets(cfg)
-    batches = train_loader(train_set, assemble.images_per_process(cfg), **loader_options(cfg, device), seed=cfg.seed)
-    val_batches = eval_loader(val_set, evaluation_batch(cfg), **loader_options(cfg, device))
+    loading = assemble.loader_options(cfg, device)
+    batches = train_loader(train_set, assemble.images_per_process(cfg), **loading, seed=cfg.seed)
+    val_batches = eval_loader(val_set, assemble.evaluation_batch(cfg), **loading)
 
     last = last_checkpoint(cfg, resume)
     model = assemble.build_model(cfg, num_classes=len(train_set.category_ids))
@@ -56,12 +57,13 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False) -> dict:
     postprocess = assemble.build_postprocess(cfg)
     kept = {"best": float("-inf"), "seconds_per_step": None}
     if last:
-        kept = checkpoint.resume(checkpoint.read(last), last, cfg, solver, criterion)
+        kept = checkpoint.resume(checkpoint.read(last), last, cfg, solver, criterion, train_set.category_ids)
 
     open_folder(cfg)
-    logger = Logger(cfg.folder, cfg.tensorboard.every, solver.step_count, kept["seconds_per_step"])
+    curves = cfg.folder if cfg.tensorboard.enabled else None
+    logger = Logger(curves, cfg.tensorboard.every, solver.step_count, kept["seconds_per_step"])
     with contextlib.closing(logger):  # also on an error, which must not land in the progress line
-        logger.config(config.dump(cfg), flat(cfg.model_dump(mode="json")))
+        logger.config(config.dump(cfg), config.flat(cfg.model_dump(mode="json")))
         start = f", from step {solver.step_count}" if last else ""
         logger.say(f"run: {cfg.folder} on {device}, {cfg.precision}{start}")
         logger.say(f"train: {train_set.summary()}\nval: {val_set.summary()}")
@@ -76,11 +78,13 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False) -> dict:
             epoch = -(-solver.step_count // len(batches))
             names = ["last.pt"]
             if solver.done or epoch % cfg.evaluation.every == 0:
+                distributed.share_buffers(solver.evaluated_model)
                 detections = predict(solver.evaluated_model, val_batches, postprocess, device, solver.precision)
-                metrics = score(val_set.annotations, detections, val_set.category_ids)
-                metrics |= {"step": solver.step_count, "epoch": epoch, "seconds_per_step": logger.seconds_per_step}
                 if distributed.is_main():
+                    metrics = score(val_set.annotations, detections, val_set.category_ids)
+                    metrics |= {"step": solver.step_count, "epoch": epoch, "seconds_per_step": logger.seconds_per_step}
                     report(cfg, metrics, val_set, detections, logger)
+                metrics = distributed.from_main(metrics)
                 if metrics["AP"] > best:
                     best = metrics["AP"]
                     # The best first: were it lost between the two, last.pt would have its AP, and it would not return.
@@ -102,33 +106,6 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False) -> dict:
     logger.say(metrics_table(metrics))
     logger.say(f"in {cfg.folder}: last.pt, best.pt, metrics.json, detections.png; tensorboard --logdir {cfg.output}")
     return metrics
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is a GPU, else the CPU."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device: {name!r} cannot be used here ({str(error).splitlines()[0]}); try auto") from None
-    return device
-
-
-def keep_freed_memory() -> None:
-    """Have the C library keep what a step frees for the next one.
-
-    Otherwise glibc hands large blocks back and asks for them anew; where the first touch of a page is dear, as on
-    virtual machines, that was half of a training step on the CPU.
-    """
-    trim_threshold, mmap_max = -1, -4  # numbers of <malloc.h>
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):  # another C library
-        return
-    mallopt(trim_threshold, -1)
-    mallopt(mmap_max, 0)
 
 
 def seed_everything(seed: int) -> None:
@@ -155,19 +132,6 @@ def build_datasets(cfg: Config) -> tuple[CocoDataset, CocoDataset]:
     val = cfg.data.val
     classes = {"category_ids": train_set.category_ids, "class_names": train_set.class_names}
     return train_set, CocoDataset(val.annotations, val.images, EvalTransform(*size), **classes)
-
-
-def loader_options(cfg: Config, device: torch.device) -> dict:
-    return {
-        "workers": cfg.data.workers,
-        "pin_memory": device.type == "cuda",
-        "rank": distributed.rank(),
-        "world_size": distributed.world_size(),
-    }
-
-
-def evaluation_batch(cfg: Config) -> int:
-    return cfg.evaluation.batch_size or max(1, assemble.images_per_process(cfg) // cfg.solver.accumulate)
 
 
 def last_checkpoint(cfg: Config, resume: bool) -> Path | None:
@@ -202,17 +166,6 @@ def report(cfg: Config, metrics: dict, val_set: CocoDataset, detections: dict, l
         logger.image(f"validation/{index}", picture, metrics["step"])
     if pictures:
         write_png(contact_sheet(pictures), str(cfg.folder / "detections.png"))
-
-
-def flat(values: dict, prefix: str = "") -> dict[str, str | int | float | bool]:
-    """Nested options under dotted keys; what TensorBoard cannot hold as text."""
-    result = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            result |= flat(value, f"{prefix}{key}.")
-        else:
-            result[prefix + key] = value if isinstance(value, (str, int, float, bool)) else str(value)
-    return result
 
 
 if __name__ == "__main__":

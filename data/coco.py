@@ -6,6 +6,7 @@ Whatever is wrong with the file is found here and told in one line.
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path, PureWindowsPath
 
@@ -57,7 +58,7 @@ class CocoDataset(Dataset):
 
     def _name_classes(self, category_ids: Sequence[int] | None, class_names: Sequence[str] | None) -> None:
         """Set `category_ids`, whose positions are the labels, and `class_names`."""
-        names = {record["id"]: record["name"] for record in self.annotations["categories"]}
+        names = unique_names(self.annotations["categories"])
         self.category_ids: list[int] = sorted(names) if category_ids is None else list(category_ids)
         expected = dict(zip(self.category_ids, class_names)) if class_names is not None else {}
         for category, name in names.items():
@@ -122,6 +123,10 @@ class CocoDataset(Dataset):
     def __len__(self) -> int:
         return len(self.image_ids)
 
+    def __getstate__(self) -> dict:
+        # What goes to a worker process that is not forked: it needs no annotation file, which may be a gigabyte.
+        return {**self.__dict__, "annotations": None}
+
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Target, int, tuple[int, int]]:
         """Image (3, h, w) uint8 RGB, its target, its id, and its (height, width) on disk.
 
@@ -159,14 +164,10 @@ def load_annotations(path: str | Path) -> dict:
     for index, record in enumerate(images):
         if flaw := _image_flaw(record):
             raise _at(path, "images", index, record, flaw)
-    names: set[str] = set()
     for index, record in enumerate(categories):
         name = record.get("name")
         if not isinstance(name, str) or not name:
             raise _at(path, "categories", index, record, f"name is {name!r}; give the class a name")
-        if name in names:
-            raise _at(path, "categories", index, record, f"a second category is named {name!r}; rename or merge them")
-        names.add(name)
     image_ids, category_ids = {record["id"] for record in images}, {record["id"] for record in categories}
     for index, record in enumerate(annotations):
         if flaw := _annotation_flaw(record, image_ids, category_ids):
@@ -176,6 +177,12 @@ def load_annotations(path: str | Path) -> dict:
         record.setdefault("iscrowd", 0)
         record.pop("segmentation", None)
     return document
+
+
+def unique_names(categories: list[dict]) -> dict[int, str]:
+    """Category id -> name; categories that share one, as in some exports, are told apart by their ids."""
+    count = Counter(category["name"] for category in categories)
+    return {c["id"]: c["name"] if count[c["name"]] == 1 else f"{c['name']} (id {c['id']})" for c in categories}
 
 
 def _records(path: str | Path, document: dict, name: str) -> list[dict]:

@@ -17,6 +17,7 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from data.coco import unique_names
 from detector.errors import UserError
 from detector.structures import Detections
 
@@ -73,17 +74,15 @@ def score(annotations: dict, detections: dict[int, Detections], category_ids: li
 
     boxes = Counter(box["category_id"] for box in truth if not box["iscrowd"])
     column = {category_id: k for k, category_id in enumerate(evaluation.params.catIds)}  # COCOeval sorts them
-    names = Counter(category["name"] for category in annotations["categories"])
     metrics["per_class"] = {}
-    for category in annotations["categories"]:
-        k, name = column[category["id"]], category["name"]
-        # Roboflow's exports may name two categories alike; neither may hide the other.
-        metrics["per_class"][name if names[name] == 1 else f"{name} (id {category['id']})"] = {
+    for category_id, name in unique_names(annotations["categories"]).items():
+        k = column[category_id]
+        metrics["per_class"][name] = {
             "AP": _mean(precision[:, :, k]),
             "AP50": _mean(precision[t50, :, k]),
             "AP75": _mean(precision[t75, :, k]),
             "AR100": _mean(recall[:, k]),
-            "boxes": boxes[category["id"]],
+            "boxes": boxes[category_id],
         }
     metrics["images"] = len(detections)
     metrics["engine"] = f"pycocotools {version('pycocotools')}"

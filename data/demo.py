@@ -93,7 +93,7 @@ def plan_scene(
         digits=[],
     )
     kind = rng.choice(["empty", "crowded", "usual"], p=[0.05, 0.1, 0.85])
-    wanted = {"empty": 0, "crowded": rng.integers(20, 28), "usual": rng.integers(2, 9)}[kind]
+    wanted = {"empty": 0, "crowded": rng.integers(20, 28), "usual": rng.integers(4, 14)}[kind]
     largest = 20 if kind == "crowded" else 64
     for _ in range(wanted):
         label = int(rng.choice(10, p=CLASS_WEIGHTS / CLASS_WEIGHTS.sum()))
@@ -298,7 +298,11 @@ def main() -> None:
     add("--shifted-boxes", type=float, default=0.0, metavar="SHARE", help="of the train boxes, 0..1")
     add("--force", action="store_true", help="replace the data set in the folder")
     options = vars(parser.parse_args())
-    write_demo(options.pop("out"), **options)
+    folder = options.pop("out")
+    try:
+        write_demo(folder, **options)
+    except OSError as error:
+        raise UserError(f"--out: {folder} cannot be written ({error.strerror}); choose another folder") from None
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ def validation_pictures(
     `detections`: by image id, in pixels of the original image. Yields (3, h, 2 w) uint8.
     """
     names = dataset.class_names
-    for index in range(0, len(dataset), max(1, -(-len(dataset) // max(count, 1)))):
+    count = min(count, len(dataset))
+    for index in (number * len(dataset) // count for number in range(count)):
         image, target, image_id, original = dataset[index]
         scale = torch.tensor([image.shape[2] / original[1], image.shape[1] / original[0]]).repeat(2)
         found = detections[image_id]

@@ -51,9 +51,7 @@ class Anchors:
         """Pixels between cells, (vertical, horizontal)."""
         return self.strides[level], self.strides[level]
 
-    def __call__(
-        self, grids: Sequence[tuple[int, int]], image_size: tuple[int, int], device: torch.device
-    ) -> Tensor:
+    def __call__(self, grids: Sequence[tuple[int, int]], image_size: tuple[int, int], device: torch.device) -> Tensor:
         """Grid (height, width) of each level and the padded image's (height, width) -> (A, 4) float32."""
         key = (tuple(grids), image_size, device)
         if key not in self._cache:

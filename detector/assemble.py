@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pydantic
+import torch
 from pydantic import ConfigDict, ValidationError
 
 from detector import config, distributed, losses
@@ -21,6 +22,7 @@ from detector.model import RetinaNet
 from detector.postprocess import Postprocess
 from detector.solver import Solver
 
+STRIDES = (8, 16, 32, 64, 128)  # of P3..P7
 ANCHORS = {"grid": Anchors, "torchvision": TorchvisionAnchors}
 ASSIGNERS = {"iou": IoUAssigner}
 CLASS_LOSSES = {"ce": losses.CrossEntropy, "ohem": losses.OHEM, "focal": losses.Focal, "ghm_c": losses.GHMC}
@@ -51,6 +53,8 @@ def complete(cfg: Config, source: str) -> Config:
         completed = cfg.model_copy(update=parts)
         for section in PARTS:
             _build(completed, section)
+        if tuple(parts["anchors"].options["strides"]) != STRIDES:
+            raise UserError(f"anchors.strides: the pyramid's are {list(STRIDES)}; leave them out")
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
     return completed
@@ -100,6 +104,21 @@ def images_per_process(cfg: Config) -> int:
             f"accumulate {parts}; make it a multiple of {processes * parts}"
         )
     return cfg.solver.batch_size // processes
+
+
+def evaluation_batch(cfg: Config) -> int:
+    """Images that one process evaluates at once: as many as it trains on, unless the config says."""
+    return cfg.evaluation.batch_size or max(1, images_per_process(cfg) // cfg.solver.accumulate)
+
+
+def loader_options(cfg: Config, device: torch.device) -> dict[str, Any]:
+    """What the training and the evaluation loader have in common."""
+    return {
+        "workers": cfg.data.workers,
+        "pin_memory": device.type == "cuda",
+        "rank": distributed.rank(),
+        "world_size": distributed.world_size(),
+    }
 
 
 def _build(cfg: Config, section: str) -> Any:

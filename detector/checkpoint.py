@@ -20,6 +20,19 @@ from detector.model import RetinaNet
 from detector.solver import Solver
 
 FORMAT = 1
+# Options that a resumed run may have otherwise, by the start of their keys.
+MAY_CHANGE = (
+    "run",
+    "output",
+    "device",
+    "data.workers",
+    "data.train.images",
+    "data.val.images",
+    "solver.epochs",
+    "solver.max_steps",
+    "evaluation",
+    "tensorboard",
+)
 KINDS = {"config": dict, "category_ids": list, "class_names": list, "model": dict}
 
 
@@ -80,19 +93,29 @@ def build_model(content: dict[str, Any], path: str | Path) -> tuple[RetinaNet, C
     return model.eval(), cfg
 
 
-def resume(content: dict[str, Any], path: Path, cfg: Config, solver: Solver, criterion: Criterion) -> dict[str, Any]:
+def resume(
+    content: dict[str, Any],
+    path: Path,
+    cfg: Config,
+    solver: Solver,
+    criterion: Criterion,
+    category_ids: list[int],
+) -> dict[str, Any]:
     """Put the state of a run back; returns what the caller keeps of it: best, seconds_per_step.
 
-    UserError where the run had other losses, another model or another optimizer than `cfg`.
+    UserError where `cfg` or the classes differ from the run's in what would change its result. A run may be made
+    longer or shorter.
     """
     if "run" not in content:
         raise UserError(f"{path}: holds weights alone, no state to resume a run from; give it as model.weights")
-    run, now = content["run"], cfg.model_dump(mode="json")
-    for key in ("class_loss", "box_loss"):  # most have no state that would tell
-        if content["config"].get(key) != now[key]:
+    run = content["run"]
+    before, now = (config.flat(values) for values in (content["config"], cfg.model_dump(mode="json")))
+    before["the classes"], now["the classes"] = content["category_ids"], category_ids
+    for key in dict.fromkeys([*now, *before]):
+        if before.get(key) != now.get(key) and not key.startswith(MAY_CHANGE):
             raise UserError(
-                f"{path}: was trained with {key} {content['config'].get(key)}, now it is {now[key]}; go on with the "
-                "same, or start another run by --set run=NAME"
+                f"{path}: was trained with {key} {before.get(key)}, now it is {now.get(key)}; go on with the same, or "
+                "start another run by --set run=NAME"
             )
     try:
         solver.model.load_state_dict(run["model"])
@@ -124,8 +147,12 @@ def load_initial_weights(model: RetinaNet, cfg: Config) -> str:
     given = read(weights)["model"]
     own = model.state_dict()
     fitting = {key: value for key, value in given.items() if key in own and own[key].shape == value.shape}
-    if not any(key.startswith("backbone.") for key in fitting):
-        raise UserError(f"model.weights: nothing in {weights} fits this model; is it of another backbone?")
+    lacking = [key for key in own if key.startswith("backbone.") and key not in fitting and "num_batches" not in key]
+    if lacking or (cfg.model.norm == "gn" and any(key.endswith("running_mean") for key in given)):
+        where = f" at {lacking[0]}" if lacking else ""
+        raise UserError(
+            f"model.weights: {weights} is of another backbone or norm{where}; set model.backbone and model.norm"
+        )
     model.load_state_dict(fitting, strict=False)
     fresh = [key for key in own if key not in fitting and "num_batches" not in key]
     return f"weights: {len(fitting)} tensors from {weights}" + (f", random: {', '.join(fresh)}" if fresh else "")

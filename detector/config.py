@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, model_validator
 
 from detector.errors import UserError
 
@@ -100,7 +100,12 @@ class Model(Options):
 
 
 class BoxCoding(Options):
-    weights: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)  # of dx, dy, dw, dh
+    weights: tuple[PositiveFloat, PositiveFloat, PositiveFloat, PositiveFloat] = (
+        1.0,
+        1.0,
+        1.0,
+        1.0,
+    )  # of dx, dy, dw, dh
 
 
 class Solver(Options):
@@ -108,7 +113,9 @@ class Solver(Options):
     lr: float = Field(0.01, gt=0)  # for batches of lr_batch_size
     lr_batch_size: int | None = Field(16, ge=1)  # lr scales from here to batch_size; null: lr is as given
     batch_size: int = Field(16, ge=1)  # images a step, over all processes and accumulated parts
-    accumulate: int = Field(1, ge=1)  # parts a step is computed in, one after the other, to save memory
+    # Parts a step is computed in, one after the other, to save memory. The loss is their mean: each is normalised by
+    # its own positives, and moves GHM's averages.
+    accumulate: int = Field(1, ge=1)
     epochs: int = Field(12, ge=1)
     max_steps: int | None = Field(None, ge=1)  # ends the training, and its schedule, earlier
     momentum: float = Field(0.9, ge=0, lt=1)  # of sgd
@@ -143,6 +150,7 @@ class Evaluation(Options):
 
 
 class TensorBoard(Options):
+    enabled: bool = True
     every: int = Field(20, ge=1)  # steps
     images: int = Field(8, ge=0)  # validation images drawn at each evaluation
 
@@ -227,6 +235,14 @@ def describe(error: ValidationError, options: type[BaseModel], where: str = "", 
         text = f"{key}: {message}{found}"
     more = error.error_count() - 1
     return text.replace("\n", " ") + (f" (and {more} more)" if more else "")
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options under dotted keys."""
+    result = {}
+    for key, value in values.items():
+        result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return result
 
 
 def dump(config: Config) -> str:

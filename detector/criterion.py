@@ -35,22 +35,26 @@ class Criterion(nn.Module):
         """Targets on the predictions' device, one for each image."""
         num_classes = predictions.logits.shape[-1]
         assignments = [self.assigner(predictions.anchors, target.boxes) for target in targets]
-        positive = torch.stack([a.positive for a in assignments])  # (B, A)
-        valid = ~torch.stack([a.ignored for a in assignments])
+        gt_index, positive, ignored = (torch.stack(values) for values in zip(*assignments))  # (B, A) each
         labels = torch.stack([_labels(a, t, num_classes) for a, t in zip(assignments, targets)])
         num_pos = distributed.all_sum(positive.sum()).clamp(min=1)
 
         logits = predictions.logits.float().flatten(0, 1)
-        class_loss = self.class_loss(logits, labels.flatten(), valid.flatten(), num_pos)
+        class_loss = self.class_loss(logits, labels.flatten(), ~ignored.flatten(), num_pos)
 
         image, anchor = positive.nonzero(as_tuple=True)
-        matched = torch.cat([t.boxes[a.gt_index[a.positive]] for a, t in zip(assignments, targets)])
+        counts = torch.tensor([0] + [len(t.boxes) for t in targets[:-1]], device=gt_index.device)
+        in_batch = gt_index[image, anchor] + counts.cumsum(0)[image]  # position among the boxes of all images
+        matched = torch.cat([t.boxes for t in targets])[in_batch]
         box_targets = self.coder.encode(matched, predictions.anchors[anchor])
         box_loss = self.box_loss(predictions.deltas[image, anchor].float(), box_targets, num_pos)
 
         return Losses(
             terms={"class": self.class_weight * class_loss, "box": self.box_weight * box_loss},
-            diagnostics=_diagnostics(logits.detach(), labels.flatten(), positive),
+            diagnostics={
+                "true_class_probability": _true_class_probability(predictions.logits, labels, image, anchor, num_pos),
+                "positives_per_image": positive.sum() / len(positive),
+            },
         )
 
 
@@ -61,11 +65,8 @@ def _labels(assignment: Assignment, target: Target, num_classes: int) -> Tensor:
     return torch.where(assignment.positive, target.labels[assignment.gt_index], num_classes)
 
 
-def _diagnostics(logits: Tensor, labels: Tensor, positive: Tensor) -> dict[str, Tensor]:
-    """What means the same whatever the loss: of this process's batch, detached."""
-    positive_rows = positive.flatten().nonzero().squeeze(1)
-    true_class = logits[positive_rows, labels[positive_rows]].sigmoid()
-    return {
-        "true_class_probability": true_class.sum() / max(len(positive_rows), 1),
-        "positives_per_image": positive.sum() / len(positive),
-    }
+@torch.no_grad()
+def _true_class_probability(logits: Tensor, labels: Tensor, image: Tensor, anchor: Tensor, num_pos: Tensor) -> Tensor:
+    """Mean over all positives of all processes; this process's share of it, scaled to be averaged over them."""
+    probability = logits[image, anchor, labels[image, anchor]].float().sigmoid()
+    return probability.sum() / num_pos * distributed.world_size()

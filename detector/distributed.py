@@ -7,13 +7,20 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from detector.errors import UserError
+
 
 def setup(device: torch.device) -> torch.device:
     """Join the group that torchrun announces in the environment, if any; returns this process's device."""
-    if "WORLD_SIZE" not in os.environ:
+    if not {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys():
         return device
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        local_rank, found = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local_rank >= found:
+            raise UserError(
+                f"process {local_rank} of this machine has no GPU, there are {found}: lower --nproc_per_node"
+            )
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
@@ -57,6 +64,22 @@ def gather(value: Any) -> list[Any]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def from_main(value: Any) -> Any:
+    """The first process's `value`, on every process."""
+    if world_size() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
+def share_buffers(module: nn.Module) -> None:
+    """Give every process the first one's buffers: each has counted BatchNorm statistics of its own images."""
+    if world_size() > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)
 
 
 def replicate(model: nn.Module, device: torch.device) -> nn.Module:

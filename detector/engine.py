@@ -94,12 +94,15 @@ def _to_numbers(tensors: dict[str, Tensor], shares: Iterable[str]) -> dict[str, 
 
 
 def _stop_unless_finite(values: dict[str, float], terms: Iterable[str], solver: Solver, batch: Batch) -> None:
-    # In float16 a gradient may overflow: then the scaler skips the step and lowers its scale.
+    # In float16 a gradient may overflow: then the scaler skips the step and lowers its scale; below 1 it never ends.
     watched = [*terms] if solver.scaler.is_enabled() else [*terms, "gradient_norm"]
     bad = {name: values[name] for name in watched if not abs(values[name]) < float("inf")}
+    if solver.scaler.get_scale() < 1:
+        bad["float16 loss scale"] = solver.scaler.get_scale()
     if bad:
         found = ", ".join(f"{name} = {value}" for name, value in bad.items())
+        images = [image_id for share in distributed.gather(batch.image_ids) for image_id in share]
         raise FloatingPointError(
-            f"{found} at step {solver.step_count + 1}, images {batch.image_ids}; the weights were not updated: "
+            f"{found} at step {solver.step_count + 1}, images {images}; the weights were not updated: "
             "check these images' boxes, or lower solver.lr or set solver.clip_norm, and go on with --resume"
         )

@@ -25,23 +25,22 @@ class Logger:
     """Everything a run tells while it trains.
 
     Args:
-        folder: the run folder; TensorBoard's files go there
+        folder: the run folder; TensorBoard's files go there. None: no TensorBoard
         every: steps between two entries of the training curves
         first_step: where the run goes on; older entries past it are hidden
         seconds_per_step: median of the part of the run before, when resumed
     """
 
-    def __init__(self, folder: Path, every: int, first_step: int = 0, seconds_per_step: float | None = None):
+    def __init__(self, folder: Path | None, every: int, first_step: int = 0, seconds_per_step: float | None = None):
         self.every = every
         self._writer = None
-        if distributed.is_main():
-            self._writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
+        if distributed.is_main() and folder is not None:
+            self._writer = SummaryWriter(str(folder), purge_step=first_step + 1)
         self._durations: deque[float] = deque(maxlen=1000)
         self._before = seconds_per_step
         self._steps = 0
-        self._wait = 0.0
         self._line: tqdm | None = None
-        self._recent: deque[tuple[float, float, int]] = deque(maxlen=50)  # seconds, of it waiting for data, images
+        self._recent: deque[tuple[float, float]] = deque(maxlen=50)  # seconds of a step, and of it waiting for data
 
     @property
     def seconds_per_step(self) -> float | None:
@@ -76,7 +75,7 @@ class Logger:
             self._steps += 1
             if self._steps > WARM_UP:
                 self._durations.append(end - start)
-            self._recent.append((end - start, arrived - start, len(batch.images)))
+            self._recent.append((end - start, arrived - start))
             start = end
 
     def step(self, values: dict[str, float], terms: Iterable[str], lr: float, images: int, step: int) -> None:
@@ -84,7 +83,7 @@ class Logger:
         if not distributed.is_main():
             return
         total = sum(values[name] for name in terms)
-        seconds, waited, _ = map(sum, zip(*self._recent)) if self._recent else (0.0, 0.0, 0)
+        seconds, waited = map(sum, zip(*self._recent)) if self._recent else (0.0, 0.0)
         speed = len(self._recent) * images / seconds if seconds else 0.0
         wait = waited / seconds if seconds else 0.0
         if self._line is not None:
@@ -124,7 +123,10 @@ class Logger:
             return
         self._writer.add_text("config", "```yaml\n" + text + "\n```")
         # add_hparams would open a second folder for the run; these three records are what it writes there.
-        for record in hparams(settings, {f"eval/{name}": 0 for name in ("AP", "AP50", "AP75", "AP80", "AP90")}):
+        shown = {
+            key: value if isinstance(value, (str, int, float, bool)) else str(value) for key, value in settings.items()
+        }
+        for record in hparams(shown, {f"eval/{name}": 0 for name in ("AP", "AP50", "AP75", "AP80", "AP90")}):
             self._writer.file_writer.add_summary(record)
 
     def close(self) -> None:

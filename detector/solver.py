@@ -49,8 +49,9 @@ class Solver:
         self._described = (lr, lr_batch_size, batch_size, optimizer, warmup_steps)
 
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        # Fused: one pass over the weights instead of ten, on the CPU as on a GPU.
-        common = {"lr": self.lr, "weight_decay": weight_decay, "fused": True}
+        # Fused: one pass over the weights instead of ten, on the CPU as on a GPU. Not in float16: there a first step
+        # that overflows would leave fused SGD's momentum as it found the memory.
+        common = {"lr": self.lr, "weight_decay": weight_decay, "fused": precision != "float16"}
         if optimizer == "sgd":
             self.optimizer: torch.optim.Optimizer = torch.optim.SGD(self.parameters, momentum=momentum, **common)
         else:
@@ -58,9 +59,10 @@ class Solver:
         self.clip_norm = clip_norm
         self.precision = PRECISIONS[precision]
         self.scaler = torch.amp.GradScaler(self.parameters[0].device.type, enabled=precision == "float16")
-        self.averaged = _averaged(model, ema) if ema else None
         self.model = model
         self.step_count = 0  # optimizer steps done
+        self.averaged = AveragedModel(model, multi_avg_fn=self._average, use_buffers=True) if ema else None
+        self.ema = ema
 
     @property
     def done(self) -> bool:
@@ -136,21 +138,15 @@ class Solver:
         if self.averaged is not None and state["averaged"] is not None:
             self.averaged.load_state_dict(state["averaged"])
 
-
-def _averaged(model: nn.Module, decay: float) -> AveragedModel:
-    """An exponential moving average of weights and statistics.
-
-    Its decay grows as (1 + n) / (10 + n) up to `decay`, so that a short run's average is not mostly its start.
-    """
-
     @torch.no_grad()
-    def average(averages: list[Tensor], currents: list[Tensor], num_averaged: Tensor) -> None:
-        n = int(num_averaged)
-        weight = 1 - min(decay, (1 + n) / (10 + n))
-        for mean, current in zip(averages, currents):
-            if mean.is_floating_point():
-                mean.lerp_(current, weight)
-            else:
-                mean.copy_(current)
+    def _average(self, averages: list[Tensor], currents: list[Tensor], _: Tensor) -> None:
+        """Move the exponential moving average of weights and statistics; called by AveragedModel from step 2 on.
 
-    return AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+        Its decay grows as (1 + n) / (10 + n) up to `ema`, so that a short run's average is not mostly its start.
+        """
+        n = self.step_count - 1  # steps averaged so far; AveragedModel's own count would be fetched from the device
+        weight = 1 - min(self.ema, (1 + n) / (10 + n))
+        if averages[0].is_floating_point():
+            torch._foreach_lerp_(averages, currents, weight)
+        else:
+            torch._foreach_copy_(averages, currents)

@@ -25,7 +25,12 @@ _HEADS = {  # theirs: our tower, their output, our output
 
 
 def is_torchvision(content: dict[str, Any]) -> bool:
-    return "head.classification_head.cls_logits.weight" in content
+    # The box head's name tells it from FCOS, which has the same class head.
+    return {
+        "head.classification_head.cls_logits.bias",
+        "head.regression_head.bbox_reg.weight",
+        "backbone.fpn.extra_blocks.p6.weight",
+    } <= content.keys() and "head.regression_head.bbox_ctrness.weight" not in content
 
 
 def convert(state: dict[str, Tensor], path: Path) -> dict[str, Any]:

@@ -260,8 +260,3 @@ def test_images_without_boxes_are_trained_on(
         assert found["AP"] >= 0
     else:
         assert found["AP"] == -1 and "the validation set has no boxes" in told
-
-
-def test_settings_flatten_to_what_tensorboard_takes():
-    values = {"a": {"b": {"c": 1, "d": None}}, "e": [1, 2], "f": True}
-    assert train.flat(values) == {"a.b.c": 1, "a.b.d": "None", "e": "[1, 2]", "f": True}

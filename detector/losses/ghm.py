@@ -3,6 +3,7 @@
 Li, Liu, Wang, "Gradient Harmonized Single-stage Detector", AAAI 2019, arXiv 1811.05181: unit regions, GHM-C, GHM-R.
 """
 
+import math
 from typing import Literal, get_args
 
 import torch
@@ -71,7 +72,9 @@ class GradientDensity(nn.Module):
         if self.training:
             self.average.copy_(average)
             self.updates.copy_(updates)
-        return average / (1 - self.momentum ** updates.double()) if self.corrected else average
+        if not self.corrected or self.momentum == 0:
+            return average
+        return average / -torch.expm1(updates * math.log(self.momentum))  # 1 - a^t, without its cancellation
 
 
 def count_regions(region: Tensor, size: int) -> Tensor:

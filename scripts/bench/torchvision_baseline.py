@@ -28,7 +28,8 @@ from data.coco_eval import metrics_table, score
 from data.loader import eval_loader, train_loader
 from detector import assemble, boxes, config
 from detector.backbone import BACKBONES, NORMS
-from detector.config import Config
+from detector.config import Config, LossPart
+from detector.device import keep_freed_memory, pick_device
 from detector.errors import UserError, run_main
 from detector.model import MEAN, STD
 from detector.structures import Batch, Detections
@@ -42,16 +43,19 @@ def main() -> None:
     cfg = assemble.configure(args.config, args.set)
     if cfg.model.weights != "none" or cfg.anchors.name != "grid" or cfg.model.head.norm != "none":
         raise UserError("this comparison is from scratch: it needs weights none, anchors grid and head norm none")
-    cfg = cfg.model_copy(update={"run": cfg.run + "_torchvision"})
+    losses = {"class_loss": LossPart(name="focal"), "box_loss": LossPart(name="l1")}
+    cfg = cfg.model_copy(update={"run": cfg.run + "_torchvision", **losses})
     cfg.folder.mkdir(parents=True, exist_ok=True)
     (cfg.folder / "config.yaml").write_text(config.dump(cfg))
 
-    device = train.pick_device(cfg.device)
+    device = pick_device(cfg.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     train.seed_everything(cfg.seed)
     train_set, val_set = train.build_datasets(cfg)
-    options = train.loader_options(cfg, device)
+    options = assemble.loader_options(cfg, device)
     batches = train_loader(train_set, cfg.solver.batch_size, **options, seed=cfg.seed)
-    val_batches = eval_loader(val_set, train.evaluation_batch(cfg), **options)
+    val_batches = eval_loader(val_set, assemble.evaluation_batch(cfg), **options)
     model = build(cfg, len(train_set.category_ids)).to(device, memory_format=torch.channels_last)
     solver = assemble.build_solver(cfg, model, len(batches))
 
@@ -59,8 +63,8 @@ def main() -> None:
     seconds: list[float] = []
     while not solver.done:
         batches.batch_sampler.set_position(*divmod(solver.step_count, len(batches)))
+        start = time.perf_counter()
         for batch in batches:
-            start = time.perf_counter()
             images, targets = inputs(batch, device)
             with torch.autocast(device.type, solver.precision, enabled=solver.precision != torch.float32):
                 losses = model(images, targets)
@@ -68,7 +72,9 @@ def main() -> None:
             solver.backward(total)
             solver.gradient_norm()
             solver.step()
-            seconds.append(time.perf_counter() - start)
+            end = time.perf_counter()
+            seconds.append(end - start)
+            start = end
             if solver.step_count % 20 == 0:
                 print(f"step {solver.step_count}/{solver.total_steps}, loss {float(total):.4f}", flush=True)
             if solver.done:

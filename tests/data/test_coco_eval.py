@@ -83,9 +83,7 @@ def official(annotations: dict, detections, category_ids, folder, image_ids=None
     for image_id, (boxes, scores, labels) in detections.items():
         for box, value, label in zip(boxes.tolist(), scores.tolist(), labels.tolist()):
             xywh = [box[0], box[1], box[2] - box[0], box[3] - box[1]]
-            results.append(
-                {"image_id": image_id, "category_id": category_ids[label], "bbox": xywh, "score": value}
-            )
+            results.append({"image_id": image_id, "category_id": category_ids[label], "bbox": xywh, "score": value})
     (folder / "dt.json").write_text(json.dumps(results))
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(str(folder / "gt.json"))
@@ -163,9 +161,7 @@ def test_ground_truth_as_detections_is_perfect(first_id):
     assert metrics["AR100"] == 1
 
 
-@pytest.mark.parametrize(
-    "height, ap, ap80, ap90", [(78, 0.6, 0, 0), (82, 0.7, 1, 0), (87, 0.8, 1, 0), (92, 0.9, 1, 1)]
-)
+@pytest.mark.parametrize("height, ap, ap80, ap90", [(78, 0.6, 0, 0), (82, 0.7, 1, 0), (87, 0.8, 1, 0), (92, 0.9, 1, 1)])
 def test_one_box_by_hand(height, ap, ap80, ap90):
     # IoU is height / 100; AP is the share of the thresholds 0.50, 0.55 ... 0.95 that it reaches.
     annotations = file_of([(1, 1, (20, 30, 100, 100))])

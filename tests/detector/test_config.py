@@ -236,3 +236,13 @@ def test_what_is_dumped_loads_to_the_same(tmp_path, text):
     cfg = load(tmp_path, text)
     assert load(tmp_path, config.dump(cfg)) == cfg
     assert config.dump(load(tmp_path, config.dump(cfg))) == config.dump(cfg)
+
+
+def test_nested_options_flatten_to_dotted_keys():
+    assert config.flat({"a": {"b": {"c": 1, "d": None}}, "e": [1, 2]}) == {"a.b.c": 1, "a.b.d": None, "e": [1, 2]}
+
+
+def test_box_weights_must_be_positive(tmp_path):
+    (tmp_path / "x.yaml").write_text("box_coder: {weights: [0, 1, 1, 1]}")
+    with pytest.raises(UserError, match=r"box_coder.weights.0: .*greater than 0"):
+        config.load(tmp_path / "x.yaml")

@@ -185,3 +185,26 @@ def test_accumulated_parts_are_averaged():
         solver.step()
     for one, other in zip(whole.parameters, parts.parameters):
         assert torch.allclose(one, other, atol=1e-14)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_in_float16_an_overflow_skips_the_step_and_leaves_no_trace(optimizer):
+    model, twin = nn.Linear(3, 1), nn.Linear(3, 1)
+    twin.load_state_dict(model.state_dict())
+    options = {"total_steps": 9, "optimizer": optimizer, "lr_batch_size": None, "warmup_steps": 0}
+    solver = Solver(model, **options, decay_at=[], precision="float16")
+    plain_solver = Solver(twin, **options, decay_at=[])
+    before, scale = copy.deepcopy(model.state_dict()), solver.scaler.get_scale()
+
+    solver.backward(model.weight.sum() * torch.inf)
+    solver.gradient_norm()
+    solver.step()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert solver.scaler.get_scale() < scale
+
+    for one, its_solver in ((model, solver), (twin, plain_solver)):
+        for _ in range(2):
+            its_solver.backward(one(torch.tensor([[1.0, -2.0, 0.5]])).square().sum())
+            its_solver.gradient_norm()
+            its_solver.step()
+    torch.testing.assert_close(model.weight, twin.weight)
