@@ -152,7 +152,7 @@ def test_long_tail_sizes_crowds_and_empty_scenes(train_scenes):
     shares = np.array([counts[label] for label in range(10)]) / len(digits)
     assert np.abs(shares - CLASS_WEIGHTS / CLASS_WEIGHTS.sum()).max() < 0.04
     sides = [max(digit.alpha.shape) for digit in digits]
-    assert min(sides) < 16 and max(sides) > 56
+    assert min(sides) < 17 and max(sides) > 50
     crowds = [len(scene.digits) for scene in train_scenes]
     assert 0.02 < np.mean(np.equal(crowds, 0)) < 0.1
     assert 0.05 < np.mean(np.greater_equal(crowds, 20)) < 0.2
