@@ -76,7 +76,7 @@ def main() -> None:
             seconds.append(end - start)
             start = end
             if solver.step_count % 20 == 0:
-                print(f"step {solver.step_count}/{solver.total_steps}, loss {float(total):.4f}", flush=True)
+                print(f"step {solver.step_count}/{solver.total_steps}, loss {total.detach():.4f}", flush=True)
             if solver.done:
                 break
 
