@@ -14,7 +14,7 @@ export NO_ALBUMENTATIONS_UPDATE := 1
 	$(BIN)/pip install --quiet --requirement requirements-dev.txt
 	touch $@
 
-# Train CE, Focal, GHM-C and GHM-C + GHM-R on the demo set and compare them: about 12 minutes on two cores.
+# Train CE, Focal, GHM-C and GHM-C + GHM-R on the demo set and compare them.
 demo: .venv/user
 	$(BIN)/python -m data.demo
 	for loss in ce focal ghm_c ghm; do $(BIN)/python train.py --config configs/demo/$$loss.yaml --resume || exit; done
