@@ -113,12 +113,16 @@ class CocoDataset(Dataset):
         """One paragraph on what training sees of the file and what it does not."""
         examples = ", ".join(map(str, self.dropped_ids[:3])) + (", ..." if len(self.dropped_ids) > 3 else "")
         return (
-            f"{self.path}: {len(self):,} images, {len(self._boxes):,} boxes, {len(self.category_ids)} classes; "
+            f"{self.path}: {len(self):,} images, {self.num_boxes:,} boxes, {len(self.category_ids)} classes; "
             f"{int((np.diff(self._starts) == 0).sum()):,} images without boxes, "
             f"{self.num_crowd:,} crowd boxes left out of training, {self.num_clipped:,} boxes clipped to their image, "
             f"{len(self.dropped_ids):,} boxes without area dropped"
             + (f" (annotation ids {examples})." if self.dropped_ids else ".")
         )
+
+    @property
+    def num_boxes(self) -> int:
+        return len(self._boxes)
 
     def __len__(self) -> int:
         return len(self.image_ids)

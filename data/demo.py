@@ -20,7 +20,7 @@ from sklearn.datasets import load_digits, load_sample_image
 
 from detector.errors import UserError, run_main
 
-RECIPE = 3  # raise it when the same settings come to give other files
+RECIPE = 4  # raise it when the same settings come to give other files
 SPLITS = ("train", "val")
 FIRST_VAL_DIGIT = 1437  # of 1,797, see split_digits
 PHOTO_COLUMNS = {"train": (0, 416), "val": (416, 640)}  # so that no val background is seen in training
@@ -38,7 +38,7 @@ class Digit(NamedTuple):
     alpha: np.ndarray  # (h, w) float32 in 0..1, opacity; ink touches all four sides
     x: int  # left and top, pixels
     y: int
-    tint: np.ndarray  # (3,) in 0..1, distance of the ink colour from black or white
+    tint: np.ndarray  # (3,) in 0..1, distance of the ink colour from white
 
     @property
     def box(self) -> list[int]:
@@ -89,7 +89,7 @@ def plan_scene(
         photo=("china.jpg", "flower.jpg")[rng.integers(2)],
         crop=(crop_x, crop_y, crop_width, crop_height),
         mirrored=bool(rng.integers(2)),
-        brightness=rng.uniform(0.6, 1.3),
+        brightness=rng.uniform(0.25, 0.5),  # the ink is light, and must be legible everywhere
         digits=[],
     )
     kind = rng.choice(["empty", "crowded", "usual"], p=[0.05, 0.1, 0.85])
@@ -148,10 +148,7 @@ def render(scene: Scene) -> np.ndarray:
         x, y, width, height = digit.box
         under = picture[y : y + height, x : x + width]
         alpha = digit.alpha[:, :, None]
-        # Dark ink on light ground and the reverse, judged where the ink goes.
-        dark = (under * alpha).sum() / (3 * alpha.sum()) > 128
-        ink = 70 * digit.tint if dark else 255 - 70 * digit.tint
-        under += alpha * (ink - under)
+        under += alpha * (255 - 70 * digit.tint - under)
     return np.rint(picture).astype(np.uint8)
 
 
@@ -207,8 +204,8 @@ def add_outliers(dataset: dict, *, wrong_labels: float, shifted_boxes: float, se
 def write_demo(
     folder: Path,
     *,
-    train_images: int = 1000,
-    val_images: int = 200,
+    train_images: int = 750,
+    val_images: int = 150,
     seed: int = 0,
     wrong_labels: float = 0.0,
     shifted_boxes: float = 0.0,
@@ -291,8 +288,8 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--out", type=Path, default=Path("datasets/demo"), help="folder to write")
-    add("--train-images", type=int, default=1000, metavar="N", help="scenes to train on")
-    add("--val-images", type=int, default=200, metavar="N", help="scenes to evaluate on, always clean")
+    add("--train-images", type=int, default=750, metavar="N", help="scenes to train on")
+    add("--val-images", type=int, default=150, metavar="N", help="scenes to evaluate on, always clean")
     add("--seed", type=int, default=0, help="the same seed gives the same bytes")
     add("--wrong-labels", type=float, default=0.0, metavar="SHARE", help="of the train boxes, 0..1")
     add("--shifted-boxes", type=float, default=0.0, metavar="SHARE", help="of the train boxes, 0..1")

@@ -12,36 +12,46 @@ from detector.structures import Detections
 
 GROUND_TRUTH = "#2ca02c"
 DETECTION = "#ff7f0e"
+WIDTH = 480  # pixels of one image in a picture
 
 
-def validation_pictures(
-    dataset: CocoDataset, detections: dict[int, Detections], count: int, min_score: float = 0.3
-) -> Iterator[Tensor]:
-    """Ground truth (left) and detections above `min_score` (right) of `count` images spread over the set.
+def validation_pictures(dataset: CocoDataset, detections: dict[int, Detections], count: int) -> Iterator[Tensor]:
+    """Ground truth (left) and the surest detections (right) of `count` images spread over the set.
 
-    `detections`: by image id, in pixels of the original image. Yields (3, h, 2 w) uint8.
+    `detections`: by image id, in pixels of the original image. Shown are as many of the whole set's as it has boxes:
+    a fixed score would show one loss's hits and another's clutter, as each has its own scale of scores.
+    Yields (3, h, 2 x WIDTH) uint8.
     """
     names = dataset.class_names
     count = min(count, len(dataset))
+    min_score = _score_of_rank(detections, dataset.num_boxes)
     for index in (number * len(dataset) // count for number in range(count)):
         image, target, image_id, original = dataset[index]
-        scale = torch.tensor([image.shape[2] / original[1], image.shape[1] / original[0]]).repeat(2)
+        zoom = WIDTH / image.shape[2]
+        height = round(image.shape[1] * zoom)
+        scale = torch.tensor([WIDTH / original[1], height / original[0]]).repeat(2)
+        # Enlarged before anything is drawn: captions of a small image would cover it.
+        image = F.interpolate(image[None].float(), size=(height, WIDTH), mode="bilinear", antialias=True)[0].byte()
         found = detections[image_id]
-        sure = found.scores > min_score
+        sure = found.scores >= min_score
         captions = [f"{names[c]} {s:.2f}" for c, s in zip(found.labels[sure].tolist(), found.scores[sure].tolist())]
-        truth = _draw(image, target.boxes, [names[c] for c in target.labels.tolist()], GROUND_TRUTH)
+        truth = _draw(image, target.boxes * zoom, [names[c] for c in target.labels.tolist()], GROUND_TRUTH)
         yield torch.cat([truth, _draw(image, found.boxes[sure] * scale, captions, DETECTION)], dim=2)
 
 
-def contact_sheet(pictures: list[Tensor], columns: int = 2, width: int = 800) -> Tensor:
-    """Pictures (3, h, w) uint8 -> one (3, H, W) uint8, each scaled to `width` and set in rows."""
-    scaled = []
-    for picture in pictures:
-        size = (round(picture.shape[1] * width / picture.shape[2]), width)
-        scaled.append(F.interpolate(picture[None].float(), size=size, mode="bilinear", antialias=True)[0].byte())
-    height = max(picture.shape[1] for picture in scaled)
-    padded = [F.pad(picture, (0, 0, 0, height - picture.shape[1]), value=255) for picture in scaled]
+def contact_sheet(pictures: list[Tensor], columns: int = 2) -> Tensor:
+    """Pictures (3, h, w) uint8 of one width -> one (3, H, W) uint8, set in rows."""
+    height = max(picture.shape[1] for picture in pictures)
+    padded = [F.pad(picture, (0, 0, 0, height - picture.shape[1]), value=255) for picture in pictures]
     return make_grid(padded, nrow=columns, padding=6, pad_value=255)
+
+
+def _score_of_rank(detections: dict[int, Detections], rank: int) -> float:
+    """Score of the `rank`-th surest detection of all images; infinite for rank 0, 0 where there are fewer."""
+    if rank == 0:
+        return float("inf")
+    scores = torch.cat([found.scores for found in detections.values()])
+    return scores.topk(rank).values[-1].item() if rank <= len(scores) else 0.0
 
 
 def _draw(image: Tensor, boxes: Tensor, captions: list[str], colour: str) -> Tensor:

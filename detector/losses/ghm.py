@@ -24,16 +24,21 @@ class GradientDensity(nn.Module):
         S_j = a S_j + (1 - a) R_j               moving average, a = momentum; without momentum S = R
         S_j / (1 - a^t)                         corrected for its start at 0, t = training updates so far
         beta_j = N / (S_j n)                    n = regions that hold an example ("valid_bins") or `bins` ("all_bins")
+        beta_j <= max_weight                    where given
 
     The paper has "all_bins"; the released code divides by the non-empty regions, so that weights do not depend on
     `bins` where all examples share one. That code does not correct: the first weights are 1 / (1 - a) too large.
+    `max_weight` is in neither: a region weighs as much with three examples as with a million, so that in small
+    batches a few outliers drown what the others say about the classes.
 
     Buffers, moved only in training mode and only by a batch with an example in it: `average` (bins,) float32,
     `updates` () int64. In evaluation the average that this batch would give is used and not kept. Counts are
     summed over processes: each must call at every step, whether or not it has examples.
     """
 
-    def __init__(self, bins: int, momentum: float, normalizer: Normalizer, corrected: bool) -> None:
+    def __init__(
+        self, bins: int, momentum: float, normalizer: Normalizer, corrected: bool, max_weight: float | None
+    ) -> None:
         super().__init__()
         name = type(self).__name__
         if bins < 1:
@@ -42,10 +47,13 @@ class GradientDensity(nn.Module):
             raise ValueError(f"{name}: momentum is {momentum}; it must be in [0, 1), 0 for no moving average")
         if normalizer not in get_args(Normalizer):
             raise ValueError(f"{name}: normalizer is {normalizer!r}; it must be 'valid_bins' or 'all_bins'")
+        if max_weight is not None and not max_weight > 0:
+            raise ValueError(f"{name}: max_weight is {max_weight}; it must be positive, or None for no limit")
         self.bins = bins
         self.momentum = momentum
         self.normalizer = normalizer
         self.corrected = corrected
+        self.max_weight = max_weight
         self.register_buffer("average", torch.zeros(bins))
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
 
@@ -61,6 +69,8 @@ class GradientDensity(nn.Module):
         average = self._averaged(counts)
         divisor = (counts > 0).sum() if self.normalizer == "valid_bins" else self.bins
         share = torch.where(counts > 0, 1 / (average * divisor), 0)  # N of beta and N of the mean cancel
+        if self.max_weight is not None:
+            share = share.clamp(max=self.max_weight / counts.sum())
         return F.pad(share, (0, 1))[region]
 
     def _averaged(self, counts: Tensor) -> Tensor:
@@ -99,13 +109,19 @@ class GHMC(GradientDensity):
         labels = torch.where(positive, gt_labels[gt_index], num_classes)  # (N,), num_classes = background
         loss = class_loss(logits, labels, ~ignored, positive.sum().clamp(min=1))
 
-    Raises ValueError where bins is below 1, momentum outside [0, 1), or normalizer unknown.
+    Raises ValueError where bins is below 1, momentum outside [0, 1), normalizer unknown or max_weight not positive.
     """
 
     def __init__(
-        self, bins: int = 30, momentum: float = 0.75, *, normalizer: Normalizer = "valid_bins", corrected: bool = True
+        self,
+        bins: int = 30,
+        momentum: float = 0.75,
+        *,
+        normalizer: Normalizer = "valid_bins",
+        corrected: bool = True,
+        max_weight: float | None = None,
     ) -> None:
-        super().__init__(bins, momentum, normalizer, corrected)
+        super().__init__(bins, momentum, normalizer, corrected, max_weight)
 
     def forward(self, logits: Tensor, labels: Tensor, valid: Tensor, num_pos: Tensor | float) -> Tensor:
         """logits (N, C), labels (N,) int64 with C = background, valid (N,) bool -> scalar."""
@@ -135,8 +151,9 @@ class GHMR(GradientDensity):
         *,
         normalizer: Normalizer = "valid_bins",
         corrected: bool = True,
+        max_weight: float | None = None,
     ) -> None:
-        super().__init__(bins, momentum, normalizer, corrected)
+        super().__init__(bins, momentum, normalizer, corrected, max_weight)
         if not 0 < mu < float("inf"):
             raise ValueError(f"GHMR: mu is {mu}; it must be positive")
         self.mu = mu

@@ -12,8 +12,9 @@ from detector.losses.ghm import count_regions
 class Oracle:
     """Harmonized mean of (gradient norm, loss) pairs in float64, straight from the formulas, a loop per bin."""
 
-    def __init__(self, bins, momentum, normalizer="valid_bins", corrected=True):
+    def __init__(self, bins, momentum, normalizer="valid_bins", corrected=True, max_weight=math.inf):
         self.bins, self.momentum, self.normalizer, self.corrected = bins, momentum, normalizer, corrected
+        self.max_weight = max_weight
         self.average, self.updates = [0.0] * bins, 0
 
     def __call__(self, norms, values):
@@ -30,7 +31,7 @@ class Oracle:
         for j, s in enumerate(self.average):
             members = [v for v, k in zip(values, where) if k == j]
             if members:
-                beta = len(norms) / (s / start * divisor)
+                beta = min(len(norms) / (s / start * divisor), self.max_weight)
                 total += beta * math.fsum(members)
         return total / len(norms)
 
@@ -60,6 +61,7 @@ SETTINGS = [
     {"bins": 7, "momentum": 0.9, "normalizer": "all_bins"},
     {"bins": 10, "momentum": 0.7, "corrected": False},
     {"bins": 1, "momentum": 0.5, "normalizer": "all_bins", "corrected": False},
+    {"bins": 30, "momentum": 0.75, "max_weight": 1.5},
 ]
 
 
@@ -193,7 +195,15 @@ def test_nan_logits_give_a_nan_loss_and_a_sound_state():
 
 @pytest.mark.parametrize(
     "options",
-    [{"bins": 0}, {"momentum": 1.0}, {"momentum": -0.1}, {"momentum": float("nan")}, {"normalizer": "bins"}],
+    [
+        {"bins": 0},
+        {"momentum": 1.0},
+        {"momentum": -0.1},
+        {"momentum": float("nan")},
+        {"normalizer": "bins"},
+        {"max_weight": 0.0},
+        {"max_weight": float("nan")},
+    ],
     ids=str,
 )
 def test_refuses_impossible_settings(options):
