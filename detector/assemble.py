@@ -10,7 +10,7 @@ from pydantic import ConfigDict, ValidationError
 
 from detector import config, distributed, losses
 from detector.anchors import Anchors, TorchvisionAnchors
-from detector.assigner import IoUAssigner
+from detector.assigner import ATSSAssigner, IoUAssigner
 from detector.backbone import BACKBONES, Backbone
 from detector.box_coder import BoxCoder
 from detector.config import Config, Part
@@ -24,9 +24,26 @@ from detector.solver import Solver
 
 STRIDES = (8, 16, 32, 64, 128)  # of P3..P7
 ANCHORS = {"grid": Anchors, "torchvision": TorchvisionAnchors}
-ASSIGNERS = {"iou": IoUAssigner}
-CLASS_LOSSES = {"ce": losses.CrossEntropy, "ohem": losses.OHEM, "focal": losses.Focal, "ghm_c": losses.GHMC}
-BOX_LOSSES = {"smooth_l1": losses.SmoothL1, "l1": losses.L1, "asl1": losses.ASL1, "ghm_r": losses.GHMR}
+ASSIGNERS = {"iou": IoUAssigner, "atss": ATSSAssigner}
+CLASS_LOSSES = {
+    "ce": losses.CrossEntropy,
+    "ohem": losses.OHEM,
+    "focal": losses.Focal,
+    "ghm_c": losses.GHMC,
+    "ghm_c_released": losses.GHMC.released,
+    "qfl": losses.QualityFocal,
+    "varifocal": losses.Varifocal,
+}
+BOX_LOSSES = {
+    "smooth_l1": losses.SmoothL1,
+    "l1": losses.L1,
+    "asl1": losses.ASL1,
+    "ghm_r": losses.GHMR,
+    "ghm_r_released": losses.GHMR.released,
+    "giou": losses.GIoU,
+    "diou": losses.DIoU,
+    "ciou": losses.CIoU,
+}
 PARTS: dict[str, dict[str, Callable]] = {
     "anchors": ANCHORS,
     "assigner": ASSIGNERS,

@@ -28,8 +28,8 @@ class IoUAssigner:
         self.fg_iou, self.bg_iou, self.min_iou = fg_iou, bg_iou, min_iou
 
     @torch.no_grad()
-    def __call__(self, anchors: Tensor, gt_boxes: Tensor) -> Assignment:
-        """Anchors (A, 4), boxes of one image (G, 4); G may be 0 -> Assignment."""
+    def __call__(self, anchors: Tensor, gt_boxes: Tensor, *_: object) -> Assignment:
+        """Anchors (A, 4), boxes of one image (G, 4); G may be 0 -> Assignment. Levels and cells do not matter to it."""
         # A running maximum over boxes: the (A, G) matrix of a crowd never exists.
         best_iou = anchors.new_zeros(len(anchors))
         gt_index = torch.zeros(len(anchors), dtype=torch.int64, device=anchors.device)
@@ -44,3 +44,43 @@ class IoUAssigner:
         positive = (best_iou >= self.fg_iou) | best_of_some_box
         ignored = (best_iou >= self.bg_iou) & ~positive
         return Assignment(gt_index, positive, ignored)
+
+
+class ATSSAssigner:
+    """Adaptive training sample selection: every box sets its own threshold.
+
+    Candidates of a box are, on each level, the anchors of the `cells` cells nearest its centre. Positive are those
+    whose IoU with it is at least mean + standard deviation of all candidates' IoUs, and whose centre it contains; an
+    anchor that several boxes claim goes to the one it overlaps most. The rest is background, nothing is ignored.
+
+    Source: Zhang et al., "Bridging the Gap Between Anchor-based and Anchor-free Detection", CVPR 2020,
+    arXiv 1912.02424, algorithm 1, with every anchor shape of a cell a candidate, as in its section 4.4.
+    """
+
+    def __init__(self, cells: int = 9):
+        if cells < 1:
+            raise ValueError(f"cells {cells}: must be at least 1")
+        self.cells = cells
+
+    @torch.no_grad()
+    def __call__(self, anchors: Tensor, gt_boxes: Tensor, levels: tuple[int, ...], per_cell: int) -> Assignment:
+        """Anchors (A, 4), boxes of one image (G, 4), anchors in each level and in each cell; G may be 0."""
+        centres = (anchors[:, :2] + anchors[:, 2:]) / 2
+        best_iou = anchors.new_zeros(len(anchors))
+        gt_index = torch.zeros(len(anchors), dtype=torch.int64, device=anchors.device)
+        for index, box in enumerate(gt_boxes):
+            distance = (centres - (box[:2] + box[2:]) / 2).square().sum(dim=1)
+            nearest, start = [], 0
+            for level in distance.split(levels):
+                count = min(self.cells * per_cell, len(level))
+                nearest.append(start + level.topk(count, largest=False, sorted=False).indices)
+                start += len(level)
+            candidates = torch.cat(nearest)
+            iou = box_ops.iou_with_one(anchors[candidates], box)
+            threshold = iou.mean() + (iou.std() if len(iou) > 1 else 0)
+            inside = (centres[candidates] > box[:2]).all(dim=1) & (centres[candidates] < box[2:]).all(dim=1)
+            taken = (iou >= threshold) & inside & (iou > best_iou[candidates])
+            best_iou[candidates] = torch.where(taken, iou, best_iou[candidates])
+            gt_index[candidates] = torch.where(taken, index, gt_index[candidates])
+        positive = best_iou > 0
+        return Assignment(gt_index, positive, torch.zeros_like(positive))

@@ -22,7 +22,12 @@ def rescale(boxes: Tensor, size: tuple[int, int], new_size: tuple[int, int]) -> 
 
 def iou_with_one(boxes: Tensor, box: Tensor) -> Tensor:
     """IoU of (A, 4) boxes with a single (4,) box -> (A,)."""
-    width = boxes[:, 2].minimum(box[2]) - boxes[:, 0].maximum(box[0])
-    height = boxes[:, 3].minimum(box[3]) - boxes[:, 1].maximum(box[1])
+    return iou_of_pairs(boxes, box)
+
+
+def iou_of_pairs(boxes: Tensor, others: Tensor) -> Tensor:
+    """IoU of (P, 4) boxes, each with its own of (P, 4) others -> (P,)."""
+    width = boxes[:, 2].minimum(others[..., 2]) - boxes[:, 0].maximum(others[..., 0])
+    height = boxes[:, 3].minimum(others[..., 3]) - boxes[:, 1].maximum(others[..., 1])
     intersection = width.clamp_(min=0) * height.clamp_(min=0)
-    return intersection / (area(boxes) + area(box) - intersection)
+    return intersection / (area(boxes) + area(others) - intersection)

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor, nn
 
+from detector import boxes as box_ops
 from detector import distributed
-from detector.assigner import IoUAssigner
+from detector.assigner import ATSSAssigner, IoUAssigner
 from detector.box_coder import BoxCoder
 from detector.structures import Assignment, Losses, Predictions, Target
 
@@ -12,14 +13,14 @@ from detector.structures import Assignment, Losses, Predictions, Target
 class Criterion(nn.Module):
     """Predictions and targets of a batch -> Losses.
 
-    Each loss is called once, on all images and levels joined: per-level calls would be another loss with
-    another scale. Everything is float32 whatever the model ran in. The losses' state (GHM's moving averages)
-    moves in training mode only, and is saved with this module's state dict.
+    Each loss is called once, on all images and levels joined, unless its `scope` is "level": then once for each
+    level, and the values are added up. Everything is float32 whatever the model ran in. The losses' state (GHM's
+    moving averages) moves in training mode only, and is saved with this module's state dict.
     """
 
     def __init__(
         self,
-        assigner: IoUAssigner,
+        assigner: IoUAssigner | ATSSAssigner,
         coder: BoxCoder,
         class_loss: nn.Module,
         box_loss: nn.Module,
@@ -33,29 +34,51 @@ class Criterion(nn.Module):
 
     def forward(self, predictions: Predictions, targets: list[Target]) -> Losses:
         """Targets on the predictions' device, one for each image."""
-        num_classes = predictions.logits.shape[-1]
-        assignments = [self.assigner(predictions.anchors, target.boxes) for target in targets]
+        logits, levels = predictions.logits.float(), predictions.levels
+        grid = (levels, predictions.per_cell)
+        assignments = [self.assigner(predictions.anchors, target.boxes, *grid) for target in targets]
         gt_index, positive, ignored = (torch.stack(values) for values in zip(*assignments))  # (B, A) each
-        labels = torch.stack([_labels(a, t, num_classes) for a, t in zip(assignments, targets)])
+        labels = torch.stack([_labels(a, t, logits.shape[-1]) for a, t in zip(assignments, targets)])
         num_pos = distributed.all_sum(positive.sum()).clamp(min=1)
-
-        logits = predictions.logits.float().flatten(0, 1)
-        class_loss = self.class_loss(logits, labels.flatten(), ~ignored.flatten(), num_pos)
 
         image, anchor = positive.nonzero(as_tuple=True)
         counts = torch.tensor([0] + [len(t.boxes) for t in targets[:-1]], device=gt_index.device)
         in_batch = gt_index[image, anchor] + counts.cumsum(0)[image]  # position among the boxes of all images
         matched = torch.cat([t.boxes for t in targets])[in_batch]
-        box_targets = self.coder.encode(matched, predictions.anchors[anchor])
-        box_loss = self.box_loss(predictions.deltas[image, anchor].float(), box_targets, num_pos)
+        deltas, anchors = predictions.deltas[image, anchor].float(), predictions.anchors[anchor]
+
+        cells = [logits, labels, ~ignored]
+        if getattr(self.class_loss, "takes_quality", False):
+            quality = logits.new_zeros(labels.shape)
+            quality[image, anchor] = box_ops.iou_of_pairs(self.coder.decode(deltas.detach(), anchors), matched)
+            cells.append(quality)
+        parts = levels if _by_level(self.class_loss) else (sum(levels),)
+        class_losses = [
+            self.class_loss(*(value.flatten(0, 1) for value in part[:3]), num_pos, *(q.flatten() for q in part[3:]))
+            for part in zip(*(value.split(parts, dim=1) for value in cells))
+        ]
+
+        pair = deltas, self.coder.encode(matched, anchors)
+        if getattr(self.box_loss, "takes_boxes", False):
+            pair = self.coder.decode(deltas, anchors), matched
+        chosen = [slice(None)]
+        if _by_level(self.box_loss):
+            ends = torch.tensor(levels, device=anchor.device).cumsum(0)
+            level = torch.bucketize(anchor, ends, right=True)
+            chosen = [level == number for number in range(len(levels))]
+        box_losses = [self.box_loss(pair[0][which], pair[1][which], num_pos) for which in chosen]
 
         return Losses(
-            terms={"class": self.class_weight * class_loss, "box": self.box_weight * box_loss},
+            terms={"class": self.class_weight * sum(class_losses), "box": self.box_weight * sum(box_losses)},
             diagnostics={
                 "true_class_probability": _true_class_probability(predictions.logits, labels, image, anchor, num_pos),
                 "positives_per_image": positive.sum() / len(positive),
             },
         )
+
+
+def _by_level(loss: nn.Module) -> bool:
+    return getattr(loss, "scope", "batch") == "level"
 
 
 def _labels(assignment: Assignment, target: Target, num_classes: int) -> Tensor:

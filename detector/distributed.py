@@ -57,6 +57,20 @@ def all_sum(tensor: Tensor) -> Tensor:
     return total
 
 
+def all_cat(tensor: Tensor) -> Tensor:
+    """The 1-d `tensor`s of all processes, of any lengths, one after the other; `tensor` itself alone. No gradient."""
+    if world_size() == 1:
+        return tensor
+    length = torch.tensor([len(tensor)], device=tensor.device)
+    lengths = [torch.zeros_like(length) for _ in range(world_size())]
+    dist.all_gather(lengths, length)
+    longest = int(torch.cat(lengths).max())
+    padded = torch.cat([tensor.detach(), tensor.new_zeros(longest - len(tensor))])
+    parts = [torch.empty_like(padded) for _ in range(world_size())]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[: int(length)] for part, length in zip(parts, lengths)])
+
+
 def gather(value: Any) -> list[Any]:
     """`value` of every process, in rank order, on every process."""
     if world_size() == 1:

@@ -33,7 +33,7 @@ class RetinaNet(nn.Module):
         grids = [tuple(level.shape[-2:]) for level in levels]
         anchors = self.anchors(grids, tuple(images.shape[-2:]), images.device)
         counts = tuple(height * width * self.anchors.per_cell for height, width in grids)
-        return Predictions(logits, deltas, anchors, counts)
+        return Predictions(logits, deltas, anchors, counts, self.anchors.per_cell)
 
     def normalize(self, images: Tensor, sizes: list[tuple[int, int]] | None) -> Tensor:
         """To mean 0 and deviation 1; the padding to 0, the mean colour, as the peers have it."""

@@ -46,6 +46,7 @@ class Predictions(NamedTuple):
     deltas: Tensor  # (B, A, 4)
     anchors: Tensor  # (A, 4) float32
     levels: tuple[int, ...]  # anchors in each level, adding up to A
+    per_cell: int = 1  # anchors at each position of a level
 
 
 class Assignment(NamedTuple):

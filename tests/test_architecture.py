@@ -17,7 +17,7 @@ CONFIG_READERS = {
 }
 SEPARATE = {"detector.anchors", "detector.assigner", "detector.box_coder"}
 FROM_DATA = {"detector.structures", "detector.errors", "detector.boxes"}
-FROM_LOSSES = {"detector.distributed", "detector.losses.cells"}
+FROM_LOSSES = {"detector.distributed", "detector.losses.cells", "detector.losses.overlap"}
 
 
 def module_name(path):
@@ -107,7 +107,7 @@ def shortest_walk(graph, start, goal):
 
 
 SOURCES = product()
-LOSSES = [name for name in SOURCES if name.startswith("detector.losses.") and name != "detector.losses.cells"]
+LOSSES = [name for name in SOURCES if name.startswith("detector.losses.") and name not in FROM_LOSSES]
 
 
 def graph(sources):

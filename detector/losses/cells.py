@@ -45,6 +45,19 @@ def balanced_sum(values: Tensor, labels: Tensor, valid: Tensor, alpha: float) ->
     return rows.masked_fill(~valid, 0).sum()
 
 
+def label_logits(logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
+    """Logit of the class that each label names (N, 1), at least float32; 0 where there is none or not valid."""
+    index, positive = _label_cell(labels, logits.shape[1])
+    x = logits.gather(1, index).to(torch.promote_types(logits.dtype, torch.float32))
+    return x.masked_fill(~(positive & valid[:, None]), 0)
+
+
+def with_positives(values: Tensor, labels: Tensor, at_label: Tensor) -> Tensor:
+    """`values` (N, C) with those of positive cells taken from `at_label` (N, 1)."""
+    index, positive = _label_cell(labels, values.shape[1])
+    return values.scatter(1, index, torch.where(positive, at_label, values.gather(1, index)))
+
+
 def _label_cell(labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     """Column of the cell that each label names (N, 1), and whether there is one (N, 1): background has none."""
     return labels.clamp(0, num_classes - 1)[:, None], (labels < num_classes)[:, None]

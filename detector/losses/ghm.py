@@ -1,6 +1,6 @@
 """Gradient harmonizing: every example weighs the inverse of how many share its gradient norm.
 
-Li, Liu, Wang, "Gradient Harmonized Single-stage Detector", AAAI 2019, arXiv 1811.05181: unit regions, GHM-C, GHM-R.
+Li, Liu, Wang, "Gradient Harmonized Single-stage Detector", AAAI 2019, arXiv 1811.05181: density, GHM-C, GHM-R.
 """
 
 import math
@@ -10,34 +10,65 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detector.distributed import all_sum
+from detector.distributed import all_cat, all_sum, world_size
 from detector.losses.cells import cross_entropy, logits_against_truth, sum_cells
 
+Density = Literal["unit_region", "exact"]
+Scope = Literal["batch", "level"]
 Normalizer = Literal["valid_bins", "all_bins"]
+CHOICES = {"density": Density, "scope": Scope, "normalizer": Normalizer}
+RELEASED = {
+    "density": "unit_region",
+    "scope": "level",
+    "normalizer": "valid_bins",
+    "corrected": False,
+    "local_counts": True,
+    "max_weight": None,
+}
 
 
 class GradientDensity(nn.Module):
-    """Histogram of gradient norms over all processes, with a moving average: what GHMC and GHMR share.
+    """The weights beta of gradient norms g in [0, 1]: what GHMC and GHMR share.
 
-    The unit interval is cut into `bins` equal regions; R_j counts the examples of the batch in region j.
+    density "unit_region": the unit interval is cut into `bins` equal regions; R_j counts the examples in region j.
 
         S_j = a S_j + (1 - a) R_j               moving average, a = momentum; without momentum S = R
         S_j / (1 - a^t)                         corrected for its start at 0, t = training updates so far
         beta_j = N / (S_j n)                    n = regions that hold an example ("valid_bins") or `bins` ("all_bins")
-        beta_j <= max_weight                    where given
 
-    The paper has "all_bins"; the released code divides by the non-empty regions, so that weights do not depend on
-    `bins` where all examples share one. That code does not correct: the first weights are 1 / (1 - a) too large.
-    `max_weight` is in neither: a region weighs as much with three examples as with a million, so that in small
-    batches a few outliers drown what the others say about the classes.
+    density "exact": a window of width e = 1 / `bins` around every example, cut off at 0 and 1, and no memory.
+
+        beta_i = N l / #{k: g_i - e/2 <= g_k < g_i + e/2},   l = min(g_i + e/2, 1) - max(g_i - e/2, 0)
+
+    More switches:
+
+        max_weight      beta is at most this. In neither the paper nor its code: a region weighs as much with three
+                        examples as with a million, so that in small batches a few outliers may drown the rest.
+        scope           "batch": call it once on all cells. "level": the caller is asked to call it once for each
+                        pyramid level and add up; all calls share one moving average.
+        local_counts    each process counts its own examples only, and the processes' losses are averaged.
+        corrected       False: S is not corrected for its start, so that the first weights are 1 / (1 - a) too
+                        large, and an empty region keeps its S.
+
+    The paper describes one density for the batch, "all_bins" and no moving average. `released()` sets all switches
+    as the code that its authors released and others ported has them.
 
     Buffers, moved only in training mode and only by a batch with an example in it: `average` (bins,) float32,
-    `updates` () int64. In evaluation the average that this batch would give is used and not kept. Counts are
-    summed over processes: each must call at every step, whether or not it has examples.
+    `updates` () int64. In evaluation the average that this batch would give is used and not kept. Unless counts are
+    local, each process must call at every step, whether or not it has examples.
     """
 
     def __init__(
-        self, bins: int, momentum: float, normalizer: Normalizer, corrected: bool, max_weight: float | None
+        self,
+        bins: int,
+        momentum: float,
+        *,
+        density: Density,
+        scope: Scope,
+        normalizer: Normalizer,
+        corrected: bool,
+        local_counts: bool,
+        max_weight: float | None,
     ) -> None:
         super().__init__()
         name = type(self).__name__
@@ -45,14 +76,18 @@ class GradientDensity(nn.Module):
             raise ValueError(f"{name}: bins is {bins}; it must be at least 1")
         if not 0 <= momentum < 1:
             raise ValueError(f"{name}: momentum is {momentum}; it must be in [0, 1), 0 for no moving average")
-        if normalizer not in get_args(Normalizer):
-            raise ValueError(f"{name}: normalizer is {normalizer!r}; it must be 'valid_bins' or 'all_bins'")
         if max_weight is not None and not max_weight > 0:
             raise ValueError(f"{name}: max_weight is {max_weight}; it must be positive, or None for no limit")
+        for option, value in (("density", density), ("scope", scope), ("normalizer", normalizer)):
+            if value not in get_args(CHOICES[option]):
+                raise ValueError(f"{name}: {option} is {value!r}; it must be {' or '.join(get_args(CHOICES[option]))}")
         self.bins = bins
         self.momentum = momentum
+        self.density = density
+        self.scope = scope
         self.normalizer = normalizer
         self.corrected = corrected
+        self.local_counts = local_counts
         self.max_weight = max_weight
         self.register_buffer("average", torch.zeros(bins))
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
@@ -61,30 +96,51 @@ class GradientDensity(nn.Module):
     def shares(self, norms: Tensor, valid: Tensor) -> Tensor:
         """beta / N of every example, a constant for the backward pass; 0 in rows that are not valid.
 
-        norms (N, K) in [0, 1], valid (N,) bool -> (N, K) float32. Sums of share x loss over processes are the mean.
+        norms (N, K) in [0, 1], valid (N,) bool -> (N, K). Sums of share x loss over processes are the mean.
         """
+        if self.density == "exact":
+            return self._exact_shares(norms, valid)
         region = (norms * self.bins).long().clamp_(0, self.bins - 1)
         region.masked_fill_(~valid[:, None], self.bins)  # one region too many takes what does not count
-        counts = all_sum(count_regions(region, self.bins + 1)[: self.bins])
+        share = self.region_shares(count_regions(region, self.bins + 1)[: self.bins])
+        return F.pad(share, (0, 1))[region]
+
+    @torch.no_grad()
+    def region_shares(self, counts: Tensor) -> Tensor:
+        """beta / N of every region (bins,) float32, from this process's counts (bins,) int64; moves the average."""
+        counts = counts if self.local_counts else all_sum(counts)
         average = self._averaged(counts)
         divisor = (counts > 0).sum() if self.normalizer == "valid_bins" else self.bins
         share = torch.where(counts > 0, 1 / (average * divisor), 0)  # N of beta and N of the mean cancel
-        if self.max_weight is not None:
-            share = share.clamp(max=self.max_weight / counts.sum())
-        return F.pad(share, (0, 1))[region]
+        return self._limited(share, counts.sum())
 
     def _averaged(self, counts: Tensor) -> Tensor:
         """Moving average with this batch in it (bins,), stored in training mode."""
         seen = counts.sum() > 0  # an empty batch says nothing about the density; decided without a host copy
         updates = self.updates + seen
         moved = self.momentum * self.average + (1 - self.momentum) * counts
-        average = torch.where(seen, moved, self.average)
+        average = torch.where(seen if self.corrected else counts > 0, moved, self.average)
         if self.training:
             self.average.copy_(average)
             self.updates.copy_(updates)
         if not self.corrected or self.momentum == 0:
             return average
         return average / -torch.expm1(updates * math.log(self.momentum))  # 1 - a^t, without its cancellation
+
+    def _exact_shares(self, norms: Tensor, valid: Tensor) -> Tensor:
+        """As `shares`, from a sort and two searches: O(N log N)."""
+        own = norms.masked_fill(~valid[:, None], 2).flatten()  # past every window
+        ordered = (own if self.local_counts else all_cat(own)).sort().values
+        half = 0.5 / self.bins
+        count = torch.searchsorted(ordered, own + half) - torch.searchsorted(ordered, own - half)
+        length = (own + half).clamp(max=1) - (own - half).clamp(min=0)
+        share = (length / count).view_as(norms).masked_fill(~valid[:, None], 0)
+        return self._limited(share, (ordered < 2).sum())
+
+    def _limited(self, share: Tensor, examples: Tensor) -> Tensor:
+        if self.max_weight is not None:
+            share = share.clamp(max=self.max_weight / examples)
+        return share / world_size() if self.local_counts else share
 
 
 def count_regions(region: Tensor, size: int) -> Tensor:
@@ -109,7 +165,7 @@ class GHMC(GradientDensity):
         labels = torch.where(positive, gt_labels[gt_index], num_classes)  # (N,), num_classes = background
         loss = class_loss(logits, labels, ~ignored, positive.sum().clamp(min=1))
 
-    Raises ValueError where bins is below 1, momentum outside [0, 1), normalizer unknown or max_weight not positive.
+    Raises ValueError where bins is below 1, momentum outside [0, 1), max_weight not positive or a choice unknown.
     """
 
     def __init__(
@@ -117,11 +173,28 @@ class GHMC(GradientDensity):
         bins: int = 30,
         momentum: float = 0.75,
         *,
+        density: Density = "unit_region",
+        scope: Scope = "batch",
         normalizer: Normalizer = "valid_bins",
         corrected: bool = True,
+        local_counts: bool = False,
         max_weight: float | None = None,
     ) -> None:
-        super().__init__(bins, momentum, normalizer, corrected, max_weight)
+        super().__init__(
+            bins,
+            momentum,
+            density=density,
+            scope=scope,
+            normalizer=normalizer,
+            corrected=corrected,
+            local_counts=local_counts,
+            max_weight=max_weight,
+        )
+
+    @classmethod
+    def released(cls, bins: int = 30, momentum: float = 0.75) -> "GHMC":
+        """With every switch as in the authors' released code."""
+        return cls(bins, momentum, **RELEASED)
 
     def forward(self, logits: Tensor, labels: Tensor, valid: Tensor, num_pos: Tensor | float) -> Tensor:
         """logits (N, C), labels (N,) int64 with C = background, valid (N,) bool -> scalar."""
@@ -149,14 +222,31 @@ class GHMR(GradientDensity):
         mu: float = 0.02,
         momentum: float = 0.7,
         *,
+        density: Density = "unit_region",
+        scope: Scope = "batch",
         normalizer: Normalizer = "valid_bins",
         corrected: bool = True,
+        local_counts: bool = False,
         max_weight: float | None = None,
     ) -> None:
-        super().__init__(bins, momentum, normalizer, corrected, max_weight)
+        super().__init__(
+            bins,
+            momentum,
+            density=density,
+            scope=scope,
+            normalizer=normalizer,
+            corrected=corrected,
+            local_counts=local_counts,
+            max_weight=max_weight,
+        )
         if not 0 < mu < float("inf"):
             raise ValueError(f"GHMR: mu is {mu}; it must be positive")
         self.mu = mu
+
+    @classmethod
+    def released(cls, bins: int = 10, mu: float = 0.02, momentum: float = 0.7) -> "GHMR":
+        """With every switch as in the authors' released code."""
+        return cls(bins, mu, momentum, **RELEASED)
 
     def forward(self, deltas: Tensor, targets: Tensor, num_pos: Tensor | float) -> Tensor:
         """deltas, targets (P, 4), in encoded box coordinates; P may be 0 -> scalar."""

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def cells():
     """Makes (logits, labels, valid, num_pos) with positives, background and ignored rows, float64."""
 
@@ -17,7 +17,7 @@ def cells():
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def boxes():
     """Makes (deltas, targets, num_pos), float64."""
 

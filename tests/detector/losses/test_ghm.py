@@ -24,7 +24,8 @@ class Oracle:
             return 0.0
         self.updates += 1
         a = self.momentum
-        self.average = [a * s + (1 - a) * r for s, r in zip(self.average, counts)]
+        moves = [self.corrected or r > 0 for r in counts]
+        self.average = [a * s + (1 - a) * r if move else s for s, r, move in zip(self.average, counts, moves)]
         start = 1 - a**self.updates if self.corrected else 1
         divisor = sum(r > 0 for r in counts) if self.normalizer == "valid_bins" else self.bins
         total = 0.0
@@ -214,9 +215,96 @@ def test_refuses_impossible_settings(options):
         GHMR(mu=0.0)
 
 
-def three_steps(batches):
+def exact_shares(norms, bins):
+    """beta / N of each gradient norm by the paper's formula, every pair compared: float64, O(N^2)."""
+    e, shares = 1 / bins, []
+    for g in norms:
+        length = min(g + e / 2, 1) - max(g - e / 2, 0)
+        shares.append(length / sum(g - e / 2 <= other < g + e / 2 for other in norms))
+    return shares
+
+
+@pytest.mark.parametrize("bins", [1, 10, 30])
+def test_exact_ghm_c_is_the_formula(bins, cells, one_hot):
+    logits, labels, valid, num_pos = cells(rows=60)
+    norms, values = cell_pairs(logits, labels, valid, one_hot)
+    expected = math.fsum(map(lambda share, value: share * value, exact_shares(norms, bins), values))
+    loss = GHMC(bins, density="exact")
+    assert loss(logits, labels, valid, num_pos).item() == pytest.approx(expected, rel=1e-9)
+    assert loss(logits.float(), labels, valid, num_pos).item() == pytest.approx(expected, rel=1e-5)
+    assert loss.updates == 0  # no memory
+
+
+def test_exact_ghm_r_is_the_formula(boxes):
+    deltas, targets, num_pos = boxes(spread=0.03)
+    norms, values = box_pairs(deltas, targets)
+    expected = math.fsum(map(lambda share, value: share * value, exact_shares(norms, 10), values))
+    assert GHMR(density="exact")(deltas, targets, num_pos).item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_exact_density_holds_beta_constant_for_the_backward_pass(cells, one_hot):
+    logits, labels, valid, num_pos = cells()
+    logits.requires_grad_()
+    loss = GHMC(bins=10, density="exact")
+    loss(logits, labels, valid, num_pos).backward()
+    norms = (logits.detach().sigmoid() - one_hot(labels, 5)).abs()
+    shares = torch.tensor(exact_shares(norms[valid].flatten().tolist(), 10)).view(-1, 5)
+    torch.testing.assert_close(logits.grad[valid].abs(), shares * norms[valid])
+
+
+def test_exact_density_where_all_examples_tie():
+    # g = 0.5 in all 12 cells: all share one window, of full length.
+    shares = GHMC(bins=10, density="exact").shares(torch.full((4, 3), 0.5), torch.ones(4, dtype=torch.bool))
+    torch.testing.assert_close(shares, torch.full((4, 3), 0.1 / 12))
+
+
+def test_exact_density_of_uniform_gradient_norms_is_one_also_at_the_ends():
+    logits, _, valid = uniform_cells(bins=10, each=400)
+    beta = GHMC(bins=10, density="exact").shares(logits.sigmoid(), valid) * len(logits)
+    torch.testing.assert_close(beta, torch.ones_like(beta), rtol=5e-3, atol=0)
+
+
+def released_loop(bins, momentum):
+    """The arithmetic of the released code in its own words: a loop over bins, sums from 0, one call per level."""
+    sums = [0.0] * bins
+
+    def call(norms, values):
+        edges = [j / bins for j in range(bins + 1)]
+        edges[-1] = 1e3  # the last bin takes all
+        weights, non_empty = [0.0] * len(norms), 0
+        for j in range(bins):
+            inside = [i for i, g in enumerate(norms) if edges[j] <= g < edges[j + 1]]
+            if inside:
+                sums[j] = momentum * sums[j] + (1 - momentum) * len(inside)
+                for i in inside:
+                    weights[i] = len(norms) / sums[j]
+                non_empty += 1
+        total = math.fsum(w / max(non_empty, 1) * v for w, v in zip(weights, values))
+        return total / max(len(norms), 1)
+
+    return call
+
+
+def test_released_is_the_released_arithmetic(cells, boxes, one_hot):
+    class_loss, box_loss = GHMC.released(), GHMR.released()
+    assert class_loss.scope == box_loss.scope == "level"
+    class_loop, box_loop = released_loop(30, 0.75), released_loop(10, 0.7)
+    for step in range(3):
+        for level, rows in enumerate([60, 20, 7]):
+            case = cells(rows=rows, seed=10 * step + level, spread=1.0 + step)
+            expected = class_loop(*cell_pairs(*case[:3], one_hot))
+            assert class_loss(*case).item() == pytest.approx(expected, rel=1e-6)
+            case = boxes(rows=rows % 20, seed=10 * step + level, spread=0.05)
+            expected = box_loop(*box_pairs(*case[:2]))
+            assert box_loss(*case).item() == pytest.approx(expected, rel=1e-6)
+
+
+MODES = {"default": {}, "exact": {"density": "exact"}, "limited": {"max_weight": 1.5}, "local": {"local_counts": True}}
+
+
+def three_steps(batches, options):
     """Losses, gradients of the first input, and final state of GHMC and GHMR over (cells, boxes) batches."""
-    class_loss, box_loss = GHMC(), GHMR()
+    class_loss, box_loss = GHMC(**options), GHMR(**options)
     out = []
     for cell_batch, box_batch in batches:
         for loss, (x, *rest) in ((class_loss, cell_batch), (box_loss, box_batch)):
@@ -230,28 +318,50 @@ def three_steps(batches):
 def process(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    torch.save(three_steps(torch.load(folder / f"batches{rank}.pt")), folder / f"out{rank}.pt")
+    batches = torch.load(folder / f"batches{rank}.pt")
+    torch.save({mode: three_steps(batches, options) for mode, options in MODES.items()}, folder / f"out{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_two_processes_equal_one_on_the_joined_batch(cells, boxes, tmp_path):
+@pytest.fixture(scope="module")
+def two_processes(cells, boxes, tmp_path_factory):
+    """(batches of all, of process 0, of process 1), (results of process 0, of process 1) by mode."""
+    folder = tmp_path_factory.mktemp("two")
     joined = [(cells(seed=s), boxes(rows=20, seed=s)) for s in range(3)]
+    batches = [joined]
     for rank, part in enumerate([slice(None, 12), slice(12, None)]):
         # Process 0 has no box at all in the second step.
         shares = [slice(None, 7), slice(None, 0), slice(None, 7)]
         shares = shares if rank == 0 else [slice(s.stop, None) for s in shares]
-        batches = [
+        own = [
             ((*(t[part] for t in c[:3]), c[3]), (*(t[share] for t in b[:2]), b[2]))
             for (c, b), share in zip(joined, shares)
         ]
-        torch.save(batches, tmp_path / f"batches{rank}.pt")
-    torch.multiprocessing.spawn(process, args=(tmp_path,), nprocs=2)
+        torch.save(own, folder / f"batches{rank}.pt")
+        batches.append(own)
+    torch.multiprocessing.spawn(process, args=(folder,), nprocs=2)
+    return batches, [torch.load(folder / f"out{rank}.pt") for rank in range(2)]
 
-    expected, state = three_steps(joined)
-    (first, first_state), (second, second_state) = (torch.load(tmp_path / f"out{rank}.pt") for rank in range(2))
+
+@pytest.mark.parametrize("mode", sorted(MODES.keys() - {"local"}))
+def test_two_processes_equal_one_on_the_joined_batch(mode, two_processes):
+    (joined, *_), results = two_processes
+    expected, state = three_steps(joined, MODES[mode])
+    (first, first_state), (second, second_state) = (result[mode] for result in results)
     for (value, grad), (value0, grad0), (value1, grad1) in zip(expected, first, second):
         torch.testing.assert_close(value0 + value1, value)
         torch.testing.assert_close(torch.cat([grad0, grad1]), grad)
     for one, two, alone in zip(first_state, second_state, state):
         for name in alone:
             assert torch.equal(one[name], two[name]) and torch.equal(one[name], alone[name])
+
+
+def test_with_local_counts_two_processes_are_the_mean_of_two_on_their_own(two_processes):
+    (_, *batches), results = two_processes
+    for own, result in zip(batches, results):
+        expected, state = three_steps(own, MODES["local"])
+        for (value, grad), (alone, alone_grad) in zip(result["local"][0], expected):
+            torch.testing.assert_close(2 * value, alone)
+            torch.testing.assert_close(2 * grad, alone_grad)
+        for there, alone in zip(result["local"][1], state):
+            assert all(torch.equal(there[name], alone[name]) for name in alone)

@@ -1,0 +1,66 @@
+"""ATSS against the paper's algorithm in plain loops."""
+
+import statistics
+
+import pytest
+import torch
+from torchvision.ops import box_iou
+
+from detector.anchors import Anchors
+from detector.assigner import ATSSAssigner
+
+GRIDS = [(16, 16), (8, 8), (4, 4), (2, 2), (1, 1)]
+
+
+def anchors_and_boxes(seed, count, octaves=1, ratios=(1.0,)):
+    make = Anchors(octaves=octaves, ratios=list(ratios))
+    anchors = make(GRIDS, (128, 128), torch.device("cpu"))
+    rng = torch.Generator().manual_seed(seed)
+    corner = torch.rand(count, 2, generator=rng) * 80
+    boxes = torch.cat([corner, corner + 6 + torch.rand(count, 2, generator=rng) * 60], dim=1)
+    return anchors, boxes, tuple(h * w * make.per_cell for h, w in GRIDS), make.per_cell
+
+
+def by_hand(anchors, boxes, levels, per_cell, cells):
+    """Index of the box of each anchor, -1 for background."""
+    iou = box_iou(anchors.double(), boxes.double()).tolist()
+    owner, best = [-1] * len(anchors), [0.0] * len(anchors)
+    centres = [((x1 + x2) / 2, (y1 + y2) / 2) for x1, y1, x2, y2 in anchors.tolist()]
+    for g, (x1, y1, x2, y2) in enumerate(boxes.tolist()):
+        candidates, start = [], 0
+        for size in levels:
+            level = range(start, start + size)
+            middle = (x1 + x2) / 2, (y1 + y2) / 2
+            level = sorted(level, key=lambda a: (centres[a][0] - middle[0]) ** 2 + (centres[a][1] - middle[1]) ** 2)
+            candidates += level[: cells * per_cell]
+            start += size
+        values = [iou[a][g] for a in candidates]
+        threshold = statistics.mean(values) + statistics.stdev(values)
+        for a in candidates:
+            inside = x1 < centres[a][0] < x2 and y1 < centres[a][1] < y2
+            if iou[a][g] >= threshold and inside and iou[a][g] > best[a]:
+                owner[a], best[a] = g, iou[a][g]
+    return owner
+
+
+@pytest.mark.parametrize("shapes", [{}, {"octaves": 3, "ratios": (0.5, 1.0, 2.0)}], ids=["1 a cell", "9 a cell"])
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("cells", [1, 9])
+def test_equals_plain_loops(seed, cells, shapes):
+    anchors, boxes, levels, per_cell = anchors_and_boxes(seed, 12, **shapes)
+    assignment = ATSSAssigner(cells)(anchors, boxes, levels, per_cell)
+    ours = torch.where(assignment.positive, assignment.gt_index, -1).tolist()
+    assert ours == by_hand(anchors, boxes, levels, per_cell, cells)
+    assert max(ours) >= 0
+    assert not assignment.ignored.any()
+
+
+def test_no_boxes_is_all_background():
+    anchors, boxes, levels, per_cell = anchors_and_boxes(0, 0)
+    assignment = ATSSAssigner()(anchors, boxes, levels, per_cell)
+    assert not assignment.positive.any() and not assignment.ignored.any()
+
+
+def test_refuses_no_candidates():
+    with pytest.raises(ValueError, match="cells"):
+        ATSSAssigner(cells=0)
