@@ -17,7 +17,7 @@ CONFIG_READERS = {
 }
 SEPARATE = {"detector.anchors", "detector.assigner", "detector.box_coder"}
 FROM_DATA = {"detector.structures", "detector.errors", "detector.boxes"}
-FROM_LOSSES = {"detector.distributed", "detector.losses.cells", "detector.losses.overlap"}
+FROM_LOSSES = {"detector.distributed", "detector.losses.cells", "detector.losses.fused", "detector.losses.overlap"}
 
 
 def module_name(path):

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detector.losses.cells import balanced_sum, cross_entropy, logits_against_truth
+from detector.losses.fused import cell_sum, sigmoids
 
 
 class Focal(nn.Module):
@@ -34,7 +35,19 @@ class Focal(nn.Module):
 
     def forward(self, logits: Tensor, labels: Tensor, valid: Tensor, num_pos: Tensor | float) -> Tensor:
         """logits (N, C), labels (N,) int64 with C = background, valid (N,) bool -> scalar."""
+        weights = {"negative": 1 - self.alpha, "positive": self.alpha}
+        return cell_sum(_curve, logits, labels, valid, self.gamma, **weights) / num_pos
+
+    def definition(self, logits: Tensor, labels: Tensor, valid: Tensor, num_pos: Tensor | float) -> Tensor:
+        """The same in its plain form, by which the fast one is tested."""
         z = logits_against_truth(logits, labels, valid)
         # (1 - p_t)^gamma by its logarithm: sigmoid(z) underflows to 0, where the slope of a power below 1 is inf.
         modulator = torch.exp(self.gamma * F.logsigmoid(z))
         return balanced_sum(modulator * cross_entropy(z), labels, valid, self.alpha) / num_pos
+
+
+def _curve(z: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+    """p^gamma softplus(z) and its derivative, with p = sigmoid(z) = 1 - p_t."""
+    p, p_t, softplus = sigmoids(z)
+    modulator = p * p if gamma == 2 else torch.exp(gamma * (z - softplus))  # log p = z - softplus(z)
+    return modulator * softplus, modulator * (gamma * p_t * softplus + p)
