@@ -10,13 +10,15 @@ in the processor's cache.
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from detector.losses.cells import logits_against_truth
 
 Curve = Callable[..., tuple[Tensor, Tensor]]
 
@@ -41,6 +43,24 @@ def cell_sum(
     return _CellSum.apply(logits, labels, valid, curve, (negative, positive), params)
 
 
+def given_gradient(x: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+    """`value`, whose gradient with respect to `x` is `gradient`."""
+    return _GivenGradient.apply(x, value, gradient)
+
+
+class _GivenGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, value, gradient):
+        ctx.save_for_backward(gradient)
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream, None, None
+
+
 class _CellSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, labels, valid, curve, weights, params):
@@ -57,7 +77,8 @@ class _CellSum(torch.autograd.Function):
         if gradient is None:  # a second backward through the same graph
             curve, weights, params = ctx.rest
             _, gradient = _value_and_gradient(curve, *ctx.saved_tensors, weights, params)
-        return gradient.mul_(upstream.to(gradient.dtype)), None, None, None, None, None
+        gradient = gradient.mul_(upstream.to(gradient.dtype)).to(ctx.saved_tensors[0].dtype)
+        return gradient, None, None, None, None, None
 
 
 def _value_and_gradient(
@@ -71,8 +92,10 @@ def _value_and_gradient(
     if _compiles(logits):
         value, gradient = _compiled_or_plain(logits, _sweep, curve, logits, background, None, weights, params)
     else:
-        value, gradient = logits.new_zeros((), dtype=accumulator(logits)), torch.empty_like(logits)
-        for piece in _pieces(logits):
+        value, gradient = logits.new_zeros((), dtype=accumulator(logits)), torch.empty_like(logits, dtype=_kept(logits))
+        step = _rows_of_a_piece(logits)
+        for start in range(0, len(logits), step):
+            piece = slice(start, start + step)
             part, gradient[piece] = _sweep(curve, logits[piece], background[piece], None, weights, params)
             value = value + part
     few = (valid & is_positive).nonzero()[:, 0]
@@ -95,7 +118,7 @@ def _sweep(
         value = value * torch.where(at_label, positive, negative)
         slope = slope * torch.where(at_label, -positive, negative)
     value = torch.where(counted, value.sum(-1), 0).sum()  # by rows first: a flat float32 sum loses digits
-    return value, torch.where(counted[:, None], slope, 0).to(logits.dtype)
+    return value, torch.where(counted[:, None], slope, 0).to(_kept(logits))
 
 
 def sigmoids(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,36 +137,48 @@ def sigmoids(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.where(up, larger, smaller), torch.where(up, smaller, larger), z.clamp(min=0) + log1p
 
 
+@torch.no_grad()
 def count_regions(logits: Tensor, labels: Tensor, valid: Tensor, bins: int) -> Tensor:
     """How many valid cells have their gradient norm in each of `bins` equal regions of 0..1, (bins,) int64.
 
     Integers, since float32 stops counting at 2^24 and one image has 16 million cells.
     """
-    everything = valid.sum()[None] * logits.shape[1]
+    logits = logits.detach()
+    if logits.device.type != "cpu":
+        return _compiled_or_plain(logits, _count_packed, logits, valid, labels, bins)
+    is_positive = labels < logits.shape[1]
+    rows = valid & ~is_positive
+    counts = torch.zeros(bins, dtype=torch.int64)
+    if bins > 1 and logits.numel():
+        # Most rows are background with every cell in the first region, which their largest logit tells.
+        easy = rows & (_compiled_or_plain(logits, _largest, logits) < _edges(bins)[0])
+        counts[0] = easy.sum() * logits.shape[1]
+        rows &= ~easy
+    hard = rows.nonzero()[:, 0]
+    if len(hard) * 2 > len(logits) and _compiles(logits):
+        counts += _compiled_or_plain(logits, _count_packed, logits, rows, None, bins)
+    else:
+        for piece in hard.split(_rows_of_a_piece(logits)):
+            counts += _count(logits[piece], bins)
+    few = (valid & is_positive).nonzero()[:, 0]
+    return counts + _count(logits_against_truth(logits[few], labels[few], valid[few]), bins)
+
+
+def _largest(logits: Tensor) -> Tensor:
+    return logits.amax(-1)
+
+
+def _count(z: Tensor, bins: int) -> Tensor:
+    edges = torch.tensor(_edges(bins), dtype=accumulator(z))
+    region = torch.bucketize(z.to(edges.dtype), edges, right=True)
+    return torch.bincount(region.flatten(), minlength=bins)
+
+
+def _count_packed(logits: Tensor, counted: Tensor, labels: Tensor | None, bins: int) -> Tensor:
+    """The same of the rows that are `counted`, in one sweep; without labels all cells are background."""
+    everything = counted.sum()[None] * logits.shape[1]
     if bins == 1:
         return everything
-    if logits.device.type != "cpu":
-        at_least = _compiled_or_plain(logits, _count_at_least, logits, valid, labels, bins)
-    else:
-        is_positive = labels < logits.shape[1]
-        rows = valid & ~is_positive
-        if len(logits) and logits.shape[1]:
-            # Most rows are background with every cell in the first region, which their largest logit tells.
-            rows &= logits.amax(-1) >= _edges(bins)[0]
-        hard = rows.nonzero()[:, 0]
-        few = (valid & is_positive).nonzero()[:, 0]
-        at_least = _count_at_least(logits[few], valid[few], labels[few], bins)
-        if len(hard) > len(logits) / 2 and _compiles(logits):
-            at_least += _compiled_or_plain(logits, _count_at_least, logits, rows, None, bins)
-        else:
-            for piece in _pieces(logits[:1].expand(len(hard), -1)):
-                part = logits[hard[piece]]
-                at_least += _count_at_least(part, rows[hard[piece]], None, bins)
-    return -torch.diff(at_least, prepend=everything, append=torch.zeros_like(everything))
-
-
-def _count_at_least(logits: Tensor, counted: Tensor, labels: Tensor | None, bins: int) -> Tensor:
-    """Cells whose gradient norm is at least k / bins, k = 1 .. bins - 1, in the rows that are `counted`, int64."""
     z = logits.to(accumulator(logits))
     if labels is not None:
         z = torch.where(torch.arange(z.shape[1], device=z.device) == labels[:, None], -z, z)
@@ -160,7 +195,8 @@ def _count_at_least(logits: Tensor, counted: Tensor, labels: Tensor | None, bins
     rows = torch.stack(columns, -1).to(torch.int64)
     if shared > 1:
         rows = torch.stack([rows & 255, (rows >> 8) & 255, rows >> 16], -1).flatten(1)
-    return rows.sum(0)[: len(edges)]
+    at_least = rows.sum(0)[: len(edges)]
+    return torch.cat([everything, at_least]) - torch.cat([at_least, torch.zeros_like(everything)])
 
 
 def _edges(bins: int) -> list[float]:
@@ -168,9 +204,8 @@ def _edges(bins: int) -> list[float]:
     return [math.log(k / (bins - k)) for k in range(1, bins)]
 
 
-def _pieces(logits: Tensor) -> Iterator[slice]:
-    step = max(1, PIECE // max(logits.shape[1], 1))
-    return (slice(start, start + step) for start in range(0, len(logits), step))
+def _rows_of_a_piece(logits: Tensor) -> int:
+    return max(1, PIECE // max(logits.shape[1], 1))
 
 
 def _compiles(logits: Tensor) -> bool:
@@ -193,7 +228,13 @@ _broken: list[Exception] = []
 
 @cache
 def _compiled(function: Callable) -> Callable:
-    return torch.compile(function, dynamic=True)
+    # Every index is clamped where it is made; checking it again would double the time of GHM's sweep.
+    return torch.compile(function, dynamic=True, options={"assert_indirect_indexing": False})
+
+
+def _kept(logits: Tensor) -> torch.dtype:
+    """Of the gradient until backward: float16 would underflow before a loss scale lifts it."""
+    return torch.float32 if logits.dtype == torch.float16 else logits.dtype
 
 
 def accumulator(logits: Tensor) -> torch.dtype:

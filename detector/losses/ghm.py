@@ -274,9 +274,27 @@ class GHMR(GradientDensity):
 
     def forward(self, deltas: Tensor, targets: Tensor, num_pos: Tensor | float) -> Tensor:
         """deltas, targets (P, 4), in encoded box coordinates; P may be 0 -> scalar."""
+        with torch.no_grad():
+            d, length = self._error(deltas, targets)
+            slope = d / length
+            norms = slope.abs()
+            if self.density == "exact":
+                share = self.shares(norms, torch.ones(len(d), dtype=torch.bool, device=d.device))
+            else:
+                region = (norms * self.bins).long().clamp_(0, self.bins - 1)
+                counts = torch.zeros(self.bins, dtype=torch.int64, device=d.device)
+                counts.scatter_add_(0, region.flatten(), torch.ones_like(region).flatten())
+                share = self.region_shares(counts)[region]
+            value = (share * (length - self.mu)).sum()
+        return fused.given_gradient(deltas, value, (share * slope).to(deltas.dtype))
+
+    def definition(self, deltas: Tensor, targets: Tensor, num_pos: Tensor | float) -> Tensor:
+        """The same in its plain form, by which the fast one is tested."""
+        d, length = self._error(deltas, targets)
+        everything = torch.ones(len(d), dtype=torch.bool, device=d.device)
+        return (self.shares(d.abs() / length, everything) * (length - self.mu)).sum()
+
+    def _error(self, deltas: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(deltas.dtype, torch.float32)
         d = deltas.to(dtype) - targets.to(dtype)
-        length = torch.hypot(d, torch.full_like(d, self.mu))  # the square of a large d would overflow
-        norms = d.abs() / length
-        everything = torch.ones(len(d), dtype=torch.bool, device=d.device)
-        return (self.shares(norms, everything) * (length - self.mu)).sum()
+        return d, torch.hypot(d, d.new_tensor(self.mu))  # the square of a large d would overflow
