@@ -14,7 +14,7 @@ class Criterion(nn.Module):
     """Predictions and targets of a batch -> Losses.
 
     Each loss is called once, on all images and levels joined, unless its `scope` is "level": then once for each
-    level, and the values are added up. Everything is float32 whatever the model ran in. The losses' state (GHM's
+    level, and the values are added up. Losses and boxes are float32 whatever the model ran in. The losses' state (GHM's
     moving averages) moves in training mode only, and is saved with this module's state dict.
     """
 
@@ -34,7 +34,7 @@ class Criterion(nn.Module):
 
     def forward(self, predictions: Predictions, targets: list[Target]) -> Losses:
         """Targets on the predictions' device, one for each image."""
-        logits, levels = predictions.logits.float(), predictions.levels
+        logits, levels = predictions.logits, predictions.levels
         grid = (levels, predictions.per_cell)
         assignments = [self.assigner(predictions.anchors, target.boxes, *grid) for target in targets]
         gt_index, positive, ignored = (torch.stack(values) for values in zip(*assignments))  # (B, A) each
@@ -49,7 +49,7 @@ class Criterion(nn.Module):
 
         cells = [logits, labels, ~ignored]
         if getattr(self.class_loss, "takes_quality", False):
-            quality = logits.new_zeros(labels.shape)
+            quality = predictions.anchors.new_zeros(labels.shape)
             quality[image, anchor] = box_ops.iou_of_pairs(self.coder.decode(deltas.detach(), anchors), matched)
             cells.append(quality)
         parts = levels if _by_level(self.class_loss) else (sum(levels),)

@@ -8,7 +8,7 @@ from torchvision.ops import box_iou
 from detector.assigner import IoUAssigner
 from detector.box_coder import BoxCoder
 from detector.criterion import Criterion
-from detector.losses import GHMC, GHMR, L1, Focal
+from detector.losses import GHMC, GHMR, L1, Focal, GIoU, QualityFocal
 from detector.structures import Predictions, Target
 
 ANCHORS = 40
@@ -210,3 +210,61 @@ def test_state_of_the_losses_is_saved_and_moves_in_training_only():
     criterion.train()
     criterion(predictions, targets)
     assert criterion.class_loss.updates == criterion.box_loss.updates == 1
+
+
+def positives(predictions, targets):
+    """Image and anchor of each positive, and its box, by the assigner alone."""
+    found = [IoUAssigner(0.5, 0.4)(predictions.anchors, target.boxes) for target in targets]
+    image, anchor = torch.stack([one.positive for one in found]).nonzero(as_tuple=True)
+    boxes = torch.stack([targets[i].boxes[found[i].gt_index[a]] for i, a in zip(image.tolist(), anchor.tolist())])
+    return found, image, anchor, boxes
+
+
+def test_a_box_loss_that_takes_boxes_is_given_pixels():
+    predictions, targets = random_case()
+    _, image, anchor, boxes = positives(predictions, targets)
+    criterion = build(box_loss=GIoU())
+    decoded = criterion.coder.decode(predictions.deltas[image, anchor], predictions.anchors[anchor])
+    expected = GIoU()(decoded, boxes, len(boxes))
+    torch.testing.assert_close(criterion(predictions, targets).terms["box"], expected)
+
+
+def test_a_class_loss_that_takes_quality_is_given_the_iou_of_the_predicted_boxes():
+    predictions, targets = random_case()
+    found, image, anchor, boxes = positives(predictions, targets)
+    criterion = build(class_loss=QualityFocal())
+    losses = criterion(predictions, targets)
+
+    decoded = criterion.coder.decode(predictions.deltas[image, anchor].detach(), predictions.anchors[anchor])
+    quality = torch.zeros(len(targets), ANCHORS)
+    quality[image, anchor] = box_iou(decoded, boxes).diagonal()
+    labels = torch.stack([torch.where(one.positive, t.labels[one.gt_index], 3) for one, t in zip(found, targets)])
+    valid = ~torch.stack([one.ignored for one in found])
+    rest = labels.flatten(), valid.flatten(), len(boxes), quality.flatten()
+    torch.testing.assert_close(losses.terms["class"], QualityFocal()(predictions.logits.flatten(0, 1), *rest))
+    losses.terms["class"].backward()
+    assert predictions.deltas.grad is None or not predictions.deltas.grad.any()
+
+
+def test_scope_level_calls_a_loss_once_for_each_level_and_adds_up():
+    predictions, targets = random_case()
+    levels = (25, 10, 5)
+    found, image, anchor, boxes = positives(predictions, targets)
+    criterion = build(class_loss=GHMC(scope="level"), box_loss=GHMR(scope="level"))
+    losses = criterion(predictions._replace(levels=levels), targets)
+
+    class_loss, box_loss, class_sum, box_sum, start = GHMC(), GHMR(), 0.0, 0.0, 0
+    labels = torch.stack([torch.where(one.positive, t.labels[one.gt_index], 3) for one, t in zip(found, targets)])
+    valid = ~torch.stack([one.ignored for one in found])
+    encoded = criterion.coder.encode(boxes, predictions.anchors[anchor])
+    for size in levels:
+        own = slice(start, start + size)
+        logits = predictions.logits[:, own].flatten(0, 1)
+        class_sum += class_loss(logits, labels[:, own].flatten(), valid[:, own].flatten(), len(boxes))
+        inside = (anchor >= own.start) & (anchor < own.stop)
+        box_sum += box_loss(predictions.deltas[image, anchor][inside], encoded[inside], len(boxes))
+        start += size
+    torch.testing.assert_close(losses.terms["class"], class_sum)
+    torch.testing.assert_close(losses.terms["box"], box_sum)
+    assert criterion.class_loss.updates == 3
+    assert torch.equal(criterion.class_loss.average, class_loss.average)
