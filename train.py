@@ -61,7 +61,8 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False) -> dict:
 
     open_folder(cfg)
     curves = cfg.folder if cfg.tensorboard.enabled else None
-    logger = Logger(curves, cfg.tensorboard.every, solver.step_count, kept["seconds_per_step"])
+    board = cfg.tensorboard
+    logger = Logger(curves, board.every, solver.step_count, kept["seconds_per_step"], board.gradients)
     with contextlib.closing(logger):  # also on an error, which must not land in the progress line
         logger.config(config.dump(cfg), config.flat(cfg.model_dump(mode="json")))
         start = f", from step {solver.step_count}" if last else ""

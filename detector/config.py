@@ -153,6 +153,7 @@ class TensorBoard(Options):
     enabled: bool = True
     every: int = Field(20, ge=1)  # steps
     images: int = Field(8, ge=0)  # validation images drawn at each evaluation
+    gradients: int = Field(200, ge=0)  # steps between two pictures of what the losses do to the gradient; 0: none
 
 
 class Config(Options):

@@ -1,5 +1,7 @@
 """Joins assigner, box coder and losses; they meet nowhere else."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -34,20 +36,11 @@ class Criterion(nn.Module):
 
     def forward(self, predictions: Predictions, targets: list[Target]) -> Losses:
         """Targets on the predictions' device, one for each image."""
-        logits, levels = predictions.logits, predictions.levels
-        grid = (levels, predictions.per_cell)
-        assignments = [self.assigner(predictions.anchors, target.boxes, *grid) for target in targets]
-        gt_index, positive, ignored = (torch.stack(values) for values in zip(*assignments))  # (B, A) each
-        labels = torch.stack([_labels(a, t, logits.shape[-1]) for a, t in zip(assignments, targets)])
-        num_pos = distributed.all_sum(positive.sum()).clamp(min=1)
-
-        image, anchor = positive.nonzero(as_tuple=True)
-        counts = torch.tensor([0] + [len(t.boxes) for t in targets[:-1]], device=gt_index.device)
-        in_batch = gt_index[image, anchor] + counts.cumsum(0)[image]  # position among the boxes of all images
-        matched = torch.cat([t.boxes for t in targets])[in_batch]
+        labels, valid, num_pos, image, anchor, matched = self.match(predictions, targets)
+        levels = predictions.levels
         deltas, anchors = predictions.deltas[image, anchor].float(), predictions.anchors[anchor]
 
-        cells = [logits, labels, ~ignored]
+        cells = [predictions.logits, labels, valid]
         if getattr(self.class_loss, "takes_quality", False):
             quality = predictions.anchors.new_zeros(labels.shape)
             quality[image, anchor] = box_ops.iou_of_pairs(self.coder.decode(deltas.detach(), anchors), matched)
@@ -72,9 +65,32 @@ class Criterion(nn.Module):
             terms={"class": self.class_weight * sum(class_losses), "box": self.box_weight * sum(box_losses)},
             diagnostics={
                 "true_class_probability": _true_class_probability(predictions.logits, labels, image, anchor, num_pos),
-                "positives_per_image": positive.sum() / len(positive),
+                "positives_per_image": torch.tensor(len(image) / len(labels), device=labels.device),
             },
         )
+
+    def match(self, predictions: Predictions, targets: list[Target]) -> "Matches":
+        """What each anchor of each image is taught."""
+        grid = (predictions.levels, predictions.per_cell)
+        assignments = [self.assigner(predictions.anchors, target.boxes, *grid) for target in targets]
+        gt_index, positive, ignored = (torch.stack(values) for values in zip(*assignments))  # (B, A) each
+        labels = torch.stack([_labels(a, t, predictions.logits.shape[-1]) for a, t in zip(assignments, targets)])
+        image, anchor = positive.nonzero(as_tuple=True)
+        counts = torch.tensor([0] + [len(t.boxes) for t in targets[:-1]], device=gt_index.device)
+        in_batch = gt_index[image, anchor] + counts.cumsum(0)[image]  # position among the boxes of all images
+        boxes = torch.cat([t.boxes for t in targets])[in_batch]
+        return Matches(labels, ~ignored, distributed.all_sum(positive.sum()).clamp(min=1), image, anchor, boxes)
+
+
+class Matches(NamedTuple):
+    """Anchors of a batch and what they are taught."""
+
+    labels: Tensor  # (B, A) int64, C for background and whatever is ignored
+    valid: Tensor  # (B, A) bool, not ignored
+    num_pos: Tensor  # positive anchors of all processes, at least 1
+    image: Tensor  # (P,) index of the image of each positive
+    anchor: Tensor  # (P,) index of its anchor
+    boxes: Tensor  # (P, 4) its ground truth
 
 
 def _by_level(loss: nn.Module) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from detector import boxes as box_ops
 from detector import distributed
 from detector.criterion import Criterion
+from detector.gradients import observe
 from detector.postprocess import Postprocess
 from detector.solver import Solver
 from detector.structures import Batch, Detections
@@ -37,8 +38,11 @@ def train_one_epoch(
             images = part.images.to(device, non_blocking=True)
             with torch.autocast(device.type, solver.precision, enabled=solver.precision != torch.float32):
                 predictions = model(images, part.sizes)
-            losses = criterion(predictions, [target.to(device) for target in part.targets])
+            targets = [target.to(device) for target in part.targets]
+            losses = criterion(predictions, targets)
             # Gradients are averaged over processes, while each holds its share of one sum.
+            if logger.wants_gradients(solver.step_count + 1) and not sums:  # of the first part
+                logger.gradients(observe(criterion, predictions, targets), solver.step_count + 1)
             solver.backward(losses.total * distributed.world_size())
             for name, value in (losses.terms | losses.diagnostics).items():
                 sums[name] = sums.get(name, 0) + value.detach() / solver.accumulate

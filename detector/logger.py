@@ -14,6 +14,7 @@ from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from detector import distributed
+from detector.gradients import Observation
 from detector.solver import Solver
 from detector.structures import Batch
 
@@ -29,10 +30,19 @@ class Logger:
         every: steps between two entries of the training curves
         first_step: where the run goes on; older entries past it are hidden
         seconds_per_step: median of the part of the run before, when resumed
+        gradients_every: steps between two observations of the gradient; 0: none
     """
 
-    def __init__(self, folder: Path | None, every: int, first_step: int = 0, seconds_per_step: float | None = None):
+    def __init__(
+        self,
+        folder: Path | None,
+        every: int,
+        first_step: int = 0,
+        seconds_per_step: float | None = None,
+        gradients_every: int = 0,
+    ):
         self.every = every
+        self.gradients_every = gradients_every if folder is not None else 0
         self._writer = None
         if distributed.is_main() and folder is not None:
             self._writer = SummaryWriter(str(folder), purge_step=first_step + 1)
@@ -98,6 +108,42 @@ class Logger:
         for name, value in values.items():
             scalars[f"loss/{name}" if name in terms else f"diagnostics/{name}"] = value
         self.scalars(scalars, step)
+
+    def wants_gradients(self, step: int) -> bool:
+        """Whether the gradients of this step (from 1) are to be observed; the same on all processes."""
+        return self.gradients_every > 0 and step % self.gradients_every == 0
+
+    def gradients(self, observation: Observation, step: int) -> None:
+        """Shares of the gradient as scalars; counts, density and GHM's beta over the gradient norm as histograms."""
+        for name, regions in zip(("class", "box"), observation):
+            self.scalars({f"gradient/{name}_{band}": share for band, share in regions.shares().items()}, step)
+            curves = {
+                "count_log10": regions.counts.double().clamp(min=1).log10(),
+                "density_log10": regions.density.clamp(min=1e-6).log10() + 6,  # above 0, as bars must be
+                "beta_log10": regions.beta.clamp(min=1e-3).log10() + 3,
+                "gradient": regions.gradient,
+            }
+            for curve, values in curves.items():
+                self._histogram(f"gradient_{name}/{curve}", values.tolist(), step)
+
+    def _histogram(self, name: str, bars: list[float], step: int) -> None:
+        """Bars over equal regions of 0..1."""
+        if self._writer is None:
+            return
+        edges = [(j + 1) / len(bars) for j in range(len(bars))]
+        middles = [edge - 0.5 / len(bars) for edge in edges]
+        total = sum(bars)
+        self._writer.add_histogram_raw(
+            name,
+            min=0.0,
+            max=1.0,
+            num=total,
+            sum=sum(bar * g for bar, g in zip(bars, middles)),
+            sum_squares=sum(bar * g * g for bar, g in zip(bars, middles)),
+            bucket_limits=edges,
+            bucket_counts=bars,
+            global_step=step,
+        )
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         if self._writer is not None:

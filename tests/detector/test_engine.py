@@ -17,11 +17,18 @@ CPU = torch.device("cpu")
 class Recorder:
     """What train_one_epoch tells the logger."""
 
-    def __init__(self):
+    def __init__(self, observe=()):
+        self.observed = dict.fromkeys(observe)
         self.steps = []
 
     def progress(self, batches, solver):
         yield from batches
+
+    def wants_gradients(self, step):
+        return step in self.observed
+
+    def gradients(self, observation, step):
+        self.observed[step] = observation
 
     def step(self, values, terms, lr, images, step):
         self.steps.append((values, set(terms), lr, images, step))
@@ -65,6 +72,17 @@ def test_it_ends_where_the_solver_is_done():
     logger = Recorder()
     train_one_epoch(model, criterion, [batch()] * 5, solver, logger, CPU)
     assert len(logger.steps) == 2 and solver.done
+
+
+def test_gradients_are_observed_when_asked_for_and_change_nothing():
+    after = []
+    for observe in ((), (2,)):
+        model, criterion, solver = make(steps=3)
+        told = Recorder(observe)
+        train_one_epoch(model, criterion, [batch(seed=i) for i in range(3)], solver, told, CPU)
+        after.append([*model.state_dict().values(), *criterion.state_dict().values()])
+        assert all(observation is not None for observation in told.observed.values())
+    assert all(torch.equal(a, b) for a, b in zip(*after))
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])

@@ -5,6 +5,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from detector import distributed
+from detector.gradients import Observation, Regions
 from detector.logger import Logger
 
 VALUES = {"class": 0.5, "box": 0.25, "gradient_norm": 2.0}
@@ -120,3 +121,25 @@ def test_class_names_of_any_kind_are_accepted(tmp_path, name):
     logger.metrics({"AP": 0.5, "per_class": {name: {"AP": 0.5}}}, 1)
     logger.close()
     assert len(read(tmp_path).Tags()["scalars"]) == 2
+
+
+def test_gradients_are_shares_and_histograms_at_their_own_interval(tmp_path):
+    logger = Logger(tmp_path, every=1, gradients_every=50)
+    assert [step for step in range(1, 151) if logger.wants_gradients(step)] == [50, 100, 150]
+    regions = Regions(torch.tensor([90, 0, 0, 0, 0, 0, 0, 0, 0, 10]), torch.tensor([1.0] + [0] * 8 + [3]).double())
+    logger.gradients(Observation(regions, regions), 50)
+    logger.close()
+    assert scalars(tmp_path, "gradient/class_easy") == {50: 0.25}
+    assert scalars(tmp_path, "gradient/box_outlier") == {50: 0.75}
+    events = read(tmp_path)
+    assert set(events.Tags()["histograms"]) == {
+        f"gradient_{name}/{curve}"
+        for name in ("class", "box")
+        for curve in ("count_log10", "density_log10", "beta_log10", "gradient")
+    }
+    told = events.Histograms("gradient_class/gradient")[0].histogram_value
+    assert told.bucket[0] == 1 and told.bucket[-1] == 3 and told.bucket_limit[-1] == 1
+
+
+def test_without_a_folder_no_gradients_are_wanted():
+    assert not Logger(None, every=1, gradients_every=1).wants_gradients(1)
