@@ -1,0 +1,151 @@
+"""The three figures of the GHM paper, of a trained model on real images.
+
+    python scripts/gradients.py --checkpoint runs/coco_ce/best.pt [--data annotations.json images/]
+
+Writes into the checkpoint's folder, or --output:
+
+    gradient_norms.png  how many cells and box coordinates have which gradient norm
+    gradient_class.png  gradient norm that CE, Focal and GHM-C make of a cell's, against CE's own
+    gradient_box.png    the same of smooth L1, ASL1 and GHM-R, against ASL1's
+
+Li, Liu, Wang, "Gradient Harmonized Single-stage Detector", AAAI 2019, arXiv 1811.05181, figures 2, 3 and 5. The
+curves of a figure are scaled to one total gradient over the examples shown: a loss weight may scale any of them.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+# Started as a file, Python puts scripts/ on the path and not the repository that holds `detector`.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import matplotlib
+
+matplotlib.use("Agg")  # files only: no window, wherever this runs
+
+import torch
+from matplotlib import pyplot as plt
+from torch import Tensor
+from tqdm import tqdm
+
+from data.coco import CocoDataset
+from data.loader import eval_loader
+from data.transforms import EvalTransform
+from detector import assemble, checkpoint
+from detector.config import LossPart
+from detector.device import keep_freed_memory, pick_device
+from detector.errors import UserError, run_main
+from detector.gradients import MU, Regions, observe
+
+FINE = 300  # regions of the figures: a multiple of both numbers below
+CELL_BINS, BOX_BINS = 30, 10  # of GHM-C and GHM-R
+COLOURS = {"CE": "#7f7f7f", "Focal": "#1f77b4", "GHM-C": "#d62728"}
+COLOURS |= {"smooth L1": "#7f7f7f", "ASL1": "#1f77b4", "GHM-R": "#d62728"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, metavar="FILE")
+    parser.add_argument("--data", nargs=2, metavar=("ANNOTATIONS", "IMAGES"), help="not the run's validation set")
+    parser.add_argument("--images", type=int, default=100, metavar="N", help="the first N images (default 100)")
+    parser.add_argument("--output", type=Path, metavar="FOLDER")
+    args = parser.parse_args()
+    if args.images < 1:
+        raise UserError(f"--images {args.images}: give at least 1")
+
+    cells, boxes = measure(args.checkpoint, args.data, args.images)
+    folder = args.output or Path(args.checkpoint).parent
+    figures = {
+        "gradient_norms.png": draw_norms(cells, boxes),
+        "gradient_class.png": draw_curves(cells, class_curves(cells), "gradient norm of a cell, |p - p*|"),
+        "gradient_box.png": draw_curves(boxes, box_curves(boxes), f"gradient norm of ASL1, |d| / sqrt(d² + {MU}²)"),
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, figure in figures.items():
+            figure.savefig(folder / name, dpi=150)
+    except OSError as error:
+        raise UserError(f"--output: {folder} cannot be written ({error.strerror})") from None
+    print("written: " + ", ".join(str(folder / name) for name in figures))
+
+
+def measure(source: str, data: list[str] | None, count: int) -> tuple[Regions, Regions]:
+    """Gradient norms of the checkpoint's model, with FINE regions, over the first `count` images of a data set."""
+    content = checkpoint.read(source)
+    model, cfg = checkpoint.build_model(content, source)
+    annotations, images = data or (cfg.data.val.annotations, cfg.data.val.images)
+    if not annotations or not images:
+        raise UserError(f"{source} names no validation set; give one by --data ANNOTATIONS IMAGES")
+    classes = {"category_ids": content["category_ids"], "class_names": content["class_names"] or None}
+    transform = EvalTransform(cfg.data.short_side, cfg.data.long_side)
+    dataset = CocoDataset(annotations, images, transform, **classes)
+
+    device = pick_device(cfg.device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    model.to(device, memory_format=torch.channels_last if cfg.channels_last else torch.contiguous_format).eval()
+    # The losses whose slope is the norm itself: the sums of gradients are then those of the norms.
+    plain = {"class_loss": LossPart(name="ce"), "box_loss": LossPart(name="asl1", mu=MU)}
+    criterion = assemble.build_criterion(assemble.complete(cfg.model_copy(update=plain), source)).to(device)
+    total: list[Regions] = []
+    loader = eval_loader(dataset, assemble.evaluation_batch(cfg), **assemble.loader_options(cfg, device))
+    seen = 0
+    with torch.no_grad(), tqdm(total=min(count, len(dataset)), unit="image") as progress:
+        for batch in loader:
+            targets = [target.to(device) for target in batch.targets]
+            observed = observe(criterion, model(batch.images.to(device), batch.sizes), targets, FINE, FINE)
+            total = [Regions(*map(torch.add, a, b)) for a, b in zip(total, observed)] if total else list(observed)
+            seen += len(targets)
+            progress.update(len(targets))
+            if seen >= count:
+                break
+    return tuple(Regions(*(value.cpu() for value in regions)) for regions in total)
+
+
+def norms(regions: Regions) -> Tensor:
+    """Middle of each region."""
+    return (torch.arange(len(regions.counts)) + 0.5).double() / len(regions.counts)
+
+
+def harmonized(regions: Regions, bins: int) -> Tensor:
+    """beta g, with the density of `bins` regions."""
+    coarse = Regions(regions.counts.view(bins, -1).sum(1), regions.gradient.view(bins, -1).sum(1))
+    return coarse.beta.repeat_interleave(len(regions.counts) // bins) * norms(regions)
+
+
+def class_curves(regions: Regions) -> dict[str, Tensor]:
+    p = norms(regions)  # of a negative cell; a positive one's curve is the same, times alpha / (1 - alpha)
+    focal = p**2 * (2 * (1 - p) * -torch.log1p(-p) + p)
+    return {"CE": p, "Focal": focal, "GHM-C": harmonized(regions, CELL_BINS)}
+
+
+def box_curves(regions: Regions) -> dict[str, Tensor]:
+    g = norms(regions)
+    d = MU * g / (1 - g * g).sqrt()
+    return {"smooth L1": (9 * d).clamp(max=1), "ASL1": g, "GHM-R": harmonized(regions, BOX_BINS)}
+
+
+def draw_norms(cells: Regions, boxes: Regions) -> plt.Figure:
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    labels = ("gradient norm of a cell, |p - p*|", f"gradient norm of a coordinate, |d| / sqrt(d² + {MU}²)")
+    for axis, regions, label in zip(axes, (cells, boxes), labels):
+        axis.bar(norms(regions), regions.counts, width=1 / FINE, color="#1f77b4")
+        axis.set(xlabel=label, ylabel="examples", yscale="log", xlim=(0, 1))
+        axis.set_title(f"{int(regions.counts.sum()):,} examples")
+    return figure
+
+
+def draw_curves(regions: Regions, curves: dict[str, Tensor], label: str) -> plt.Figure:
+    figure, axis = plt.subplots(figsize=(6.5, 4.5), layout="constrained")
+    total = (regions.counts * norms(regions)).sum()
+    for name, curve in curves.items():
+        own = (regions.counts * curve).sum()
+        drawn = (curve * total / own).where(curve > 0, torch.nan) if own > 0 else curve * torch.nan
+        axis.plot(norms(regions), drawn, label=name, color=COLOURS[name], drawstyle="steps-mid")
+    axis.set(xlabel=label, ylabel="gradient norm after, one total for all", yscale="log", xlim=(0, 1))
+    axis.legend()
+    return figure
+
+
+if __name__ == "__main__":
+    run_main(main)
