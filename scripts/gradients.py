@@ -129,7 +129,7 @@ def draw_norms(cells: Regions, boxes: Regions) -> plt.Figure:
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     labels = ("gradient norm of a cell, |p - p*|", f"gradient norm of a coordinate, |d| / sqrt(d² + {MU}²)")
     for axis, regions, label in zip(axes, (cells, boxes), labels):
-        axis.bar(norms(regions), regions.counts, width=1 / FINE, color="#1f77b4")
+        axis.bar(norms(regions).numpy(), regions.counts.numpy(), width=1 / FINE, color="#1f77b4")
         axis.set(xlabel=label, ylabel="examples", yscale="log", xlim=(0, 1))
         axis.set_title(f"{int(regions.counts.sum()):,} examples")
     return figure
@@ -141,7 +141,7 @@ def draw_curves(regions: Regions, curves: dict[str, Tensor], label: str) -> plt.
     for name, curve in curves.items():
         own = (regions.counts * curve).sum()
         drawn = (curve * total / own).where(curve > 0, torch.nan) if own > 0 else curve * torch.nan
-        axis.plot(norms(regions), drawn, label=name, color=COLOURS[name], drawstyle="steps-mid")
+        axis.plot(norms(regions).numpy(), drawn.numpy(), label=name, color=COLOURS[name], drawstyle="steps-mid")
     axis.set(xlabel=label, ylabel="gradient norm after, one total for all", yscale="log", xlim=(0, 1))
     axis.legend()
     return figure

@@ -1,0 +1,71 @@
+"""The figures of what losses do to the gradient."""
+
+import pytest
+import torch
+from torchvision.io import read_image
+
+import train
+from detector import assemble
+from detector.gradients import Regions
+from scripts import gradients
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gradients")
+    settings = ["solver.max_steps=2", "class_loss.name=ghm_c", "tensorboard.enabled=false"]
+    cfg = assemble.configure(tiny(folder), settings)
+    train.train(cfg, torch.device("cpu"))
+    return cfg.folder / "last.pt"
+
+
+def regions(seed=0):
+    counts = torch.randint(1, 1000, (gradients.FINE,), generator=torch.Generator().manual_seed(seed))
+    return Regions(counts, counts.double())
+
+
+def test_three_figures_are_written(checkpoint, folder, command):
+    code, out, err = command(gradients.main, "--checkpoint", checkpoint, "--images", 3, "--output", folder)
+    assert code == 0, err
+    for name in ("gradient_norms.png", "gradient_class.png", "gradient_box.png"):
+        picture = read_image(str(folder / name))
+        assert name in out and picture.shape[1] > 400 and picture.float().std() > 10  # something is drawn
+
+
+def test_measured_is_the_norm_of_every_cell_and_coordinate(checkpoint):
+    cells, boxes = gradients.measure(str(checkpoint), None, 4)
+    assert cells.counts.sum() > 4 * 1000 and boxes.counts.sum() % 4 == 0
+    # With CE and ASL1 the slope is the norm, over the positives of the batch, which here holds all four images.
+    positives = boxes.counts.sum() / 4
+    for part in (cells, boxes):
+        filled = part.counts > 0
+        mean = (part.gradient / part.counts * positives)[filled]
+        torch.testing.assert_close(mean, gradients.norms(part)[filled], rtol=1e-5, atol=0.5 / gradients.FINE)
+
+
+def test_ghm_gives_every_region_the_same_weight():
+    made = regions()
+    for bins in (gradients.CELL_BINS, gradients.BOX_BINS):
+        weight = gradients.harmonized(made, bins) / gradients.norms(made) * made.counts
+        in_region = weight.view(bins, -1).sum(1)
+        torch.testing.assert_close(in_region, torch.full_like(in_region, float(made.counts.sum()) / bins))
+
+
+def test_curves_are_the_slopes_of_the_losses():
+    made = regions()
+    g = gradients.norms(made)
+    z = g.logit().requires_grad_()
+    (z.sigmoid() ** 2 * torch.nn.functional.softplus(z)).sum().backward()
+    curves = gradients.class_curves(made)
+    torch.testing.assert_close(curves["Focal"], z.grad)
+    d = (gradients.MU * g / (1 - g * g).sqrt()).requires_grad_()
+    torch.nn.functional.smooth_l1_loss(d, torch.zeros_like(d), beta=1 / 9, reduction="sum").backward()
+    torch.testing.assert_close(gradients.box_curves(made)["smooth L1"], d.grad)
+
+
+@pytest.mark.parametrize(
+    "arguments, words", [(["--images", 0], "--images"), (["--data", "no.json", "nowhere"], "no.json")]
+)
+def test_slips_are_one_line(checkpoint, folder, command, arguments, words):
+    code, _, err = command(gradients.main, "--checkpoint", checkpoint, "--output", folder, *arguments)
+    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and words in err
