@@ -6,6 +6,7 @@ Li, Liu, Wang, "Gradient Harmonized Single-stage Detector", AAAI 2019, arXiv 181
 import math
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -131,17 +132,33 @@ class GradientDensity(nn.Module):
     def _exact_shares(self, norms: Tensor, valid: Tensor) -> Tensor:
         """As `shares`, from a sort and two searches: O(N log N)."""
         own = norms.masked_fill(~valid[:, None], 2).flatten()  # past every window
-        ordered = (own if self.local_counts else all_cat(own)).sort().values
+        g, order = _sort(own)
+        everyone = g if self.local_counts or world_size() == 1 else _sort(all_cat(own))[0]
         half = 0.5 / self.bins
-        count = torch.searchsorted(ordered, own + half) - torch.searchsorted(ordered, own - half)
-        length = (own + half).clamp(max=1) - (own - half).clamp(min=0)
-        share = (length / count).view_as(norms).masked_fill(~valid[:, None], 0)
-        return self._limited(share, (ordered < 2).sum())
+        # Asked for in order, so that neighbouring searches touch the same memory.
+        count = torch.searchsorted(everyone, g + half) - torch.searchsorted(everyone, g - half)
+        length = (g + half).clamp(max=1) - (g - half).clamp(min=0)
+        share = torch.empty_like(g)
+        share[order] = length / count
+        return self._limited(share.view_as(norms).masked_fill(~valid[:, None], 0), (everyone < 2).sum())
 
     def _limited(self, share: Tensor, examples: Tensor) -> Tensor:
         if self.max_weight is not None:
             share = share.clamp(max=self.max_weight / examples)
         return share / world_size() if self.local_counts else share
+
+
+def _sort(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Values (N,) not below 0, in ascending order, and where each was."""
+    if values.device.type != "cpu" or values.dtype != torch.float32 or len(values) >= 2**32:
+        return values.sort()
+    # The bits of floats that are not negative order as the floats do. With the index beneath them NumPy sorts both as
+    # one integer, three times as fast as torch sorts floats.
+    keys = values.numpy().view(np.uint32).astype(np.uint64) << 32
+    keys |= np.arange(len(keys), dtype=np.uint64)
+    keys.sort()
+    ordered = (keys >> 32).astype(np.uint32).view(np.float32)
+    return torch.from_numpy(ordered), torch.from_numpy((keys & 0xFFFFFFFF).astype(np.int64))
 
 
 def count_regions(region: Tensor, size: int) -> Tensor:

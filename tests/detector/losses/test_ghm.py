@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import distributed as dist
 
 from detector.losses import GHMC, GHMR
+from detector.losses.ghm import _sort as sort
 from detector.losses.ghm import count_regions
 
 
@@ -365,3 +366,11 @@ def test_with_local_counts_two_processes_are_the_mean_of_two_on_their_own(two_pr
             torch.testing.assert_close(2 * grad, alone_grad)
         for there, alone in zip(result["local"][1], state):
             assert all(torch.equal(there[name], alone[name]) for name in alone)
+
+
+def test_sorting_is_torchs():
+    values = torch.rand(5000, generator=torch.Generator().manual_seed(0)).round(decimals=3)
+    values[:3] = torch.tensor([0.0, 1e-40, 2.0])
+    ordered, order = sort(values)
+    assert torch.equal(ordered, values.sort().values)
+    assert torch.equal(values[order], ordered) and torch.equal(order.sort().values, torch.arange(5000))
