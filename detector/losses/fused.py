@@ -155,8 +155,10 @@ def count_regions(logits: Tensor, labels: Tensor, valid: Tensor, bins: int) -> T
         counts[0] = easy.sum() * logits.shape[1]
         rows &= ~easy
     hard = rows.nonzero()[:, 0]
-    if len(hard) * 2 > len(logits) and _compiles(logits):
+    if _compiles(logits) and len(hard) * 2 > len(logits):
         counts += _compiled_or_plain(logits, _count_packed, logits, rows, None, bins)
+    elif _compiles(logits) and len(hard) > 100:
+        counts += _compiled_or_plain(logits, _count_packed, logits[hard], rows[hard], None, bins)
     else:
         for piece in hard.split(_rows_of_a_piece(logits)):
             counts += _count(logits[piece], bins)

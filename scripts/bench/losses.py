@@ -1,6 +1,6 @@
 """Class and box losses beside their peers: milliseconds of forward + backward, and memory beyond the logits.
 
-    python scripts/bench/losses.py [--rows 98208 380000] [--classes 80] [--repeats 9]
+    python scripts/bench/losses.py [--rows 98208 380000] [--classes 80] [--logits -4 1.5] [--repeats 9] [--slow]
 
 Peers: GHM-C and GHM-R as a loop over bins, the arithmetic of the released code written anew; torchvision's focal loss,
 alone and as its RetinaNet head calls it; cross entropy on dense targets; a sort with two searches for exact density.
@@ -35,12 +35,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[98_208, 380_000], help="anchors of a batch")
     parser.add_argument("--classes", type=int, default=80)
+    parser.add_argument(
+        "--logits",
+        type=float,
+        nargs=2,
+        default=[-4.0, 1.5],
+        metavar=("MEAN", "STD"),
+        help="default -4 1.5, hard for GHM-C: all rows have cells past the first region; trained models are near -6 1",
+    )
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--slow", action="store_true", help="also OHEM and exact GHM-C, which sort all cells")
     args = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {processor()}")
     for rows in args.rows:
-        logits, labels, valid = cells(rows, args.classes)
+        logits, labels, valid = cells(rows, args.classes, *args.logits)
         share = (logits.sigmoid() >= 1 / 30).any(1).float().mean()
         print(f"\n{rows:,} x {args.classes} cells, {share:.0%} of rows with a cell past the first of 30 regions")
         table(class_losses(logits, labels, valid, args.slow), logits, args.repeats)
@@ -48,10 +56,10 @@ def main() -> None:
     table(box_losses(), torch.zeros(POSITIVES, 4), args.repeats * 10, memory=False)
 
 
-def cells(rows: int, classes: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits spread over all regions, POSITIVES positives, 2% of rows ignored."""
+def cells(rows: int, classes: int, mean: float, std: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Normal logits, POSITIVES positives, 2% of rows ignored."""
     rng = torch.Generator().manual_seed(0)
-    logits = torch.randn(rows, classes, generator=rng) * 1.5 - 4
+    logits = torch.randn(rows, classes, generator=rng) * std + mean
     labels = torch.full((rows,), classes)
     labels[torch.randperm(rows, generator=rng)[:POSITIVES]] = torch.randint(0, classes, (POSITIVES,), generator=rng)
     return logits, labels, torch.rand(rows, generator=rng) > 0.02
