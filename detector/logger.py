@@ -119,8 +119,8 @@ class Logger:
             self.scalars({f"gradient/{name}_{band}": share for band, share in regions.shares().items()}, step)
             curves = {
                 "count_log10": regions.counts.double().clamp(min=1).log10(),
-                "density_log10": regions.density.clamp(min=1e-6).log10() + 6,  # above 0, as bars must be
-                "beta_log10": regions.beta.clamp(min=1e-3).log10() + 3,
+                "density_log10_plus_6": regions.density.clamp(min=1e-6).log10() + 6,  # above 0, as bars must be
+                "beta_log10_plus_3": regions.beta.clamp(min=1e-3).log10() + 3,
                 "gradient": regions.gradient,
             }
             for curve, values in curves.items():

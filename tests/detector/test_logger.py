@@ -135,7 +135,7 @@ def test_gradients_are_shares_and_histograms_at_their_own_interval(tmp_path):
     assert set(events.Tags()["histograms"]) == {
         f"gradient_{name}/{curve}"
         for name in ("class", "box")
-        for curve in ("count_log10", "density_log10", "beta_log10", "gradient")
+        for curve in ("count_log10", "density_log10_plus_6", "beta_log10_plus_3", "gradient")
     }
     told = events.Histograms("gradient_class/gradient")[0].histogram_value
     assert told.bucket[0] == 1 and told.bucket[-1] == 3 and told.bucket_limit[-1] == 1
