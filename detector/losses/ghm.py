@@ -111,17 +111,18 @@ class GradientDensity(nn.Module):
     def region_shares(self, counts: Tensor) -> Tensor:
         """beta / N of every region (bins,) float32, from this process's counts (bins,) int64; moves the average."""
         counts = counts if self.local_counts else all_sum(counts)
-        average = self._averaged(counts)
-        divisor = (counts > 0).sum() if self.normalizer == "valid_bins" else self.bins
-        share = torch.where(counts > 0, 1 / (average * divisor), 0)  # N of beta and N of the mean cancel
-        return self._limited(share, counts.sum())
+        filled = counts > 0
+        average = self._averaged(counts, filled)
+        divisor = filled.sum() if self.normalizer == "valid_bins" else self.bins
+        share = (average * divisor).reciprocal().masked_fill(~filled, 0)  # N of beta and N of the mean cancel
+        return self._limited(share, counts)
 
-    def _averaged(self, counts: Tensor) -> Tensor:
+    def _averaged(self, counts: Tensor, filled: Tensor) -> Tensor:
         """Moving average with this batch in it (bins,), stored in training mode."""
-        seen = counts.sum() > 0  # an empty batch says nothing about the density; decided without a host copy
+        seen = filled.any()  # an empty batch says nothing about the density; decided without a host copy
         updates = self.updates + seen
         moved = self.momentum * self.average + (1 - self.momentum) * counts
-        average = torch.where(seen if self.corrected else counts > 0, moved, self.average)
+        average = torch.where(seen if self.corrected else filled, moved, self.average)
         if self.training:
             self.average.copy_(average)
             self.updates.copy_(updates)
@@ -140,11 +141,12 @@ class GradientDensity(nn.Module):
         length = (g + half).clamp(max=1) - (g - half).clamp(min=0)
         share = torch.empty_like(g)
         share[order] = length / count
-        return self._limited(share.view_as(norms).masked_fill(~valid[:, None], 0), (everyone < 2).sum())
+        return self._limited(share.view_as(norms).masked_fill(~valid[:, None], 0), everyone < 2)
 
-    def _limited(self, share: Tensor, examples: Tensor) -> Tensor:
+    def _limited(self, share: Tensor, counts: Tensor) -> Tensor:
+        """`share` where beta is at most `max_weight`; the counts add up to N."""
         if self.max_weight is not None:
-            share = share.clamp(max=self.max_weight / examples)
+            share = share.clamp(max=self.max_weight / counts.sum())
         return share / world_size() if self.local_counts else share
 
 
