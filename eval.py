@@ -62,12 +62,7 @@ def evaluate(
     device: torch.device,
 ) -> None:
     """Score the checkpoint read from `source` on `data`, or on its own validation set, and write the results."""
-    annotations, images = data or (cfg.data.val.annotations, cfg.data.val.images)
-    if not annotations or not images:
-        raise UserError(f"{source} names no validation set; give one by --data ANNOTATIONS IMAGES")
-    transform = EvalTransform(cfg.data.short_side, cfg.data.long_side)
-    classes = {"category_ids": content["category_ids"], "class_names": content["class_names"] or None}
-    dataset = CocoDataset(annotations, images, transform, **classes)
+    dataset = open_dataset(source, content, cfg, data)
     if distributed.is_main():
         print(f"{source} on {dataset.summary()}")
 
@@ -83,6 +78,16 @@ def evaluate(
     metrics |= {"seconds_per_step": run.get("seconds_per_step")}
     print(f"{metrics_table(metrics)}\n\n{per_class_table(metrics)}")
     write(folder, metrics, coco_results(detections, dataset.category_ids))
+
+
+def open_dataset(source: str, content: dict, cfg: Config, data: list[str] | None) -> CocoDataset:
+    """`data`, an annotation file and an image folder, or the validation set that the checkpoint itself names."""
+    annotations, images = data or (cfg.data.val.annotations, cfg.data.val.images)
+    if not annotations or not images:
+        raise UserError(f"{source} names no validation set; give one by --data ANNOTATIONS IMAGES")
+    transform = EvalTransform(cfg.data.short_side, cfg.data.long_side)
+    classes = {"category_ids": content["category_ids"], "class_names": content["class_names"] or None}
+    return CocoDataset(annotations, images, transform, **classes)
 
 
 def write(folder: Path, metrics: dict, results: list[dict]) -> None:

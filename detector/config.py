@@ -100,12 +100,8 @@ class Model(Options):
 
 
 class BoxCoding(Options):
-    weights: tuple[PositiveFloat, PositiveFloat, PositiveFloat, PositiveFloat] = (
-        1.0,
-        1.0,
-        1.0,
-        1.0,
-    )  # of dx, dy, dw, dh
+    # of dx, dy, dw, dh
+    weights: tuple[PositiveFloat, PositiveFloat, PositiveFloat, PositiveFloat] = (1.0, 1.0, 1.0, 1.0)
 
 
 class Solver(Options):

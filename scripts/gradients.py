@@ -28,14 +28,13 @@ from matplotlib import pyplot as plt
 from torch import Tensor
 from tqdm import tqdm
 
-from data.coco import CocoDataset
 from data.loader import eval_loader
-from data.transforms import EvalTransform
 from detector import assemble, checkpoint
 from detector.config import LossPart
 from detector.device import keep_freed_memory, pick_device
 from detector.errors import UserError, run_main
 from detector.gradients import MU, Regions, observe
+from eval import open_dataset
 
 FINE = 300  # regions of the figures: a multiple of both numbers below
 CELL_BINS, BOX_BINS = 30, 10  # of GHM-C and GHM-R
@@ -73,13 +72,7 @@ def measure(source: str, data: list[str] | None, count: int) -> tuple[Regions, R
     """Gradient norms of the checkpoint's model, with FINE regions, over the first `count` images of a data set."""
     content = checkpoint.read(source)
     model, cfg = checkpoint.build_model(content, source)
-    annotations, images = data or (cfg.data.val.annotations, cfg.data.val.images)
-    if not annotations or not images:
-        raise UserError(f"{source} names no validation set; give one by --data ANNOTATIONS IMAGES")
-    classes = {"category_ids": content["category_ids"], "class_names": content["class_names"] or None}
-    transform = EvalTransform(cfg.data.short_side, cfg.data.long_side)
-    dataset = CocoDataset(annotations, images, transform, **classes)
-
+    dataset = open_dataset(source, content, cfg, data)
     device = pick_device(cfg.device)
     if device.type == "cpu":
         keep_freed_memory()

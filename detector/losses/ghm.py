@@ -18,7 +18,6 @@ from detector.losses.cells import cross_entropy, logits_against_truth, sum_cells
 Density = Literal["unit_region", "exact"]
 Scope = Literal["batch", "level"]
 Normalizer = Literal["valid_bins", "all_bins"]
-CHOICES = {"density": Density, "scope": Scope, "normalizer": Normalizer}
 RELEASED = {
     "density": "unit_region",
     "scope": "level",
@@ -62,15 +61,15 @@ class GradientDensity(nn.Module):
 
     def __init__(
         self,
-        bins: int,
-        momentum: float,
+        bins: int = 30,
+        momentum: float = 0.75,
         *,
-        density: Density,
-        scope: Scope,
-        normalizer: Normalizer,
-        corrected: bool,
-        local_counts: bool,
-        max_weight: float | None,
+        density: Density = "unit_region",
+        scope: Scope = "batch",
+        normalizer: Normalizer = "valid_bins",
+        corrected: bool = True,
+        local_counts: bool = False,
+        max_weight: float | None = None,
     ) -> None:
         super().__init__()
         name = type(self).__name__
@@ -80,9 +79,13 @@ class GradientDensity(nn.Module):
             raise ValueError(f"{name}: momentum is {momentum}; it must be in [0, 1), 0 for no moving average")
         if max_weight is not None and not max_weight > 0:
             raise ValueError(f"{name}: max_weight is {max_weight}; it must be positive, or None for no limit")
-        for option, value in (("density", density), ("scope", scope), ("normalizer", normalizer)):
-            if value not in get_args(CHOICES[option]):
-                raise ValueError(f"{name}: {option} is {value!r}; it must be {' or '.join(get_args(CHOICES[option]))}")
+        for option, value, choices in (
+            ("density", density, get_args(Density)),
+            ("scope", scope, get_args(Scope)),
+            ("normalizer", normalizer, get_args(Normalizer)),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name}: {option} is {value!r}; it must be {' or '.join(choices)}")
         self.bins = bins
         self.momentum = momentum
         self.density = density
@@ -104,7 +107,7 @@ class GradientDensity(nn.Module):
             return self._exact_shares(norms, valid)
         region = (norms * self.bins).long().clamp_(0, self.bins - 1)
         region.masked_fill_(~valid[:, None], self.bins)  # one region too many takes what does not count
-        share = self.region_shares(count_regions(region, self.bins + 1)[: self.bins])
+        share = self.region_shares(count_by_row(region, self.bins + 1)[: self.bins])
         return F.pad(share, (0, 1))[region]
 
     @torch.no_grad()
@@ -163,7 +166,7 @@ def _sort(values: Tensor) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(ordered), torch.from_numpy((keys & 0xFFFFFFFF).astype(np.int64))
 
 
-def count_regions(region: Tensor, size: int) -> Tensor:
+def count_by_row(region: Tensor, size: int) -> Tensor:
     """How often each of 0..size-1 occurs in `region` (N, K) int64 -> (size,) int64.
 
     Integers, since float32 stops counting at 2^24 and one image has 16 million cells. Counted by row first: most
@@ -188,29 +191,6 @@ class GHMC(GradientDensity):
     Raises ValueError where bins is below 1, momentum outside [0, 1), max_weight not positive or a choice unknown.
     """
 
-    def __init__(
-        self,
-        bins: int = 30,
-        momentum: float = 0.75,
-        *,
-        density: Density = "unit_region",
-        scope: Scope = "batch",
-        normalizer: Normalizer = "valid_bins",
-        corrected: bool = True,
-        local_counts: bool = False,
-        max_weight: float | None = None,
-    ) -> None:
-        super().__init__(
-            bins,
-            momentum,
-            density=density,
-            scope=scope,
-            normalizer=normalizer,
-            corrected=corrected,
-            local_counts=local_counts,
-            max_weight=max_weight,
-        )
-
     @classmethod
     def released(cls, bins: int = 30, momentum: float = 0.75) -> "GHMC":
         """With every switch as in the authors' released code."""
@@ -224,7 +204,7 @@ class GHMC(GradientDensity):
         return fused.cell_sum(_curve, logits, labels, valid, _without_gaps(share))
 
     def definition(self, logits: Tensor, labels: Tensor, valid: Tensor, num_pos: Tensor | float) -> Tensor:
-        """The same in its plain form, by which the fast one is tested."""
+        """The same in its plain form, by which the fast one is tested; exact density has no other."""
         z = logits_against_truth(logits, labels, valid)
         return sum_cells(self.shares(z.sigmoid(), valid) * cross_entropy(z), valid)
 
@@ -294,7 +274,9 @@ class GHMR(GradientDensity):
     def forward(self, deltas: Tensor, targets: Tensor, num_pos: Tensor | float) -> Tensor:
         """deltas, targets (P, 4), in encoded box coordinates; P may be 0 -> scalar."""
         with torch.no_grad():
-            d, length = self._error(deltas, targets)
+            dtype = torch.promote_types(deltas.dtype, torch.float32)
+            d = deltas.to(dtype) - targets.to(dtype)
+            length = torch.hypot(d, d.new_tensor(self.mu))  # the square of a large d would overflow
             slope = d / length
             norms = slope.abs()
             if self.density == "exact":
@@ -306,14 +288,3 @@ class GHMR(GradientDensity):
                 share = self.region_shares(counts)[region]
             value = (share * (length - self.mu)).sum()
         return fused.given_gradient(deltas, value, (share * slope).to(deltas.dtype))
-
-    def definition(self, deltas: Tensor, targets: Tensor, num_pos: Tensor | float) -> Tensor:
-        """The same in its plain form, by which the fast one is tested."""
-        d, length = self._error(deltas, targets)
-        everything = torch.ones(len(d), dtype=torch.bool, device=d.device)
-        return (self.shares(d.abs() / length, everything) * (length - self.mu)).sum()
-
-    def _error(self, deltas: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        dtype = torch.promote_types(deltas.dtype, torch.float32)
-        d = deltas.to(dtype) - targets.to(dtype)
-        return d, torch.hypot(d, d.new_tensor(self.mu))  # the square of a large d would overflow

@@ -7,7 +7,7 @@ from torch import distributed as dist
 
 from detector.losses import GHMC, GHMR
 from detector.losses.ghm import _sort as sort
-from detector.losses.ghm import count_regions
+from detector.losses.ghm import count_by_row
 
 
 class Oracle:
@@ -179,7 +179,7 @@ def test_state_has_the_same_names_whatever_the_settings(options):
 def test_counts_are_exact_beyond_float32():
     rows, columns = 2381, 7141  # 17,002,721 cells, odd and past 2^24
     region = torch.zeros((), dtype=torch.int64).expand(rows, columns)
-    assert count_regions(region, 2).tolist() == [rows * columns, 0]
+    assert count_by_row(region, 2).tolist() == [rows * columns, 0]
 
 
 def test_gradient_norm_one_falls_in_the_last_bin():
