@@ -8,7 +8,6 @@ Large inputs run compiled, where torch.compile finds a compiler; otherwise the s
 in the processor's cache.
 """
 
-import math
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -24,6 +23,9 @@ Curve = Callable[..., tuple[Tensor, Tensor]]
 
 COMPILED_FROM = 2**21  # cells; compiling takes seconds, which smaller inputs never earn back
 PIECE = 2**17  # cells of a piece where nothing is compiled
+PACKED_BINS = 128  # up to here counting by comparisons is the faster way
+BLOCK = 127  # rows counted into one byte, short of its sign
+GROUPS = 256  # of rows that count for themselves on a GPU
 
 
 def cell_sum(
@@ -77,8 +79,9 @@ class _CellSum(torch.autograd.Function):
         if gradient is None:  # a second backward through the same graph
             curve, weights, params = ctx.rest
             _, gradient = _value_and_gradient(curve, *ctx.saved_tensors, weights, params)
-        gradient = gradient.mul_(upstream.to(gradient.dtype)).to(ctx.saved_tensors[0].dtype)
-        return gradient, None, None, None, None, None
+        if upstream.device.type != "cpu" or upstream != 1:  # elsewhere the comparison would wait for the device
+            gradient.mul_(upstream.to(gradient.dtype))
+        return gradient.to(ctx.saved_tensors[0].dtype), None, None, None, None, None
 
 
 def _value_and_gradient(
@@ -124,90 +127,97 @@ def _sweep(
 def sigmoids(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """sigmoid(z), sigmoid(-z) and softplus(z) from one exponential, each to full relative accuracy."""
     e = torch.exp(-z.abs())
-    larger = 1 / (1 + e)
+    both = 1 / ((1 + e) * (2 + e))  # one division instead of three
+    larger = (2 + e) * both
     smaller = e * larger
     if z.dtype == torch.float64:
         log1p = torch.log1p(e)
     else:
         # log(1 + e) = 2 artanh(e / (2 + e)): for e in 0..1 seven terms are exact to 1.3e-8, in half the time.
-        s = e / (2 + e)
+        s = e * ((1 + e) * both)
         q = s * s
-        log1p = 2 * s * (1 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11 + q / 13))))))
+        log1p = 2 * s * (1 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11 + q * (1 / 13)))))))
     up = z >= 0
     return torch.where(up, larger, smaller), torch.where(up, smaller, larger), z.clamp(min=0) + log1p
 
 
 @torch.no_grad()
 def count_regions(logits: Tensor, labels: Tensor, valid: Tensor, bins: int) -> Tensor:
-    """How many valid cells have their gradient norm in each of `bins` equal regions of 0..1, (bins,) int64.
+    """How many valid cells have their gradient norm in each of `bins` equal regions of 0..1, (bins,) int64."""
+    logits = logits.detach()
+    on_cpu = logits.device.type == "cpu"
+    if not on_cpu and bins <= PACKED_BINS:
+        return _count_packed(logits, valid, labels, bins)
+    counts = torch.zeros(bins, dtype=torch.int64, device=logits.device)
+    if on_cpu:  # which rows have a positive is known here, so that the others need no labels
+        is_positive = labels < logits.shape[1]
+        few = (valid & is_positive).nonzero()[:, 0]
+        norms = logits_against_truth(logits[few], labels[few], valid[few]).sigmoid()
+        counts += count(region_of(norms, bins), valid[few], bins)
+        valid = valid & ~is_positive
+        if _compiles(logits) and bins <= PACKED_BINS:
+            return counts + _count_packed(logits, valid, None, bins)
+    step = _rows_of_a_piece(logits)
+    for start in range(0, len(logits), step):
+        piece = slice(start, start + step)
+        z = logits[piece].to(accumulator(logits))
+        if not on_cpu:
+            z = logits_against_truth(z, labels[piece], valid[piece])
+        counts += count(region_of(z.sigmoid(), bins), valid[piece], bins)
+    return counts
+
+
+def count(region: Tensor, valid: Tensor | None, bins: int) -> Tensor:
+    """How often each of 0..bins-1 occurs in `region` (N, K) int32, in rows that are valid (N,) or all -> (bins,) int64.
 
     Integers, since float32 stops counting at 2^24 and one image has 16 million cells.
     """
-    logits = logits.detach()
-    if logits.device.type != "cpu":
-        return _compiled_or_plain(logits, _count_packed, logits, valid, labels, bins)
-    is_positive = labels < logits.shape[1]
-    rows = valid & ~is_positive
-    counts = torch.zeros(bins, dtype=torch.int64)
-    if bins > 1 and logits.numel():
-        # Most rows are background with every cell in the first region, which their largest logit tells.
-        easy = rows & (_compiled_or_plain(logits, _largest, logits) < _edges(bins)[0])
-        counts[0] = easy.sum() * logits.shape[1]
-        rows &= ~easy
-    hard = rows.nonzero()[:, 0]
-    if _compiles(logits) and len(hard) * 2 > len(logits):
-        counts += _compiled_or_plain(logits, _count_packed, logits, rows, None, bins)
-    elif _compiles(logits) and len(hard) > 100:
-        counts += _compiled_or_plain(logits, _count_packed, logits[hard], rows[hard], None, bins)
-    else:
-        for piece in hard.split(_rows_of_a_piece(logits)):
-            counts += _count(logits[piece], bins)
-    few = (valid & is_positive).nonzero()[:, 0]
-    return counts + _count(logits_against_truth(logits[few], labels[few], valid[few]), bins)
+    if region.device.type == "cpu":
+        return torch.bincount((region if valid is None else region[valid]).flatten(), minlength=bins)
+    # bincount would wait for the device. One region too many takes what does not count; rows are counted in groups of
+    # their own, since most cells share one region, and additions to a single counter would queue.
+    region = (region if valid is None else region.masked_fill(~valid[:, None], bins)).long()
+    group = torch.arange(len(region), device=region.device) % GROUPS
+    one = torch.ones((), dtype=torch.int32, device=region.device)
+    counts = torch.zeros(GROUPS * (bins + 1), dtype=torch.int32, device=region.device)
+    counts.scatter_add_(0, (region + group[:, None] * (bins + 1)).flatten(), one.expand(region.numel()))
+    return counts.view(GROUPS, bins + 1).sum(0)[:bins]
 
 
-def _largest(logits: Tensor) -> Tensor:
-    return logits.amax(-1)
-
-
-def _count(z: Tensor, bins: int) -> Tensor:
-    edges = torch.tensor(_edges(bins), dtype=accumulator(z))
-    region = torch.bucketize(z.to(edges.dtype), edges, right=True)
-    return torch.bincount(region.flatten(), minlength=bins)
+def region_of(norms: Tensor, bins: int) -> Tensor:
+    """Which of `bins` equal regions of 0..1 each norm is in, int32; the last one for 1 itself."""
+    return (norms * bins).to(torch.int32).clamp(0, bins - 1)
 
 
 def _count_packed(logits: Tensor, counted: Tensor, labels: Tensor | None, bins: int) -> Tensor:
-    """The same of the rows that are `counted`, in one sweep; without labels all cells are background."""
-    everything = counted.sum()[None] * logits.shape[1]
-    if bins == 1:
-        return everything
+    """`count_regions` of the rows that are `counted`, in one sweep; without labels all cells are background."""
+    whole = len(logits) // BLOCK * BLOCK
+    counts = torch.zeros(bins, dtype=torch.int64, device=logits.device)
+    for rows, height in (slice(whole), BLOCK), (slice(whole, None), len(logits) - whole):
+        if height and len(logits[rows]):
+            parts = logits[rows], counted[rows], None if labels is None else labels[rows]
+            blocks = (None if part is None else part.unflatten(0, (-1, height)) for part in parts)
+            counts += _compiled_or_plain(logits, _count_blocks, *blocks, bins)
+    return counts
+
+
+def _count_blocks(logits: Tensor, counted: Tensor, labels: Tensor | None, bins: int) -> Tensor:
+    """The same of logits (B, R, C), counted (B, R) and labels (B, R) or None; R is at most BLOCK."""
     z = logits.to(accumulator(logits))
     if labels is not None:
-        z = torch.where(torch.arange(z.shape[1], device=z.device) == labels[:, None], -z, z)
-    z = torch.where(counted[:, None], z, -math.inf)
-    # Compared where z lives, so that no cell needs an exponential. Three counts share one float: a row has fewer than
-    # 256 cells, and float32 is exact up to 256^3. Wider rows take a float for each.
-    shared = 3 if z.shape[1] < 256 else 1
-    edges, columns = _edges(bins), []
-    for start in range(0, len(edges), shared):
-        packed = torch.zeros((), dtype=torch.float32, device=z.device)
-        for k, edge in enumerate(edges[start : start + shared]):
-            packed = torch.where(z >= edge, float(sum(256**i for i in range(k + 1))), packed)
-        columns.append(packed.sum(-1))
-    rows = torch.stack(columns, -1).to(torch.int64)
-    if shared > 1:
-        rows = torch.stack([rows & 255, (rows >> 8) & 255, rows >> 16], -1).flatten(1)
-    at_least = rows.sum(0)[: len(edges)]
-    return torch.cat([everything, at_least]) - torch.cat([at_least, torch.zeros_like(everything)])
-
-
-def _edges(bins: int) -> list[float]:
-    """The logits at which the gradient norm is k / bins, k = 1 .. bins - 1."""
-    return [math.log(k / (bins - k)) for k in range(1, bins)]
+        z = torch.where(torch.arange(z.shape[-1], device=z.device) == labels[..., None], -z, z)
+    region = region_of(z.sigmoid(), bins)
+    # Four counts share an int32, a byte each, which a class's column of a block cannot overflow. No scatter, and few
+    # additions for each cell.
+    one = counted[..., None].to(torch.int32) << (region & 3) * 8
+    packed = [torch.where(region >> 2 == k, one, 0).sum(1, dtype=torch.int32) for k in range(-(-bins // 4))]
+    counts = [((word >> shift) & 255).sum() for word in packed for shift in (0, 8, 16, 24)]
+    return torch.stack(counts[:bins])
 
 
 def _rows_of_a_piece(logits: Tensor) -> int:
-    return max(1, PIECE // max(logits.shape[1], 1))
+    cells = PIECE if logits.device.type == "cpu" else 2**25  # a GPU has no such cache, and each piece costs launches
+    return max(1, cells // max(logits.shape[1], 1))
 
 
 def _compiles(logits: Tensor) -> bool:

@@ -133,9 +133,17 @@ def test_regions_are_those_of_the_gradient_norm(way):
     logits, labels, valid = batch(rows=500)
     targets = F.one_hot(labels.clamp(min=0), 21)[:, :20]
     norms = (logits.double().sigmoid() - targets).abs()[valid]
-    for bins in (1, 2, 10, 30, 100):
+    for bins in (1, 2, 10, 30, 100, 1000):
         expected = torch.bincount((norms * bins).long().flatten(), minlength=bins)
         assert torch.equal(fused.count_regions(logits, labels, valid, bins), expected)
+
+
+def test_one_region_may_hold_every_cell(way):
+    rows, classes = 400, 3
+    for region in range(30):
+        logits = torch.full((rows, classes), (region + 0.5) / 30).logit()
+        counts = fused.count_regions(logits, torch.full((rows,), classes), torch.ones(rows, dtype=torch.bool), 30)
+        assert counts[region] == rows * classes == counts.sum()
 
 
 def test_a_cell_on_the_edge_of_two_regions_weighs_something():

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import distributed as dist
 
 from detector.losses import GHMC, GHMR
+from detector.losses.fused import count
 from detector.losses.ghm import _sort as sort
-from detector.losses.ghm import count_by_row
 
 
 class Oracle:
@@ -178,8 +178,8 @@ def test_state_has_the_same_names_whatever_the_settings(options):
 
 def test_counts_are_exact_beyond_float32():
     rows, columns = 2381, 7141  # 17,002,721 cells, odd and past 2^24
-    region = torch.zeros((), dtype=torch.int64).expand(rows, columns)
-    assert count_by_row(region, 2).tolist() == [rows * columns, 0]
+    region = torch.zeros((), dtype=torch.int32).expand(rows, columns)
+    assert count(region, torch.ones(rows, dtype=torch.bool), 2).tolist() == [rows * columns, 0]
 
 
 def test_gradient_norm_one_falls_in_the_last_bin():
@@ -265,6 +265,45 @@ def test_exact_density_of_uniform_gradient_norms_is_one_also_at_the_ends():
     torch.testing.assert_close(beta, torch.ones_like(beta), rtol=5e-3, atol=0)
 
 
+def norm_sets():
+    """(name, gradient norms): smooth, on few points, on the grid's own edges, and both ends."""
+    rng = torch.Generator().manual_seed(0)
+    smooth = torch.rand(600, generator=rng, dtype=torch.float64) ** 4
+    few = torch.randint(0, 9, (600,), generator=rng).double() / 8
+    edges = torch.randint(0, 1281, (600,), generator=rng).double() / 1280
+    ends = torch.cat([torch.zeros(50), torch.ones(50), torch.rand(20, generator=rng)]).double()
+    return {"smooth": smooth, "few": few, "edges": edges, "ends": ends, "one": torch.tensor([0.3]).double()}
+
+
+@pytest.mark.parametrize("name", norm_sets())
+@pytest.mark.parametrize("bins", [1, 10])
+def test_near_exact_density_is_within_its_bound(name, bins):
+    g = norm_sets()[name]
+    e = 1 / bins
+    h = e / 128
+    distance = (g[:, None] - g).abs()
+    fewest, most = (distance <= e / 2 - h).sum(1), (distance <= e / 2 + h).sum(1)
+    length = (g + e / 2).clamp(max=1) - (g - e / 2).clamp(min=0)
+    share = GHMC(bins, density="near_exact").shares(g[:, None])[:, 0]
+    slack = 1 + 1e-6
+    assert (share <= (length + h / 2) / fewest * slack).all()
+    assert (share * slack >= (length - h / 2) / most).all()
+
+
+@pytest.mark.parametrize("make", [GHMC, GHMR])
+def test_near_exact_is_close_to_exact(make, cells, boxes):
+    case = cells(rows=2000) if make is GHMC else boxes(rows=2000, spread=0.03)
+    exact, near = make(density="exact"), make(density="near_exact")
+    assert near(*case).item() == pytest.approx(exact(*case).item(), rel=5e-3)
+    assert near.updates == 0  # no memory
+
+
+def test_near_exact_ghm_c_is_its_definition(cells):
+    *case, num_pos = cells(rows=500)
+    loss = GHMC(density="near_exact")
+    torch.testing.assert_close(loss(*case, num_pos), loss.definition(*case, num_pos))
+
+
 def released_loop(bins, momentum):
     """The arithmetic of the released code in its own words: a loop over bins, sums from 0, one call per level."""
     sums = [0.0] * bins
@@ -300,7 +339,13 @@ def test_released_is_the_released_arithmetic(cells, boxes, one_hot):
             assert box_loss(*case).item() == pytest.approx(expected, rel=1e-6)
 
 
-MODES = {"default": {}, "exact": {"density": "exact"}, "limited": {"max_weight": 1.5}, "local": {"local_counts": True}}
+MODES = {
+    "default": {},
+    "exact": {"density": "exact"},
+    "near_exact": {"density": "near_exact"},
+    "limited": {"max_weight": 1.5},
+    "local": {"local_counts": True},
+}
 
 
 def three_steps(batches, options):

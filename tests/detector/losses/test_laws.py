@@ -18,6 +18,7 @@ CLASS_LOSSES = {
     "ghm_c": GHMC,
     "ghm_c_all_bins": lambda: GHMC(momentum=0.0, normalizer="all_bins"),
     "ghm_c_exact": lambda: GHMC(density="exact"),
+    "ghm_c_near_exact": lambda: GHMC(density="near_exact"),
     "ghm_c_limited": lambda: GHMC(max_weight=2.0),
     "ghm_c_released": GHMC.released,
     "qfl": QualityFocal,
@@ -30,6 +31,7 @@ BOX_LOSSES = {
     "ghm_r": GHMR,
     "ghm_r_all_bins": lambda: GHMR(momentum=0.0, normalizer="all_bins"),
     "ghm_r_exact": lambda: GHMR(density="exact"),
+    "ghm_r_near_exact": lambda: GHMR(density="near_exact"),
     "ghm_r_limited": lambda: GHMR(max_weight=2.0),
     "ghm_r_released": GHMR.released,
 }
