@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from detector.losses.cells import balanced_sum, cross_entropy, logits_against_truth, sum_cells
-from detector.losses.fused import cell_sum, sigmoids
+from detector.losses.fused import cell_sum, sigmoid_softplus
 
 
 class CrossEntropy(nn.Module):
@@ -44,6 +44,6 @@ class CrossEntropy(nn.Module):
         return balanced_sum(ce, labels, valid, self.alpha) / num_pos
 
 
-def _curve(z: Tensor) -> tuple[Tensor, Tensor]:
-    p, _, softplus = sigmoids(z)
+def _curve(z: Tensor, positive: Tensor | None) -> tuple[Tensor, Tensor]:
+    p, softplus = sigmoid_softplus(z)
     return softplus, p

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detector.losses.cells import balanced_sum, cross_entropy, logits_against_truth
-from detector.losses.fused import cell_sum, sigmoids
+from detector.losses.fused import cell_sum, sigmoid_softplus
 
 
 class Focal(nn.Module):
@@ -46,8 +46,8 @@ class Focal(nn.Module):
         return balanced_sum(modulator * cross_entropy(z), labels, valid, self.alpha) / num_pos
 
 
-def _curve(z: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+def _curve(z: Tensor, positive: Tensor | None, gamma: float) -> tuple[Tensor, Tensor]:
     """p^gamma softplus(z) and its derivative, with p = sigmoid(z) = 1 - p_t."""
-    p, p_t, softplus = sigmoids(z)
+    p, softplus = sigmoid_softplus(z)
     modulator = p * p if gamma == 2 else torch.exp(gamma * (z - softplus))  # log p = z - softplus(z)
-    return modulator * softplus, modulator * (gamma * p_t * softplus + p)
+    return modulator * softplus, modulator * (gamma * (1 - p) * softplus + p)

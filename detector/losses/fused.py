@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from detector.losses.cells import logits_against_truth
+from detector.losses.cells import cross_entropy, logits_against_truth
 
 Curve = Callable[..., tuple[Tensor, Tensor]]
 
@@ -39,7 +39,8 @@ def cell_sum(
 ) -> Tensor:
     """Sum over all valid cells of the curve's value, times `negative` or `positive` -> scalar, at least float32.
 
-    curve: (z, *params) -> (value, slope), cell by cell; params, tensors or numbers, get no gradient
+    curve: (z, positive, *params) -> (value, slope), cell by cell; positive says which cells are, None where none is;
+        params, tensors or numbers, get no gradient
     logits (N, C) of any float type, labels (N,) int64 with C = background, valid (N,) bool
     """
     return _CellSum.apply(logits, labels, valid, curve, (negative, positive), params)
@@ -113,32 +114,32 @@ def _sweep(
     negative, positive = weights
     z = logits.to(accumulator(logits))
     if labels is None:
-        value, slope = curve(z, *params)
+        value, slope = curve(z, None, *params)
         value, slope = value * negative, slope * negative
     else:
         at_label = torch.arange(z.shape[1], device=z.device) == labels[:, None]
-        value, slope = curve(torch.where(at_label, -z, z), *params)
+        value, slope = curve(torch.where(at_label, -z, z), at_label, *params)
         value = value * torch.where(at_label, positive, negative)
         slope = slope * torch.where(at_label, -positive, negative)
     value = torch.where(counted, value.sum(-1), 0).sum()  # by rows first: a flat float32 sum loses digits
     return value, torch.where(counted[:, None], slope, 0).to(_kept(logits))
 
 
-def sigmoids(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """sigmoid(z), sigmoid(-z) and softplus(z) from one exponential, each to full relative accuracy."""
+def sigmoid_softplus(z: Tensor) -> tuple[Tensor, Tensor]:
+    """sigmoid(z) and softplus(z), each to full relative accuracy."""
+    if not torch.compiler.is_compiling():
+        return z.sigmoid(), cross_entropy(z)
+    # From one exponential and one division. log(1 + e) = 2 artanh(e / (2 + e)): for e in 0..1 seven terms are exact to
+    # 1.3e-8, in half the time.
     e = torch.exp(-z.abs())
-    both = 1 / ((1 + e) * (2 + e))  # one division instead of three
+    both = 1 / ((1 + e) * (2 + e))
     larger = (2 + e) * both
-    smaller = e * larger
+    s = e * ((1 + e) * both)
+    q = s * s
+    log1p = 2 * s * (1 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11 + q * (1 / 13)))))))
     if z.dtype == torch.float64:
         log1p = torch.log1p(e)
-    else:
-        # log(1 + e) = 2 artanh(e / (2 + e)): for e in 0..1 seven terms are exact to 1.3e-8, in half the time.
-        s = e * ((1 + e) * both)
-        q = s * s
-        log1p = 2 * s * (1 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11 + q * (1 / 13)))))))
-    up = z >= 0
-    return torch.where(up, larger, smaller), torch.where(up, smaller, larger), z.clamp(min=0) + log1p
+    return torch.where(z >= 0, larger, e * larger), z.clamp(min=0) + log1p
 
 
 @torch.no_grad()
@@ -213,6 +214,38 @@ def _count_blocks(logits: Tensor, counted: Tensor, labels: Tensor | None, bins: 
     packed = [torch.where(region >> 2 == k, one, 0).sum(1, dtype=torch.int32) for k in range(-(-bins // 4))]
     counts = [((word >> shift) & 255).sum() for word in packed for shift in (0, 8, 16, 24)]
     return torch.stack(counts[:bins])
+
+
+@torch.no_grad()
+def kth_largest(
+    logits: Tensor, labels: Tensor, valid: Tensor, k: Tensor | int, negatives: bool
+) -> tuple[Tensor, Tensor]:
+    """The k-th largest z of all valid cells, or of the negative ones alone, (); inf for k = 0.
+
+    And which share of the cells that tie with it are among the k largest, (). A k beyond their number stands for it.
+    On a GPU all cells are sorted, so that k may stay on the device.
+    """
+    logits = logits.detach()
+    on_cpu = logits.device.type == "cpu"
+    step = _rows_of_a_piece(logits) if on_cpu else max(len(logits), 1)
+    best = logits.new_empty(0, dtype=accumulator(logits))
+    bound = best.new_tensor(-torch.inf)
+    for start in range(0, len(logits), step):
+        piece = slice(start, start + step)
+        z = logits_against_truth(logits[piece], labels[piece], valid[piece])
+        left_out = ~valid[piece, None]
+        if negatives:
+            left_out = left_out | (torch.arange(z.shape[1], device=z.device) == labels[piece, None])
+        z = z.masked_fill_(left_out, -torch.inf)
+        best = torch.cat([best, z[z >= bound] if on_cpu else z.flatten()])
+        if on_cpu and 0 < k < len(best):
+            bound = best.topk(k, sorted=False).values.min()
+            best = best[best >= bound]  # and what ties
+    ranked = torch.cat([best, bound[None]]).sort(descending=True).values  # never empty
+    place = torch.as_tensor(k, device=ranked.device).clamp(max=len(best))
+    last = ranked.take((place - 1).clamp(min=0))
+    share = (place - (ranked > last).sum()) / (best == last).sum().clamp(min=1)
+    return last.masked_fill(place < 1, torch.inf), share.masked_fill(place < 1, 0)
 
 
 def _rows_of_a_piece(logits: Tensor) -> int:

@@ -226,8 +226,8 @@ class GHMC(GradientDensity):
         return sum_cells(self.shares(z.sigmoid(), valid) * cross_entropy(z), valid)
 
 
-def _curve(z: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
-    p, _, softplus = fused.sigmoids(z)
+def _curve(z: Tensor, positive: Tensor | None, share: Tensor) -> tuple[Tensor, Tensor]:
+    p, softplus = fused.sigmoid_softplus(z)
     share = share[fused.region_of(p, len(share))].to(z.dtype)
     return share * softplus, share * p
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from detector.losses.cells import cross_entropy, logits_against_truth, sum_cells
+from detector.losses.fused import cell_sum, kth_largest, sigmoid_softplus
 
 
 class OHEM(nn.Module):
@@ -12,8 +13,9 @@ class OHEM(nn.Module):
         loss = (1 / num_pos) sum over kept cells of [-p* log p - (1-p*) log(1-p)]
 
     Kept are all positive cells and the `ratio` x (positive cells, at least 1) hardest negative ones, or with
-    `top_k` the top_k hardest valid cells of either kind: exactly as many, ties or not, as far as so many exist.
-    Chosen over all images and levels of the batch, but each process chooses among its own cells.
+    `top_k` the top_k hardest valid cells of either kind; all of them where fewer exist. Cells that tie for the last
+    places share them, each with the same part of its loss. Chosen over all images and levels of the batch, but each
+    process chooses among its own cells.
 
     Shrivastava, Gupta, Girshick, "Training Region-based Object Detectors with Online Hard Example Mining",
     CVPR 2016, arXiv 1604.03540; for one-stage detectors and the 3:1 ratio Lin et al., arXiv 1708.02002, 5.1.
@@ -37,29 +39,31 @@ class OHEM(nn.Module):
 
     def forward(self, logits: Tensor, labels: Tensor, valid: Tensor, num_pos: Tensor | float) -> Tensor:
         """logits (N, C), labels (N,) int64 with C = background, valid (N,) bool -> scalar."""
-        z = logits_against_truth(logits, labels, valid)
-        kept = self._select(z, labels, valid)
-        return sum_cells(cross_entropy(z).masked_fill(~kept, 0), valid) / num_pos
+        threshold, tied = kth_largest(logits, labels, valid, self._places(logits, labels, valid), self.top_k is None)
+        return cell_sum(_curve, logits, labels, valid, threshold, tied, self.top_k is None) / num_pos
 
-    @torch.no_grad()
-    def _select(self, z: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
-        """Which cells are kept, (N, C) bool."""
-        classes = z.shape[1]
-        # Cross entropy grows with z, so z ranks the cells. The number to keep lives on the device: comparing
-        # positions in the sorted order with it needs no host copy, and is exact where scores tie. Ignored cells
-        # come last: where more is asked for than there is, they are kept too, and the sum leaves them out.
-        scores = z.masked_fill(~valid[:, None], -torch.inf)
-        count = self.top_k
-        if count is None:
-            positive = valid & (labels < classes)
-            index = labels.clamp(0, classes - 1)[:, None]
-            first = scores.gather(1, index).masked_fill(positive[:, None], torch.inf)
-            scores = scores.scatter(1, index, first)  # positive cells lead the order
-            positives = positive.sum()
-            count = positives + (self.ratio * positives.clamp(min=1)).round().long()
-        if z.device.type == "cpu":  # the number is at hand, and finding so few is much faster than sorting all
-            best = scores.flatten().topk(min(int(count), scores.numel()), sorted=False).indices
-            return torch.zeros_like(scores, dtype=torch.bool).flatten().index_fill_(0, best, True).view_as(z)
-        order = scores.flatten().argsort(descending=True)
-        ranked = torch.arange(order.numel(), device=order.device) < count
-        return torch.zeros_like(ranked).scatter_(0, order, ranked).view_as(z)
+    def definition(self, logits: Tensor, labels: Tensor, valid: Tensor, num_pos: Tensor | float) -> Tensor:
+        """The same in its plain form, by which the fast one is tested."""
+        z = logits_against_truth(logits, labels, valid)
+        always = (torch.arange(z.shape[1], device=z.device) == labels[:, None]) & (self.top_k is None)
+        ranked = z[valid[:, None] & ~always].sort(descending=True).values
+        places = min(int(self._places(logits, labels, valid)), len(ranked))
+        last = ranked[places - 1] if places else z.new_tensor(torch.inf)
+        above, level = (ranked > last).sum(), (ranked == last).sum().clamp(min=1)
+        weight = torch.where(always, 1, (z > last) + (z == last) * (places - above) / level)
+        return sum_cells(weight * cross_entropy(z), valid) / num_pos
+
+    def _places(self, logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor | int:
+        """How many cells are kept; with a ratio, how many negative ones."""
+        if self.top_k is not None:
+            return self.top_k
+        positives = (valid & (labels < logits.shape[1])).sum()
+        return (self.ratio * positives.clamp(min=1)).round().long()
+
+
+def _curve(z: Tensor, positive: Tensor | None, threshold: Tensor, tied: Tensor, always: bool) -> tuple[Tensor, Tensor]:
+    p, softplus = sigmoid_softplus(z)
+    weight = torch.where(z > threshold, 1.0, torch.where(z == threshold, tied, 0.0)).to(z.dtype)
+    if positive is not None and always:
+        weight = torch.where(positive, 1.0, weight)
+    return weight * softplus, weight * p

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from detector.losses import GHMC, CrossEntropy, Focal, fused
+from detector.losses import GHMC, OHEM, CrossEntropy, Focal, fused
 
 LOSSES = {
     "ce": CrossEntropy(),
@@ -16,6 +16,8 @@ LOSSES = {
     "focal": Focal(),
     "focal_1.5": Focal(alpha=0.4, gamma=1.5),
     "focal_0": Focal(gamma=0.0),
+    "ohem": OHEM(),
+    "ohem_top_k": OHEM(top_k=50),
     "ghm_c": GHMC(),
     "ghm_c_7": GHMC(bins=7, momentum=0.0),
     "ghm_c_1": GHMC(bins=1),
@@ -96,7 +98,7 @@ def test_nothing_at_all_and_all_ignored(name, way):
         assert value == 0 and grad.shape == logits.shape and not grad.any()
 
 
-@pytest.mark.parametrize("name", ["ce", "focal", "ghm_c"])
+@pytest.mark.parametrize("name", ["ce", "ohem", "focal", "ghm_c"])
 def test_a_second_backward_gives_the_first_gradient(name):
     logits, *rest = batch()
     logits.requires_grad_()
@@ -144,6 +146,21 @@ def test_one_region_may_hold_every_cell(way):
         logits = torch.full((rows, classes), (region + 0.5) / 30).logit()
         counts = fused.count_regions(logits, torch.full((rows,), classes), torch.ones(rows, dtype=torch.bool), 30)
         assert counts[region] == rows * classes == counts.sum()
+
+
+def test_the_kth_largest_is_that_of_a_sort(monkeypatch):
+    monkeypatch.setattr(fused, "PIECE", 100)
+    rng = torch.Generator().manual_seed(0)
+    special = torch.tensor([[0.0, -0.0, 1e-40, -1e-40], [torch.inf, -torch.inf, 3e38, -3e38], [2.0, 2.0, 2.0, -2.0]])
+    logits = torch.cat([special, torch.randn(60, 4, generator=rng), torch.randn(20, 4, generator=rng).round()])
+    labels = torch.full((len(logits),), 4)
+    valid = torch.ones(len(logits), dtype=torch.bool)
+    ranked = logits.flatten().sort(descending=True).values
+    for k in (1, 2, 3, 50, 120, 180, 300, len(ranked)):
+        threshold, tied = fused.kth_largest(logits, labels, valid, k, negatives=False)
+        assert threshold == ranked[k - 1]
+        above, level = (ranked > threshold).sum(), (ranked == threshold).sum()
+        assert tied.item() == pytest.approx(((k - above) / level).item())
 
 
 def test_a_cell_on_the_edge_of_two_regions_weighs_something():
