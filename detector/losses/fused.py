@@ -46,24 +46,6 @@ def cell_sum(
     return _CellSum.apply(logits, labels, valid, curve, (negative, positive), params)
 
 
-def given_gradient(x: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
-    """`value`, whose gradient with respect to `x` is `gradient`."""
-    return _GivenGradient.apply(x, value, gradient)
-
-
-class _GivenGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, value, gradient):
-        ctx.save_for_backward(gradient)
-        return value.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, upstream):
-        (gradient,) = ctx.saved_tensors
-        return gradient * upstream, None, None
-
-
 class _CellSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, labels, valid, curve, weights, params):

@@ -289,11 +289,9 @@ class GHMR(GradientDensity):
 
     def forward(self, deltas: Tensor, targets: Tensor, num_pos: Tensor | float) -> Tensor:
         """deltas, targets (P, 4), in encoded box coordinates; P may be 0 -> scalar."""
-        with torch.no_grad():
-            dtype = torch.promote_types(deltas.dtype, torch.float32)
-            d = deltas.to(dtype) - targets.to(dtype)
-            length = torch.hypot(d, d.new_tensor(self.mu))  # the square of a large d would overflow
-            slope = d / length
-            share = self.shares(slope.abs())
-            value = (share * (length - self.mu)).sum()
-        return fused.given_gradient(deltas, value, (share * slope).to(deltas.dtype))
+        dtype = torch.promote_types(deltas.dtype, torch.float32)
+        d = deltas.to(dtype) - targets.to(dtype)
+        # hypot: the square of a large d would overflow, and at 0 its gradient is 0.
+        length = torch.hypot(d, torch.full_like(d, self.mu))
+        share = self.shares((d / length).detach().abs())
+        return (share * (length - self.mu)).sum()
