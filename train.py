@@ -1,11 +1,13 @@
-"""Train a RetinaNet: python train.py --config configs/demo/focal.yaml [--set solver.lr=0.02 ...] [--resume]"""
+"""Train a RetinaNet: python train.py --config configs/demo/focal.yaml [--set solver.lr=0.02 ...] [--resume]
+
+A run that ends before its time, by whatever cause, goes on with --resume as if it had not.
+"""
 
 import argparse
 import contextlib
 import json
 import os
 import random
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,28 +21,31 @@ from data.transforms import EvalTransform, TrainTransform
 from detector import assemble, checkpoint, config, distributed
 from detector.config import Config
 from detector.device import keep_freed_memory, pick_device
-from detector.engine import predict, train_one_epoch
+from detector.engine import NonFiniteLoss, predict, train_one_epoch
 from detector.errors import UserError, run_main
 from detector.logger import Logger
+from detector.stop import Stop
+from detector.structures import Batch
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train a RetinaNet with the losses that a YAML file names.")
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML with what differs from the defaults")
     parser.add_argument("--set", nargs="+", action="extend", metavar="KEY=VALUE", help="one-off options on top")
-    parser.add_argument("--resume", action="store_true", help="go on from the run folder's last.pt, if there is one")
+    parser.add_argument("--resume", action="store_true", help="go on from the run's newest whole checkpoint, if any")
+    parser.add_argument("--accept-changes", action="store_true", help="with --resume, even if the config has changed")
     args = parser.parse_args()
     cfg = assemble.configure(args.config, args.set)
     device = distributed.setup(pick_device(cfg.device))
     if device.type == "cpu":
         keep_freed_memory()
     try:
-        train(cfg, device, resume=args.resume)
+        train(cfg, device, resume=args.resume, accept_changes=args.accept_changes)
     finally:
         distributed.shutdown()
 
 
-def train(cfg: Config, device: torch.device, *, resume: bool = False) -> dict:
+def train(cfg: Config, device: torch.device, *, resume: bool = False, accept_changes: bool = False) -> dict:
     """Train as `cfg` says, into the folder `cfg.folder`; returns the metrics of the last evaluation."""
     seed_everything(cfg.seed)
     train_set, val_set = build_datasets(cfg)
@@ -48,62 +53,85 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False) -> dict:
     batches = train_loader(train_set, assemble.images_per_process(cfg), **loading, seed=cfg.seed)
     val_batches = eval_loader(val_set, assemble.evaluation_batch(cfg), **loading)
 
-    last = last_checkpoint(cfg, resume)
+    refuse_overwriting(cfg, resume)
+    last, content, broken = checkpoint.newest(cfg.folder) or (None, None, [])
     model = assemble.build_model(cfg, num_classes=len(train_set.category_ids))
     weights = f"weights from {last}" if last else checkpoint.load_initial_weights(model, cfg)
     model.to(device, memory_format=torch.channels_last if cfg.channels_last else torch.contiguous_format)
     criterion = assemble.build_criterion(cfg).to(device)
     solver = assemble.build_solver(cfg, model, steps_per_epoch=len(batches))
     postprocess = assemble.build_postprocess(cfg)
-    kept = {"best": float("-inf"), "seconds_per_step": None}
+    kept = {"evaluated": 0, "best": float("-inf"), "seconds_per_step": None, "changes": []}
     if last:
-        kept = checkpoint.resume(checkpoint.read(last), last, cfg, solver, criterion, train_set.category_ids)
+        classes = train_set.category_ids
+        kept = checkpoint.resume(content, last, cfg, solver, criterion, classes, accept_changes=accept_changes)
 
     open_folder(cfg)
     curves = cfg.folder if cfg.tensorboard.enabled else None
     board = cfg.tensorboard
     logger = Logger(curves, board.every, solver.step_count, kept["seconds_per_step"], board.gradients)
-    with contextlib.closing(logger):  # also on an error, which must not land in the progress line
+    with contextlib.closing(logger), Stop() as stop:  # also on an error, which must not land in the progress line
         logger.config(config.dump(cfg), config.flat(cfg.model_dump(mode="json")))
         start = f", from step {solver.step_count}" if last else ""
         logger.say(f"run: {cfg.folder} on {device}, {cfg.precision}{start}")
+        for line in (*broken, *(f"changed: {change}" for change in kept["changes"])):
+            logger.say(line)
         logger.say(f"train: {train_set.summary()}\nval: {val_set.summary()}")
         logger.say(f"{cfg.model.backbone}: {checkpoint.describe_size(model)}, {weights}\n{solver.describe()}")
 
         replica = distributed.replicate(model, device)
-        best, metrics = kept["best"], {}
-        while not solver.done or not metrics:  # a finished run that is resumed is evaluated once more
-            if not solver.done:
-                batches.batch_sampler.set_position(*divmod(solver.step_count, len(batches)))
-                train_one_epoch(replica, criterion, batches, solver, logger, device)
-            epoch = -(-solver.step_count // len(batches))
-            names = ["last.pt"]
-            if solver.done or epoch % cfg.evaluation.every == 0:
+        evaluated, best, metrics = kept["evaluated"], kept["best"], {}
+
+        def save(name: str) -> None:
+            if distributed.is_main():
+                checkpoint.save(
+                    cfg.folder / name,
+                    cfg,
+                    solver,
+                    criterion,
+                    category_ids=train_set.category_ids,
+                    class_names=train_set.class_names,
+                    epoch=-(-solver.step_count // len(batches)),
+                    evaluated=evaluated,
+                    best=best,
+                    seconds_per_step=logger.seconds_per_step,
+                )
+            distributed.barrier()
+
+        while not solver.done or evaluated != solver.step_count or not metrics:
+            epoch, batch = divmod(solver.step_count, len(batches))
+            due = solver.done or (batch == 0 and epoch > 0 and epoch % cfg.evaluation.every == 0)
+            # What was done last may have been saved, and its evaluation not; a finished run is evaluated once more.
+            if due and (evaluated != solver.step_count or solver.done):
                 distributed.share_buffers(solver.evaluated_model)
                 detections = predict(solver.evaluated_model, val_batches, postprocess, device, solver.precision)
                 if distributed.is_main():
                     metrics = score(val_set.annotations, detections, val_set.category_ids)
-                    metrics |= {"step": solver.step_count, "epoch": epoch, "seconds_per_step": logger.seconds_per_step}
+                    metrics |= {"step": solver.step_count, "epoch": -(-solver.step_count // len(batches))}
+                    metrics |= {"seconds_per_step": logger.seconds_per_step}
                     report(cfg, metrics, val_set, detections, logger)
                 metrics = distributed.from_main(metrics)
+                evaluated = solver.step_count
                 if metrics["AP"] > best:
                     best = metrics["AP"]
                     # The best first: were it lost between the two, last.pt would have its AP, and it would not return.
-                    names = ["best.pt", "last.pt"]
-            if distributed.is_main():
-                for name in names:
-                    checkpoint.save(
-                        cfg.folder / name,
-                        cfg,
-                        solver,
-                        criterion,
-                        category_ids=train_set.category_ids,
-                        class_names=train_set.class_names,
-                        epoch=epoch,
-                        best=best,
-                        seconds_per_step=logger.seconds_per_step,
-                    )
-            distributed.barrier()
+                    save("best.pt")
+                save("last.pt")
+                continue
+            batches.batch_sampler.set_position(epoch, batch)
+            next_save = (solver.step_count // cfg.checkpoint.every + 1) * cfg.checkpoint.every
+            until = min((epoch + 1) * len(batches), next_save)
+            try:
+                with stop.deferred():
+                    train_one_epoch(replica, criterion, batches, solver, logger, device, until=until, stop=stop)
+            except UserError:  # an image that cannot be read: between two steps
+                if distributed.world_size() == 1:
+                    save("last.pt")
+                raise
+            except NonFiniteLoss as error:
+                raise FloatingPointError(f"{error}; {keep_batch(cfg, error.batch)}") from None
+            save("last.pt")
+            stop.leave()
     logger.say(metrics_table(metrics))
     logger.say(f"in {cfg.folder}: last.pt, best.pt, metrics.json, detections.png; tensorboard --logdir {cfg.output}")
     return metrics
@@ -135,12 +163,20 @@ def build_datasets(cfg: Config) -> tuple[CocoDataset, CocoDataset]:
     return train_set, CocoDataset(val.annotations, val.images, EvalTransform(*size), **classes)
 
 
-def last_checkpoint(cfg: Config, resume: bool) -> Path | None:
-    """The checkpoint to go on from, if there is one; UserError if there is and `resume` does not ask for it."""
-    last = cfg.folder / "last.pt"
-    if last.exists() and not resume:
+def refuse_overwriting(cfg: Config, resume: bool) -> None:
+    """UserError where the folder holds a run that is not to be resumed."""
+    if not resume and any((cfg.folder / name).exists() for name in (checkpoint.LAST, checkpoint.PREVIOUS)):
         raise UserError(f"{cfg.folder} already holds a run: go on with --resume, or name another by --set run=NAME")
-    return last if last.exists() else None
+
+
+def keep_batch(cfg: Config, batch: Batch) -> str:
+    """Save this process's images of a step for a look, and say where."""
+    path = cfg.folder / f"nonfinite_{distributed.rank()}.pt"
+    try:
+        torch.save({**batch._asdict(), "targets": [target._asdict() for target in batch.targets]}, path)
+    except (OSError, RuntimeError):
+        return f"they could not be saved in {path}"
+    return f"they are in {path} for a look; lower solver.lr or set solver.clip_norm, and go on with --resume"
 
 
 def open_folder(cfg: Config) -> None:

@@ -1,15 +1,21 @@
 """Save, resume, and rebuild a model from a checkpoint alone.
 
 A checkpoint is one file of plain types and tensors: config, classes, weights, and for `resume` all the state
-of the run. It is written beside and renamed, so that a broken write leaves the old one.
+of the run. It is written beside and renamed, so that a broken write leaves the old one, and the one before last
+is kept: where the disk breaks the last, the run goes on from that. Each tensor has a checksum, which reading compares.
 """
 
 import os
+import random
+import shutil
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from detector import assemble, config, torchvision_checkpoint
 from detector.backbone import load_backbone_weights, read_weights
@@ -19,7 +25,8 @@ from detector.errors import UserError
 from detector.model import RetinaNet
 from detector.solver import Solver
 
-FORMAT = 1
+FORMAT = 2
+LAST, PREVIOUS = "last.pt", "previous.pt"
 # Options that a resumed run may have otherwise, by the start of their keys.
 MAY_CHANGE = (
     "run",
@@ -30,7 +37,9 @@ MAY_CHANGE = (
     "data.val.images",
     "solver.epochs",
     "solver.max_steps",
+    "solver.skip_nonfinite",
     "evaluation",
+    "checkpoint",
     "tensorboard",
 )
 KINDS = {"config": dict, "category_ids": list, "class_names": list, "model": dict}
@@ -45,10 +54,19 @@ def save(
     category_ids: list[int],
     class_names: list[str],
     epoch: int,
+    evaluated: int,
     best: float,
     seconds_per_step: float | None,
 ) -> None:
-    """Write the run's state; `epoch` counts those begun, `best` is the best AP so far."""
+    """Write the run's state. A last.pt that is replaced becomes previous.pt.
+
+    Args:
+        epoch: those begun
+        evaluated: the step of the last evaluation
+        best: the best AP so far
+
+    Raises UserError where the file cannot be written; then what was there stays.
+    """
     content = {
         "format": FORMAT,
         "config": cfg.model_dump(mode="json"),
@@ -59,20 +77,52 @@ def save(
             "model": solver.model.state_dict(),
             "solver": solver.state_dict(),
             "criterion": criterion.state_dict(),
-            "rng": torch.get_rng_state(),
+            "rng": _random_states(),
             "epoch": epoch,
+            "evaluated": evaluated,
             "best": float(best),
             "seconds_per_step": seconds_per_step,
         },
     }
     beside = path.with_suffix(".tmp")
-    torch.save(content, beside)
-    os.replace(beside, path)
+    try:
+        torch.save(content, beside)
+        with beside.open("rb") as file:
+            os.fsync(file.fileno())
+        if path.name == LAST and path.exists():
+            os.replace(path, path.with_name(PREVIOUS))
+        os.replace(beside, path)
+    except (OSError, RuntimeError) as error:  # torch's writer knows only the second
+        beside.unlink(missing_ok=True)
+        size = sum(tensor.nbytes for tensor in _tensors(content)) / 1e6
+        free = shutil.disk_usage(path.parent).free / 1e6
+        raise UserError(
+            f"{path}: cannot be written ({str(error).splitlines()[0][:100]}): it takes {size:.0f} MB, "
+            f"{free:.0f} MB are free; the run's earlier checkpoints are untouched: make room and go on with --resume"
+        ) from None
+
+
+def newest(folder: Path) -> tuple[Path, dict[str, Any], list[str]] | None:
+    """The newest checkpoint of a run that is whole, its content, and what is wrong with one newer; None without any.
+
+    UserError where there are some, and none is whole.
+    """
+    broken: list[str] = []
+    for path in (folder / LAST, folder / PREVIOUS):
+        if path.exists():
+            try:
+                return path, read(path), broken
+            except UserError as error:
+                broken.append(str(error))
+    if broken:
+        raise UserError(f"{broken[0]}; no earlier checkpoint of the run is whole: start another by --set run=NAME")
+    return None
 
 
 def read(path: str | Path) -> dict[str, Any]:
     """A checkpoint of ours, or one of torchvision's RetinaNet as one of ours; UserError for anything else."""
     path = Path(path)
+    _check_sums(path)
     content = read_weights(path)
     if torchvision_checkpoint.is_torchvision(content):
         return torchvision_checkpoint.convert(content, path)
@@ -100,23 +150,31 @@ def resume(
     solver: Solver,
     criterion: Criterion,
     category_ids: list[int],
+    *,
+    accept_changes: bool = False,
 ) -> dict[str, Any]:
-    """Put the state of a run back; returns what the caller keeps of it: best, seconds_per_step.
+    """Put the state of a run back; returns what the caller keeps of it: evaluated, best, seconds_per_step, changes.
 
-    UserError where `cfg` or the classes differ from the run's in what would change its result. A run may be made
-    longer or shorter.
+    UserError where `cfg` or the classes differ from the run's in what would change its result, unless such `changes`
+    are accepted. A run may be made longer or shorter.
     """
     if "run" not in content:
         raise UserError(f"{path}: holds weights alone, no state to resume a run from; give it as model.weights")
+    if content.get("format") != FORMAT:
+        raise UserError(f"{path}: was saved by another version of this code; start a run from it as model.weights")
     run = content["run"]
     before, now = (config.flat(values) for values in (content["config"], cfg.model_dump(mode="json")))
     before["the classes"], now["the classes"] = content["category_ids"], category_ids
-    for key in dict.fromkeys([*now, *before]):
-        if before.get(key) != now.get(key) and not key.startswith(MAY_CHANGE):
-            raise UserError(
-                f"{path}: was trained with {key} {before.get(key)}, now it is {now.get(key)}; go on with the same, or "
-                "start another run by --set run=NAME"
-            )
+    changes = [
+        f"{key} {before.get(key)}, now {now.get(key)}"
+        for key in dict.fromkeys([*now, *before])
+        if before.get(key) != now.get(key) and not key.startswith(MAY_CHANGE)
+    ]
+    if changes and not accept_changes:
+        raise UserError(
+            f"{path}: was trained with {'; '.join(changes)}: go on with the same, start another run by "
+            "--set run=NAME, or --accept-changes"
+        )
     try:
         solver.model.load_state_dict(run["model"])
         solver.load_state_dict(run["solver"])
@@ -124,8 +182,48 @@ def resume(
     except (RuntimeError, ValueError, KeyError) as error:
         detail = str(error).strip().splitlines()[-1].strip()
         raise UserError(f"{path}: is of another model, loss or optimizer than the config says ({detail})") from None
-    torch.set_rng_state(run["rng"])
-    return {"best": run["best"], "seconds_per_step": run["seconds_per_step"]}
+    _set_random_states(run["rng"])
+    return {key: run[key] for key in ("evaluated", "best", "seconds_per_step")} | {"changes": changes}
+
+
+def _check_sums(path: Path) -> None:
+    """UserError where the file is an archive, as torch.save's are, with a part that is not as it was written."""
+    if not zipfile.is_zipfile(path):
+        return  # one cut short is no archive; that and other kinds are for the reader to judge
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except Exception as error:  # whatever a broken table of contents leads to
+        damaged = str(error) or type(error).__name__
+    if damaged is not None:
+        raise UserError(f"{path}: damaged, a checksum does not fit ({damaged[:60]}); take another checkpoint")
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(one)
+
+
+def _random_states() -> dict[str, Any]:
+    name, keys, *rest = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "python": random.getstate(),
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
+    }
+
+
+def _set_random_states(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    if len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])
+    random.setstate(states["python"])
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
 
 
 def load_initial_weights(model: RetinaNet, cfg: Config) -> str:

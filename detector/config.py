@@ -6,21 +6,40 @@ checked where the parts are known, in assemble.py.
 """
 
 import difflib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, field_validator, model_validator
 
 from detector.errors import UserError
 
+MAX_LEVELS = 20  # levels of a YAML text
+MAX_VALUES = 10_000  # of a YAML text, an alias counting as all that it stands for
+MAX_SHOWN = 300  # characters of a message
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # would break the line it is told in
 
-class Options(BaseModel):
+
+class _Checked(BaseModel):
+    """What no option may hold, whichever it is."""
+
+    @field_validator("*")
+    @classmethod
+    def _storable(cls, value: Any) -> Any:
+        if isinstance(value, str) and CONTROL.search(value):
+            raise ValueError("holds control characters")
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise ValueError("exceeds 64 bits")
+        return value
+
+
+class Options(_Checked):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, validate_default=True)
 
 
-class Part(BaseModel):
+class Part(_Checked):
     """A swappable part: its name in the menu of assemble.py, and whatever options it takes."""
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
@@ -43,9 +62,9 @@ class Files(Options):
 class Data(Options):
     train: Files = Files()
     val: Files = Files()
-    short_side: int = Field(800, ge=32)  # pixels, unless the long side would pass long_side
-    long_side: int = Field(1333, ge=32)
-    workers: int = Field(2, ge=0)  # processes that load images; 0 loads in the training process
+    short_side: int = Field(800, ge=32, le=2**14)  # pixels, unless the long side would pass long_side
+    long_side: int = Field(1333, ge=32, le=2**14)
+    workers: int = Field(2, ge=0, le=1024)  # processes that load images; 0 loads in the training process
     horizontal_flip: float = Field(0.5, ge=0, le=1)  # probability
     vertical_flip: float = Field(0.0, ge=0, le=1)
     scale_jitter: tuple[float, float] = (1.0, 1.0)  # training images are resized by a factor drawn from this range
@@ -62,8 +81,8 @@ class Data(Options):
 
 
 class HeadOptions(Options):
-    depth: int = Field(4, ge=0)
-    width: int = Field(256, ge=32, multiple_of=32)
+    depth: int = Field(4, ge=0, le=64)
+    width: int = Field(256, ge=32, le=2**14, multiple_of=32)
     norm: Literal["none", "gn"] = "none"
     prior: float = Field(0.01, gt=0, lt=1)
 
@@ -71,10 +90,10 @@ class HeadOptions(Options):
 class Model(Options):
     backbone: str = "resnet50"
     weights: str = "imagenet"  # imagenet | none | a file: of the backbone, or a checkpoint to fine-tune from
-    norm: Literal["frozen_bn", "bn", "gn"] = "frozen_bn"
+    norm: Literal["frozen_bn", "bn", "sync_bn", "gn"] = "frozen_bn"
     frozen_stages: int | None = Field(None, ge=0, le=4)  # by default 1 (stem and first stage), from scratch 0
     p6_from: Literal["c5", "p5"] = "c5"
-    fpn_channels: int = Field(256, ge=32, multiple_of=32)
+    fpn_channels: int = Field(256, ge=32, le=2**14, multiple_of=32)
     head: HeadOptions = HeadOptions()
 
     @model_validator(mode="after")
@@ -109,8 +128,8 @@ class Solver(Options):
     lr: float = Field(0.01, gt=0)  # for batches of lr_batch_size
     lr_batch_size: int | None = Field(16, ge=1)  # lr scales from here to batch_size; null: lr is as given
     batch_size: int = Field(16, ge=1)  # images a step, over all processes and accumulated parts
-    # Parts a step is computed in, one after the other, to save memory. The loss is their mean: each is normalised by
-    # its own positives, and moves GHM's averages.
+    # Parts a step is computed in, one after the other, to save memory. The loss is that of the whole batch, for which
+    # each part is computed twice: once for what the model says of all, once for the gradient.
     accumulate: int = Field(1, ge=1)
     epochs: int = Field(12, ge=1)
     max_steps: int | None = Field(None, ge=1)  # ends the training, and its schedule, earlier
@@ -123,6 +142,7 @@ class Solver(Options):
     decay_factor: float = Field(0.1, gt=0, lt=1)
     clip_norm: float | None = Field(None, gt=0)  # largest norm of the gradient
     ema: float | None = Field(None, gt=0, lt=1)  # decay of the averaged weights; evaluation then uses them
+    skip_nonfinite: int = Field(0, ge=0)  # steps of a run that may be left out where loss or gradient is not finite
 
     @model_validator(mode="after")
     def _whole_parts(self) -> "Solver":
@@ -143,6 +163,10 @@ class PostprocessOptions(Options):
 class Evaluation(Options):
     every: int = Field(1, ge=1)  # epochs; the last is always evaluated
     batch_size: int | None = Field(None, ge=1)  # a process; by default the training's
+
+
+class Saving(Options):
+    every: int = Field(1000, ge=1)  # steps; besides, at the end of each epoch
 
 
 class TensorBoard(Options):
@@ -169,7 +193,17 @@ class Config(Options):
     solver: Solver = Solver()
     postprocess: PostprocessOptions = PostprocessOptions()
     evaluation: Evaluation = Evaluation()
+    checkpoint: Saving = Saving()
     tensorboard: TensorBoard = TensorBoard()
+
+    @model_validator(mode="after")
+    def _skippable(self) -> "Config":
+        if self.solver.skip_nonfinite and self.model.norm in ("bn", "sync_bn"):
+            raise ValueError(
+                f"solver.skip_nonfinite with model.norm {self.model.norm}: a batch that is not finite spoils "
+                "BatchNorm's statistics for good; use norm frozen_bn or gn, or skip_nonfinite 0"
+            )
+        return self
 
     @property
     def folder(self) -> Path:
@@ -185,9 +219,10 @@ def with_settings(values: dict[str, Any], settings: list[str]) -> dict[str, Any]
     """Plain values with `settings` ("a.b=value") on top."""
     for setting in settings:
         key, equals, text = setting.partition("=")
-        if not equals or not all(key.split(".")):
-            raise UserError(f"--set {setting}: write it as key=value, such as --set solver.lr=0.02")
-        value = _parse(text, f"--set {setting}")
+        source = _one_line(f"--set {setting}")
+        if not equals or not all(key.split(".")) or key.count(".") > MAX_LEVELS:
+            raise UserError(f"{source}: write it as key=value, such as --set solver.lr=0.02")
+        value = _parse(text, source)
         for part in reversed(key.split(".")):
             value = {part: value}
         values = merge(values, value)
@@ -228,10 +263,10 @@ def describe(error: ValidationError, options: type[BaseModel], where: str = "", 
         text = f"{key}: unknown option; {hint}"
     else:
         message = first["msg"].removeprefix("Value error, ")
-        found = "" if isinstance(first["input"], (dict, BaseModel)) else f" (found {first['input']!r})"
+        found = "" if isinstance(first["input"], (dict, BaseModel)) else f" (found {_shown(first['input'])})"
         text = f"{key}: {message}{found}"
     more = error.error_count() - 1
-    return text.replace("\n", " ") + (f" (and {more} more)" if more else "")
+    return _one_line(text) + (f" (and {more} more)" if more else "")
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -253,15 +288,61 @@ def _fields(options: type[BaseModel], location: tuple) -> list[str]:
     return list(options.model_fields)
 
 
+def _one_line(text: str) -> str:
+    """The text with control characters as Python writes them, and its middle left out where it is long."""
+    text = CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN // 2]} ... {text[-MAX_SHOWN // 2 :]}"
+
+
+def _shown(value: Any) -> str:
+    try:
+        return repr(value)
+    except (ValueError, RecursionError):  # a whole number of more than 4,300 digits, a list in itself
+        return f"a huge {type(value).__name__}"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's plain types, where no key is given twice and aliases do not multiply what they stand for."""
+
+    def construct_document(self, node: yaml.Node) -> Any:
+        self._weigh(node, {})
+        return super().construct_document(node)
+
+    def _weigh(self, node: yaml.Node, known: dict[yaml.Node, tuple[float, int]]) -> tuple[float, int]:
+        """Values and levels of a node, its aliases spelled out; YAMLError where they are too many."""
+        if node not in known:
+            known[node] = (float("inf"), 0)  # until it is known: an alias of what it is in has no end
+            children = [] if isinstance(node, yaml.ScalarNode) else node.value
+            if isinstance(node, yaml.MappingNode):
+                self._check_keys([key for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
+                children = [child for pair in node.value for child in pair]
+            weights = [self._weigh(child, known) for child in children]
+            known[node] = (
+                1 + sum(values for values, _ in weights),
+                1 + max((levels for _, levels in weights), default=0),
+            )
+            if known[node][0] > MAX_VALUES or known[node][1] > MAX_LEVELS:
+                problem = f"more than {MAX_VALUES} values or {MAX_LEVELS} levels, aliases spelled out"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+        return known[node]
+
+    def _check_keys(self, keys: list[yaml.ScalarNode]) -> None:
+        seen = set()
+        for key in keys:
+            if key.value in seen:  # PyYAML would take the last
+                raise yaml.MarkedYAMLError(problem=f"{key.value!r} is given twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+
+
 def _parse(text: str, source: str) -> Any:
     """A YAML text's value; UserError, naming `source`, where it is none."""
     try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2024-13-45
+        return yaml.load(text, _Loader)
+    except Exception as error:  # PyYAML raises all kinds: ValueError for 2024-13-45, KeyError for !!bool x
         mark = getattr(error, "problem_mark", None)
         place = f"line {mark.line + 1}: " if mark else ""
-        problem = " ".join(str(getattr(error, "problem", None) or error).split())
-        raise UserError(f"{source}: {place}not YAML ({problem})") from None
+        problem = " ".join(str(getattr(error, "problem", None) or error).split()) or type(error).__name__
+        raise UserError(f"{source}: {place}{_one_line(f'not YAML ({problem})')}") from None
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -270,7 +351,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: no such config file") from None
-    except (OSError, ValueError) as error:  # ValueError: bytes that are not UTF-8, a NUL in the path
+    except (OSError, ValueError) as error:  # ValueError: bytes that are not UTF-8
         raise UserError(f"{path}: cannot be read ({error})") from None
     values = _parse(text, str(path))
     if values is None:
@@ -280,7 +361,9 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     base = values.pop("base", None)
     if base is None:
         return values
-    base_path = path.parent / str(base)
+    if not isinstance(base, str) or CONTROL.search(base):
+        raise UserError(f"{path}: base is {_one_line(_shown(base))}; give the path of another config file")
+    base_path = path.parent / base
     if path.resolve() in seen:
         raise UserError(f"{path}: its bases lead back to itself")
     return merge(_read(base_path, (*seen, path.resolve())), values)

@@ -9,13 +9,22 @@ from torch import Tensor, nn
 from detector import boxes as box_ops
 from detector import distributed
 from detector.criterion import Criterion
-from detector.gradients import observe
+from detector.gradients import Observation, observe
 from detector.postprocess import Postprocess
 from detector.solver import Solver
-from detector.structures import Batch, Detections
+from detector.stop import Stop
+from detector.structures import Batch, Detections, Losses, Predictions
 
 if TYPE_CHECKING:
     from detector.logger import Logger
+
+
+class NonFiniteLoss(FloatingPointError):
+    """Loss or gradient is not finite; `batch` is this process's share of the images that led to it."""
+
+    def __init__(self, message: str, batch: Batch):
+        super().__init__(message)
+        self.batch = batch
 
 
 def train_one_epoch(
@@ -25,35 +34,80 @@ def train_one_epoch(
     solver: Solver,
     logger: "Logger",
     device: torch.device,
+    *,
+    until: int | None = None,
+    stop: Stop | None = None,
 ) -> None:
-    """Train on every batch, or until the solver is done.
+    """Train on every batch, or up to step `until`, or until the solver is done or any process is asked to stop.
 
-    Raises FloatingPointError, before the weights are touched, where the loss or its gradient is not finite.
+    Raises NonFiniteLoss, before the weights are touched, where the loss or its gradient is not finite, and the solver
+    may not skip the step.
     """
     model.train()
     criterion.train()
+    until = min(until or solver.total_steps, solver.total_steps)
+    if solver.step_count >= until:
+        return
     for batch in logger.progress(batches, solver):
-        sums: dict[str, Tensor] = {}
-        for part in _split(batch, solver.accumulate):
-            images = part.images.to(device, non_blocking=True)
-            with torch.autocast(device.type, solver.precision, enabled=solver.precision != torch.float32):
-                predictions = model(images, part.sizes)
-            targets = [target.to(device) for target in part.targets]
-            losses = criterion(predictions, targets)
-            # Gradients are averaged over processes, while each holds its share of one sum.
-            if logger.wants_gradients(solver.step_count + 1) and not sums:  # of the first part
-                logger.gradients(observe(criterion, predictions, targets), solver.step_count + 1)
-            solver.backward(losses.total * distributed.world_size())
-            for name, value in (losses.terms | losses.diagnostics).items():
-                sums[name] = sums.get(name, 0) + value.detach() / solver.accumulate
+        step = solver.step_count + 1
+        losses, observed = _backward(model, criterion, batch, solver, device, logger.wants_gradients(step))
+        if observed is not None:
+            logger.gradients(observed, step)
+        sums = {name: value.detach() for name, value in (losses.terms | losses.diagnostics).items()}
         sums["gradient_norm"] = solver.gradient_norm()
+        asked = stop is not None and stop.number is not None
+        sums["stop"] = torch.tensor(float(asked), device=device)  # what one is asked, all do after the same step
         values = _to_numbers(sums, losses.terms.keys())
-        _stop_unless_finite(values, losses.terms.keys(), solver, batch)
-        lr = solver.lr_at(solver.step_count)
-        solver.step()
-        logger.step(values, losses.terms.keys(), lr, len(batch.images) * distributed.world_size(), solver.step_count)
-        if solver.done:
+        stopped = values.pop("stop") > 0
+        if bad := _not_finite(values, losses.terms.keys(), solver):
+            message = _complaint(bad, step, batch)
+            if solver.skipped >= solver.may_skip:
+                raise NonFiniteLoss(f"{message}; the weights were not updated", batch)
+            solver.skip()
+            logger.say(f"{message}; skipped, {solver.may_skip - solver.skipped} more may be (solver.skip_nonfinite)")
+        else:
+            lr = solver.lr_at(solver.step_count)
+            solver.step()
+            logger.step(values, losses.terms.keys(), lr, len(batch.images) * distributed.world_size(), step)
+        if stopped or solver.step_count >= until:
             break
+
+
+def _backward(
+    model: nn.Module, criterion: Criterion, batch: Batch, solver: Solver, device: torch.device, observing: bool
+) -> tuple[Losses, Observation | None]:
+    """Losses of the batch, and its gradient in the parameters."""
+
+    def forward(part: Batch) -> Predictions:
+        images = part.images.to(device, non_blocking=True)
+        with torch.autocast(device.type, solver.precision, enabled=solver.precision != torch.float32):
+            return model(images, part.sizes)
+
+    parts = _split(batch, solver.accumulate)
+    if len(parts) == 1:
+        predictions = forward(batch)
+    else:
+        # The loss is that of the whole batch, which no part alone can tell: normalisers and GHM's density are of all.
+        # So first what the model says of all, from it the gradient in the outputs, and with that part by part again.
+        buffers = [buffer.clone() for buffer in model.buffers()]
+        with torch.no_grad():
+            said = [forward(part) for part in parts]
+            for buffer, before in zip(model.buffers(), buffers):  # BatchNorm must not count the images twice
+                buffer.copy_(before)
+        logits, deltas = (torch.cat(values).requires_grad_() for values in list(zip(*said))[:2])
+        predictions = said[0]._replace(logits=logits, deltas=deltas)
+    targets = [target.to(device) for target in batch.targets]
+    losses = criterion(predictions, targets)
+    observed = observe(criterion, predictions, targets) if observing else None
+    # Gradients are averaged over processes, while each holds its share of one sum.
+    solver.backward(losses.total * distributed.world_size())
+    if len(parts) > 1:
+        gradients = [predictions.logits.grad, predictions.deltas.grad]
+        size = len(batch.images) // len(parts)
+        for part, *share in zip(parts, *(gradient.split(size) for gradient in gradients)):
+            again = forward(part)
+            torch.autograd.backward([again.logits, again.deltas], share)
+    return losses, observed
 
 
 @torch.no_grad()
@@ -97,16 +151,16 @@ def _to_numbers(tensors: dict[str, Tensor], shares: Iterable[str]) -> dict[str, 
     return {key: value if key in shares else value / distributed.world_size() for key, value in values.items()}
 
 
-def _stop_unless_finite(values: dict[str, float], terms: Iterable[str], solver: Solver, batch: Batch) -> None:
+def _not_finite(values: dict[str, float], terms: Iterable[str], solver: Solver) -> dict[str, float]:
     # In float16 a gradient may overflow: then the scaler skips the step and lowers its scale; below 1 it never ends.
     watched = [*terms] if solver.scaler.is_enabled() else [*terms, "gradient_norm"]
     bad = {name: values[name] for name in watched if not abs(values[name]) < float("inf")}
     if solver.scaler.get_scale() < 1:
         bad["float16 loss scale"] = solver.scaler.get_scale()
-    if bad:
-        found = ", ".join(f"{name} = {value}" for name, value in bad.items())
-        images = [image_id for share in distributed.gather(batch.image_ids) for image_id in share]
-        raise FloatingPointError(
-            f"{found} at step {solver.step_count + 1}, images {images}; the weights were not updated: "
-            "check these images' boxes, or lower solver.lr or set solver.clip_norm, and go on with --resume"
-        )
+    return bad
+
+
+def _complaint(bad: dict[str, float], step: int, batch: Batch) -> str:
+    found = ", ".join(f"{name} = {value}" for name, value in bad.items())
+    images = [image_id for share in distributed.gather(batch.image_ids) for image_id in share]
+    return f"{found} at step {step}, images {images}"

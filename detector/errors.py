@@ -1,5 +1,6 @@
 """What a user can mend, told in one line."""
 
+import signal
 import sys
 from collections.abc import Callable
 
@@ -11,8 +12,16 @@ class UserError(Exception):
     """
 
 
+class Stopped(Exception):
+    """A signal asked the process to end, and what there is to save is saved."""
+
+    def __init__(self, number: int):
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.number = number
+
+
 def run_main(main: Callable[[], None]) -> None:
-    """Run an entry point and exit: 0 when done, 2 for a user's slip, 1 for a fault.
+    """Run an entry point and exit: 0 when done, 2 for a user's slip, 1 for a fault, 128 + its number for a signal.
 
     Called only by the scripts that a user starts. A slip, and a fault that we foresaw (a loss that is not
     finite), end in one line; anything else keeps its traceback, since it is ours to mend.
@@ -25,6 +34,9 @@ def run_main(main: Callable[[], None]) -> None:
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    except Stopped as stopped:
+        print(f"{stopped}; go on with the same command and --resume", file=sys.stderr)
+        sys.exit(128 + stopped.number)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(1)

@@ -37,6 +37,7 @@ class Solver:
         decay_factor: float = 0.1,
         clip_norm: float | None = None,
         ema: float | None = None,
+        skip_nonfinite: int = 0,
         precision: str = "float32",
     ):
         scale = batch_size / (lr_batch_size or batch_size)
@@ -60,7 +61,8 @@ class Solver:
         self.precision = PRECISIONS[precision]
         self.scaler = torch.amp.GradScaler(self.parameters[0].device.type, enabled=precision == "float16")
         self.model = model
-        self.step_count = 0  # optimizer steps done
+        self.step_count = 0  # steps done, those skipped among them
+        self.skipped, self.may_skip = 0, skip_nonfinite  # steps whose gradient was not finite
         self.averaged = AveragedModel(model, multi_avg_fn=self._average, use_buffers=True) if ema else None
         self.ema = ema
 
@@ -96,8 +98,8 @@ class Solver:
         return text + f", x{self.decay_factor:g} at {drops}, {self.total_steps} steps in all"
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of one part of the batch."""
-        self.scaler.scale(loss / self.accumulate).backward()
+        """Compute the gradients of a batch."""
+        self.scaler.scale(loss).backward()
 
     def gradient_norm(self) -> Tensor:
         """Norm over all parameters, before clipping; the gradients are clipped. Once a step, before `step`."""
@@ -115,6 +117,13 @@ class Solver:
         if self.averaged is not None:
             self.averaged.update_parameters(self.model)
 
+    def skip(self) -> None:
+        """Count a step, and leave the weights as they are."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.update(self.scaler.get_scale())  # and its scale: it has seen this step's gradients
+        self.step_count += 1
+        self.skipped += 1
+
     @property
     def evaluated_model(self) -> nn.Module:
         """The averaged weights where there are such, else the trained ones."""
@@ -123,6 +132,7 @@ class Solver:
     def state_dict(self) -> dict[str, Any]:
         return {
             "step": self.step_count,
+            "skipped": self.skipped,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "averaged": self.averaged.state_dict() if self.averaged is not None else None,
@@ -132,7 +142,7 @@ class Solver:
         """Raises ValueError where the state is of another optimizer: torch's would take it, and fail at the step."""
         if state["optimizer"]["param_groups"][0].keys() != self.optimizer.state_dict()["param_groups"][0].keys():
             raise ValueError("the optimizer is another")
-        self.step_count = state["step"]
+        self.step_count, self.skipped = state["step"], state["skipped"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         if self.averaged is not None and state["averaged"] is not None:

@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import train
 from detector import assemble, checkpoint
+from detector.errors import Stopped
+from detector.solver import Solver
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -198,11 +202,11 @@ def test_an_interrupted_and_resumed_run_equals_the_whole(tiny, trained, folder, 
 def test_a_run_resumed_within_an_epoch_sees_the_images_it_had_not_seen(tiny, folder, monkeypatch):
     seen = []
 
-    def look(model, criterion, batches, solver, logger, device):
+    def look(model, criterion, batches, solver, logger, device, until, stop):
         for batch in batches:
             seen.append(batch.image_ids)
             solver.step_count += 1
-            if solver.done:
+            if solver.done or solver.step_count == until:
                 break
 
     monkeypatch.setattr(train, "train_one_epoch", look)
@@ -215,6 +219,63 @@ def test_a_run_resumed_within_an_epoch_sees_the_images_it_had_not_seen(tiny, fol
     assert seen == whole
     first, second = ([i for ids in whole[start : start + 4] for i in ids] for start in (0, 4))
     assert sorted(first) == sorted(second) == list(range(1, 9)) and first != second
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_after_its_step_and_nothing_is_lost(tiny, trained, folder, monkeypatch, same, number):
+    whole, _ = trained
+    cfg = assemble.configure(tiny(folder, **GHM))
+    backward = Solver.backward
+
+    def ask(solver, loss):
+        if solver.step_count == 2:
+            os.kill(os.getpid(), number)
+        backward(solver, loss)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Solver, "backward", ask)
+        with pytest.raises(Stopped) as stopped:
+            train.train(cfg, CPU)
+    assert stopped.value.number == number
+    assert checkpoint.read(cfg.folder / "last.pt")["run"]["solver"]["step"] == 3  # within the second epoch
+    train.train(cfg, CPU, resume=True)
+    for name in ("last.pt", "best.pt"):
+        assert same(read(whole, name), read(cfg.folder, name))
+
+
+def test_a_stopped_process_says_how_to_go_on(tiny, folder):
+    path = tiny(folder, solver={"epochs": 500})
+    environment = {**os.environ, "NO_ALBUMENTATIONS_UPDATE": "1"}
+    words = [sys.executable, "train.py", "--config", str(path), "--set", "data.workers=1"]
+    process = subprocess.Popen(
+        words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    last = folder / "runs" / "run" / "last.pt"
+    while not last.exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert err.splitlines()[-1] == "stopped by SIGTERM; go on with the same command and --resume"
+    assert "Traceback" not in err
+
+
+def test_saving_between_epochs_changes_nothing(tiny, trained, folder, same):
+    cfg = assemble.configure(tiny(folder, checkpoint={"every": 1}, **GHM))
+    train.train(cfg, CPU)
+    one, other = read(trained[0]), read(cfg.folder)
+    del one["config"]["checkpoint"], other["config"]["checkpoint"]
+    assert same(one, other)
+    assert checkpoint.read(cfg.folder / "previous.pt")["run"]["solver"]["step"] == 4  # before its evaluation
+
+
+def test_the_batch_that_is_not_finite_is_kept_for_a_look(tiny, folder, command):
+    settings = ["solver.lr=1e30", "solver.warmup_steps=0", "solver.schedule=cosine"]
+    code, _, err = command(train.main, "--config", tiny(folder), "--set", *settings)
+    kept = torch.load(folder / "runs" / "run" / "nonfinite_0.pt", weights_only=True)
+    assert code == 1 and "nonfinite_0.pt" in err.splitlines()[-1]
+    assert kept["images"].dtype == torch.uint8 and len(kept["targets"]) == len(kept["image_ids"]) == len(kept["images"])
 
 
 def test_resuming_a_finished_run_evaluates_and_changes_nothing(trained, tiny, command, same):

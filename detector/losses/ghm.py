@@ -42,9 +42,9 @@ class GradientDensity(nn.Module):
 
         beta_i = N l / #{k: g_i - e/2 <= g_k < g_i + e/2},   l = min(g_i + e/2, 1) - max(g_i - e/2, 0)
 
-    density "near_exact": the same in a thirtieth of the time, for norms put on a grid of step h = e / 128. What it takes
-    for #{} lies between the exact numbers of a window with both edges moved in by h and of one with both moved out
-    by h, and l is at most h / 2 off.
+    density "near_exact": the same in a thirtieth of the time, for norms put on a grid of step h = e / 128. What it
+    takes for #{} lies between the exact numbers of a window with both edges moved in by h and of one with both moved
+    out by h, and l is at most h / 2 off.
 
     More switches:
 

@@ -2,7 +2,10 @@
 
 import os
 import pickle
+import random
+import resource
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -24,7 +27,7 @@ def make(classes=3, head_width=32, **sections):
 
 
 def save(path, cfg, solver, criterion, best=0.5):
-    checkpoint.save(path, cfg, solver, criterion, category_ids=IDS, class_names=NAMES, epoch=1, best=best,
+    checkpoint.save(path, cfg, solver, criterion, category_ids=IDS, class_names=NAMES, epoch=1, evaluated=4, best=best,
                     seconds_per_step=None)  # fmt: skip
 
 
@@ -60,20 +63,66 @@ def test_the_averaged_weights_are_the_model_of_the_checkpoint(folder, same):
     assert torch.allclose(content["run"]["model"]["head.logits.bias"], content["model"]["head.logits.bias"] + 1)
 
 
-def test_a_broken_write_leaves_the_old_file(saved, folder, monkeypatch):
+def test_a_full_disk_leaves_the_old_files_and_says_what_is_needed(saved, folder):
     _, cfg, _, criterion = saved
     solver = make(class_loss={"name": "ghm_c"})[3]
     path = folder / "last.pt"
     path.write_bytes(b"the old one")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))  # no file beyond a megabyte
+    try:
+        with pytest.raises(UserError, match=r"last.pt: cannot be written .* it takes \d\d+ MB, .* --resume") as error:
+            save(path, cfg, solver, criterion)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(error.value)
+    assert path.read_bytes() == b"the old one" and os.listdir(folder) == ["last.pt"]
 
-    def fail(content, target):
-        target.write_bytes(b"half")
-        raise OSError("disk full")
 
-    monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(OSError, match="disk full"):
-        save(path, cfg, solver, criterion)
-    assert path.read_bytes() == b"the old one"
+@pytest.fixture(scope="module")
+def two(saved, tmp_path_factory):
+    """A folder with last.pt of best 0.6 and previous.pt of best 0.5."""
+    folder = tmp_path_factory.mktemp("two")
+    _, cfg, _, criterion = saved
+    solver = make(class_loss={"name": "ghm_c"})[3]
+    for best in (0.5, 0.6):
+        save(folder / "last.pt", cfg, solver, criterion, best=best)
+    return folder
+
+
+def test_the_newest_whole_checkpoint_is_taken(two, folder):
+    assert checkpoint.newest(folder) is None
+    path, content, broken = checkpoint.newest(two)
+    assert (path.name, content["run"]["best"], broken) == ("last.pt", 0.6, [])
+    whole = (two / "last.pt").read_bytes()
+    (folder / "previous.pt").write_bytes((two / "previous.pt").read_bytes())
+    middle = bytearray(whole)
+    middle[len(whole) // 2] ^= 4
+    for damaged in (whole[: len(whole) // 2], whole[:-1], b"", bytes(middle)):
+        (folder / "last.pt").write_bytes(damaged)
+        path, content, broken = checkpoint.newest(folder)
+        assert (path.name, content["run"]["best"]) == ("previous.pt", 0.5)
+        assert len(broken) == 1 and broken[0].startswith(str(folder / "last.pt")) and "\n" not in broken[0]
+    (folder / "previous.pt").write_bytes(b"")
+    with pytest.raises(UserError, match="no earlier checkpoint"):
+        checkpoint.newest(folder)
+
+
+def test_a_flipped_bit_is_found_or_changes_nothing(two, folder, same):
+    truth = checkpoint.read(two / "last.pt")
+    whole = (two / "last.pt").read_bytes()
+    rng, found, path = random.Random(0), 0, folder / "x.pt"
+    ends = [*range(0, 2000, 97), *range(len(whole) - 20000, len(whole), 997)]  # names and tables of the archive
+    for place in ends + [rng.randrange(len(whole)) for _ in range(15)]:
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            assert same(checkpoint.read(path), truth)
+        except UserError as error:
+            assert str(error).startswith(str(path)) and "\n" not in str(error)
+            found += 1
+    assert found > 20
 
 
 class Evil:
@@ -143,14 +192,15 @@ def test_resume_gives_back_the_state(saved, same):
     assert not same(dict(other.state_dict()), dict(model.state_dict()))
     drawn = torch.rand(1)
     kept = checkpoint.resume(checkpoint.read(path), path, cfg, solver, other_criterion, IDS)
-    assert kept == {"best": 0.5, "seconds_per_step": None}
+    assert kept == {"evaluated": 4, "best": 0.5, "seconds_per_step": None, "changes": []}
     assert same(dict(other.state_dict()), dict(model.state_dict()))
     assert same(dict(other_criterion.state_dict()), dict(criterion.state_dict()))
     assert torch.rand(1) != drawn
-    checkpoint.resume(checkpoint.read(path), path, cfg, solver, other_criterion, IDS)
-    twice = torch.rand(2)
-    checkpoint.resume(checkpoint.read(path), path, cfg, solver, other_criterion, IDS)
-    assert torch.equal(twice, torch.rand(2))
+    numbers = []
+    for _ in range(2):
+        checkpoint.resume(checkpoint.read(path), path, cfg, solver, other_criterion, IDS)
+        numbers.append((torch.rand(2).tolist(), random.random(), np.random.rand()))
+    assert numbers[0] == numbers[1]
 
 
 @pytest.mark.parametrize(
@@ -178,6 +228,27 @@ def test_resuming_another_kind_of_run_is_refused(saved, sections, expected):
     with pytest.raises(UserError, match=expected) as error:
         checkpoint.resume(checkpoint.read(path), path, cfg, solver, criterion, IDS)
     assert "\n" not in str(error.value)
+
+
+def test_all_changes_are_told_and_may_be_accepted(saved):
+    path, *_ = saved
+    sections = {"class_loss": {"name": "ghm_c", "weight": 2.0}, "solver": {"weight_decay": 0.5}}
+    cfg, _, criterion, solver = make(**sections)
+    content = checkpoint.read(path)
+    with pytest.raises(
+        UserError,
+        match=r"(class_loss.weight|solver.weight_decay) .*; (class_loss.weight|solver.weight_decay) .*--accept-changes",
+    ):
+        checkpoint.resume(content, path, cfg, solver, criterion, IDS)
+    kept = checkpoint.resume(content, path, cfg, solver, criterion, IDS, accept_changes=True)
+    assert sorted(kept["changes"]) == ["class_loss.weight 1.0, now 2.0", "solver.weight_decay 0.0001, now 0.5"]
+
+
+def test_another_version_is_not_resumed(saved):
+    path, cfg, _, criterion = saved
+    solver = make(class_loss={"name": "ghm_c"})[3]
+    with pytest.raises(UserError, match="another version"):
+        checkpoint.resume({**checkpoint.read(path), "format": 1}, path, cfg, solver, criterion, IDS)
 
 
 def test_other_classes_are_refused_and_a_longer_run_is_not(saved):

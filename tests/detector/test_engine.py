@@ -1,6 +1,8 @@
 """The two loops: what a step does, what stops it, and what evaluation gives and leaves alone."""
 
 import copy
+import os
+import signal
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 from detector import assemble, engine
 from detector.config import Config
 from detector.engine import predict, train_one_epoch
+from detector.stop import Stop
 from detector.structures import Batch, Detections, Losses, Predictions, Target
 
 CPU = torch.device("cpu")
@@ -19,7 +22,7 @@ class Recorder:
 
     def __init__(self, observe=()):
         self.observed = dict.fromkeys(observe)
-        self.steps = []
+        self.steps, self.said = [], []
 
     def progress(self, batches, solver):
         yield from batches
@@ -30,15 +33,19 @@ class Recorder:
     def gradients(self, observation, step):
         self.observed[step] = observation
 
+    def say(self, text):
+        self.said.append(text)
+
     def step(self, values, terms, lr, images, step):
         self.steps.append((values, set(terms), lr, images, step))
 
 
-def make(norm="gn", steps=10, precision="float32", class_loss=None, **solver):
+def make(norm="gn", steps=10, precision="float32", class_loss=None, box_loss=None, **solver):
     model = {"backbone": "resnet18", "weights": "none", "norm": norm, "fpn_channels": 32, "head": {"width": 32,
              "depth": 1}}  # fmt: skip
     options = {"batch_size": 2, "lr_batch_size": None, "lr": 0.01, "warmup_steps": 0, "max_steps": steps, **solver}
-    cfg = Config(model=model, solver=options, precision=precision, class_loss=class_loss or {"name": "ghm_c"})
+    cfg = Config(model=model, solver=options, precision=precision, class_loss=class_loss or {"name": "ghm_c"},
+                 box_loss=box_loss or {"name": "smooth_l1"})  # fmt: skip
     cfg = assemble.complete(cfg, "test")
     torch.manual_seed(0)
     net = assemble.build_model(cfg, num_classes=3)
@@ -133,26 +140,69 @@ def test_accumulation_visits_every_image_once_in_order():
     four = batch(ids=(1, 2, 3, 4))
     logger = Recorder()
     train_one_epoch(model, criterion, [four], solver, logger, CPU)
-    assert [len(images) for images in seen] == [2, 2] and torch.equal(torch.cat(seen), four.images)
+    assert [len(images) for images in seen] == [2, 2, 2, 2]  # once for what they say, once for the gradient
+    assert torch.equal(torch.cat(seen[:2]), four.images) and torch.equal(torch.cat(seen[2:]), four.images)
     assert solver.step_count == 1 and len(logger.steps) == 1 and logger.steps[0][3] == 4
 
 
-def test_two_equal_halves_accumulated_are_the_whole_batch():
-    two = batch()
-    doubled = Batch(torch.cat([two.images] * 2), *(list(values) * 2 for values in two[1:]))
+PAIRS = [(name, "smooth_l1") for name in assemble.CLASS_LOSSES] + [("focal", name) for name in assemble.BOX_LOSSES]
+
+
+@pytest.mark.parametrize("class_loss, box_loss", PAIRS)
+def test_accumulated_parts_are_the_whole_batch(class_loss, box_loss):
     results = []
-    for accumulate in (1, 2):
+    for accumulate in (1, 3):
         model, criterion, solver = make(
-            batch_size=4, accumulate=accumulate, momentum=0, weight_decay=0, class_loss={"name": "focal"}
-        )
+            batch_size=6, accumulate=accumulate, momentum=0, weight_decay=0, lr=1e-3,
+            class_loss={"name": class_loss}, box_loss={"name": box_loss},
+        )  # fmt: skip
         before = [p.detach().clone() for p in model.parameters()]
         logger = Recorder()
-        train_one_epoch(model, criterion, [doubled], solver, logger, CPU)
+        for step in range(2):
+            train_one_epoch(model, criterion, [batch(ids=range(6), seed=step)], solver, logger, CPU)
         moved = torch.cat([(p.detach() - b).flatten() for p, b in zip(model.parameters(), before)])
-        results.append((moved, logger.steps[0][0]))
-    (moved, values), (moved_by_halves, values_by_halves) = results
-    assert (moved - moved_by_halves).norm() < 1e-4 * moved.norm()
-    assert values == pytest.approx(values_by_halves, rel=1e-4)
+        results.append((moved, [values for values, *_ in logger.steps], criterion.state_dict()))
+    (moved, values, state), (moved_in_parts, values_in_parts, state_in_parts) = results
+    assert (moved - moved_in_parts).norm() < 1e-3 * moved.norm()
+    for whole, parts in zip(values, values_in_parts):
+        assert whole == pytest.approx(parts, rel=1e-3)
+    for name, value in state.items():
+        torch.testing.assert_close(state_in_parts[name], value, rtol=1e-3, atol=1)  # a cell may cross an edge
+
+
+def test_accumulation_leaves_batchnorms_statistics_as_one_pass_does():
+    counted = []
+    for accumulate in (1, 2):
+        model, criterion, solver = make(norm="bn", batch_size=4, accumulate=accumulate)
+        train_one_epoch(model, criterion, [batch(ids=range(4))], solver, Recorder(), CPU)
+        counted.append(int(model.backbone.bn1.num_batches_tracked))
+    assert counted == [1, 2]  # the parts, each once
+
+
+def test_a_step_that_is_not_finite_may_be_skipped():
+    model, criterion, solver = make(skip_nonfinite=1)
+    hook = model.head.deltas.bias.register_hook(lambda gradient: gradient * float("inf"))
+    before = copy.deepcopy({key: value for key, value in model.named_parameters()})
+    logger = Recorder()
+    train_one_epoch(model, criterion, [batch()], solver, logger, CPU)
+    assert solver.step_count == solver.skipped == 1 and "skipped, 0 more" in logger.said[0]
+    assert all(torch.equal(before[key], value) for key, value in model.named_parameters())
+    with pytest.raises(FloatingPointError, match="at step 2"):
+        train_one_epoch(model, criterion, [batch()], solver, logger, CPU)
+    hook.remove()
+    solver.optimizer.zero_grad()
+    train_one_epoch(model, criterion, [batch()], solver, logger, CPU)
+    assert solver.step_count == 2 and any(not torch.equal(before[k], v) for k, v in model.named_parameters())
+
+
+def test_it_ends_at_the_step_it_is_told_and_where_it_is_asked_to():
+    model, criterion, solver = make()
+    train_one_epoch(model, criterion, [batch()] * 5, solver, Recorder(), CPU, until=2)
+    assert solver.step_count == 2
+    with Stop() as stop, stop.deferred():
+        os.kill(os.getpid(), signal.SIGTERM)
+        train_one_epoch(model, criterion, [batch()] * 5, solver, Recorder(), CPU, stop=stop)
+    assert solver.step_count == 3
 
 
 class Fixed(nn.Module):

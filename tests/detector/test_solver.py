@@ -173,20 +173,6 @@ def test_a_restored_solver_goes_on_bit_for_bit(optimizer, ema, same):
     assert not same(model.state_dict(), without.model.state_dict())
 
 
-def test_accumulated_parts_are_averaged():
-    model = small_model().eval()
-    whole, parts = (Solver(copy.deepcopy(model), total_steps=2, warmup_steps=0, accumulate=n) for n in (1, 2))
-    x = torch.randn(4, 4, dtype=torch.float64)
-    whole.backward(whole.model(x).mean())
-    for part in x.split(2):
-        parts.backward(parts.model(part).mean())
-    for solver in (whole, parts):
-        solver.gradient_norm()
-        solver.step()
-    for one, other in zip(whole.parameters, parts.parameters):
-        assert torch.allclose(one, other, atol=1e-14)
-
-
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_in_float16_an_overflow_skips_the_step_and_leaves_no_trace(optimizer):
     model, twin = nn.Linear(3, 1), nn.Linear(3, 1)
