@@ -250,7 +250,7 @@ def test_a_stopped_process_says_how_to_go_on(tiny, folder):
     process = subprocess.Popen(
         words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    last = folder / "runs" / "run" / "last.pt"
+    last = folder / "runs" / "tiny" / "last.pt"
     while not last.exists():
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.1)
@@ -273,7 +273,7 @@ def test_saving_between_epochs_changes_nothing(tiny, trained, folder, same):
 def test_the_batch_that_is_not_finite_is_kept_for_a_look(tiny, folder, command):
     settings = ["solver.lr=1e30", "solver.warmup_steps=0", "solver.schedule=cosine"]
     code, _, err = command(train.main, "--config", tiny(folder), "--set", *settings)
-    kept = torch.load(folder / "runs" / "run" / "nonfinite_0.pt", weights_only=True)
+    kept = torch.load(folder / "runs" / "tiny" / "nonfinite_0.pt", weights_only=True)
     assert code == 1 and "nonfinite_0.pt" in err.splitlines()[-1]
     assert kept["images"].dtype == torch.uint8 and len(kept["targets"]) == len(kept["image_ids"]) == len(kept["images"])
 
