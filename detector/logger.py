@@ -1,5 +1,6 @@
 """TensorBoard and the progress line; silence on all processes but the first."""
 
+import contextlib
 import statistics
 import sys
 import time
@@ -45,7 +46,8 @@ class Logger:
         self.gradients_every = gradients_every if folder is not None else 0
         self._writer = None
         if distributed.is_main() and folder is not None:
-            self._writer = SummaryWriter(str(folder), purge_step=first_step + 1)
+            with self._curves():
+                self._writer = SummaryWriter(str(folder), purge_step=first_step + 1)
         self._durations: deque[float] = deque(maxlen=1000)
         self._before = seconds_per_step
         self._steps = 0
@@ -56,6 +58,15 @@ class Logger:
     def seconds_per_step(self) -> float | None:
         """Median wall-clock seconds of a training step, waiting for data included."""
         return statistics.median(self._durations) if self._durations else self._before
+
+    @contextlib.contextmanager
+    def _curves(self) -> Iterator[None]:
+        """Where TensorBoard's files cannot be written, training goes on without them, and says so."""
+        try:
+            yield
+        except OSError as error:
+            self._writer = None
+            self.say(f"TensorBoard: its files cannot be written ({error.strerror or error}); going on without curves")
 
     def say(self, text: str) -> None:
         if distributed.is_main():
@@ -133,22 +144,24 @@ class Logger:
         edges = [(j + 1) / len(bars) for j in range(len(bars))]
         middles = [edge - 0.5 / len(bars) for edge in edges]
         total = sum(bars)
-        self._writer.add_histogram_raw(
-            name,
-            min=0.0,
-            max=1.0,
-            num=total,
-            sum=sum(bar * g for bar, g in zip(bars, middles)),
-            sum_squares=sum(bar * g * g for bar, g in zip(bars, middles)),
-            bucket_limits=edges,
-            bucket_counts=bars,
-            global_step=step,
-        )
+        with self._curves():
+            self._writer.add_histogram_raw(
+                name,
+                min=0.0,
+                max=1.0,
+                num=total,
+                sum=sum(bar * g for bar, g in zip(bars, middles)),
+                sum_squares=sum(bar * g * g for bar, g in zip(bars, middles)),
+                bucket_limits=edges,
+                bucket_counts=bars,
+                global_step=step,
+            )
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         if self._writer is not None:
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
+            with self._curves():
+                for name, value in values.items():
+                    self._writer.add_scalar(name, value, step)
 
     def metrics(self, metrics: dict[str, Any], step: int) -> None:
         """AP numbers of an evaluation under eval/, each class's under eval_per_class/; -1 (undefined) is left out."""
@@ -156,27 +169,31 @@ class Logger:
         numbers |= {f"eval_per_class/{name}": values["AP"] for name, values in metrics["per_class"].items()}
         self.scalars({key: value for key, value in numbers.items() if value >= 0}, step)
         if self._writer is not None:
-            self._writer.flush()
+            with self._curves():
+                self._writer.flush()
 
     def image(self, name: str, image: Tensor, step: int) -> None:
         """Image (3, h, w) uint8."""
         if self._writer is not None:
-            self._writer.add_image(name, image, step)
+            with self._curves():
+                self._writer.add_image(name, image, step)
 
     def config(self, text: str, settings: dict[str, Any]) -> None:
         """The config as text, and as hyper-parameters beside which TensorBoard shows the AP numbers."""
         if self._writer is None:
             return
-        self._writer.add_text("config", "```yaml\n" + text + "\n```")
         # add_hparams would open a second folder for the run; these three records are what it writes there.
         shown = {
             key: value if isinstance(value, (str, int, float, bool)) else str(value) for key, value in settings.items()
         }
-        for record in hparams(shown, {f"eval/{name}": 0 for name in ("AP", "AP50", "AP75", "AP80", "AP90")}):
-            self._writer.file_writer.add_summary(record)
+        with self._curves():
+            self._writer.add_text("config", "```yaml\n" + text + "\n```")
+            for record in hparams(shown, {f"eval/{name}": 0 for name in ("AP", "AP50", "AP75", "AP80", "AP90")}):
+                self._writer.file_writer.add_summary(record)
 
     def close(self) -> None:
         if self._line is not None:
             self._line.close()
         if self._writer is not None:
-            self._writer.close()
+            with self._curves():
+                self._writer.close()

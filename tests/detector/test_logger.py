@@ -143,3 +143,25 @@ def test_gradients_are_shares_and_histograms_at_their_own_interval(tmp_path):
 
 def test_without_a_folder_no_gradients_are_wanted():
     assert not Logger(None, every=1, gradients_every=1).wants_gradients(1)
+
+
+def test_curves_that_cannot_be_written_are_told_and_left_out(tmp_path, capsys):
+    (tmp_path / "taken").write_text("a file where the folder should be")
+    logger = Logger(tmp_path / "taken", every=1)
+    log(logger, range(1, 3))
+    logger.close()
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and out.startswith("TensorBoard: its files cannot be written")
+
+
+def test_a_disk_that_fills_up_ends_the_curves_and_not_the_run(tmp_path, capsys, monkeypatch):
+    logger = Logger(tmp_path, every=1)
+    log(logger, [1])
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(logger._writer, "add_scalar", full)
+    log(logger, range(2, 5))
+    logger.close()
+    assert capsys.readouterr().out.count("No space left on device") == 1
