@@ -63,6 +63,7 @@ def evaluate(
 ) -> None:
     """Score the checkpoint read from `source` on `data`, or on its own validation set, and write the results."""
     dataset = open_dataset(source, content, cfg, data)
+    distributed.same_everywhere({"--data": dataset.fingerprint()})
     if distributed.is_main():
         print(f"{source} on {dataset.summary()}")
 

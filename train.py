@@ -66,12 +66,17 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False, accept_cha
         classes = train_set.category_ids
         kept = checkpoint.resume(content, last, cfg, solver, criterion, classes, accept_changes=accept_changes)
 
+    options = config.flat(cfg.model_dump(mode="json"))
+    here = {key: value for key, value in options.items() if not key.startswith(("output", "data.train", "data.val"))}
+    here |= {"data.train": train_set.fingerprint(), "data.val": val_set.fingerprint()}
+    distributed.same_everywhere(here | {"the checkpoint's step": solver.step_count})
+
     open_folder(cfg)
     curves = cfg.folder if cfg.tensorboard.enabled else None
     board = cfg.tensorboard
     logger = Logger(curves, board.every, solver.step_count, kept["seconds_per_step"], board.gradients)
     with contextlib.closing(logger), Stop() as stop:  # also on an error, which must not land in the progress line
-        logger.config(config.dump(cfg), config.flat(cfg.model_dump(mode="json")))
+        logger.config(config.dump(cfg), options)
         start = f", from step {solver.step_count}" if last else ""
         logger.say(f"run: {cfg.folder} on {device}, {cfg.precision}{start}")
         for line in (*broken, *(f"changed: {change}" for change in kept["changes"])):
@@ -131,6 +136,7 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False, accept_cha
             except NonFiniteLoss as error:
                 raise FloatingPointError(f"{error}; {keep_batch(cfg, error.batch)}") from None
             save("last.pt")
+            stop.number = max(distributed.gather(stop.number or 0)) or None  # all leave where one was asked to
             stop.leave()
     logger.say(metrics_table(metrics))
     logger.say(f"in {cfg.folder}: last.pt, best.pt, metrics.json, detections.png; tensorboard --logdir {cfg.output}")

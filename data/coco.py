@@ -4,8 +4,10 @@ Outside: boxes x, y, width, height; category ids with gaps. Inside: boxes x1, y1
 Whatever is wrong with the file is found here and told in one line.
 """
 
+import hashlib
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path, PureWindowsPath
@@ -15,11 +17,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data.images import read_image
+from data.images import MAX_PIXELS, read_image
 from detector.errors import UserError
 from detector.structures import Target
 
 MIN_SIDE = 1e-3  # pixels; a box thinner than this, after clipping, has no area
+MAX_ID = 2**63 - 1  # pycocotools puts ids in arrays
+# In a name these would break the lines it is told in, and what draws and logs it.
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 CLIP_TOLERANCE = 0.1  # pixels; finer than this, a box outside its image is rounding in the file
 
 # A transform: image (h, w, 3) uint8 RGB, boxes (G, 4) float32, labels (G,) int64, seed -> the first three.
@@ -32,8 +37,8 @@ class CocoDataset(Dataset):
     A validation set is given the `category_ids` (and, to have them compared, the `class_names`) of the training
     set, so that a label means the same class in both.
 
-    Raises UserError for whatever is wrong with the annotation file or a missing image, at once; for an image that
-    cannot be decoded or has another size than its record says, when it is read.
+    Raises UserError for whatever is wrong with the annotation file, a missing image or one outside the folder, at
+    once; for an image that cannot be decoded or has another size than its record says, when it is read.
     """
 
     def __init__(
@@ -61,16 +66,17 @@ class CocoDataset(Dataset):
         names = unique_names(self.annotations["categories"])
         self.category_ids: list[int] = sorted(names) if category_ids is None else list(category_ids)
         expected = dict(zip(self.category_ids, class_names)) if class_names is not None else {}
+        known = set(self.category_ids)
         for category, name in names.items():
-            if category not in self.category_ids:
+            if category not in known:
                 raise UserError(
-                    f"{self.path}: category {category} ({name!r}) is unknown to the model, whose category ids are "
-                    f"{_shortened(self.category_ids)}; take an annotation file of the same data set"
+                    f"{self.path}: category {category} ({_shortened(name)}) is unknown to the model, whose category "
+                    f"ids are {_shortened(self.category_ids)}; take an annotation file of the same data set"
                 )
             if expected.get(category, name) != name:
                 raise UserError(
-                    f"{self.path}: category {category} is {name!r} here and {expected[category]!r} in training; "
-                    "give both annotation files the same categories"
+                    f"{self.path}: category {category} is {_shortened(name)} here and "
+                    f"{_shortened(expected[category])} in training; give both annotation files the same categories"
                 )
         names = {**names, **expected}
         self.class_names: list[str] = [names.get(category, f"category {category}") for category in self.category_ids]
@@ -100,14 +106,24 @@ class CocoDataset(Dataset):
         self._starts = np.searchsorted(image[order], np.arange(len(self) + 1))  # image i owns starts[i]..starts[i+1]
 
     def check_files(self) -> None:
-        """Raise UserError unless every image of the annotation file is in the image folder."""
-        found = {folder: _list_files(self.folder / folder) for folder in map(os.path.dirname, self.file_names)}
-        missing = [name for name in self.file_names if os.path.basename(name) not in found[os.path.dirname(name)]]
+        """Raise UserError unless every image of the annotation file is in the image folder, links followed."""
+        found = {folder: _list_files(self.folder / folder) for folder in set(map(os.path.dirname, self.file_names))}
+        files = [found[os.path.dirname(name)].get(os.path.basename(name)) for name in self.file_names]
+        missing = [name for name, file in zip(self.file_names, files) if file is None]
         if missing:
             raise UserError(
                 f"{self.folder}: {len(missing)} of {len(self)} images of {self.path} are not there, the first is "
                 f"{missing[0]!r}; correct the image folder or complete it"
             )
+        root = os.path.realpath(self.folder)
+        # Each folder is resolved once, and of the files only the links: there may be 100,000.
+        inside = {folder: _is_inside(self.folder / folder, root) for folder in found}
+        for name, file in zip(self.file_names, files):
+            if not inside[os.path.dirname(name)] or (file.is_symlink() and not _is_inside(file.path, root)):
+                raise UserError(
+                    f"{self.folder}: {name!r} of {self.path} is a link to {os.path.realpath(file)!r}, outside the "
+                    "image folder; put the file itself there, or give the folder that holds both"
+                )
 
     def summary(self) -> str:
         """One paragraph on what training sees of the file and what it does not."""
@@ -119,6 +135,14 @@ class CocoDataset(Dataset):
             f"{len(self.dropped_ids):,} boxes without area dropped"
             + (f" (annotation ids {examples})." if self.dropped_ids else ".")
         )
+
+    def fingerprint(self) -> str:
+        """What must be the same in all processes of a run, wherever the files lie."""
+        digest = hashlib.sha256(repr((self.image_ids, self.sizes, self.category_ids)).encode())
+        digest.update(self._boxes)
+        digest.update(self._labels)
+        counts = f"{len(self)} images, {self.num_boxes} boxes, {len(self.category_ids)} classes"
+        return f"{counts}, sha256 {digest.hexdigest()[:12]}"
 
     @property
     def num_boxes(self) -> int:
@@ -170,8 +194,9 @@ def load_annotations(path: str | Path) -> dict:
             raise _at(path, "images", index, record, flaw)
     for index, record in enumerate(categories):
         name = record.get("name")
-        if not isinstance(name, str) or not name:
-            raise _at(path, "categories", index, record, f"name is {name!r}; give the class a name")
+        if not isinstance(name, str) or not name or CONTROL.search(name):
+            flaw = f"name is {_shortened(name)}; give the class a name, without control characters"
+            raise _at(path, "categories", index, record, flaw)
     image_ids, category_ids = {record["id"] for record in images}, {record["id"] for record in categories}
     for index, record in enumerate(annotations):
         if flaw := _annotation_flaw(record, image_ids, category_ids):
@@ -186,7 +211,10 @@ def load_annotations(path: str | Path) -> dict:
 def unique_names(categories: list[dict]) -> dict[int, str]:
     """Category id -> name; categories that share one, as in some exports, are told apart by their ids."""
     count = Counter(category["name"] for category in categories)
-    return {c["id"]: c["name"] if count[c["name"]] == 1 else f"{c['name']} (id {c['id']})" for c in categories}
+    names = {c["id"]: c["name"] if count[c["name"]] == 1 else f"{c['name']} (id {c['id']})" for c in categories}
+    if len(set(names.values())) == len(names):
+        return names
+    return {c["id"]: f"{c['name']} (id {c['id']})" for c in categories}  # one was called "cat (id 3)" already
 
 
 def _records(path: str | Path, document: dict, name: str) -> list[dict]:
@@ -201,6 +229,8 @@ def _records(path: str | Path, document: dict, name: str) -> list[dict]:
         number = record.get("id")
         if type(number) is not int:  # not isinstance: True is an int to Python
             raise UserError(f"{path}: {name}[{index}]: id is {_shortened(number)}; give it a whole number of its own")
+        if abs(number) > MAX_ID:
+            raise UserError(f"{path}: {name}[{index}]: id {_shortened(number)} exceeds 64 bits; give a smaller one")
         if number in seen:
             raise UserError(f"{path}: {name}[{index}]: id {number} is taken by an earlier record; make ids unique")
         seen.add(number)
@@ -211,10 +241,13 @@ def _image_flaw(record: dict) -> str | None:
     for key in ("width", "height"):
         if type(record.get(key)) is not int or record[key] <= 0:
             return f"{key} is {_shortened(record.get(key))}; give the image's {key} in pixels"
+    if record["width"] * record["height"] > MAX_PIXELS:
+        size = f"{_shortened(record['width'])} x {_shortened(record['height'])}"
+        return f"width x height is {size}, more than {MAX_PIXELS} pixels; correct it or make the image smaller"
     name = record.get("file_name")
     # The Windows flavour knows both separators and drives, so that it finds every way out of the folder.
     file = PureWindowsPath(name) if isinstance(name, str) else None
-    if file is None or file.anchor or not file.parts or ".." in file.parts:
+    if file is None or file.anchor or not file.parts or ".." in file.parts or CONTROL.search(name):
         return f"file_name is {_shortened(name)}; give a path inside the image folder, relative to it"
     return None
 
@@ -244,13 +277,23 @@ def _at(path: str | Path, name: str, index: int, record: dict, flaw: str) -> Use
 
 
 def _shortened(value: object) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:
+        return f"a deeply nested {type(value).__name__}"
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _list_files(folder: Path) -> set[str]:
+def _list_files(folder: Path) -> dict[str, os.DirEntry]:
+    """The folder's files by name; no folders, and none of what is read without an end, such as a pipe."""
     try:
         with os.scandir(folder) as entries:
-            return {entry.name for entry in entries}
+            # A link that leads round in a circle is no file to isfile, and an OSError to is_file.
+            return {e.name: e for e in entries if (os.path.isfile(e) if e.is_symlink() else e.is_file())}
     except OSError as error:
         raise UserError(f"{folder}: cannot read the image folder ({error.strerror}); correct its path") from None
+
+
+def _is_inside(path: str | Path, root: str) -> bool:
+    """Whether a path leads, links followed, into the folder `root`, itself free of links."""
+    return Path(os.path.realpath(path)).is_relative_to(root)

@@ -9,6 +9,8 @@ from PIL import Image, UnidentifiedImageError
 
 from detector.errors import UserError
 
+# Larger images are refused before they are decoded, whatever the size of the file: 179 million, PIL's own limit.
+MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS
 ORIENTATION = 0x0112  # the EXIF tag
 # What undoes each value of the tag; image (h, w, 3).
 UPRIGHT = {
@@ -29,29 +31,44 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None) -> np.ndar
 
     `size` is the (height, width) of its record, which says in which frame the boxes are: if that is the stored
     one and not the one that the EXIF orientation asks for, the image is not turned. Raises UserError for a file
-    that cannot be decoded, has another size, or more pixels than PIL allows (179 million).
+    that cannot be decoded, and, before it is, for one that has another size or more than MAX_PIXELS.
     """
     try:
         data = Path(path).read_bytes()
         with Image.open(io.BytesIO(data)) as file:
+            _check_header(path, file.size, size)
             image = _decode(file, data)
             # Asked after decoding: PIL turns a TIFF itself and then takes the tag away.
             orientation = file.getexif().get(ORIENTATION, 1)
+    except UserError:
+        raise
     except Exception as error:  # decoders raise all kinds; whichever it is, the file is at fault
         if isinstance(error, UnidentifiedImageError):
             error = "no image format that is known" if data else "the file is empty"
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()) or type(error).__name__  # a MemoryError says nothing
         raise UserError(f"{path}: cannot read the image ({reason}); replace it or remove its record") from None
     stored = image.shape[:2]
     upright = stored[::-1] if orientation in (5, 6, 7, 8) else stored
     if size is not None and tuple(size) not in (stored, upright):
-        raise UserError(
-            f"{path}: the image is {stored[1]} x {stored[0]} pixels, its record says {size[1]} x {size[0]}; correct "
-            "the record or put the image there that was annotated"
-        )
+        raise _other_size(path, stored, size)
     if orientation in UPRIGHT and (size is None or tuple(size) == upright):
         image = UPRIGHT[orientation](image)
     return np.ascontiguousarray(image)
+
+
+def _check_header(path: str | Path, found: tuple[int, int], size: tuple[int, int] | None) -> None:
+    """Raise UserError where the (width, height) that a file's header claims is too large or not the record's."""
+    if found[0] * found[1] > MAX_PIXELS:  # PIL refuses it too, unless somebody has lifted its limit
+        raise UserError(f"{path}: the image is {found[0]} x {found[1]}, more than {MAX_PIXELS} pixels; make it smaller")
+    if size is not None and sorted(found) != sorted(size):  # which side is which, the orientation says
+        raise _other_size(path, found[::-1], size)
+
+
+def _other_size(path: str | Path, found: tuple[int, int], size: tuple[int, int]) -> UserError:
+    return UserError(
+        f"{path}: the image is {found[1]} x {found[0]} pixels, its record says {size[1]} x {size[0]}; correct "
+        "the record or put the image there that was annotated"
+    )
 
 
 def _decode(file: Image.Image, data: bytes) -> np.ndarray:

@@ -4,6 +4,8 @@ The order and the augmentation of training depend on (seed, epoch) and the posit
 run that is stopped and resumed, has other workers, or is spread over processes, sees the same images.
 """
 
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 
 import cv2
@@ -122,14 +124,70 @@ def collate(samples: Sequence[tuple[Tensor, Target, int, tuple[int, int]]]) -> B
 
 
 class _Loader(DataLoader):
-    """A DataLoader out of which a worker's UserError comes as it was raised, in one line."""
+    """A DataLoader out of which a worker's UserError, or its death, comes between two batches and in one line."""
 
     def __iter__(self) -> Iterator[Batch]:
+        batches = None
+        while True:
+            try:
+                with _deaths:
+                    if batches is None:
+                        batches = super().__iter__()  # starts the workers
+                        _deaths.watch()
+                    batch = next(batches)
+            except StopIteration:
+                return
+            except UserError as error:
+                # From a worker it comes as a whole traceback, whose last line has the message behind the class name.
+                raise UserError(str(error).rstrip().rpartition("UserError: ")[2]) from None
+            except RuntimeError as error:
+                if not str(error).startswith("DataLoader worker (pid"):
+                    raise
+                how = str(error).rpartition(") ")[2].partition(". ")[0].rstrip(".")
+                raise UserError(
+                    f"a process that loads images {how}, most often for lack of memory or of /dev/shm; lower "
+                    "data.workers or data.short_side, and go on with --resume"
+                ) from None
+            yield batch
+
+
+class _Deaths:
+    """Lets the death of a worker be raised only while a batch is waited for: `with _deaths: next(batches)`.
+
+    torch raises it from a signal handler, wherever the main thread is: in the middle of an optimizer step, too.
+    """
+
+    def __init__(self):
+        self._waiting, self._noted = False, None
+
+    def __enter__(self) -> None:
+        self._waiting = True
+        if self._noted:
+            error, self._noted, self._waiting = self._noted, None, False
+            raise error
+
+    def __exit__(self, *error: object) -> None:
+        self._waiting = False
+
+    def watch(self) -> None:
+        """Stand before the handler that torch sets with its first workers."""
+        if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
+            return
+        theirs = signal.getsignal(signal.SIGCHLD)
+        if callable(theirs) and getattr(theirs, "__self__", None) is not self:
+            self._theirs = theirs
+            signal.signal(signal.SIGCHLD, self._child_ended)
+
+    def _child_ended(self, number: int, frame: object) -> None:
         try:
-            yield from super().__iter__()
-        except UserError as error:
-            # From a worker it comes as a whole traceback, whose last line has the message behind the class name.
-            raise UserError(str(error).rstrip().rpartition("UserError: ")[2]) from None
+            self._theirs(number, frame)
+        except RuntimeError as error:
+            if self._waiting:
+                raise
+            self._noted = error
+
+
+_deaths = _Deaths()
 
 
 def _loader(dataset: CocoDataset, sampler: Sampler, workers: int, pin_memory: bool) -> DataLoader:
@@ -147,6 +205,8 @@ def _loader(dataset: CocoDataset, sampler: Sampler, workers: int, pin_memory: bo
 
 
 def _start_worker(worker: int) -> None:
+    # Ctrl-C goes to the whole group; the training process ends its step with the batches that it has asked for.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # The processes are the parallelism: threads inside them would only contend.
     cv2.setNumThreads(0)
     torch.set_num_threads(1)

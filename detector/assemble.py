@@ -124,8 +124,8 @@ def images_per_process(cfg: Config) -> int:
 
 
 def evaluation_batch(cfg: Config) -> int:
-    """Images that one process evaluates at once: as many as it trains on, unless the config says."""
-    return cfg.evaluation.batch_size or max(1, images_per_process(cfg) // cfg.solver.accumulate)
+    """Images that one process evaluates at once; unless the config says, it does not depend on their number."""
+    return cfg.evaluation.batch_size or min(8, cfg.solver.batch_size // cfg.solver.accumulate)
 
 
 def loader_options(cfg: Config, device: torch.device) -> dict[str, Any]:

@@ -32,7 +32,12 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(32, channels)
 
 
-NORMS: dict[str, Any] = {"frozen_bn": FrozenBatchNorm2d, "bn": nn.BatchNorm2d, "gn": group_norm}
+NORMS: dict[str, Any] = {
+    "frozen_bn": FrozenBatchNorm2d,
+    "bn": nn.BatchNorm2d,
+    "sync_bn": nn.SyncBatchNorm,
+    "gn": group_norm,
+}
 
 
 class Backbone(nn.Module):
@@ -40,7 +45,8 @@ class Backbone(nn.Module):
 
     Args:
         name: a key of `BACKBONES`
-        norm: a key of `NORMS`; frozen_bn keeps the statistics and the affine part of the weights it is given
+        norm: a key of `NORMS`; frozen_bn keeps the statistics and the affine part of the weights it is given,
+            sync_bn is bn whose statistics are of all processes' images, with the same tensors
         frozen_stages: 0 none, 1 the stem and the first stage (C2), ... 4 all
     """
 

@@ -18,6 +18,7 @@ from detector.errors import UserError
 
 MAX_LEVELS = 20  # levels of a YAML text
 MAX_VALUES = 10_000  # of a YAML text, an alias counting as all that it stands for
+MAX_OPTION = 1e6  # of a part; a billion octaves or bins would fill the memory before anybody could say so
 MAX_SHOWN = 300  # characters of a message
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # would break the line it is told in
 
@@ -48,6 +49,14 @@ class Part(_Checked):
     @property
     def options(self) -> dict[str, Any]:
         return dict(self.model_extra or {})
+
+    @model_validator(mode="after")
+    def _bounded(self) -> "Part":
+        for key, value in self.options.items():
+            for number in value if isinstance(value, list) else [value]:
+                if isinstance(number, (int, float, str)) and _size(number) > MAX_OPTION:
+                    raise ValueError(f"{key} exceeds {MAX_OPTION:,.0f}")
+        return self
 
 
 class LossPart(Part):
@@ -162,7 +171,7 @@ class PostprocessOptions(Options):
 
 class Evaluation(Options):
     every: int = Field(1, ge=1)  # epochs; the last is always evaluated
-    batch_size: int | None = Field(None, ge=1)  # a process; by default the training's
+    batch_size: int | None = Field(None, ge=1)  # a process; by default the training's, at most 8
 
 
 class Saving(Options):
@@ -286,6 +295,16 @@ def _fields(options: type[BaseModel], location: tuple) -> list[str]:
     for part in location:
         options = options.model_fields[part].annotation
     return list(options.model_fields)
+
+
+def _size(value: float | str) -> float:
+    """How large a number is, be it written as a text; 0 for other texts."""
+    try:
+        return abs(float(value))
+    except OverflowError:
+        return float("inf")
+    except ValueError:
+        return 0.0
 
 
 def _one_line(text: str) -> str:

@@ -12,7 +12,7 @@ from detector.errors import UserError
 
 def setup(device: torch.device) -> torch.device:
     """Join the group that torchrun announces in the environment, if any; returns this process's device."""
-    if not {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys():
+    if not {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys() or os.environ["WORLD_SIZE"] == "1":
         return device
     if device.type == "cuda":
         local_rank, found = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
@@ -57,6 +57,15 @@ def all_sum(tensor: Tensor) -> Tensor:
     return total
 
 
+def all_max(tensor: Tensor) -> Tensor:
+    """Elementwise maximum of `tensor` over all processes; `tensor` itself alone. Carries no gradient."""
+    if world_size() == 1:
+        return tensor
+    largest = tensor.detach().clone()
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest
+
+
 def all_cat(tensor: Tensor) -> Tensor:
     """The 1-d `tensor`s of all processes, of any lengths, one after the other; `tensor` itself alone. No gradient."""
     if world_size() == 1:
@@ -89,6 +98,15 @@ def from_main(value: Any) -> Any:
     return values[0]
 
 
+def same_everywhere(values: dict[str, Any]) -> None:
+    """UserError on every process, naming what differs, unless all have equal values under the same names."""
+    everyone = gather(values)
+    for name in dict.fromkeys(name for one in everyone for name in one):
+        found = [one.get(name) for one in everyone]
+        if found.count(found[0]) < len(found):
+            raise UserError(f"{name} differs between processes: {_by_rank(found)}; give all of them the same")
+
+
 def share_buffers(module: nn.Module) -> None:
     """Give every process the first one's buffers: each has counted BatchNorm statistics of its own images."""
     if world_size() > 1:
@@ -97,8 +115,33 @@ def share_buffers(module: nn.Module) -> None:
 
 
 def replicate(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model whose gradients are averaged over processes; the model itself alone."""
+    """The model whose gradients are averaged over processes; the model itself alone.
+
+    UserError where it has a SyncBatchNorm, which counts all processes' images, and the processes have no GPU.
+    """
     if world_size() == 1:
         return model
+    if device.type != "cuda" and any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
+        raise UserError(
+            f"model.norm: sync_bn needs a GPU for each process, these {world_size()} are on {device.type}; "
+            "use bn or gn, or start one process"
+        )
     ids = [device.index] if device.type == "cuda" else None
     return nn.parallel.DistributedDataParallel(model, device_ids=ids)
+
+
+def _by_rank(values: list[Any]) -> str:
+    """What each process has, equal values together; of long ones the stretch where they part."""
+    texts = [str(value) for value in values]
+    start = 0
+    if max(map(len, texts)) > 80:
+        alike = next((i for i, letters in enumerate(zip(*texts)) if len(set(letters)) > 1), min(map(len, texts)))
+        start = max(0, alike - 20)
+    ranks: dict[str, list[int]] = {}
+    for rank, text in enumerate(texts):
+        ranks.setdefault(text, []).append(rank)
+    parts = []
+    for text, (first, *others) in ranks.items():
+        more = f" and {len(others)} more" if others else ""
+        parts.append(f"{text[start : start + 80]!r} on rank {first}{more}")
+    return ", ".join(parts)

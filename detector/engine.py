@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detector import boxes as box_ops
@@ -50,6 +51,7 @@ def train_one_epoch(
         return
     for batch in logger.progress(batches, solver):
         step = solver.step_count + 1
+        batch = _padded_alike(batch, device)
         losses, observed = _backward(model, criterion, batch, solver, device, logger.wants_gradients(step))
         if observed is not None:
             logger.gradients(observed, step)
@@ -135,6 +137,13 @@ def predict(
     for share in distributed.gather(found):
         everywhere.update(share)
     return everywhere
+
+
+def _padded_alike(batch: Batch, device: torch.device) -> Batch:
+    """Padded to the largest images of all processes' shares, as one process would: padding is background to learn."""
+    own = torch.tensor(batch.images.shape[-2:], device=device)
+    height, width = (now - then for now, then in zip(distributed.all_max(own).tolist(), own.tolist()))
+    return batch._replace(images=F.pad(batch.images, (0, width, 0, height))) if height or width else batch
 
 
 def _split(batch: Batch, parts: int) -> list[Batch]:

@@ -1,11 +1,13 @@
-"""Two processes, started as users start them, give what one gives."""
+"""Several processes, started as users start them, give what one gives."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 
@@ -14,22 +16,37 @@ from detector import checkpoint
 ROOT = Path(__file__).parents[1]
 
 
-def run(*command: object) -> None:
+def run(*command: object, processes: int = 1) -> None:
     environment = {**os.environ, "NO_ALBUMENTATIONS_UPDATE": "1", "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, *map(str, command)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    words = [sys.executable, *launcher, *map(str, command)]
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_two_processes_train_and_evaluate_as_one(rectangles, folder):
-    # All images alike in size, so that none is padded to another's; GroupNorm, since BatchNorm sees a process's share.
+def read(path: Path):
+    return json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def runs(rectangles, tmp_path_factory):
+    """A folder with the config, and the runs `one`, of one process, and `two`."""
+    # Images of unlike size, so that shares must be padded alike; GroupNorm, since BatchNorm sees a process's share.
+    folder = tmp_path_factory.mktemp("runs")
     boxes = [[(i % 2, [6 + 4 * i, 10, 20 + 3 * i, 30])] for i in range(5)]
     annotations, images = rectangles(folder, boxes, classes=2)
     files = {"annotations": annotations, "images": images}
     values = {
-        "output": str(folder / "runs"),
+        "output": str(folder),
         "device": "cpu",
-        "data": {"train": files, "val": files, "short_side": 64, "long_side": 64, "workers": 0},
+        "data": {
+            "train": files,
+            "val": files,
+            "short_side": 64,
+            "long_side": 64,
+            "workers": 0,
+            "scale_jitter": [0.5, 1.5],
+        },
         "model": {
             "backbone": "resnet18",
             "weights": "none",
@@ -44,14 +61,32 @@ def test_two_processes_train_and_evaluate_as_one(rectangles, folder):
         "postprocess": {"score_threshold": 0.0},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(values))
-    arguments = ["train.py", "--config", folder / "config.yaml", "--set"]
-    run(*arguments, "run=one")
-    run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *arguments, "run=two")
+    for processes, name in ((1, "one"), (2, "two")):
+        run("train.py", "--config", folder / "config.yaml", "--set", f"run={name}", processes=processes)
+    yield folder
+    shutil.rmtree(folder)
 
-    one, two = (checkpoint.read(folder / "runs" / name / "last.pt") for name in ("one", "two"))
+
+def test_two_processes_train_as_one(runs):
+    one, two = (checkpoint.read(runs / name / "last.pt") for name in ("one", "two"))
     for part in ("model", "criterion"):
         for name, value in one["run"][part].items():
             torch.testing.assert_close(two["run"][part][name], value, rtol=1e-4, atol=1e-5, msg=name)
     assert one["run"]["criterion"]["class_loss.updates"] == 2
-    metrics = [json.loads((folder / "runs" / name / "metrics.json").read_text()) for name in ("one", "two")]
+    metrics = [read(runs / name / "metrics.json") for name in ("one", "two")]
     assert metrics[0]["images"] == metrics[1]["images"] == 5
+
+
+def test_one_two_and_three_processes_score_the_same(runs, rectangles):
+    """Seven images, so that shares differ; in batches of a size of their own, so that those do not."""
+    boxes = [[(i % 2, [3 * i, 10, 20 + 3 * i, 30])] for i in range(7)]
+    data = rectangles(runs / "other", boxes, classes=2)
+    found = []
+    for processes in (1, 2, 3):
+        folder = runs / f"by {processes}"
+        arguments = ("--checkpoint", runs / "one" / "last.pt", "--data", *data, "--output", folder)
+        run("eval.py", *arguments, "--set", "evaluation.batch_size=2", processes=processes)
+        order = [(result["image_id"], *result["bbox"], result["score"]) for result in read(folder / "detections.json")]
+        found.append((read(folder / "metrics.json"), sorted(order)))
+    assert found[0] == found[1] == found[2]
+    assert found[0][0]["images"] == 7 and len(found[0][1]) > 500

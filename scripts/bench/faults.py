@@ -17,8 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # the project's packages, wherever this is started
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's packages, wherever this is started
 
 import torch
 import yaml
@@ -26,6 +25,8 @@ from tqdm import tqdm
 
 from data.demo import write_demo
 from detector import checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 import copy
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,9 @@ def test_categories_of_one_name_are_told_apart(folder):
     document["categories"][1]["name"] = "dog"
     write(folder, document)
     assert dataset(folder).class_names == ["dog (id 5)", "dog (id 90)"]
+    document["categories"].append({"id": 1, "name": "dog (id 5)"})
+    write(folder, document)
+    assert dataset(folder).class_names == ["dog (id 5) (id 1)", "dog (id 5)", "dog (id 90)"]
 
 
 def test_boxes_are_converted_clipped_and_dropped(folder):
@@ -129,6 +133,60 @@ def test_missing_images_are_counted_at_once(folder):
     one_line(excinfo, "nowhere")
 
 
+def test_a_folder_is_listed_once_however_many_images_it_has(folder, monkeypatch):
+    listed = []
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: listed.append(path) or scandir(path))
+    dataset(folder)
+    assert sorted(listed) == [folder / "images", folder / "images" / "sub"]
+
+
+@pytest.mark.parametrize("outside", ["file", "folder", "by way of a link"])
+def test_links_out_of_the_image_folder_are_refused(folder, outside):
+    images, elsewhere = folder / "images", folder / "images of others"
+    elsewhere.mkdir()
+    if outside == "folder":
+        (images / "sub").rename(elsewhere / "sub")
+        (images / "sub").symlink_to(elsewhere / "sub")
+    else:
+        (images / "sub" / "b.png").rename(elsewhere / "b.png")
+        (folder / "link").symlink_to(elsewhere)
+        (images / "sub" / "b.png").symlink_to((folder / "link" if "link" in outside else elsewhere) / "b.png")
+    with pytest.raises(UserError) as excinfo:
+        dataset(folder)
+    one_line(excinfo, str(images), "'sub/b.png'", str(elsewhere), "put the file itself there")
+
+
+def test_links_that_stay_inside_are_followed(folder):
+    images = folder / "images"
+    (images / "c.png").rename(images / "real c.png")
+    (images / "c.png").symlink_to("real c.png")
+    (images / "sub").rename(images / "real")
+    (images / "sub").symlink_to(images / "real")
+    images.rename(folder / "store")
+    images.symlink_to(folder / "store")  # the image folder may itself be a link
+    (images / "sub").unlink()
+    (images / "sub").symlink_to("real")
+    (images / "not an image").symlink_to("/")  # and what no record names may lead anywhere
+    (images / "circle").symlink_to("circle")
+    assert len(list(dataset(folder))) == 3
+
+
+@pytest.mark.parametrize("kind", ["folder", "dangling link", "link to itself", "pipe"])
+def test_what_is_no_file_is_missing(folder, kind):
+    path = folder / "images" / "c.png"
+    path.unlink()
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)  # reading it would wait for ever
+    else:
+        path.symlink_to("c.png" if kind == "link to itself" else "nowhere.png")
+    with pytest.raises(UserError) as excinfo:
+        dataset(folder)
+    one_line(excinfo, "1 of 3", "'c.png'")
+
+
 # --------------------------------------------------------------------------------- flaws of annotation files
 
 
@@ -156,6 +214,11 @@ FLAWS = {
     "id absent": (changed("images", 1, "id", KeyError), ["images[1]", "id is None"]),
     "id text": (changed("annotations", 1, "id", "x"), ["annotations[1]", "id is 'x'"]),
     "id bool": (changed("categories", 1, "id", True), ["categories[1]", "id is True"]),
+    "id of 65 bits": (changed("images", 1, "id", 2**63), ["images[1]", "9223372036854775808 exceeds 64 bits"]),
+    "too many pixels": (changed("images", 0, "width", 6_000_000), ["images[0] (id 7)", "6000000 x 30", "178956970"]),
+    "file name of two lines": (changed("images", 2, "file_name", "a\nb.png"), ["images[2] (id 9)", r"'a\nb.png'"]),
+    "category name of two lines": (changed("categories", 0, "name", "a\nb"), ["categories[0] (id 90)", r"'a\nb'"]),
+    "half a character": (changed("categories", 0, "name", "\ud800"), ["categories[0] (id 90)", r"'\ud800'"]),
     "image id twice": (changed("images", 1, "id", 7), ["images[1]", "id 7"]),
     "annotation id twice": (changed("annotations", 1, "id", 1), ["annotations[1]", "id 1"]),
     "category id twice": (changed("categories", 1, "id", 90), ["categories[1]", "id 90"]),

@@ -1,13 +1,18 @@
 import struct
+import subprocess
+import sys
 import zlib
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from data.images import UPRIGHT, read_image
+from data.images import MAX_PIXELS, UPRIGHT, read_image
 from detector.errors import UserError
+
+ROOT = Path(__file__).parents[2]
 
 
 def one_line(excinfo, *parts):
@@ -109,12 +114,59 @@ def test_broken_files_are_one_line(tmp_path, name):
     one_line(excinfo, name)
 
 
-def test_decompression_bombs_are_refused(tmp_path):
-    Image.fromarray(RGB).save(tmp_path / "x.png")
-    data = bytearray((tmp_path / "x.png").read_bytes())
-    data[16:24] = struct.pack(">II", 20_000, 20_000)  # the size in the header, and the checksum after it
-    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
-    (tmp_path / "x.png").write_bytes(data)
-    with pytest.raises(UserError) as excinfo:
-        read_image(tmp_path / "x.png")
-    one_line(excinfo, "x.png", "400000000 pixels")
+def png(path, width, height, depth, pixels):
+    """Write a gray PNG of these compressed pixels, whatever the header says."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, 0, 0, 0, 0))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", pixels) + chunk(b"IEND", b""))
+    return path
+
+
+def jpeg(path, width, height):
+    """Write a JPEG whose header claims this size."""
+    Image.fromarray(RGB).save(path)
+    data = bytearray(path.read_bytes())
+    at = data.index(b"\xff\xc0") + 5
+    data[at : at + 4] = struct.pack(">HH", height, width)
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize("limit", ["PIL's", "ours"])
+def test_decompression_bombs_are_refused(tmp_path, monkeypatch, limit):
+    if limit == "ours":
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    pixels = zlib.compress(b"\0" * 100)
+    for path in (
+        png(tmp_path / "header.png", 100_000, 100_000, 8, pixels),
+        png(tmp_path / "whole.png", 20_000, 20_000, 1, zlib.compress(bytes(20_000 * 2_501))),
+        jpeg(tmp_path / "x.jpg", 60_000, 60_000),
+    ):
+        assert path.stat().st_size < 60_000
+        with pytest.raises(UserError) as excinfo:
+            read_image(path)
+        one_line(excinfo, path.name, "pixels", str(MAX_PIXELS))
+
+
+def test_what_has_not_its_records_size_is_not_decoded(tmp_path):
+    """In a process of its own, whose peak memory says so."""
+    png(tmp_path / "x.png", 13_000, 13_000, 1, zlib.compress(bytes(13_000 * 1_626)))  # within the limit
+    jpeg(tmp_path / "x.jpg", 13_000, 13_000)
+    code = (
+        "import resource, sys\n"
+        "from data.images import read_image\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "before = peak()\n"
+        "for path in sys.argv[1:]:\n"
+        "    try: read_image(path, (24, 36))\n"
+        "    except Exception as error: print(error)\n"
+        "print((peak() - before) // 1024)\n"
+    )
+    files = [str(tmp_path / "x.png"), str(tmp_path / "x.jpg")]
+    result = subprocess.run([sys.executable, "-c", code, *files], capture_output=True, text=True, cwd=ROOT, check=True)
+    *refusals, megabytes = result.stdout.splitlines()
+    assert len(refusals) == 2 and all("13000 x 13000 pixels, its record says 36 x 24" in line for line in refusals)
+    assert int(megabytes) < 100

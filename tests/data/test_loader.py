@@ -1,5 +1,8 @@
 import itertools
 import json
+import os
+import signal
+import time
 from collections import Counter
 
 import numpy as np
@@ -183,3 +186,47 @@ def test_a_users_slip_in_a_worker_stays_one_line(folder, workers):
         list(eval_loader(data, 4, workers=workers))
     message = str(excinfo.value)
     assert message.startswith(str(folder / "4.png")) and "\n" not in message and "Traceback" not in message
+
+
+class Dying(CocoDataset):
+    """Ends its process at one image: by a signal, or with an exit code."""
+
+    def __getitem__(self, key):
+        index = key[0] if isinstance(key, tuple) else key
+        if self.image_ids[index] == 104:
+            os.kill(os.getpid(), signal.SIGKILL) if self.how == "signal" else os._exit(1)
+        return super().__getitem__(key)
+
+
+@pytest.mark.parametrize(("workers", "how"), [(1, "exit"), (2, "signal")])
+def test_a_dead_worker_is_one_line(folder, workers, how):
+    data = Dying(folder / "annotations.json", folder, EvalTransform(32, 64))
+    data.how = how
+    with pytest.raises(UserError) as excinfo:
+        for _ in eval_loader(data, 2, workers=workers):
+            time.sleep(0.3)
+    message = str(excinfo.value)
+    assert message.startswith("a process that loads images ") and "\n" not in message
+    assert ("is killed by signal: Killed" in message or "exited unexpectedly" in message) and "--resume" in message
+
+
+def test_a_workers_death_is_told_between_two_batches(folder):
+    loader = eval_loader(dataset(folder, EvalTransform(32, 64)), 1, workers=2)
+    batches = iter(loader)
+    next(batches)
+    os.kill(loader._iterator._workers[0].pid, signal.SIGKILL)
+    until = time.monotonic() + 0.5
+    while time.monotonic() < until:  # a step, which is not to be broken off
+        torch.ones(10).sum()
+    with pytest.raises(UserError, match="a process that loads images"):
+        list(batches)
+    assert len(list(eval_loader(dataset(folder, EvalTransform(32, 64)), 1, workers=1))) == 11  # others are well
+
+
+def test_workers_live_through_ctrl_c(folder):
+    loader = eval_loader(dataset(folder, EvalTransform(32, 64)), 1, workers=2)
+    batches = iter(loader)
+    next(batches)
+    for worker in loader._iterator._workers:
+        os.kill(worker.pid, signal.SIGINT)
+    assert len(list(batches)) == 10

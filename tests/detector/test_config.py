@@ -88,6 +88,14 @@ def test_an_unknown_key_is_refused_with_the_one_meant(slip, tmp_path, text, expe
         ("class_loss: {gamma: 1}", "class_loss.name", "required"),
         ("precision: half", "precision", "half"),
         ("seed: -1", "seed", "-1"),
+        ("data: {short_side: 1000000, long_side: 1000000}", "data.short_side", "1000000"),
+        ("anchors: {name: grid, octaves: 1000000000}", "anchors", "octaves exceeds 1,000,000"),
+        ("anchors: {name: grid, sizes: [1, 1, 1, 1, '1e300']}", "anchors", "sizes exceeds"),
+        ("class_loss: {name: ghm_c, bins: " + "9" * 400 + "}", "class_loss", "bins exceeds"),
+        ("data: {workers: 100000}", "data.workers", "100000"),
+        ("solver: {epochs: 9223372036854775808}", "solver.epochs", "exceeds 64 bits"),
+        ('run: "a\\nb"', "run", r"holds control characters (found 'a\nb')"),
+        ('data: {val: {images: "\\u2028"}}', "data.val.images", "holds control characters"),
         ("seed: 100000000000000000000", "seed", "100000000000000000000"),
         ("run: ''", "run", "''"),
     ],
@@ -138,6 +146,15 @@ def test_how_many_slips_there_are_is_said(slip):
         "class_loss: {name: focal, gamma: {a: &x [*x]}}",
         '"a\\nb": 3',
         "seed: " + "9" * 5000,
+        "seed: 0x" + "f" * 5000,
+        "seed: !!bool x",
+        "seed: !!int ''",
+        "seed: !!timestamp x",
+        "solver: {lr: " + "1:" * 300 + "1.5}",
+        "run: 0001-01-01 00:00:00 +23:59",
+        '"\\e[2J\\r\\u2028": 3',
+        '{"' + "a" * 100_000 + '": 3}',
+        "class_loss: {name: focal, gamma: " + "[" * 50 + "]" * 50 + "}",
     ],
 )
 def test_odd_shapes_are_refused_in_one_line(slip, text):
@@ -146,7 +163,8 @@ def test_odd_shapes_are_refused_in_one_line(slip, text):
 
 @pytest.mark.parametrize(
     "setting", ["data=3", "run=", "solver=[]", "solver.lr", "=3", "solver..lr=1", ".lr=1", "run=2024-13-45", "run=[",
-                "solver.lr.x=1", "class_loss=focal", "class_loss.name=", "base=other.yaml", "solver.lr=nan"]
+                "a\nb=3", "a\nb", "\ud800=3", "run=\ud800", "a." * 5000 + "a=1", "solver.lr.x=1", "class_loss=focal",
+                "class_loss.name=", "base=other.yaml", "solver.lr=nan"]
 )  # fmt: skip
 def test_odd_settings_are_refused_in_one_line(slip, setting):
     slip("", setting)
@@ -163,7 +181,18 @@ def test_files_that_are_no_config(tmp_path):
         config.load(tmp_path)
 
 
-@pytest.mark.parametrize("text", ['base: "\\0"', "base: ''", "base: [a]", "base: ."])
+def test_a_key_given_twice_is_refused(slip, tmp_path):
+    x = tmp_path / "x.yaml"
+    assert slip("seed: 1\nsolver: {lr: 1}\nsolver: {ema: 0.9}") == f"{x}: line 3: not YAML ('solver' is given twice)"
+    assert slip("solver: {lr: 1, ema: 0.9, lr: 2}") == f"{x}: line 1: not YAML ('lr' is given twice)"
+
+
+def test_aliases_and_merge_keys_may_be_used(tmp_path):
+    cfg = load(tmp_path, "data:\n  train: &files {images: a, annotations: b}\n  val: {<<: *files, annotations: c}")
+    assert (cfg.data.val.images, cfg.data.val.annotations, cfg.data.train.annotations) == ("a", "c", "b")
+
+
+@pytest.mark.parametrize("text", ['base: "a\\nb"', "base: 3", 'base: "\\0"', "base: ''", "base: [a]", "base: ."])
 def test_odd_bases_are_refused_in_one_line(slip, text):
     slip(text)
 

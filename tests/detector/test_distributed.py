@@ -1,0 +1,223 @@
+"""Two processes with half of each batch are one process with all of it, whatever the losses; and what is compared."""
+
+import copy
+
+import pytest
+import torch
+from torch import distributed as dist
+from torch import nn
+
+from detector import assemble, distributed
+from detector.anchors import Anchors
+from detector.backbone import Backbone
+from detector.config import Config
+from detector.errors import UserError
+from detector.fpn import FPN
+from detector.head import Head
+from detector.model import RetinaNet
+from detector.solver import Solver
+from detector.structures import Target
+
+STEPS, BATCH, SIDE, CLASSES = 4, 4, 128, 3
+CASES = {name: {"class_loss": {"name": name}} for name in assemble.CLASS_LOSSES}
+CASES |= {name: {"box_loss": {"name": name}} for name in assemble.BOX_LOSSES}
+CASES |= {
+    "atss": {"assigner": {"name": "atss"}},
+    "atss, ghm": {"assigner": {"name": "atss"}, "class_loss": {"name": "ghm_c"}, "box_loss": {"name": "ghm_r"}},
+    "ghm by level": {
+        "class_loss": {"name": "ghm_c", "scope": "level"},
+        "box_loss": {"name": "ghm_r", "scope": "level", "max_weight": 30},
+    },
+    "ghm, exact": {
+        "class_loss": {"name": "ghm_c", "density": "exact"},
+        "box_loss": {"name": "ghm_r", "density": "exact"},
+    },
+    "ghm, near exact": {
+        "class_loss": {"name": "ghm_c", "density": "near_exact"},
+        "box_loss": {"name": "ghm_r", "density": "near_exact"},
+    },
+}
+# These choose, or count, among the cells of one process.
+LOCAL = {"ohem", "ghm_c_released", "ghm_r_released"}
+# Relative; float32 adds up in another order. Of weights it is relative to how far their tensor has moved, of which
+# the rounding of the weights themselves is up to some 1e-4.
+TOLERANCES = {"loss": 1e-4, "state": 1e-4, "weights": 1e-3}
+
+
+class SmallBackbone(nn.Module):
+    """Three stages without anything that joins images, so that a share of a batch is computed as in the whole."""
+
+    def __init__(self):
+        super().__init__()
+        self.channels = (16, 32, 64)
+        shapes = ((3, 16, 8, 8, 0), (16, 32, 3, 2, 1), (32, 64, 3, 2, 1))
+        self.stages = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(*shape), nn.GroupNorm(4, shape[1]), nn.ReLU()) for shape in shapes
+        )
+
+    def forward(self, images):
+        features = []
+        for stage in self.stages:
+            images = stage(images)
+            features.append(images)
+        return features
+
+
+def small_model():
+    torch.manual_seed(0)
+    backbone, anchors = SmallBackbone(), Anchors()
+    head = Head(16, anchors.per_cell, CLASSES, depth=1, width=32, prior=0.1)
+    return RetinaNet(backbone, FPN(backbone.channels, 16, "p5"), head, anchors)
+
+
+def batches():
+    """Noise, and 0 to 3 boxes an image; in the second step the second process, of two, has none."""
+    rng = torch.Generator().manual_seed(1)
+    for step in range(STEPS):
+        targets = []
+        for index in range(BATCH):
+            count = 0 if step == 1 and index % 2 else int(torch.randint(0 if index else 1, 4, (), generator=rng))
+            corner, size = (torch.rand(count, 2, generator=rng) * 60 for _ in range(2))
+            boxes = torch.cat([corner, corner + size + 8], dim=1)
+            targets.append(Target(boxes, torch.randint(0, CLASSES, (count,), generator=rng)))
+        yield torch.randint(0, 256, (BATCH, 3, SIDE, SIDE), generator=rng, dtype=torch.uint8), targets
+
+
+def run(case, shares, of):
+    """Train on these of the `of` shares that each batch is dealt in, each with a criterion of its own.
+
+    Returns the loss terms and gradient norm of each step, the criteria's states and how far the weights have moved.
+    """
+    cfg = assemble.complete(Config(**CASES[case]), case)
+    model = small_model()
+    start = copy.deepcopy(model.state_dict())
+    criteria = [assemble.build_criterion(cfg) for _ in shares]
+    solver = Solver(model, total_steps=STEPS, lr=0.2, lr_batch_size=None, warmup_steps=0, clip_norm=1.0, ema=0.9)
+    replica = distributed.replicate(model, torch.device("cpu"))
+    told = []
+    for images, targets in batches():
+        if len(shares) > 1:  # stands in for as many processes
+            with torch.no_grad():
+                everywhere = criteria[0].match(model(images), targets).num_pos
+            parts = [as_process(criterion, everywhere, of) for criterion in criteria]
+        else:
+            parts = criteria
+        losses = [part(replica(images[i::of]), targets[i::of]) for i, part in zip(shares, parts)]
+        terms = {name: distributed.all_sum(sum(one.terms[name].detach() for one in losses)) for name in losses[0].terms}
+        solver.backward(sum(one.total for one in losses) * distributed.world_size())
+        told.append({**terms, "gradient_norm": solver.gradient_norm()})
+        solver.step()
+    moved = {name: value - start[name] for name, value in model.state_dict().items()}
+    averaged = {f"averaged {name}": value - start[name] for name, value in solver.evaluated_model.state_dict().items()}
+    return told, [criterion.state_dict() for criterion in criteria], moved | averaged
+
+
+def as_process(criterion, num_pos, of):
+    """The criterion, its state shared, that knows the positives of all, and whose local counts are one of `of`."""
+    part = copy.copy(criterion)
+    part.match = lambda *batch: criterion.match(*batch)._replace(num_pos=num_pos)
+    for loss in ("class", "box"):
+        if getattr(getattr(part, f"{loss}_loss"), "local_counts", False):
+            setattr(part, f"{loss}_weight", getattr(part, f"{loss}_weight") / of)
+    return part
+
+
+def error_of(call, *arguments):
+    with pytest.raises(UserError) as caught:
+        call(*arguments)
+    return str(caught.value)
+
+
+def process(rank, folder):
+    torch.set_num_threads(1)
+    alone = {}  # before they meet, each computes half of what one process gives
+    for case in list(CASES)[rank::2]:
+        alone[case] = {"batch": run(case, [0], 1), "shares": run(case, [0, 1], 2) if case in LOCAL else None}
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    distributed.same_everywhere({"classes": [1, 3], "solver.lr": 0.1, "nothing": None})
+    errors = {
+        "value": error_of(distributed.same_everywhere, {"classes": 3, "solver.lr": 0.1 * (1 + rank)}),
+        "long": error_of(distributed.same_everywhere, {"config": "x" * 500 + f"lr: {rank}" + "y" * 500}),
+        "missing": error_of(distributed.same_everywhere, {"images": 3} if rank else {}),
+        "sync_bn": error_of(distributed.replicate, Backbone("resnet18", "sync_bn", 0), torch.device("cpu")),
+    }
+    together = {case: run(case, [rank], 2) for case in CASES}
+    torch.save((errors, together, alone), folder / f"out{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """The errors and the results by case of each process, and the results by case of one alone."""
+    folder = tmp_path_factory.mktemp("two")
+    torch.multiprocessing.spawn(process, args=(folder,), nprocs=2)
+    errors, together, alone = zip(*(torch.load(folder / f"out{rank}.pt") for rank in range(2)))
+    return errors, together, alone[0] | alone[1]
+
+
+def difference(found, expected):
+    """The largest, relative to the largest value of the tensor it is in."""
+    pairs = [(found[name].double(), value.double()) for name, value in expected.items()]
+    return max((((a - b).abs().max() / b.abs().max().clamp(min=1e-9)).item() for a, b in pairs), default=0.0)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_equal_one(case, two_processes):
+    """With a local loss they equal one process that calls it, with a state of its own, on each share."""
+    _, (first, second), alone = two_processes
+    first, second = first[case], second[case]
+    told, states, moved = alone[case]["shares" if case in LOCAL else "batch"]
+    assert sum(bool(value.any()) for value in moved.values()) > 0.9 * len(moved)
+    measured = {
+        "loss": max(map(difference, first[0], told)),
+        "state": max(map(difference, (*first[1], *second[1]), states if len(states) == 2 else states * 2)),
+        "weights": difference(first[2], moved),
+    }
+    print(f"{case:16}", *(f"{name} {value:.1e}" for name, value in measured.items()))
+    assert all(value < TOLERANCES[name] for name, value in measured.items()), measured
+    assert all(torch.equal(first[2][name], second[2][name]) for name in moved)
+
+
+@pytest.mark.parametrize("case", sorted(LOCAL))
+def test_local_losses_of_two_processes_are_not_those_of_one(case, two_processes):
+    _, (first, _), alone = two_processes
+    (told, _, moved), first = alone[case]["batch"], first[case]
+    assert max(map(difference, first[0], told)) > 0.01 and difference(first[2], moved) > 0.01
+
+
+def test_what_differs_between_processes_is_named_on_each(two_processes):
+    errors = two_processes[0]
+    assert errors[0] == errors[1]
+    assert errors[0]["value"].startswith("solver.lr differs between processes: '0.1' on rank 0, '0.2' on rank 1;")
+    assert "lr: 0yyy" in errors[0]["long"] and "lr: 1yyy" in errors[0]["long"] and len(errors[0]["long"]) < 300
+    assert errors[0]["missing"].startswith("images differs between processes: 'None' on rank 0, '3' on rank 1")
+    assert errors[0]["sync_bn"].startswith("model.norm: sync_bn needs a GPU for each process, these 2 are on cpu; use")
+
+
+def test_equal_values_are_told_together(monkeypatch):
+    monkeypatch.setattr(distributed, "gather", lambda value: [value, {"images": 5}, value, value])
+    message = error_of(distributed.same_everywhere, {"images": 7})
+    assert "'7' on rank 0 and 2 more, '5' on rank 1" in message
+
+
+def test_alone_nothing_is_compared_and_sync_bn_is_bn():
+    distributed.same_everywhere({"anything": object()})
+    outputs, states = [], []
+    for norm in ("bn", "sync_bn"):
+        torch.manual_seed(0)
+        backbone = Backbone("resnet18", norm, 1).train()
+        assert distributed.replicate(backbone, torch.device("cpu")) is backbone
+        features = backbone(torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1)))
+        sum(feature.square().sum() for feature in features).backward()
+        outputs.append([*features, *(p.grad for p in backbone.parameters() if p.requires_grad)])
+        states.append(backbone.state_dict())
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert all(torch.equal(*pair) for pair in zip(*outputs, strict=True))
+
+
+def test_one_process_of_torchrun_needs_no_group(monkeypatch):
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert distributed.setup(torch.device("cpu")) == torch.device("cpu")
+    assert not dist.is_initialized()
