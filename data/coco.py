@@ -7,7 +7,6 @@ Whatever is wrong with the file is found here and told in one line.
 import hashlib
 import json
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path, PureWindowsPath
@@ -18,13 +17,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from data.images import MAX_PIXELS, read_image
-from detector.errors import UserError
+from detector.errors import CONTROL, UserError
 from detector.structures import Target
 
 MIN_SIDE = 1e-3  # pixels; a box thinner than this, after clipping, has no area
 MAX_ID = 2**63 - 1  # pycocotools puts ids in arrays
-# In a name these would break the lines it is told in, and what draws and logs it.
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 CLIP_TOLERANCE = 0.1  # pixels; finer than this, a box outside its image is rounding in the file
 
 # A transform: image (h, w, 3) uint8 RGB, boxes (G, 4) float32, labels (G,) int64, seed -> the first three.

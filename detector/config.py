@@ -6,7 +6,6 @@ checked where the parts are known, in assemble.py.
 """
 
 import difflib
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -14,13 +13,12 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, field_validator, model_validator
 
-from detector.errors import UserError
+from detector.errors import CONTROL, UserError
 
 MAX_LEVELS = 20  # levels of a YAML text
 MAX_VALUES = 10_000  # of a YAML text, an alias counting as all that it stands for
 MAX_OPTION = 1e6  # of a part; a billion octaves or bins would fill the memory before anybody could say so
 MAX_SHOWN = 300  # characters of a message
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # would break the line it is told in
 
 
 class _Checked(BaseModel):
@@ -136,7 +134,7 @@ class Solver(Options):
     optimizer: Literal["sgd", "adamw"] = "sgd"
     lr: float = Field(0.01, gt=0)  # for batches of lr_batch_size
     lr_batch_size: int | None = Field(16, ge=1)  # lr scales from here to batch_size; null: lr is as given
-    batch_size: int = Field(16, ge=1)  # images a step, over all processes and accumulated parts
+    batch_size: int = Field(16, ge=1, le=2**20)  # images a step, over all processes and accumulated parts
     # Parts a step is computed in, one after the other, to save memory. The loss is that of the whole batch, for which
     # each part is computed twice: once for what the model says of all, once for the gradient.
     accumulate: int = Field(1, ge=1)

@@ -1,8 +1,12 @@
 """What a user can mend, told in one line."""
 
+import re
 import signal
 import sys
 from collections.abc import Callable
+
+# In a name or a message these would break the line it is told in, and what draws and logs it.
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 class UserError(Exception):
@@ -29,7 +33,7 @@ def run_main(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", CONTROL.sub(lambda found: ascii(found[0])[1:-1], str(error)), file=sys.stderr)
         sys.exit(2)
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
