@@ -14,8 +14,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
+from data.coco import CocoDataset
 from detector import assemble, checkpoint
-from detector.errors import Stopped
+from detector.errors import Stopped, UserError
 from detector.solver import Solver
 
 ROOT = Path(__file__).parents[1]
@@ -259,6 +260,25 @@ def test_a_stopped_process_says_how_to_go_on(tiny, folder):
     assert process.returncode == 128 + signal.SIGTERM
     assert err.splitlines()[-1] == "stopped by SIGTERM; go on with the same command and --resume"
     assert "Traceback" not in err
+
+
+def test_an_image_that_fails_in_the_second_epoch_loses_no_step(tiny, trained, folder, monkeypatch, same):
+    cfg = assemble.configure(tiny(folder, **GHM))
+    read_sample, seen = CocoDataset.__getitem__, []
+
+    def fail(dataset, key):
+        seen.extend([key] * isinstance(key, tuple))  # those of training
+        if len(seen) == 8 + 4 + 1:  # an epoch, and a step of the next
+            raise UserError("x.jpg: cannot be decoded")
+        return read_sample(dataset, key)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CocoDataset, "__getitem__", fail)
+        with pytest.raises(UserError, match=r"x.jpg"):
+            train.train(cfg, CPU)
+    assert checkpoint.read(cfg.folder / "last.pt")["run"]["solver"]["step"] == 3
+    train.train(cfg, CPU, resume=True)
+    assert same(read(trained[0]), read(cfg.folder))
 
 
 def test_saving_between_epochs_changes_nothing(tiny, trained, folder, same):

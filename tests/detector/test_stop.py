@@ -1,0 +1,43 @@
+"""What a signal does to a run, within a step and outside."""
+
+import os
+import signal
+
+import pytest
+
+from detector.errors import Stopped, run_main
+from detector.stop import SIGNALS, Stop
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_outside_a_step_it_ends_at_once_and_within_afterwards(number):
+    with Stop(), pytest.raises(Stopped):
+        os.kill(os.getpid(), number)
+    with Stop() as stop:
+        stop.leave()  # nobody asked
+        with stop.deferred():
+            os.kill(os.getpid(), number)
+            assert stop.number == number
+        with pytest.raises(Stopped):
+            stop.leave()
+
+
+def test_the_second_signal_is_as_if_nobody_listened():
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with Stop() as stop, stop.deferred():
+        assert [signal.getsignal(number) for number in SIGNALS] != before
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert [signal.getsignal(number) for number in SIGNALS] == before
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_the_exit_code_and_the_line_say_what_happened(capsys):
+    def main():
+        raise Stopped(signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as left:
+        run_main(main)
+    assert left.value.code == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == "stopped by SIGTERM; go on with the same command and --resume\n"
