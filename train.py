@@ -109,7 +109,8 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False, accept_cha
             # What was done last may have been saved, and its evaluation not; a finished run is evaluated once more.
             if due and (evaluated != solver.step_count or solver.done):
                 distributed.share_buffers(solver.evaluated_model)
-                detections = predict(solver.evaluated_model, val_batches, postprocess, device, solver.precision)
+                watched = stop.between(val_batches)
+                detections = predict(solver.evaluated_model, watched, postprocess, device, solver.precision)
                 if distributed.is_main():
                     metrics = score(val_set.annotations, detections, val_set.category_ids)
                     metrics |= {"step": solver.step_count, "epoch": -(-solver.step_count // len(batches))}
@@ -127,8 +128,7 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False, accept_cha
             next_save = (solver.step_count // cfg.checkpoint.every + 1) * cfg.checkpoint.every
             until = min((epoch + 1) * len(batches), next_save)
             try:
-                with stop.deferred():
-                    train_one_epoch(replica, criterion, batches, solver, logger, device, until=until, stop=stop)
+                train_one_epoch(replica, criterion, batches, solver, logger, device, until=until, stop=stop)
             except UserError:  # an image that cannot be read: between two steps
                 if distributed.world_size() == 1:
                     save("last.pt")

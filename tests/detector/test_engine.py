@@ -199,7 +199,7 @@ def test_it_ends_at_the_step_it_is_told_and_where_it_is_asked_to():
     model, criterion, solver = make()
     train_one_epoch(model, criterion, [batch()] * 5, solver, Recorder(), CPU, until=2)
     assert solver.step_count == 2
-    with Stop() as stop, stop.deferred():
+    with Stop() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         train_one_epoch(model, criterion, [batch()] * 5, solver, Recorder(), CPU, stop=stop)
     assert solver.step_count == 3

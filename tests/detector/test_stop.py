@@ -1,4 +1,4 @@
-"""What a signal does to a run, within a step and outside."""
+"""What a signal does to a run."""
 
 import os
 import signal
@@ -10,21 +10,23 @@ from detector.stop import SIGNALS, Stop
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_outside_a_step_it_ends_at_once_and_within_afterwards(number):
-    with Stop(), pytest.raises(Stopped):
-        os.kill(os.getpid(), number)
+def test_it_is_noted_and_leaves_where_it_may(number):
     with Stop() as stop:
         stop.leave()  # nobody asked
-        with stop.deferred():
-            os.kill(os.getpid(), number)
-            assert stop.number == number
+        taken = []
+        with pytest.raises(Stopped):
+            for item in stop.between(range(5)):
+                taken.append(item)
+                if item == 2:
+                    os.kill(os.getpid(), number)
+        assert taken == [0, 1, 2] and stop.number == number
         with pytest.raises(Stopped):
             stop.leave()
 
 
 def test_the_second_signal_is_as_if_nobody_listened():
     before = [signal.getsignal(number) for number in SIGNALS]
-    with Stop() as stop, stop.deferred():
+    with Stop():
         assert [signal.getsignal(number) for number in SIGNALS] != before
         os.kill(os.getpid(), signal.SIGTERM)
         assert [signal.getsignal(number) for number in SIGNALS] == before
