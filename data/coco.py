@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from data.cache import Cache
 from data.images import MAX_PIXELS, read_image
+from data.transforms import scale_boxes
 from detector.errors import CONTROL, UserError
 from detector.structures import Target
 
@@ -32,10 +34,12 @@ class CocoDataset(Dataset):
     """Samples of one annotation file.
 
     A validation set is given the `category_ids` (and, to have them compared, the `class_names`) of the training
-    set, so that a label means the same class in both.
+    set, so that a label means the same class in both. `cache` is a folder to keep the images in, decoded and resized
+    for the transform, or empty; samples are the same to the bit where the transform neither jitters nor distorts.
 
     Raises UserError for whatever is wrong with the annotation file, a missing image or one outside the folder, at
-    once; for an image that cannot be decoded or has another size than its record says, when it is read.
+    once; for an image that cannot be decoded or has another size than its record says, when it is read, which is at
+    once too where a cache is to be built.
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class CocoDataset(Dataset):
         *,
         category_ids: Sequence[int] | None = None,
         class_names: Sequence[str] | None = None,
+        cache: str | Path = "",
     ):
         self.path, self.folder, self.transform = Path(annotations), Path(images), transform
         self.annotations = load_annotations(self.path)
@@ -57,6 +62,10 @@ class CocoDataset(Dataset):
         self._name_classes(category_ids, class_names)
         self._collect_boxes()
         self.check_files()
+        self.cache = None
+        if cache:
+            files = [self.folder / name for name in self.file_names]
+            self.cache = Cache(cache, files, self.sizes, [transform.largest(*size) for size in self.sizes])
 
     def _name_classes(self, category_ids: Sequence[int] | None, class_names: Sequence[str] | None) -> None:
         """Set `category_ids`, whose positions are the labels, and `class_names`."""
@@ -131,6 +140,7 @@ class CocoDataset(Dataset):
             f"{self.num_crowd:,} crowd boxes left out of training, {self.num_clipped:,} boxes clipped to their image, "
             f"{len(self.dropped_ids):,} boxes without area dropped"
             + (f" (annotation ids {examples})." if self.dropped_ids else ".")
+            + (f" {self.cache.summary()}" if self.cache else "")
         )
 
     def fingerprint(self) -> str:
@@ -158,11 +168,15 @@ class CocoDataset(Dataset):
         The key is an index, or an index and the seed of the augmentation, which depends on nothing else.
         """
         index, seed = key if isinstance(key, tuple) else (key, 0)
-        image = read_image(self.folder / self.file_names[index], self.sizes[index])
-        own = slice(self._starts[index], self._starts[index + 1])
-        image, boxes, labels = self.transform(image, self._boxes[own].copy(), self._labels[own].copy(), seed)
+        own, size = slice(self._starts[index], self._starts[index + 1]), self.sizes[index]
+        if self.cache is None:
+            image, boxes = read_image(self.folder / self.file_names[index], size), self._boxes[own].copy()
+        else:
+            image = self.cache[index]
+            boxes = scale_boxes(self._boxes[own], size, image.shape[:2])
+        image, boxes, labels = self.transform(image, boxes, self._labels[own].copy(), seed)
         target = Target(torch.from_numpy(boxes), torch.from_numpy(labels))
-        return torch.from_numpy(image).permute(2, 0, 1), target, self.image_ids[index], self.sizes[index]
+        return torch.from_numpy(image).permute(2, 0, 1), target, self.image_ids[index], size
 
 
 def load_annotations(path: str | Path) -> dict:

@@ -22,6 +22,8 @@ UPRIGHT = {
     7: lambda image: image[::-1, ::-1].transpose(1, 0, 2),
     8: lambda image: np.rot90(image),
 }
+# Marks of a PNG that may have one. PIL decodes the pixels to see whether there is any behind them.
+PNG_ORIENTATION = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
 # Complete files of these formats end so; OpenCV would fill up the rest of a truncated one with gray.
 END_MARK = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 
@@ -39,7 +41,8 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None) -> np.ndar
             _check_header(path, file.size, size)
             image = _decode(file, data)
             # Asked after decoding: PIL turns a TIFF itself and then takes the tag away.
-            orientation = file.getexif().get(ORIENTATION, 1)
+            plain = file.format == "PNG" and not any(mark in data for mark in PNG_ORIENTATION)
+            orientation = 1 if plain else file.getexif().get(ORIENTATION, 1)
     except UserError:
         raise
     except Exception as error:  # decoders raise all kinds; whichever it is, the file is at fault

@@ -117,9 +117,11 @@ def collate(samples: Sequence[tuple[Tensor, Target, int, tuple[int, int]]]) -> B
     images, targets, image_ids, original_sizes = zip(*samples)
     sizes = [tuple(image.shape[1:]) for image in images]
     height, width = (-(-max(side) // STRIDE) * STRIDE for side in zip(*sizes))
-    stacked = torch.zeros(len(images), 3, height, width, dtype=torch.uint8)
-    for padded, image in zip(stacked, images):
-        padded[:, : image.shape[1], : image.shape[2]] = image
+    stacked = torch.empty(len(images), 3, height, width, dtype=torch.uint8)
+    for planes, image, (h, w) in zip(stacked.numpy(), images, sizes):
+        # Padded as (h, w, 3), which is how the pixels lie in memory: torch's copy to planes takes four times as long.
+        padded = cv2.copyMakeBorder(image.permute(1, 2, 0).numpy(), 0, height - h, 0, width - w, cv2.BORDER_CONSTANT)
+        cv2.split(padded, list(planes))
     return Batch(stacked, list(targets), list(image_ids), sizes, list(original_sizes))
 
 

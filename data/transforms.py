@@ -1,7 +1,8 @@
-"""What happens to an image and its boxes between reading and padding: augmentation in training, then resizing.
+"""What happens to an image and its boxes between reading and padding: distortion if asked for, resizing, flips.
 
 A transform takes an image (h, w, 3) uint8 RGB, boxes (G, 4) float32 xyxy in pixels, labels (G,) and a seed, and
 gives the first three back; G may be 0. The same seed gives the same result, whatever was transformed before.
+Its `largest(height, width)` is the size in which an image of that size may as well be kept: see cache.py.
 """
 
 import os
@@ -25,15 +26,18 @@ class EvalTransform:
         self.short_side, self.long_side = short_side, long_side
 
     def __call__(self, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, seed: int = 0) -> Sample:
-        height, width = target_size(*image.shape[:2], self.short_side, self.long_side)
+        height, width = self.largest(*image.shape[:2])
         return *resize(image, boxes, height, width), labels
+
+    def largest(self, height: int, width: int) -> tuple[int, int]:
+        return target_size(height, width, self.short_side, self.long_side)
 
 
 class TrainTransform:
-    """Augmentation, then resizing as in evaluation.
+    """Augmentation, and resizing as in evaluation.
 
     horizontal_flip, vertical_flip: probabilities. scale_jitter: both sides are multiplied by a factor drawn
-    log-uniformly from this range. strong: also shift, zoom, turn, crop and change colours, all mildly.
+    log-uniformly from this range. strong: before, also shift, zoom, turn, crop and change colours, all mildly.
     """
 
     def __init__(
@@ -53,21 +57,29 @@ class TrainTransform:
         if not 0 < scale_jitter[0] <= scale_jitter[1] < float("inf"):
             raise UserError(f"scale_jitter is {tuple(scale_jitter)}; give a range of factors such as (0.8, 1.25)")
         self.short_side, self.long_side, self.scale_jitter = short_side, long_side, tuple(scale_jitter)
-        self.augment = _pipeline(horizontal_flip, vertical_flip, strong)
+        self.flips = (horizontal_flip, vertical_flip)
+        self.distort = _distortion() if strong else None
 
     def __call__(self, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, seed: int) -> Sample:
-        if self.augment is not None:
-            # Not set_random_seed: it starts every transform from the same seed, so that a horizontal and a vertical
-            # flip of the same probability would always happen together.
-            self.augment.set_random_state(np.random.default_rng(seed), random.Random(seed))
-            result = self.augment(image=image, bboxes=boxes, rows=np.arange(len(boxes)))
+        if self.distort is not None:
+            # Not set_random_seed: it starts every step from the same seed, so that they would all happen together.
+            self.distort.set_random_state(np.random.default_rng(seed), random.Random(seed))
+            result = self.distort(image=image, bboxes=boxes, rows=np.arange(len(boxes)))
             image = result["image"]
             boxes = np.asarray(result["bboxes"], np.float32).reshape(-1, 4)
             labels = labels[np.asarray(result["rows"], np.int64)]
-        low, high = np.log(self.scale_jitter)
-        factor = float(np.exp(np.random.default_rng((seed, 1)).uniform(low, high)))
+        draw = np.random.default_rng((seed, 1))
+        factor = float(np.exp(draw.uniform(*np.log(self.scale_jitter))))
         height, width = target_size(*image.shape[:2], self.short_side * factor, self.long_side * factor)
-        return *resize(image, boxes, height, width), labels
+        image, boxes = resize(image, boxes, height, width)
+        # After resizing, so that a kept image, which is resized already, gives the same pixels.
+        return *flip(image, boxes, *(draw.random(2) < self.flips)), labels
+
+    def largest(self, height: int, width: int) -> tuple[int, int]:
+        low, high = self.scale_jitter
+        size = target_size(height, width, self.short_side * high, self.long_side * high)
+        # Where each sample is resized anyway, an enlarged image would hold no more and take more room.
+        return min(size, (height, width)) if self.distort or low < high else size
 
 
 def target_size(height: int, width: int, short_side: float, long_side: float) -> tuple[int, int]:
@@ -87,31 +99,38 @@ def resize(image: np.ndarray, boxes: np.ndarray, height: int, width: int) -> tup
     # Down to a half, bilinear weights still reach every pixel; below, they would skip some: average areas.
     shrinks = 2 * max(height / old_height, width / old_width) < 1
     image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
-    ratio = np.array([width / old_width, height / old_height] * 2)
-    return image, (boxes * ratio).astype(np.float32)
+    return image, scale_boxes(boxes, (old_height, old_width), (height, width))
 
 
-def _pipeline(horizontal_flip: float, vertical_flip: float, strong: bool):
-    """The albumentations pipeline, or None where nothing is asked of it."""
-    if not (horizontal_flip or vertical_flip or strong):
-        return None
-    # Here and not above: albumentations takes seconds to import, which evaluation need not wait for, and looks
-    # for a newer version of itself over the network unless told not to.
+def scale_boxes(boxes: np.ndarray, size: tuple[int, int], new_size: tuple[int, int]) -> np.ndarray:
+    """Boxes (G, 4) in an image of `size` -> float32 ones in that image at `new_size`, both (height, width)."""
+    ratio = np.array([new_size[1] / size[1], new_size[0] / size[0]] * 2)
+    return (boxes * ratio).astype(np.float32)
+
+
+def flip(image: np.ndarray, boxes: np.ndarray, horizontal: bool, vertical: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Image and boxes mirrored left to right and top to bottom."""
+    (height, width), boxes = image.shape[:2], boxes.copy()
+    if horizontal:
+        image, boxes[:, [0, 2]] = cv2.flip(image, 1), width - boxes[:, [2, 0]]
+    if vertical:
+        image, boxes[:, [1, 3]] = cv2.flip(image, 0), height - boxes[:, [3, 1]]
+    return image, boxes
+
+
+def _distortion():
+    """The albumentations pipeline."""
+    # Here and not above: albumentations takes seconds to import, which those who do without need not wait for, and
+    # looks for a newer version of itself over the network unless told not to.
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
     import albumentations as A
 
-    steps = []
-    if strong:
-        steps += [
-            A.Affine(scale=(0.9, 1.1), translate_percent=(-0.06, 0.06), rotate=(-5, 5), balanced_scale=True, p=0.5),
-            # Rather than one of the crops that look for boxes: those enlarge a single small object without bound.
-            A.RandomCropFromBorders(crop_left=0.2, crop_right=0.2, crop_top=0.2, crop_bottom=0.2, p=0.5),
-            A.ColorJitter(brightness=(0.7, 1.3), contrast=(0.7, 1.3), saturation=(0.7, 1.3), hue=(-0.03, 0.03), p=0.8),
-        ]
-    if horizontal_flip:
-        steps.append(A.HorizontalFlip(p=horizontal_flip))
-    if vertical_flip:
-        steps.append(A.VerticalFlip(p=vertical_flip))
+    steps = [
+        A.Affine(scale=(0.9, 1.1), translate_percent=(-0.06, 0.06), rotate=(-5, 5), balanced_scale=True, p=0.5),
+        # Rather than one of the crops that look for boxes: those enlarge a single small object without bound.
+        A.RandomCropFromBorders(crop_left=0.2, crop_right=0.2, crop_top=0.2, crop_bottom=0.2, p=0.5),
+        A.ColorJitter(brightness=(0.7, 1.3), contrast=(0.7, 1.3), saturation=(0.7, 1.3), hue=(-0.03, 0.03), p=0.8),
+    ]
     boxes = A.BboxParams(
         format="pascal_voc",
         label_fields=["rows"],

@@ -7,7 +7,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps, PngImagePlugin
 
 from data.images import MAX_PIXELS, UPRIGHT, read_image
 from detector.errors import UserError
@@ -83,6 +83,43 @@ def test_exif_orientation_follows_the_record(tmp_path, name, orientation):
     assert np.array_equal(read_image(tmp_path / name, shown.shape[:2]), shown)
     if orientation in (5, 6, 7, 8):
         assert np.array_equal(read_image(tmp_path / name, stored.shape[:2]), stored)
+
+
+def chunks(data):
+    """The chunks of a PNG, each with its length, name and checksum."""
+    at = 8
+    while at < len(data):
+        end = at + 12 + struct.unpack(">I", data[at : at + 4])[0]
+        yield data[at:end]
+        at = end
+
+
+@pytest.mark.parametrize("where", ["eXIf", "text", "XMP"])
+@pytest.mark.parametrize("place", ["before the pixels", "behind them"])
+def test_a_png_may_have_its_orientation_anywhere(tmp_path, where, place):
+    exif, info, options = Image.Exif(), PngImagePlugin.PngInfo(), {}
+    exif[0x0112] = 6
+    if where == "eXIf":
+        options["exif"] = exif
+    elif where == "text":
+        content = exif.tobytes()
+        info.add_text("Raw profile type exif", f"\nexif\n{len(content):8}\n{content.hex()}\n", zip=True)
+    else:
+        info.add_itxt("XML:com.adobe.xmp", '<x tiff:Orientation="6"/>', zip=True)
+    path = tmp_path / "x.png"
+    Image.fromarray(RGB).save(path, pnginfo=info, **options)
+    if place == "behind them":
+        data = path.read_bytes()
+        head, *middle, end = chunks(data)
+        path.write_bytes(data[:8] + b"".join([head, *sorted(middle, key=lambda chunk: chunk[4:8] != b"IDAT"), end]))
+    assert np.array_equal(read_image(path), np.rot90(RGB, -1))
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.jpg"])
+def test_an_ordinary_image_is_decoded_once(tmp_path, monkeypatch, name):
+    Image.fromarray(RGB).save(tmp_path / name)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded by PIL"))
+    assert read_image(tmp_path / name).shape == RGB.shape
 
 
 def test_every_turn_is_known():

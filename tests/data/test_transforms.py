@@ -4,7 +4,7 @@ import sys
 import numpy as np
 import pytest
 
-from data.transforms import EvalTransform, TrainTransform, resize, target_size
+from data.transforms import EvalTransform, TrainTransform, flip, resize, target_size
 from detector.errors import UserError
 
 NO_BOXES = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
@@ -64,6 +64,24 @@ def test_shrinking_far_averages_areas():
 def test_same_size_is_the_image_itself():
     image = noise()
     assert EvalTransform(48, 64)(image, *NO_BOXES)[0] is image
+
+
+def test_the_largest_size_is_that_of_the_samples_or_the_image():
+    assert EvalTransform(800, 1333).largest(480, 640) == (800, 1067)
+    assert TrainTransform(800, 1333).largest(480, 640) == (800, 1067)
+    for strong, jitter in ((False, (0.5, 1.5)), (True, (1.0, 1.0))):
+        transform = TrainTransform(100, 1000, scale_jitter=jitter, strong=strong)
+        # Never enlarged, since each sample is resized anyway.
+        assert transform.largest(90, 120) == (90, 120)
+        assert transform.largest(300, 600) == (100 * jitter[1], 200 * jitter[1])
+    assert TrainTransform(100, 1000, scale_jitter=(1.5, 1.5)).largest(90, 120) == (150, 200)
+
+
+@pytest.mark.parametrize("transform", [EvalTransform(60, 100), TrainTransform(60, 100, **PLAIN)], ids=["eval", "train"])
+def test_an_image_of_the_largest_size_stays_as_it_is(transform):
+    for height, width in np.random.default_rng(0).integers(1, 300, (200, 2)).tolist():
+        kept = noise(*transform.largest(height, width))
+        assert transform(kept, *NO_BOXES, 0)[0] is kept
 
 
 # ------------------------------------------------------------------------------------------- boxes and pixels
@@ -129,6 +147,32 @@ def test_flips_are_drawn_apart():
     assert min(seen) > 30  # 50 each expected
 
 
+@pytest.mark.parametrize("options", [{}, {"scale_jitter": (0.5, 2.0)}, {"strong": True}], ids=str)
+def test_flips_come_last_and_are_exact(options):
+    boxes = np.array([[3, 5, 20.25, 48], [0, 0, 64, 1], [60, 40, 64, 48]], np.float32)
+    plain = TrainTransform(48, 64, **PLAIN, **options)
+    for seed in range(10):
+        image, moved, labels = plain(noise(), boxes, np.arange(3), seed)
+        height, width = image.shape[:2]
+        (x1, y1, x2, y2) = moved.T
+        for flips, pixels, expected in (
+            ((1.0, 0.0), image[:, ::-1], [width - x2, y1, width - x1, y2]),
+            ((0.0, 1.0), image[::-1], [x1, height - y2, x2, height - y1]),
+            ((1.0, 1.0), image[::-1, ::-1], [width - x2, height - y2, width - x1, height - y1]),
+        ):
+            flipped = TrainTransform(48, 64, horizontal_flip=flips[0], vertical_flip=flips[1], **options)
+            other, mirrored, same = flipped(noise(), boxes, np.arange(3), seed)
+            assert np.array_equal(other, pixels) and np.array_equal(same, labels)
+            assert np.array_equal(mirrored, np.stack(expected, axis=1)) and mirrored.dtype == np.float32
+
+
+def test_flips_leave_what_they_are_given():
+    image, boxes = noise(), np.array([[3, 5, 20, 48]], np.float32)
+    kept = image.copy(), boxes.copy()
+    flip(image, boxes, True, True)
+    assert np.array_equal(image, kept[0]) and np.array_equal(boxes, kept[1])
+
+
 def test_jitter_is_log_uniform():
     transform = TrainTransform(100, 1000, **PLAIN, scale_jitter=(0.5, 2.0))
     sides = [min(transform(noise(10, 10), *NO_BOXES, seed)[0].shape[:2]) for seed in range(300)]
@@ -186,8 +230,10 @@ def test_inputs_are_not_written_to():
 
 def test_albumentations_is_only_loaded_where_needed():
     code = (
-        "import sys; from data.transforms import EvalTransform, TrainTransform; EvalTransform(8, 9);"
-        "TrainTransform(8, 9, horizontal_flip=0.0, scale_jitter=(0.5, 2.0)); assert 'albumentations' not in sys.modules"
+        "import sys, numpy as np; from data.transforms import EvalTransform, TrainTransform; EvalTransform(8, 9);"
+        "transform = TrainTransform(8, 9, horizontal_flip=1.0, vertical_flip=1.0, scale_jitter=(0.5, 2.0));"
+        "transform(np.zeros((6, 7, 3), np.uint8), np.zeros((0, 4), np.float32), np.zeros(0), 0);"
+        "assert 'albumentations' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

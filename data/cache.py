@@ -1,0 +1,118 @@
+"""The images of a data set decoded and resized once, in one file that every process maps.
+
+The file holds raw pixels, uint8 RGB, image after image; where each lies follows from the sizes. Its name is a digest of
+all that its content depends on: for other files, or ones touched since, or another size, there is another cache. One
+that no run asks for any more stays until somebody deletes it.
+"""
+
+import contextlib
+import hashlib
+import os
+import shutil
+import threading
+import uuid
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+from tqdm import tqdm
+
+from data.images import read_image
+from data.transforms import resize
+from detector.errors import UserError
+
+FORMAT = 1  # raise it when the same images come to give other bytes
+
+Sizes = Sequence[tuple[int, int]]
+
+
+class Cache:
+    """Images by index, as (h, w, 3) uint8 RGB.
+
+    Args:
+        folder: where the cache is looked for, and built unless it is there and whole
+        files, sizes: of the images, as read_image takes them
+        kept: (height, width) in which each is kept
+
+    Raises UserError where the folder cannot be written or lacks room, and for an image that cannot be read.
+    """
+
+    def __init__(self, folder: str | Path, files: Sequence[Path], sizes: Sizes, kept: Sizes):
+        self.kept, self._pixels = kept, None
+        self.ends = np.cumsum([height * width * 3 for height, width in kept])
+        try:
+            stats = [(os.path.abspath(file), os.stat(file)) for file in files]
+            stamps = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+            digest = hashlib.sha256(repr((FORMAT, stamps, sizes, kept)).encode()).hexdigest()
+            self.path = Path(folder) / f"{digest[:16]}.rgb"
+            self.found = self._is_whole() or not self._build(files, sizes)
+        except OSError as error:
+            where = error.filename or folder
+            raise UserError(f"data.cache: {where}: {error.strerror}; name a folder that can be written") from None
+
+    def summary(self) -> str:
+        return f"Images from the cache {self.path}, {self.ends[-1] / 1e6:,.0f} MB, {'found' if self.found else 'new'}."
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """A copy, which may be written to."""
+        if self._pixels is None:
+            self._pixels = np.memmap(self.path, np.uint8, "r")
+        height, width = self.kept[index]
+        end = self.ends[index]
+        return np.array(self._pixels[end - height * width * 3 : end]).reshape(height, width, 3)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_pixels": None}  # another process maps the file itself
+
+    def _is_whole(self) -> bool:
+        return self.path.is_file() and self.path.stat().st_size == self.ends[-1]
+
+    def _build(self, files: Sequence[Path], sizes: Sizes) -> bool:
+        """Write the file, unless another process has just done so; whether it was written."""
+        folder = self.path.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        with _alone(folder):
+            if self._is_whole():
+                return False
+            needed, free = self.ends[-1] / 1e6, shutil.disk_usage(folder).free / 1e6
+            if free < needed:
+                raise UserError(
+                    f"data.cache: the images take {needed:,.0f} MB, in {folder} {free:,.0f} MB are free; make room, "
+                    "name another folder or leave it empty"
+                )
+            # Beside and renamed, so that it is whole or not there; by a name of its own, should two be let in.
+            beside = self.path.with_suffix(f".{uuid.uuid4().hex}.tmp")
+            try:
+                self._write(beside, files, sizes)
+                os.replace(beside, self.path)
+            finally:
+                beside.unlink(missing_ok=True)
+        return True
+
+    def _write(self, path: Path, files: Sequence[Path], sizes: Sizes) -> None:
+        turn = threading.Lock()
+
+        def keep(index: int) -> None:
+            image, _ = resize(read_image(files[index], sizes[index]), np.zeros((0, 4)), *self.kept[index])
+            with turn:
+                file.seek(self.ends[index] - image.size)
+                file.write(image)
+
+        # Threads suffice: decoding and resizing leave Python to the others.
+        with path.open("wb") as file, ThreadPoolExecutor() as pool:
+            for _ in tqdm(pool.map(keep, range(len(files))), f"cache {path.parent}", len(files), unit="image"):
+                pass
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _alone(folder: Path) -> TextIO:
+    """A file that one process at a time has open, where the system can; where it cannot, several do the same work."""
+    file = os.fdopen(os.open(folder / ".lock", os.O_RDONLY | os.O_CREAT))  # readable, as it may be another user's
+    with contextlib.suppress(ImportError, OSError):
+        import fcntl  # not on Windows
+
+        fcntl.flock(file, fcntl.LOCK_EX)
+    return file

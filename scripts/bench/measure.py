@@ -1,0 +1,102 @@
+"""What the benchmarks share: calls that take turns, memory, and tables in Markdown.
+
+Times are in milliseconds. All calls of a comparison alternate in one process, so that a slow moment of the machine
+meets all of them.
+"""
+
+import ctypes
+import gc
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+import torchvision
+
+MIB = 2**20
+
+
+def environment() -> str:
+    """Machine and versions, in a line."""
+    if torch.cuda.is_available():
+        machine = torch.cuda.get_device_name()
+    else:
+        machine = f"{_processor()}, {torch.get_num_threads()} threads"
+    versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}"
+    return f"{machine}; Python {platform.python_version()}, {versions}"
+
+
+def alternate(calls: dict[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, list[float]]:
+    """Milliseconds of each call, round by round."""
+    for call in [*calls.values()] * warmup:
+        call()
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            times[name].append(milliseconds(call))
+    return times
+
+
+def milliseconds(call: Callable[[], object]) -> float:
+    _wait()
+    start = time.perf_counter()
+    call()
+    _wait()
+    return 1000 * (time.perf_counter() - start)
+
+
+def medians(times: dict[str, list[float]]) -> dict[str, float]:
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def ratio(times: dict[str, list[float]], peer: str, ours: str) -> float:
+    """How many times as fast as the peer ours is: the median over rounds."""
+    return statistics.median(a / b for a, b in zip(times[peer], times[ours]))
+
+
+def peak(call: Callable[[], object]) -> float:
+    """Bytes that a call takes at most beyond what was held before it; nan where neither CUDA nor Linux is.
+
+    On a CPU to be asked before `keep_freed_memory`: kept memory would be taken for used.
+    """
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        _wait()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _resident("VmRSS")
+        call()
+        return _resident("VmHWM") - before
+    except OSError:
+        return float("nan")
+
+
+def table(header: list[str], rows: Iterable[list[object]]) -> str:
+    """Markdown; the first column to the left, numbers to the right."""
+    lines = [header, ["---"] + ["--:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _resident(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(": ", 1)[1] for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
