@@ -21,7 +21,7 @@ AP = ("AP", "AP50", "AP75", "AP80", "AP90", "APs", "APm", "APl")
 HEADER = ("run", "class loss", "box loss", *AP, "s/step")
 LEFT = 3  # the first columns are text, aligned left
 COMPARED = ("run", "class_loss", "box_loss", "output")  # what runs are meant to differ in
-EVALUATED = ("step", "epoch", "images", "engine")  # of metrics.json: what was scored, when, with what
+EVALUATED = ("step", "epoch", "images")  # of metrics.json: what was scored, and when
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -2,8 +2,11 @@
 
 import contextlib
 import copy
+import importlib.util
 import io
 import json
+import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,12 +14,20 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from data.coco_eval import coco_results, explain_missing, metrics_table, per_class_table, score
+from data import coco_eval
+from data.coco_eval import coco_results, explain_missing, metrics_table, per_class_table
 from detector.errors import UserError
 from detector.structures import Detections
 
 STATS = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
 OVERALL = [*STATS, "AP80", "AP90"]
+
+
+@pytest.fixture(params=["pycocotools", "hotcoco"])
+def score(request):
+    """`score` by each engine."""
+    pytest.importorskip(request.param)
+    return partial(coco_eval.score, engine=request.param)
 
 
 def found(boxes, scores, labels) -> Detections:
@@ -76,6 +87,46 @@ def random_case(seed: int) -> tuple[dict, dict[int, Detections], list[int]]:
     return annotations, detections, category_ids
 
 
+def hard_case(seed: int) -> tuple[dict, dict[int, Detections], list[int]]:
+    """Where engines may part: on a grid, so that boxes recur and IoUs and areas are exactly at the limits.
+
+    Ids of 0, below it and beyond what a float64 holds; boxes without area or inside out; crowds; images without boxes,
+    without detections, with over 100, or not scored; tied scores; a label of a category that the file does not have.
+    """
+    rng = np.random.default_rng(seed)
+    image_ids, category_ids = [-7, 0, 3, 2**53, 2**53 + 1, 2**63 - 1], [-1, 0, 2**53, 2**53 + 1]
+    areas = [side**2 * scale for side in (32, 96, 1e5) for scale in (1 - 1e-15, 1, 1 + 1e-15)]
+
+    def boxes_on_grid(count: int) -> np.ndarray:
+        sides = rng.choice([-8, 0, 4, 16, 32, 64, 96, 160], (count, 2), p=[0.02, 0.03, 0.15, *[0.16] * 5])
+        return np.concatenate([8 * rng.integers(0, 12, (count, 2)), sides], axis=1).astype(float)
+
+    annotations = file_of([], image_ids, zip(category_ids, "abcd"))
+    detections = {}
+    for image_id in image_ids:
+        boxes, labels = boxes_on_grid(rng.integers(0, 9)), rng.integers(4, size=9)
+        for box, label in zip(boxes.tolist(), labels):
+            annotations["annotations"].append(
+                {
+                    "id": len(annotations["annotations"]) + 1,
+                    "image_id": image_id,
+                    "category_id": category_ids[label],
+                    "bbox": box,
+                    "area": rng.choice([*areas, 0, -1]) if rng.random() < 0.6 else box[2] * box[3],
+                    "iscrowd": int(rng.random() < 0.15),
+                }
+            )
+        near = rng.integers(len(boxes), size=rng.choice([0, 10, 30])) if len(boxes) else []
+        false = boxes_on_grid(rng.choice([0, 5, 800], p=[0.3, 0.6, 0.1]))
+        shift = 4 * rng.integers(-1, 2, (len(near), 4)) * (rng.random((len(near), 1)) < 0.5)
+        xywh = np.concatenate([boxes[near] + shift, false])
+        classes = np.concatenate([labels[near], rng.integers(5, size=len(false))])
+        if rng.random() < 0.8:
+            xyxy = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
+            detections[image_id] = found(xyxy, rng.integers(0, 6, len(xyxy)) / 5, classes)
+    return annotations, detections, [*category_ids, 12345]
+
+
 def official(annotations: dict, detections, category_ids, folder, image_ids=None) -> COCOeval:
     """Two JSON files and pycocotools as its demo uses it; shares nothing with what is tested."""
     (folder / "gt.json").write_text(json.dumps(annotations))
@@ -97,10 +148,10 @@ def official(annotations: dict, detections, category_ids, folder, image_ids=None
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_numbers_are_pycocotools_own(seed, tmp_path, capsys):
+def test_numbers_are_pycocotools_own(score, seed, tmp_path, capfd):
     case = random_case(seed)
     metrics = score(*case)
-    assert capsys.readouterr().out == ""
+    assert capfd.readouterr() == ("", "")
     expected = official(*case, tmp_path)
     assert [metrics[name] for name in STATS] == expected.stats.tolist()
     assert 0.1 < metrics["AP"] < 0.9  # the case is hard, but not hopeless
@@ -108,7 +159,42 @@ def test_numbers_are_pycocotools_own(seed, tmp_path, capsys):
     json.dumps(metrics)
 
 
-def test_per_class_is_pycocotools_on_that_class_alone(tmp_path):
+@pytest.mark.parametrize("seed", range(40))
+def test_engines_agree_to_the_bit(seed, tmp_path, capfd):
+    pytest.importorskip("hotcoco")
+    case = hard_case(seed)
+    fast, slow = (coco_eval.score(*case, engine=engine) for engine in ("hotcoco", "pycocotools"))
+    assert capfd.readouterr() == ("", "")
+    assert (fast.pop("engine")[:7], slow.pop("engine")[:11]) == ("hotcoco", "pycocotools")
+    assert fast == slow
+    annotations, detections, category_ids = case
+    expected = official(annotations, detections, category_ids, tmp_path, image_ids=list(detections))
+    assert [fast[name] for name in STATS] == expected.stats.tolist()
+
+
+def test_without_hotcoco_it_is_pycocotools(monkeypatch):
+    monkeypatch.setitem(sys.modules, "hotcoco", None)  # now its import fails
+    spec = importlib.util.spec_from_file_location("without_hotcoco", coco_eval.__file__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    metrics = module.score(*random_case(0))
+    assert metrics["engine"].startswith("pycocotools 2.")
+    assert metrics == coco_eval.score(*random_case(0)) | {"engine": metrics["engine"]}
+
+
+def test_the_fastest_engine_is_the_default():
+    pytest.importorskip("hotcoco")
+    assert coco_eval.score(*random_case(0))["engine"].startswith("hotcoco 1.")
+
+
+@pytest.mark.parametrize("side, sizes", [(31, "s"), (32, "sm"), (33, "m"), (96, "ml"), (97, "l")])
+def test_a_box_exactly_at_a_limit_has_both_sizes(score, side, sizes):
+    annotations = file_of([(1, 1, (0, 0, side, side))])
+    metrics = score(annotations, {1: found([[0, 0, side, side]], [0.5], [0])}, [1])
+    assert "".join(size for size in "sml" if metrics[f"AP{size}"] > 0) == sizes
+
+
+def test_per_class_is_pycocotools_on_that_class_alone(score, tmp_path):
     annotations, detections, category_ids = random_case(11)
     metrics = score(annotations, detections, category_ids)
     assert list(metrics["per_class"]) == ["d", "b", "a", "c"]  # as in the file
@@ -124,7 +210,7 @@ def test_per_class_is_pycocotools_on_that_class_alone(tmp_path):
     assert metrics["AP"] == pytest.approx(np.mean(with_boxes), abs=1e-12)
 
 
-def test_only_the_images_of_the_detections_count(tmp_path):
+def test_only_the_images_of_the_detections_count(score, tmp_path):
     annotations, detections, category_ids = random_case(3)
     subset = {i: detections[i] for i in (581929, 5, 900100581904)}
     metrics = score(annotations, subset, category_ids)
@@ -136,7 +222,7 @@ def test_only_the_images_of_the_detections_count(tmp_path):
     assert sum(values["boxes"] for values in metrics["per_class"].values()) == len(counted)
 
 
-def test_an_image_without_detections_still_counts_its_boxes():
+def test_an_image_without_detections_still_counts_its_boxes(score):
     annotations = file_of([(1, 1, (0, 0, 50, 50)), (2, 1, (0, 0, 50, 50))], image_ids=(1, 2))
     right = found([[0, 0, 50, 50]], [0.9], [0])
     assert score(annotations, {1: right}, [1])["AR100"] == 1
@@ -144,7 +230,7 @@ def test_an_image_without_detections_still_counts_its_boxes():
 
 
 @pytest.mark.parametrize("first_id", [0, 1])
-def test_ground_truth_as_detections_is_perfect(first_id):
+def test_ground_truth_as_detections_is_perfect(score, first_id):
     # With ids from 0, pycocotools alone would take the match with annotation 0 for a miss.
     boxes = [(1, 4, (10, 10, 20, 20)), (1, 9, (50, 50, 60, 60)), (900100581904, 4, (0, 0, 200, 150))]
     annotations = file_of(boxes, image_ids=(1, 900100581904), categories=((4, "a"), (9, "b")))
@@ -161,8 +247,16 @@ def test_ground_truth_as_detections_is_perfect(first_id):
     assert metrics["AR100"] == 1
 
 
+def test_boxes_are_not_rounded_to_float32(score):
+    # The width is no float32, and the nearest is below it: rounded, the IoU would miss 0.5 by a hair.
+    left = float(np.float32(0.4))
+    annotations = file_of([(1, 1, (left, 0, 2 * (1000 - left), 10))])
+    assert float(np.float32(1000 - left)) < 1000 - left
+    assert score(annotations, {1: found([[left, 0, 1000, 10]], [0.5], [0])}, [1])["AP50"] == pytest.approx(1)
+
+
 @pytest.mark.parametrize("height, ap, ap80, ap90", [(78, 0.6, 0, 0), (82, 0.7, 1, 0), (87, 0.8, 1, 0), (92, 0.9, 1, 1)])
-def test_one_box_by_hand(height, ap, ap80, ap90):
+def test_one_box_by_hand(score, height, ap, ap80, ap90):
     # IoU is height / 100; AP is the share of the thresholds 0.50, 0.55 ... 0.95 that it reaches.
     annotations = file_of([(1, 1, (20, 30, 100, 100))])
     metrics = score(annotations, {1: found([[20, 30, 120, 30 + height]], [0.5], [0])}, [1])
@@ -172,7 +266,7 @@ def test_one_box_by_hand(height, ap, ap80, ap90):
     assert metrics["APs"] == metrics["APm"] == -1
 
 
-def test_no_detections_is_zero_where_there_are_boxes():
+def test_no_detections_is_zero_where_there_are_boxes(score):
     annotations = file_of([(1, 1, (0, 0, 50, 50))], categories=((1, "cat"), (2, "dog")))
     metrics = score(annotations, {1: NOTHING}, [1, 2])
     missing = {"APs", "APl", "ARs", "ARl"}
@@ -181,7 +275,7 @@ def test_no_detections_is_zero_where_there_are_boxes():
 
 
 @pytest.mark.parametrize("detections", [{1: found([[0, 0, 9, 9]], [0.5], [0])}, {1: NOTHING}, {}])
-def test_no_ground_truth_is_minus_one(detections):
+def test_no_ground_truth_is_minus_one(score, detections):
     metrics = score(file_of([]), detections, [1])
     assert {metrics[name] for name in OVERALL} == {-1.0}
     (line,) = explain_missing(metrics)
@@ -189,7 +283,7 @@ def test_no_ground_truth_is_minus_one(detections):
     assert line in metrics_table(metrics)
 
 
-def test_categories_that_the_file_does_not_have_are_ignored():
+def test_categories_that_the_file_does_not_have_are_ignored(score):
     annotations = file_of([(1, 5, (0, 0, 50, 50))], categories=((5, "cat"),))
     both = found([[0, 0, 50, 50], [0, 0, 50, 50]], [0.5, 0.9], [1, 0])
     metrics = score(annotations, {1: both}, [2, 5, 77])
@@ -197,7 +291,7 @@ def test_categories_that_the_file_does_not_have_are_ignored():
     assert list(metrics["per_class"]) == ["cat"]
 
 
-def test_categories_of_one_name_are_both_shown():
+def test_categories_of_one_name_are_both_shown(score):
     annotations = file_of([(1, 1, (0, 0, 50, 50))], categories=((0, "cell"), (1, "cell"), (2, "dog")))
     metrics = score(annotations, {1: NOTHING}, [0, 1, 2])
     assert [(n, v["boxes"]) for n, v in metrics["per_class"].items()] == [
@@ -207,19 +301,19 @@ def test_categories_of_one_name_are_both_shown():
     ]
 
 
-def test_unknown_image_is_the_users_slip():
+def test_unknown_image_is_the_users_slip(score):
     with pytest.raises(UserError, match=r"1 image.*not in the annotation file.*581929"):
         score(file_of([]), {1: NOTHING, 581929: NOTHING}, [1])
 
 
 @pytest.mark.parametrize("box, value", [([0, 0, float("nan"), 9], 0.5), ([0, 0, 9, 9], float("inf"))])
-def test_detections_that_are_not_finite_are_refused(box, value):
+def test_detections_that_are_not_finite_are_refused(score, box, value):
     # pycocotools would count the first as a match of any box.
     with pytest.raises(FloatingPointError, match="image id 1"):
         score(file_of([(1, 1, (200, 200, 50, 50))]), {1: found([box], [value], [0])}, [1])
 
 
-def test_input_is_not_modified():
+def test_input_is_not_modified(score):
     annotations, detections, category_ids = random_case(5)
     for annotation in annotations["annotations"][::2]:
         del annotation["area"], annotation["iscrowd"]
@@ -245,13 +339,13 @@ def test_results_file():
     ]
 
 
-def test_table_by_eye():
+def test_table_by_eye(score):
     categories = [(1, "a"), (2, "traffic light"), (3, "c")]
     annotations = file_of([(1, 1, (0, 0, 50, 50)), (1, 2, (90, 90, 50, 50))], categories=categories)
     detections = {1: found([[0, 0, 50, 50], [90, 90, 140, 130]], [0.9, 0.8], [0, 1])}  # IoU 1 and 0.8
     metrics = score(annotations, detections, [1, 2, 3])
     head, *table = metrics_table(metrics).splitlines()
-    assert head.startswith("1 images, pycocotools 2.") and head.endswith("in percent")
+    assert head == f"1 images, {metrics['engine']}, in percent"
     assert table == [
         "",
         "     AP   AP50   AP75   AP80   AP90    APs    APm    APl",
@@ -271,7 +365,7 @@ def test_table_by_eye():
     ]
 
 
-def test_table_of_eighty_classes():
+def test_table_of_eighty_classes(score):
     categories = [(i, f"class {i}") for i in range(1, 81)]
     boxes = [(1, 1, (0, 0, 10, 10)), (1, 1, (0, 0, 50, 50)), (1, 1, (0, 0, 100, 100))]
     metrics = score(file_of(boxes, categories=categories), {1: NOTHING}, list(range(1, 81)))
