@@ -12,7 +12,7 @@ from data.loader import eval_loader
 from data.transforms import EvalTransform
 from detector import assemble, checkpoint, config, distributed
 from detector.config import Config
-from detector.device import keep_freed_memory, pick_device
+from detector.device import keep_freed_memory, pick_device, pick_precision
 from detector.engine import predict
 from detector.errors import UserError, run_main
 from detector.model import RetinaNet
@@ -70,7 +70,8 @@ def evaluate(
     model.to(device, memory_format=torch.channels_last if cfg.channels_last else torch.contiguous_format)
     batches = eval_loader(dataset, assemble.evaluation_batch(cfg), **assemble.loader_options(cfg, device))
     postprocess = assemble.build_postprocess(cfg)
-    detections = predict(model, batches, postprocess, device, PRECISIONS[cfg.precision])
+    precision = PRECISIONS[pick_precision(cfg.precision, device)[0]]
+    detections = predict(model, batches, postprocess, device, precision)
     if not distributed.is_main():
         return
     metrics = score(dataset.annotations, detections, dataset.category_ids)
@@ -88,7 +89,7 @@ def open_dataset(source: str, content: dict, cfg: Config, data: list[str] | None
         raise UserError(f"{source} names no validation set; give one by --data ANNOTATIONS IMAGES")
     transform = EvalTransform(cfg.data.short_side, cfg.data.long_side)
     classes = {"category_ids": content["category_ids"], "class_names": content["class_names"] or None}
-    return CocoDataset(annotations, images, transform, **classes)
+    return CocoDataset(annotations, images, transform, **classes, cache="" if data else cfg.data.cache)
 
 
 def write(folder: Path, metrics: dict, results: list[dict]) -> None:

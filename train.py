@@ -20,7 +20,7 @@ from data.loader import eval_loader, train_loader
 from data.transforms import EvalTransform, TrainTransform
 from detector import assemble, checkpoint, config, distributed
 from detector.config import Config
-from detector.device import keep_freed_memory, pick_device
+from detector.device import keep_freed_memory, pick_device, pick_precision
 from detector.engine import NonFiniteLoss, predict, train_one_epoch
 from detector.errors import UserError, run_main
 from detector.logger import Logger
@@ -47,6 +47,8 @@ def main() -> None:
 
 def train(cfg: Config, device: torch.device, *, resume: bool = False, accept_changes: bool = False) -> dict:
     """Train as `cfg` says, into the folder `cfg.folder`; returns the metrics of the last evaluation."""
+    precision, reason = pick_precision(cfg.precision, device)
+    cfg = cfg.model_copy(update={"precision": precision})
     seed_everything(cfg.seed)
     train_set, val_set = build_datasets(cfg)
     loading = assemble.loader_options(cfg, device)
@@ -78,7 +80,7 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False, accept_cha
     with contextlib.closing(logger), Stop() as stop:  # also on an error, which must not land in the progress line
         logger.config(config.dump(cfg), options)
         start = f", from step {solver.step_count}" if last else ""
-        logger.say(f"run: {cfg.folder} on {device}, {cfg.precision}{start}")
+        logger.say(f"run: {cfg.folder} on {device}, {precision} ({reason}){start}")
         for line in (*broken, *(f"changed: {change}" for change in kept["changes"])):
             logger.say(line)
         logger.say(f"train: {train_set.summary()}\nval: {val_set.summary()}")
@@ -163,10 +165,11 @@ def build_datasets(cfg: Config) -> tuple[CocoDataset, CocoDataset]:
         scale_jitter=cfg.data.scale_jitter,
         strong=cfg.data.strong,
     )
-    train_set = CocoDataset(cfg.data.train.annotations, cfg.data.train.images, augment)
+    train_set = CocoDataset(cfg.data.train.annotations, cfg.data.train.images, augment, cache=cfg.data.cache)
     val = cfg.data.val
     classes = {"category_ids": train_set.category_ids, "class_names": train_set.class_names}
-    return train_set, CocoDataset(val.annotations, val.images, EvalTransform(*size), **classes)
+    val_set = CocoDataset(val.annotations, val.images, EvalTransform(*size), **classes, cache=cfg.data.cache)
+    return train_set, val_set
 
 
 def refuse_overwriting(cfg: Config, resume: bool) -> None:

@@ -15,6 +15,7 @@ from detector.backbone import BACKBONES, Backbone
 from detector.box_coder import BoxCoder
 from detector.config import Config, Part
 from detector.criterion import Criterion
+from detector.device import pick_precision
 from detector.errors import UserError
 from detector.fpn import FPN
 from detector.head import Head
@@ -107,7 +108,7 @@ def build_solver(cfg: Config, model: RetinaNet, steps_per_epoch: int) -> Solver:
     return Solver(
         model,
         total_steps=min(total, cfg.solver.max_steps or total),
-        precision=cfg.precision,
+        precision=pick_precision(cfg.precision, next(model.parameters()).device)[0],
         **cfg.solver.model_dump(exclude={"epochs", "max_steps"}),
     )
 

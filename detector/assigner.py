@@ -1,10 +1,16 @@
 """Anchors + ground truth -> what each anchor is taught."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from detector import boxes as box_ops
 from detector.structures import Assignment
+
+CACHED_PAIRS = 2**17  # of an anchor and a box at a time, on a CPU
+MAX_PAIRS = 2**24  # elsewhere
+MIN_BLOCK = 4096  # anchors
 
 
 class IoUAssigner:
@@ -30,20 +36,44 @@ class IoUAssigner:
     @torch.no_grad()
     def __call__(self, anchors: Tensor, gt_boxes: Tensor, *_: object) -> Assignment:
         """Anchors (A, 4), boxes of one image (G, 4); G may be 0 -> Assignment. Levels and cells do not matter to it."""
-        # A running maximum over boxes: the (A, G) matrix of a crowd never exists.
+        anchors = anchors.t().contiguous().t()  # each coordinate in one piece
         best_iou = anchors.new_zeros(len(anchors))
         gt_index = torch.zeros(len(anchors), dtype=torch.int64, device=anchors.device)
         best_of_some_box = torch.zeros(len(anchors), dtype=torch.bool, device=anchors.device)
-        for index, box in enumerate(gt_boxes):
-            iou = box_ops.iou_with_one(anchors, box)
-            closer = iou > best_iou
-            best_iou = torch.where(closer, iou, best_iou)
-            gt_index.masked_fill_(closer, index)
-            highest = iou.max()
-            best_of_some_box |= (iou == highest) & (highest > 0) & (highest >= self.min_iou)
+        best_of_box = gt_boxes.new_zeros(len(gt_boxes))
+        reached = []
+        for block, near in _blocks(anchors, gt_boxes):
+            iou = box_ops.iou(gt_boxes[near], anchors[block])  # (k, a)
+            best_iou[block], index = iou.max(dim=0)
+            gt_index[block] = near[index]
+            highest = iou.amax(dim=1)
+            best_of_box[near] = best_of_box[near].maximum(highest)
+            reached.append((block, near, highest, iou == highest[:, None]))
+        for block, near, highest, equal in reached:
+            is_best = (highest == best_of_box[near]) & (highest > 0) & (highest >= self.min_iou)
+            best_of_some_box[block] = (equal & is_best[:, None]).any(dim=0)
         positive = (best_iou >= self.fg_iou) | best_of_some_box
         ignored = (best_iou >= self.bg_iou) & ~positive
         return Assignment(gt_index, positive, ignored)
+
+
+def _blocks(anchors: Tensor, gt_boxes: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Runs of anchors, each with the indices (k,) of the boxes that may overlap it, so that (A, G) is never computed.
+
+    On a CPU they are so short that all pairs of one stay in the cache, and lie in a part of the image that most boxes
+    of a crowd do not reach. Elsewhere they are as long as memory allows: choosing boxes would mean waiting for the
+    device.
+    """
+    on_cpu = anchors.device.type == "cpu"
+    length = max((CACHED_PAIRS if on_cpu else MAX_PAIRS) // max(len(gt_boxes), 1), MIN_BLOCK)
+    near = torch.arange(len(gt_boxes), device=anchors.device)
+    for start in range(0, len(anchors), length):
+        block = slice(start, start + length)
+        if on_cpu:
+            low, high = anchors[block, :2].amin(dim=0), anchors[block, 2:].amax(dim=0)
+            near = ((gt_boxes[:, :2] < high) & (gt_boxes[:, 2:] > low)).all(dim=1).nonzero().squeeze(1)
+        if len(near):
+            yield block, near
 
 
 class ATSSAssigner:

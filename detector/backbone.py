@@ -1,5 +1,6 @@
 """ResNet / ResNeXt stages C3..C5 from torchvision."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,41 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(32, channels)
 
 
+class FrozenBatchNorm(FrozenBatchNorm2d):
+    """torchvision's, whose work the convolution before it has done already."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class FoldedConv(nn.Conv2d):
+    """A convolution and the frozen BatchNorm behind it in one: scaled are the weights, not the activations.
+
+    Saves two passes over the activations, and under autocast having them in float32.
+    """
+
+    def __init__(self, conv: nn.Conv2d, norm: FrozenBatchNorm):
+        options = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation, "groups": conv.groups}
+        super().__init__(conv.in_channels, conv.out_channels, conv.kernel_size, bias=False, **options)
+        self.weight = conv.weight
+        self._norm = (norm,)  # in a tuple: its tensors keep their names
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = self._norm[0]
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        return self._conv_forward(x, self.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale)
+
+
+def fold(module: nn.Module) -> None:
+    """Replace each convolution before a FrozenBatchNorm by the FoldedConv of both."""
+    for parent in list(module.modules()):
+        for (name, conv), (_, norm) in list(pairwise(parent.named_children())):
+            if isinstance(norm, FrozenBatchNorm):
+                setattr(parent, name, FoldedConv(conv, norm))
+
+
 NORMS: dict[str, Any] = {
-    "frozen_bn": FrozenBatchNorm2d,
+    "frozen_bn": FrozenBatchNorm,
     "bn": nn.BatchNorm2d,
     "sync_bn": nn.SyncBatchNorm,
     "gn": group_norm,
@@ -54,6 +88,7 @@ class Backbone(nn.Module):
         super().__init__()
         build, _ = BACKBONES[name]
         resnet = build(weights=None, norm_layer=NORMS[norm])
+        fold(resnet)
         self.conv1, self.bn1, self.relu, self.maxpool = resnet.conv1, resnet.bn1, resnet.relu, resnet.maxpool
         self.layer1, self.layer2 = resnet.layer1, resnet.layer2
         self.layer3, self.layer4 = resnet.layer3, resnet.layer4

@@ -1,5 +1,6 @@
 """Pure box arithmetic. Boxes are (..., 4) as (x1, y1, x2, y2) in pixels."""
 
+import torch
 from torch import Tensor
 
 
@@ -31,3 +32,13 @@ def iou_of_pairs(boxes: Tensor, others: Tensor) -> Tensor:
     height = boxes[:, 3].minimum(others[..., 3]) - boxes[:, 1].maximum(others[..., 1])
     intersection = width.clamp_(min=0) * height.clamp_(min=0)
     return intersection / (area(boxes) + area(others) - intersection)
+
+
+def iou(boxes: Tensor, others: Tensor) -> Tensor:
+    """IoU of each of (G, 4) boxes with each of (A, 4) others -> (G, A)."""
+    low, high = others[:, :2].t(), others[:, 2:].t()
+    corners = boxes[:, :, None]
+    sides = torch.minimum(high, corners[:, 2:]).sub_(torch.maximum(low, corners[:, :2])).clamp_(min=0)  # (G, 2, A)
+    intersection = sides[:, 0].mul_(sides[:, 1])
+    union = (area(boxes)[:, None] + area(others)).sub_(intersection)
+    return intersection.div_(union)

@@ -76,6 +76,7 @@ class Data(Options):
     vertical_flip: float = Field(0.0, ge=0, le=1)
     scale_jitter: tuple[float, float] = (1.0, 1.0)  # training images are resized by a factor drawn from this range
     strong: bool = False  # also colour, crops that keep boxes, affine maps
+    cache: str = ""  # a folder to keep the images in, decoded and resized, for sets that fit on its disk
 
     @model_validator(mode="after")
     def _ordered(self) -> "Data":
@@ -188,8 +189,10 @@ class Config(Options):
     output: str = "runs"
     seed: int = Field(0, ge=0, lt=2**63)
     device: str = "auto"  # auto | cpu | cuda | cuda:1 | mps
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"  # of the model; the criterion is always float32
+    # Of the model; the criterion is always float32. auto: bfloat16 where the hardware gains by it
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     channels_last: bool = True
+    compile: bool = False  # torch.compile: slow first steps, then faster; anew for each padded size (data.pad_to)
     data: Data = Data()
     model: Model = Model()
     anchors: Part = Part(name="grid")

@@ -1,6 +1,7 @@
-"""Which device to compute on, and how its memory is kept."""
+"""Which device and precision to compute in, and how memory is kept."""
 
 import ctypes
+from pathlib import Path
 
 import torch
 
@@ -17,6 +18,30 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device: {name!r} cannot be used here ({str(error).splitlines()[0]}); try auto") from None
     return device
+
+
+def pick_precision(name: str, device: torch.device) -> tuple[str, str]:
+    """The precision of this name, and for `auto` the reason: bfloat16 where the hardware gains by it, else float32."""
+    if name != "auto":
+        return name, "as configured"
+    if device.type == "cuda":
+        gains, units = torch.cuda.get_device_capability(device) >= (8, 0), "tensor cores"
+    elif device.type == "cpu":
+        gains, units = _bfloat16_units(), "matrix units"
+    else:
+        gains, units = False, "units that are known"
+    return "bfloat16" if gains else "float32", f"the {device.type} has {'' if gains else 'no '}{units} for bfloat16"
+
+
+def _bfloat16_units() -> bool:
+    """AMX, or AVX512-BF16 on AMD's processors, which do it at twice the speed of float32; Intel's do not."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return False
+    flags = next((line.split() for line in lines if line.startswith("flags")), [])
+    amd = any(line.startswith("vendor_id") and "AMD" in line for line in lines)
+    return "amx_bf16" in flags or (amd and "avx512_bf16" in flags)
 
 
 def keep_freed_memory() -> None:

@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -33,5 +34,13 @@ class FPN(nn.Module):
             size = laterals[finer].shape[-2:]
             laterals[finer] = laterals[finer] + F.interpolate(laterals[finer + 1], size=size, mode="nearest")
         p3, p4, p5 = (output(lateral) for output, lateral in zip(self.output, laterals))
-        p6 = self.p6(features[-1] if self.p6_from == "c5" else p5)
-        return [p3, p4, p5, p6, self.p7(F.relu(p6))]
+        p6 = _coarser(self.p6, features[-1] if self.p6_from == "c5" else p5)
+        return [p3, p4, p5, p6, _coarser(self.p7, F.relu(p6))]
+
+
+def _coarser(convolution: nn.Conv2d, finer: Tensor) -> Tensor:
+    """The next level; of a 1x1 map in float32, since there torch's CPU gradient in bfloat16 is garbage (2.15)."""
+    if finer.shape[-2:] != (1, 1):
+        return convolution(finer)
+    with torch.autocast(finer.device.type, enabled=False):
+        return convolution(finer.float())

@@ -35,6 +35,11 @@ class RetinaNet(nn.Module):
         counts = tuple(height * width * self.anchors.per_cell for height, width in grids)
         return Predictions(logits, deltas, anchors, counts, self.anchors.per_cell)
 
+    def compile_parts(self) -> None:
+        """Have backbone, pyramid and heads compiled at their next call, anew for each size of images."""
+        for part in (self.backbone, self.fpn, self.head):
+            part.compile(dynamic=False)
+
     def normalize(self, images: Tensor, sizes: list[tuple[int, int]] | None) -> Tensor:
         """To mean 0 and deviation 1; the padding to 0, the mean colour, as the peers have it."""
         images = (images.to(self.mean.dtype) - self.mean) / self.std

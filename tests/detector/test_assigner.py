@@ -3,6 +3,7 @@ import torch
 from torchvision.models.detection._utils import Matcher
 from torchvision.ops import box_iou
 
+from detector import assigner
 from detector.anchors import Anchors
 from detector.assigner import IoUAssigner
 
@@ -128,3 +129,12 @@ def test_types():
 def test_refuses_thresholds_out_of_order(options):
     with pytest.raises(ValueError, match="iou"):
         IoUAssigner(**options)
+
+
+@pytest.mark.parametrize("length", [1, 100, 1000])
+def test_anchors_are_matched_alike_in_runs_of_any_length(length, monkeypatch):
+    anchors, boxes = all_anchors()[::7], random_boxes(20, 5, 256)
+    theirs = Matcher(0.5, 0.4, allow_low_quality_matches=True)(box_iou(boxes, anchors))
+    monkeypatch.setattr(assigner, "CACHED_PAIRS", 0)
+    monkeypatch.setattr(assigner, "MIN_BLOCK", length)
+    assert torch.equal(matches(IoUAssigner()(anchors, boxes)), theirs)

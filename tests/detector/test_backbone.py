@@ -11,7 +11,7 @@ from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.ops import FrozenBatchNorm2d
 
-from detector.backbone import BACKBONES, Backbone, load_backbone_weights, read_weights
+from detector.backbone import BACKBONES, Backbone, FrozenBatchNorm, load_backbone_weights, read_weights
 from detector.errors import UserError
 
 
@@ -81,12 +81,35 @@ def test_features_equal_torchvision_with_the_same_weights(norm, resnet18, resnet
 
 
 @pytest.mark.parametrize(
-    ("norm", "kind"), [("bn", nn.BatchNorm2d), ("gn", nn.GroupNorm), ("frozen_bn", FrozenBatchNorm2d)]
+    ("norm", "kind"), [("bn", nn.BatchNorm2d), ("gn", nn.GroupNorm), ("frozen_bn", FrozenBatchNorm)]
 )
 def test_norm(norm, kind):
-    norms = {"bn": nn.BatchNorm2d, "gn": nn.GroupNorm, "frozen_bn": FrozenBatchNorm2d}.values()
+    norms = {"bn": nn.BatchNorm2d, "gn": nn.GroupNorm, "frozen_bn": FrozenBatchNorm}.values()
     found = [type(module) for module in Backbone("resnet18", norm, 0).modules() if isinstance(module, tuple(norms))]
     assert set(found) == {kind} and len(found) == 20
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d"])
+def test_folded_frozen_bn_has_the_values_and_gradients_of_torchvisions(name):
+    torch.manual_seed(0)
+    theirs = getattr(torchvision.models, name)(norm_layer=FrozenBatchNorm2d).double()
+    for module in theirs.modules():
+        if isinstance(module, FrozenBatchNorm2d):
+            nn.init.uniform_(module.weight, 0.2, 0.8)
+            nn.init.normal_(module.bias)
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    ours = Backbone(name, "frozen_bn", 0).double()
+    ours.load_state_dict({key: value for key, value in theirs.state_dict().items() if not key.startswith("fc.")})
+    images = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    expected = list(create_feature_extractor(theirs, ["layer2", "layer3", "layer4"])(images).values())
+    features = ours(images)
+    torch.testing.assert_close(list(features), expected)
+    for outputs in (features, expected):
+        sum((output * torch.linspace(-1, 1, output.shape[1])[:, None, None]).sum() for output in outputs).backward()
+    gradients = dict(theirs.named_parameters())
+    for key, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[key].grad, msg=key)
 
 
 @pytest.mark.parametrize("frozen", range(5))

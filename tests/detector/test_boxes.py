@@ -69,3 +69,8 @@ def test_no_boxes():
     assert boxes.clip(none, (4, 4)).shape == (0, 4)
     assert boxes.rescale(none, (4, 4), (8, 8)).shape == (0, 4)
     assert boxes.iou_with_one(none, torch.tensor([0.0, 0, 4, 4])).shape == (0,)
+
+
+def test_iou_of_all_pairs_is_torchvisions():
+    some, others = random_boxes(5), random_boxes(70, seed=1)
+    assert torch.equal(boxes.iou(some, others), box_iou(some, others))

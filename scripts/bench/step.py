@@ -1,0 +1,192 @@
+"""A training step beside torchvision's RetinaNet: images per second and peak memory.
+
+    python scripts/bench/step.py [--work resnet18:512:2 resnet50:512:4] [--boxes 10] [--repeats 7]
+        [--compile] [--growth]
+
+Forward, losses, backward, clipping, SGD. Both have the same backbone with the same weights, BatchNorm and the first
+stage frozen, as both have by default, the same pyramid and head sizes, and the same images. "torchvision" is as its
+users run it: float32, a list of float images that its model normalises and pads; "tuned" is the same with channels_last
+and bfloat16 autocast. "ours" is what our configs do on this machine, "float32" the same in float32. All alternate in
+one process; memory is that of one call beyond the weights, measured before. --compile: also ours through torch.compile.
+--growth: ours at batch 1 to 8 and at sides from 256 to 1024 px, as images and as megapixels per second.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's packages, wherever this is started
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.detection.retinanet import RetinaNet as TorchvisionRetinaNet
+from torchvision.models.detection.retinanet import _default_anchorgen
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+
+from detector import assemble
+from detector.device import keep_freed_memory, pick_device, pick_precision
+from detector.model import RetinaNet
+from detector.structures import Target
+from scripts.bench import measure
+
+COCO = Path(__file__).resolve().parents[2] / "configs/coco/base.yaml"
+CLASSES = 80
+WORK = ["resnet18:512:2", "resnet50:512:4"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", nargs="+", default=WORK, metavar="BACKBONE:SIDE:BATCH")
+    parser.add_argument("--boxes", type=int, default=10, help="an image")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--compile", action="store_true", help="also ours through torch.compile")
+    parser.add_argument("--growth", action="store_true", help="also ours from small to large")
+    args = parser.parse_args()
+    device = pick_device("auto")
+    print(f"{measure.environment()}\nprecision of ours: {', '.join(pick_precision('auto', device))}")
+    for work in args.work:
+        backbone, side, batch = work.split(":")
+        compare(backbone, int(side), int(batch), args.boxes, args.repeats, args.compile, device)
+    if args.growth:
+        grow(args.work[0].split(":")[0], args.boxes, args.repeats, device)
+
+
+def compare(name: str, side: int, batch: int, boxes: int, repeats: int, compiled: bool, device: torch.device) -> None:
+    images, targets = work(side, batch, boxes, device)
+    state = backbone_weights(name)
+    steps = {
+        "torchvision": torchvision_step(name, state, images, targets, tuned=False),
+        "torchvision, tuned": torchvision_step(name, state, images, targets, tuned=True),
+        "ours, float32": our_step(name, state, images, targets, "float32"),
+        "ours": our_step(name, state, images, targets, "auto"),
+    }
+    if compiled:
+        steps["ours, compiled"] = our_step(name, state, images, targets, "auto", compiled=True)
+    memory = {}
+    for label, step in steps.items():
+        step()
+        memory[label] = measure.peak(step)
+    if device.type == "cpu":
+        keep_freed_memory()
+    times = measure.alternate(steps, repeats)
+    print(f"\nTraining step, {name}, {batch} x {side} x {side} px, {boxes} boxes an image, {repeats} rounds\n")
+    print(
+        measure.table(
+            ["", "ms", "images/s", "x torchvision", "peak MiB"],
+            [
+                [
+                    label,
+                    f"{median:,.0f}",
+                    f"{1000 * batch / median:.2f}",
+                    f"{measure.ratio(times, 'torchvision', label):.2f}",
+                    f"{memory[label] / measure.MIB:,.0f}",
+                ]
+                for label, median in measure.medians(times).items()
+            ],
+        )
+    )
+
+
+def grow(name: str, boxes: int, repeats: int, device: torch.device) -> None:
+    state, rows = backbone_weights(name), []
+    for side, batch in [*((512, batch) for batch in (1, 2, 4, 8)), *((side, 2) for side in (256, 384, 768, 1024))]:
+        step = our_step(name, state, *work(side, batch, boxes, device), "auto")
+        median = measure.medians(measure.alternate({"ours": step}, max(repeats // 2, 1)))["ours"]
+        speed = 1000 * batch / median
+        rows.append([f"{batch} x {side} px", f"{median:,.0f}", f"{speed:.2f}", f"{speed * side**2 / 1e6:.2f}"])
+    print(f"\nGrowth, {name}\n")
+    print(measure.table(["", "ms", "images/s", "megapixels/s"], rows))
+
+
+def work(side: int, batch: int, boxes: int, device: torch.device) -> tuple[Tensor, list[Target]]:
+    """Images (batch, 3, side, side) uint8, and boxes of a sixteenth to half of the side."""
+    rng = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (batch, 3, side, side), generator=rng, dtype=torch.uint8)
+    sides = side * (1 / 16 + 7 / 16 * torch.rand(batch, boxes, 2, generator=rng))
+    corners = torch.rand(batch, boxes, 2, generator=rng) * (side - sides)
+    labels = torch.randint(0, CLASSES, (batch, boxes), generator=rng)
+    targets = [Target(*pair).to(device) for pair in zip(torch.cat([corners, corners + sides], 2), labels)]
+    return images.to(device), targets
+
+
+def backbone_weights(name: str) -> dict[str, Tensor]:
+    """Random weights with BatchNorm statistics that fit them, so that frozen ones keep the activations in bounds."""
+    torch.manual_seed(0)
+    resnet = torchvision.models.get_model(name, weights=None)
+    for module in resnet.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    with torch.no_grad():
+        resnet.train()(torch.randn(4, 3, 128, 128))
+    return {key: value for key, value in resnet.state_dict().items() if not key.startswith("fc.")}
+
+
+def our_model(name: str, state: dict[str, Tensor], *settings: str) -> tuple[assemble.Config, RetinaNet]:
+    torch.manual_seed(0)
+    cfg = assemble.configure(str(COCO), [f"model.backbone={name}", *settings])
+    model = assemble.build_model(cfg, CLASSES)
+    model.backbone.load_state_dict(state, strict=False)
+    return cfg, model.to(pick_device("auto"), memory_format=torch.channels_last)
+
+
+def our_step(
+    name: str, state: dict[str, Tensor], images: Tensor, targets: list[Target], precision: str, compiled: bool = False
+) -> Callable[[], object]:
+    cfg, model = our_model(name, state, f"precision={precision}", f"solver.batch_size={len(images)}")
+    criterion = assemble.build_criterion(cfg).train()
+    solver = assemble.build_solver(cfg, model.train(), steps_per_epoch=1_000_000)
+    sizes = [tuple(images.shape[-2:])] * len(images)
+    if compiled:
+        model.compile_parts()
+
+    def step() -> None:
+        with torch.autocast(images.device.type, solver.precision, enabled=solver.precision != torch.float32):
+            predictions = model(images, sizes)
+        solver.backward(criterion(predictions, targets).total)
+        solver.gradient_norm()
+        solver.step()
+
+    return step
+
+
+def torchvision_model(name: str, state: dict[str, Tensor], side: int, **options: object) -> nn.Module:
+    """torchvision's RetinaNet as `retinanet_resnet50_fpn` builds it; images stay as large as they are."""
+    torch.manual_seed(0)
+    last = LastLevelP6P7(2048 if name == "resnet50" else 512, 256)
+    backbone = resnet_fpn_backbone(
+        backbone_name=name, weights=None, trainable_layers=3, returned_layers=[2, 3, 4], extra_blocks=last
+    )
+    backbone.body.load_state_dict(state, strict=False)
+    model = TorchvisionRetinaNet(
+        backbone, CLASSES, anchor_generator=_default_anchorgen(), min_size=side, max_size=side, **options
+    )
+    return model.to(pick_device("auto"))
+
+
+def torchvision_step(
+    name: str, state: dict[str, Tensor], images: Tensor, targets: list[Target], tuned: bool
+) -> Callable[[], object]:
+    model = torchvision_model(name, state, images.shape[-1]).train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=1e-5, momentum=0.9, weight_decay=1e-4)
+    if tuned:
+        model = model.to(memory_format=torch.channels_last)
+    floats = list(images.float() / 255)
+    truth = [{"boxes": target.boxes, "labels": target.labels} for target in targets]
+
+    def step() -> None:
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=tuned):
+            losses = model(floats, truth)
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        nn.utils.clip_grad_norm_(parameters, 10.0)
+        optimizer.step()
+
+    return step
+
+
+if __name__ == "__main__":
+    main()
