@@ -1,6 +1,7 @@
 """Score a checkpoint: python eval.py --checkpoint runs/X/best.pt [--data ANNOTATIONS IMAGES]"""
 
 import argparse
+import contextlib
 import json
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from detector.engine import predict
 from detector.errors import UserError, run_main
 from detector.model import RetinaNet
 from detector.solver import PRECISIONS
+from detector.stopwatch import Stopwatch
 
 
 def main() -> None:
@@ -35,6 +37,7 @@ def main() -> None:
         help="for the results; by default the checkpoint's own folder, with --data one in it named after ANNOTATIONS",
     )
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="other options")
+    parser.add_argument("--benchmark", action="store_true", help="also say how many images a second each stage takes")
     args = parser.parse_args()
 
     content = checkpoint.read(args.checkpoint)
@@ -47,7 +50,8 @@ def main() -> None:
     if device.type == "cpu":
         keep_freed_memory()
     try:
-        evaluate(args.checkpoint, content, model, cfg, args.data, Path(args.output or folder), device)
+        watch = Stopwatch(device) if args.benchmark else None
+        evaluate(args.checkpoint, content, model, cfg, args.data, Path(args.output or folder), device, watch)
     finally:
         distributed.shutdown()
 
@@ -60,6 +64,7 @@ def evaluate(
     data: list[str] | None,
     folder: Path,
     device: torch.device,
+    watch: Stopwatch | None = None,
 ) -> None:
     """Score the checkpoint read from `source` on `data`, or on its own validation set, and write the results."""
     dataset = open_dataset(source, content, cfg, data)
@@ -71,15 +76,27 @@ def evaluate(
     batches = eval_loader(dataset, assemble.evaluation_batch(cfg), **assemble.loader_options(cfg, device))
     postprocess = assemble.build_postprocess(cfg)
     precision = PRECISIONS[pick_precision(cfg.precision, device)[0]]
-    detections = predict(model, batches, postprocess, device, precision)
+    detections = predict(model, batches, postprocess, device, precision, watch)
     if not distributed.is_main():
         return
-    metrics = score(dataset.annotations, detections, dataset.category_ids)
+    with watch("scoring") if watch else contextlib.nullcontext():
+        metrics = score(dataset.annotations, detections, dataset.category_ids)
     run = content.get("run", {})
     metrics |= {"step": run.get("solver", {}).get("step"), "epoch": run.get("epoch")}
     metrics |= {"seconds_per_step": run.get("seconds_per_step")}
     print(f"{metrics_table(metrics)}\n\n{per_class_table(metrics)}")
     write(folder, metrics, coco_results(detections, dataset.category_ids))
+    if watch:
+        print(f"\n{speeds(watch, -(-len(dataset) // distributed.world_size()))}")
+
+
+def speeds(watch: Stopwatch, images: int) -> str:
+    """Images per second of each stage, and of all one after the other."""
+    stages = {**watch.seconds, "all": sum(watch.seconds.values())}
+    lines = [f"{'stage':<16}{'images/s':>10}{'share':>8}"]
+    for stage, seconds in stages.items():
+        lines.append(f"{stage:<16}{images / seconds:>10,.1f}{seconds / stages['all']:>8.1%}")
+    return "\n".join(lines)
 
 
 def open_dataset(source: str, content: dict, cfg: Config, data: list[str] | None) -> CocoDataset:

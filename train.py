@@ -62,6 +62,8 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False, accept_cha
     model.to(device, memory_format=torch.channels_last if cfg.channels_last else torch.contiguous_format)
     criterion = assemble.build_criterion(cfg).to(device)
     solver = assemble.build_solver(cfg, model, steps_per_epoch=len(batches))
+    if cfg.compile:
+        model.compile_parts()
     postprocess = assemble.build_postprocess(cfg)
     kept = {"evaluated": 0, "best": float("-inf"), "seconds_per_step": None, "changes": []}
     if last:

@@ -7,6 +7,7 @@ run that is stopped and resumed, has other workers, or is spread over processes,
 import signal
 import threading
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import cv2
 import numpy as np
@@ -27,13 +28,14 @@ def train_loader(
     *,
     seed: int,
     workers: int = 0,
+    pad_to: int = STRIDE,
     pin_memory: bool = False,
     rank: int = 0,
     world_size: int = 1,
 ) -> DataLoader:
     """Batches of one process, shuffled; before each epoch call `loader.batch_sampler.set_position(epoch)`."""
     sampler = TrainSampler(dataset.aspects, batch_size, seed=seed, rank=rank, world_size=world_size)
-    return _loader(dataset, sampler, workers, pin_memory)
+    return _loader(dataset, sampler, workers, pad_to, pin_memory)
 
 
 def eval_loader(
@@ -41,12 +43,13 @@ def eval_loader(
     batch_size: int,
     *,
     workers: int = 0,
+    pad_to: int = STRIDE,
     pin_memory: bool = False,
     rank: int = 0,
     world_size: int = 1,
 ) -> DataLoader:
     """This process's share of the images, each once."""
-    return _loader(dataset, EvalSampler(dataset.aspects, batch_size, rank, world_size), workers, pin_memory)
+    return _loader(dataset, EvalSampler(dataset.aspects, batch_size, rank, world_size), workers, pad_to, pin_memory)
 
 
 class TrainSampler(Sampler[list[tuple[int, int]]]):
@@ -112,11 +115,14 @@ class EvalSampler(Sampler[list[int]]):
         return iter(self.batches)
 
 
-def collate(samples: Sequence[tuple[Tensor, Target, int, tuple[int, int]]]) -> Batch:
-    """Pad images (3, h, w) with zeros at the right and bottom to one size and stack them; boxes stay valid."""
+def collate(samples: Sequence[tuple[Tensor, Target, int, tuple[int, int]]], pad_to: int = STRIDE) -> Batch:
+    """Pad images (3, h, w) with zeros at the right and bottom to one size and stack them; boxes stay valid.
+
+    The padded sides are multiples of `pad_to`.
+    """
     images, targets, image_ids, original_sizes = zip(*samples)
     sizes = [tuple(image.shape[1:]) for image in images]
-    height, width = (-(-max(side) // STRIDE) * STRIDE for side in zip(*sizes))
+    height, width = (-(-max(side) // pad_to) * pad_to for side in zip(*sizes))
     stacked = torch.empty(len(images), 3, height, width, dtype=torch.uint8)
     for planes, image, (h, w) in zip(stacked.numpy(), images, sizes):
         # Padded as (h, w, 3), which is how the pixels lie in memory: torch's copy to planes takes four times as long.
@@ -192,12 +198,12 @@ class _Deaths:
 _deaths = _Deaths()
 
 
-def _loader(dataset: CocoDataset, sampler: Sampler, workers: int, pin_memory: bool) -> DataLoader:
+def _loader(dataset: CocoDataset, sampler: Sampler, workers: int, pad_to: int, pin_memory: bool) -> DataLoader:
     return _Loader(
         dataset,
         batch_sampler=sampler,
         num_workers=workers,
-        collate_fn=collate,
+        collate_fn=partial(collate, pad_to=pad_to),
         pin_memory=pin_memory,
         worker_init_fn=_start_worker,
         persistent_workers=workers > 0,

@@ -133,6 +133,7 @@ def loader_options(cfg: Config, device: torch.device) -> dict[str, Any]:
     """What the training and the evaluation loader have in common."""
     return {
         "workers": cfg.data.workers,
+        "pad_to": cfg.data.pad_to,
         "pin_memory": device.type == "cuda",
         "rank": distributed.rank(),
         "world_size": distributed.world_size(),

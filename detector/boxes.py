@@ -9,10 +9,11 @@ def area(boxes: Tensor) -> Tensor:
     return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 
 
-def clip(boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """(D, 4) -> (D, 4) inside an image of (height, width)."""
-    height, width = size
-    return boxes.clamp(min=0).minimum(boxes.new_tensor([width, height, width, height]))
+def clip(boxes: Tensor, size: tuple[int | Tensor, int | Tensor]) -> Tensor:
+    """(D, 4) -> (D, 4) inside an image of (height, width), or each in its own: of (D,) heights and (D,) widths."""
+    height, width = (torch.as_tensor(side, dtype=boxes.dtype, device=boxes.device) for side in size)
+    x1, y1, x2, y2 = boxes.clamp(min=0).unbind(-1)
+    return torch.stack([x1.minimum(width), y1.minimum(height), x2.minimum(width), y2.minimum(height)], dim=-1)
 
 
 def rescale(boxes: Tensor, size: tuple[int, int], new_size: tuple[int, int]) -> Tensor:

@@ -71,6 +71,7 @@ class Data(Options):
     val: Files = Files()
     short_side: int = Field(800, ge=32, le=2**14)  # pixels, unless the long side would pass long_side
     long_side: int = Field(1333, ge=32, le=2**14)
+    pad_to: int = Field(32, ge=32, le=1024, multiple_of=32)  # of padded sides; 128 keeps the sizes few, for compile
     workers: int = Field(2, ge=0, le=1024)  # processes that load images; 0 loads in the training process
     horizontal_flip: float = Field(0.5, ge=0, le=1)  # probability
     vertical_flip: float = Field(0.0, ge=0, le=1)

@@ -14,6 +14,7 @@ from detector.gradients import Observation, observe
 from detector.postprocess import Postprocess
 from detector.solver import Solver
 from detector.stop import Stop
+from detector.stopwatch import Stopwatch
 from detector.structures import Batch, Detections, Losses, Predictions
 
 if TYPE_CHECKING:
@@ -119,20 +120,23 @@ def predict(
     postprocess: Postprocess,
     device: torch.device,
     precision: torch.dtype = torch.float32,
+    watch: Stopwatch | None = None,
 ) -> dict[int, Detections]:
     """Detections of every image, on the CPU, in pixels of the original image, keyed by image id.
 
-    With several processes each predicts its share, and all get all.
+    With several processes each predicts its share, and all get all. `watch` gets the seconds by stage.
     """
     model.eval()
+    watch = watch or Stopwatch()
     found: dict[int, Detections] = {}
-    for batch in batches:
-        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+    for batch in watch.each("loading", batches):
+        with watch("network"), torch.autocast(device.type, precision, enabled=precision != torch.float32):
             predictions = model(batch.images.to(device, non_blocking=True), batch.sizes)
-        detections = postprocess(predictions, batch.sizes)
-        for image_id, one, size, original in zip(batch.image_ids, detections, batch.sizes, batch.original_sizes):
-            boxes = box_ops.rescale(one.boxes, size, original)
-            found[image_id] = Detections(boxes.cpu(), one.scores.cpu(), one.labels.cpu())
+        with watch("postprocessing"):
+            detections = postprocess(predictions, batch.sizes)
+            for image_id, one, size, original in zip(batch.image_ids, detections, batch.sizes, batch.original_sizes):
+                boxes = box_ops.rescale(one.boxes, size, original)
+                found[image_id] = Detections(boxes.cpu(), one.scores.cpu(), one.labels.cpu())
     everywhere: dict[int, Detections] = {}
     for share in distributed.gather(found):
         everywhere.update(share)

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from detector.anchors import Anchors
 from detector.backbone import Backbone
+from detector.errors import UserError
 from detector.fpn import FPN
 from detector.head import Head
 from detector.structures import Predictions
@@ -12,6 +13,7 @@ from detector.structures import Predictions
 # Of ImageNet, in 0..255: what the backbones' weights were trained with.
 MEAN = (123.675, 116.28, 103.53)
 STD = (58.395, 57.12, 57.375)
+MAX_SIZES = 64  # of padded images, that are compiled for; others run as they are
 
 
 class RetinaNet(nn.Module):
@@ -36,7 +38,17 @@ class RetinaNet(nn.Module):
         return Predictions(logits, deltas, anchors, counts, self.anchors.per_cell)
 
     def compile_parts(self) -> None:
-        """Have backbone, pyramid and heads compiled at their next call, anew for each size of images."""
+        """Have backbone, pyramid and heads compiled at their next call, anew for each size of images.
+
+        Raises UserError where torch.compile does not work.
+        """
+        device = self.mean.device
+        try:
+            torch.compile(lambda x: x.cos() + 1)(torch.ones(8, device=device))
+        except Exception as error:  # a compiler that is missing, or too old: of all kinds
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"compile: torch.compile does not work here ({reason}); set it to false") from None
+        torch._dynamo.config.recompile_limit = MAX_SIZES  # by default 8, and then slow for good
         for part in (self.backbone, self.fpn, self.head):
             part.compile(dynamic=False)
 

@@ -36,27 +36,33 @@ class Postprocess:
     @torch.no_grad()
     def __call__(self, predictions: Predictions, sizes: list[tuple[int, int]]) -> list[Detections]:
         """Sizes: (height, width) of each image inside its padding -> Detections of each, in input pixels."""
-        return [
-            self._one_image(logits.float(), deltas, predictions.anchors, predictions.levels, size)
-            for logits, deltas, size in zip(predictions.logits, predictions.deltas, sizes)
-        ]
-
-    def _one_image(
-        self, logits: Tensor, deltas: Tensor, anchors: Tensor, levels: tuple[int, ...], size: tuple[int, int]
-    ) -> Detections:
-        num_classes = logits.shape[1]
+        logits = predictions.logits.float()
+        num_images, num_anchors, num_classes = logits.shape
         # The sigmoid is monotonous: compare logits, and take the sigmoid of the few that are left.
         low = math.log(self.score_threshold / (1 - self.score_threshold)) if self.score_threshold > 0 else -math.inf
-        cells, start = [], 0
-        for count in levels:
-            level = logits[start : start + count].flatten()
-            candidates = torch.nonzero(level > low).squeeze(1)
-            best = level[candidates].topk(min(self.top_k, len(candidates))).indices
-            cells.append(candidates[best] + start * num_classes)
-            start += count
-        cell = torch.cat(cells)
-        anchor, label = cell // num_classes, cell % num_classes
-        scores = logits.flatten()[cell].sigmoid()
-        boxes = box_ops.clip(self.coder.decode(deltas[anchor], anchors[anchor]), size)
-        keep = batched_nms(boxes, scores, label, self.nms_iou)[: self.max_detections]
-        return Detections(boxes[keep], scores[keep], label[keep])
+        cell = (logits.flatten() > low).nonzero().squeeze(1)
+        anchor = cell // num_classes % num_anchors
+        ends = torch.tensor(predictions.levels, device=logits.device).cumsum(0)
+        level = torch.bucketize(anchor, ends, right=True)
+        image = cell // (num_classes * num_anchors)
+        best = _best(logits.flatten()[cell], image * len(ends) + level, self.top_k)
+
+        cell, anchor, image = cell[best], anchor[best], image[best]
+        label, scores = cell % num_classes, logits.flatten()[cell].sigmoid()
+        limits = torch.tensor(sizes, device=logits.device)[image]
+        boxes = self.coder.decode(predictions.deltas[image, anchor], predictions.anchors[anchor])
+        boxes = box_ops.clip(boxes, limits.unbind(1))
+        # In float64: boxes of different groups are kept apart by large offsets, which would round a float32's pixels.
+        keep = batched_nms(boxes.double(), scores.double(), image * num_classes + label, self.nms_iou)
+        keep = keep[_best(scores[keep], image[keep], self.max_detections)]
+        counts = image[keep].bincount(minlength=num_images).tolist()
+        return [Detections(*one) for one in zip(*(values[keep].split(counts) for values in (boxes, scores, label)))]
+
+
+def _best(values: Tensor, groups: Tensor, count: int) -> Tensor:
+    """Indices of the `count` largest values (N,) of each group (N,), best first, group by group."""
+    order = values.argsort(descending=True, stable=True)
+    order = order[groups[order].argsort(stable=True)]
+    ordered = groups[order]
+    first = torch.searchsorted(ordered, ordered)  # where the group starts
+    return order[torch.arange(len(order), device=order.device) - first < count]

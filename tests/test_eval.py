@@ -49,6 +49,18 @@ def test_a_checkpoint_alone_gives_the_metrics_of_its_run(learnt, folder, command
     assert best[0] == 0 and read(folder / "metrics.json") == expected
 
 
+def test_benchmark_says_the_speed_of_each_stage_and_changes_no_number(learnt, folder, command):
+    code, out, err = command(
+        evaluation.main, "--checkpoint", learnt / "last.pt", "--output", folder, "--benchmark"
+    )
+    assert code == 0, err
+    assert read(folder / "metrics.json") == read(learnt / "metrics.json")
+    table = [line.split() for line in out.split("images/s   share\n")[1].splitlines()]
+    assert [line[0] for line in table] == ["loading", "network", "postprocessing", "scoring", "all"]
+    assert sum(float(line[2].rstrip("%")) for line in table[:-1]) == pytest.approx(100, abs=0.3)
+    assert all(float(line[1].replace(",", "")) > 0 for line in table)
+
+
 def test_detections_are_in_cocos_format_and_score_the_same(learnt, folder, command):
     command(evaluation.main, "--checkpoint", learnt / "last.pt", "--output", folder)
     with contextlib.redirect_stdout(io.StringIO()):

@@ -8,16 +8,11 @@ alone and as its RetinaNet head calls it; cross entropy on dense targets; a sort
 All alternate in one process, so that a slow moment of the machine meets all of them. Times are medians, with freed
 memory kept by the process; memory is the highest resident size of one call beyond that before it, in logits.
 "Gradient error": Focal's, relative, against float64 where background is confident, beside torchvision's.
-"Step": a whole training step, ResNet-18 at 512 px, 2 images, GHM-C + GHM-R against CE + smooth L1, in pairs.
+--step: a whole training step, ResNet-18 at 512 px, 2 images, GHM-C + GHM-R beside CE + smooth L1.
 """
 
 import argparse
-import ctypes
-import gc
-import platform
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,13 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss
 
-from detector import assemble
-from detector.criterion import Criterion
-from detector.device import keep_freed_memory
+from detector.device import keep_freed_memory, pick_device
 from detector.losses import ASL1, GHMC, GHMR, OHEM, CrossEntropy, Focal
-from detector.model import RetinaNet
-from detector.solver import Solver
-from detector.structures import Target
+from scripts.bench import measure
+from scripts.bench import step as training
 
 POSITIVES = 300
 
@@ -55,7 +47,7 @@ def main() -> None:
     parser.add_argument("--slow", action="store_true", help="also OHEM and exact GHM-C, which sorts all cells")
     parser.add_argument("--step", action="store_true", help="also a whole training step, which takes some minutes")
     args = parser.parse_args()
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {processor()}")
+    print(measure.environment())
     memory = {}
     for rows in args.rows:  # all of it before memory is kept: then freed memory would be taken for used
         logits, *rest = cells(rows, args.classes, *args.logits)
@@ -65,10 +57,10 @@ def main() -> None:
     for rows in args.rows:
         logits, *rest = cells(rows, args.classes, *args.logits)
         share = (logits.sigmoid() >= 1 / 30).any(1).float().mean()
-        print(f"\n{rows:,} x {args.classes} cells, {share:.0%} of rows with a cell past the first of 30 regions")
-        table(class_losses(logits, *rest, args.slow), logits, args.repeats, memory[rows])
-    print(f"\nboxes, {POSITIVES} positives")
-    table(box_losses(), torch.zeros(POSITIVES, 4), args.repeats * 10)
+        print(f"\n{rows:,} x {args.classes} cells, {share:.0%} of rows with a cell past the first of 30 regions\n")
+        report(class_losses(logits, *rest, args.slow), logits, args.repeats, memory[rows])
+    print(f"\nBoxes, {POSITIVES} positives\n")
+    report(box_losses(), torch.zeros(POSITIVES, 4), args.repeats * 10, None)
     gradient_error()
     if args.step:
         whole_step(args.repeats)
@@ -176,69 +168,39 @@ def gradient_error(rows: int = 20_000, classes: int = 80) -> None:
         x.requires_grad_().grad = None
         form(x).backward()
         slope[name] = x.grad.double()
-    print("\nGradient error of Focal, median and worst")
+    rows = []
     for name in list(forms)[1:]:
         error = ((slope[name] - slope["truth"]) / slope["truth"]).abs()
-        print(f"{name:28}{error.median():9.1e}{error.max():9.1e}")
+        rows.append([name, f"{error.median():.1e}", f"{error.max():.1e}"])
+    print("\nFocal's gradient against float64\n")
+    print(measure.table(["relative error", "median", "worst"], rows))
 
 
-def whole_step(repeats: int, size: int = 512, images: int = 2) -> None:
-    rng = torch.Generator().manual_seed(0)
-    batch = torch.randint(0, 256, (images, 3, size, size), generator=rng, dtype=torch.uint8)
-    corners = torch.rand(images, 10, 2, generator=rng) * (size - 200)
-    boxes = torch.cat([corners, corners + 20 + torch.rand(images, 10, 2, generator=rng) * 180], -1)
-    targets = [Target(b, torch.randint(0, 80, (10,), generator=rng)) for b in boxes]
-    base = Path(__file__).resolve().parents[2] / "configs/coco/base.yaml"
-    steps = []
-    for pair in (("ce", "smooth_l1"), ("ghm_c", "ghm_r")):
-        choice = dict(zip(("run", "class_loss.name", "box_loss.name"), ("bench", *pair)))
-        choice |= {
-            "model.backbone": "resnet18",
-            "model.weights": "none",
-            "model.norm": "bn",
-            "solver.batch_size": images,
-        }
-        cfg = assemble.configure(str(base), [f"{key}={value}" for key, value in choice.items()])
-        torch.manual_seed(0)
-        model, criterion = assemble.build_model(cfg, num_classes=80).train(), assemble.build_criterion(cfg).train()
-        steps.append((model, criterion, assemble.build_solver(cfg, model, steps_per_epoch=1000)))
-
-    def seconds(model: RetinaNet, criterion: Criterion, solver: Solver) -> float:
-        start = time.perf_counter()
-        solver.backward(criterion(model(batch, [(size, size)] * images), targets).total)
-        solver.step()
-        return time.perf_counter() - start
-
-    for one in steps * 2:
-        seconds(*one)
-    pairs = [[seconds(*one) for one in steps] for _ in range(2 * repeats)]
-    plain, harmonized = map(statistics.median, zip(*pairs))
-    ratio = statistics.median(b / a for a, b in pairs)
-    print(
-        f"\nStep, median of {len(pairs)} pairs: {plain:.2f} s, with GHM-C + GHM-R {harmonized:.2f} s, ratio {ratio:.3f}"
-    )
+def whole_step(repeats: int, side: int = 512, images: int = 2) -> None:
+    given = ("resnet18", training.backbone_weights("resnet18"), *training.work(side, images, 10, pick_device("auto")))
+    pairs = {"CE + smooth L1": ("ce", "smooth_l1"), "GHM-C + GHM-R": ("ghm_c", "ghm_r")}
+    steps = {
+        label: training.our_step(*given, [f"class_loss.name={one}", f"box_loss.name={other}"])
+        for label, (one, other) in pairs.items()
+    }
+    times = measure.alternate(steps, 4 * repeats, warmup=2)
+    ratio = 1 / measure.ratio(times, *pairs)
+    rows = [[label, f"{ms:,.0f}"] for label, ms in measure.medians(times).items()]
+    print(f"\nTraining step, resnet18, {images} x {side} x {side} px; ratio {ratio:.3f}\n")
+    print(measure.table(["", "ms"], rows))
 
 
-def table(
-    calls: dict[str, Callable[[], Tensor]], logits: Tensor, repeats: int, memory: dict[str, float] | None = None
+def report(
+    calls: dict[str, Callable[[], Tensor]], logits: Tensor, repeats: int, peaks: dict[str, float] | None
 ) -> None:
-    for call in calls.values():
-        step(call, logits)
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            step(call, logits)
-            times[name].append(1000 * (time.perf_counter() - start))
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    print(f"{'':28}{'ms':>9}{'x CE':>8}{'memory':>8}" if memory else f"{'':28}{'ms':>9}")
+    """A row each: milliseconds of forward and backward, times our CE, memory in logits, and ours beside the peer."""
+    times = measure.alternate({name: lambda call=call: step(call, logits) for name, call in calls.items()}, repeats)
+    medians, rows = measure.medians(times), []
     for name, median in medians.items():
-        tail = f"{median / medians['CE']:8.2f}{memory[name]:8.2f}" if memory else ""
-        print(f"{name:28}{median:9.2f}{tail}")
-    for peer, median in medians.items():
-        ours = peer.partition(",")[0]
-        if peer != ours:
-            print(f"{ours}: {median / medians[ours]:.1f}x faster than {peer.partition(', ')[2]}")
+        ours = name.partition(",")[0]
+        row = [name, f"{median:.2f}", f"ours {measure.ratio(times, name, ours):.1f}x faster" if name != ours else ""]
+        rows.append(row + ([f"{median / medians['CE']:.2f}", f"{peaks[name]:.2f}"] if peaks else []))
+    print(measure.table(["", "ms", "", *(["x CE", "memory"] if peaks else [])], rows))
 
 
 def step(call: Callable[[], Tensor], logits: Tensor) -> None:
@@ -247,31 +209,10 @@ def step(call: Callable[[], Tensor], logits: Tensor) -> None:
 
 
 def peak(call: Callable[[], Tensor], logits: Tensor) -> float:
-    """Memory of the second call beyond what was held before it, in sizes of the logits; nan where Linux is not."""
+    """Memory of the second call beyond what was held before it, in sizes of the logits."""
     step(call, logits)
     logits.grad = None
-    gc.collect()
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        before = resident("VmRSS")
-        step(call, logits)
-        return (resident("VmHWM") - before) / (logits.numel() * logits.element_size())
-    except OSError:
-        return float("nan")
-
-
-def resident(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
-
-
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(": ", 1)[1] for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
+    return measure.peak(lambda: step(call, logits)) / (logits.numel() * logits.element_size())
 
 
 if __name__ == "__main__":

@@ -40,10 +40,10 @@ def alternate(calls: dict[str, Callable[[], object]], repeats: int, warmup: int 
 
 
 def milliseconds(call: Callable[[], object]) -> float:
-    _wait()
+    wait()
     start = time.perf_counter()
     call()
-    _wait()
+    wait()
     return 1000 * (time.perf_counter() - start)
 
 
@@ -66,7 +66,7 @@ def peak(call: Callable[[], object]) -> float:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         call()
-        _wait()
+        wait()
         return torch.cuda.max_memory_allocated() - before
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -84,7 +84,8 @@ def table(header: list[str], rows: Iterable[list[object]]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def _wait() -> None:
+def wait() -> None:
+    """Until the device is done."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

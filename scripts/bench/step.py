@@ -1,19 +1,23 @@
 """A training step beside torchvision's RetinaNet: images per second and peak memory.
 
     python scripts/bench/step.py [--work resnet18:512:2 resnet50:512:4] [--boxes 10] [--repeats 7]
-        [--compile] [--growth]
+        [--compile]
 
 Forward, losses, backward, clipping, SGD. Both have the same backbone with the same weights, BatchNorm and the first
 stage frozen, as both have by default, the same pyramid and head sizes, and the same images. "torchvision" is as its
 users run it: float32, a list of float images that its model normalises and pads; "tuned" is the same with channels_last
-and bfloat16 autocast. "ours" is what our configs do on this machine, "float32" the same in float32. All alternate in
-one process; memory is that of one call beyond the weights, measured before. --compile: also ours through torch.compile.
---growth: ours at batch 1 to 8 and at sides from 256 to 1024 px, as images and as megapixels per second.
+and bfloat16 autocast. "ours" is what train.py does by default on this machine, keeping freed memory included; "float32"
+the same in float32. Each has a process of its own, and they take turns; memory is that of one call beyond the weights.
+--compile: also ours through torch.compile.
 """
 
 import argparse
+import contextlib
+import multiprocessing
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's packages, wherever this is started
@@ -34,6 +38,7 @@ from scripts.bench import measure
 
 COCO = Path(__file__).resolve().parents[2] / "configs/coco/base.yaml"
 CLASSES = 80
+spawning = multiprocessing.get_context("spawn")
 WORK = ["resnet18:512:2", "resnet50:512:4"]
 
 
@@ -43,62 +48,61 @@ def main() -> None:
     parser.add_argument("--boxes", type=int, default=10, help="an image")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--compile", action="store_true", help="also ours through torch.compile")
-    parser.add_argument("--growth", action="store_true", help="also ours from small to large")
     args = parser.parse_args()
     device = pick_device("auto")
     print(f"{measure.environment()}\nprecision of ours: {', '.join(pick_precision('auto', device))}")
-    for work in args.work:
-        backbone, side, batch = work.split(":")
-        compare(backbone, int(side), int(batch), args.boxes, args.repeats, args.compile, device)
-    if args.growth:
-        grow(args.work[0].split(":")[0], args.boxes, args.repeats, device)
+    for one in args.work:
+        name, side, batch = one.split(":")
+        compare(name, int(side), int(batch), args.boxes, args.repeats, args.compile)
 
 
-def compare(name: str, side: int, batch: int, boxes: int, repeats: int, compiled: bool, device: torch.device) -> None:
-    images, targets = work(side, batch, boxes, device)
-    state = backbone_weights(name)
-    steps = {
-        "torchvision": torchvision_step(name, state, images, targets, tuned=False),
-        "torchvision, tuned": torchvision_step(name, state, images, targets, tuned=True),
-        "ours, float32": our_step(name, state, images, targets, "float32"),
-        "ours": our_step(name, state, images, targets, "auto"),
+def compare(name: str, side: int, batch: int, boxes: int, repeats: int, compiled: bool) -> None:
+    builders = {
+        "torchvision": torchvision_step,
+        "torchvision, tuned": partial(torchvision_step, tuned=True),
+        "ours, float32": partial(our_step, settings=["precision=float32"]),
+        "ours": our_step,
     }
     if compiled:
-        steps["ours, compiled"] = our_step(name, state, images, targets, "auto", compiled=True)
-    memory = {}
-    for label, step in steps.items():
-        step()
-        memory[label] = measure.peak(step)
-    if device.type == "cpu":
+        builders["ours, compiled"] = partial(our_step, compiled=True)
+    calls, memory = {}, {}
+    with contextlib.ExitStack() as stack:
+        for label, build in builders.items():
+            pipe, theirs = multiprocessing.Pipe()
+            kept = label.startswith("ours")  # freed memory, as train.py does
+            given = (theirs, build, kept, name, side, batch, boxes)
+            process = spawning.Process(target=serve, args=given, daemon=True)
+            process.start()
+            stack.callback(process.kill)
+            memory[label] = pipe.recv()
+            calls[label] = lambda pipe=pipe: (pipe.send(True), pipe.recv())
+        times = measure.alternate(calls, repeats, warmup=2)
+    rows = [
+        [
+            label,
+            f"{median:,.0f}",
+            f"{1000 * batch / median:.2f}",
+            f"{measure.ratio(times, 'torchvision', label):.2f}",
+            f"{memory[label] / measure.MIB:,.0f}",
+        ]
+        for label, median in measure.medians(times).items()
+    ]
+    print(f"\nTraining step, {name}, {batch} x {side} x {side} px, {boxes} boxes an image\n")
+    print(measure.table(["", "ms", "images/s", "x torchvision", "peak MiB"], rows), flush=True)
+
+
+def serve(pipe: Connection, build: Callable, kept: bool, name: str, side: int, batch: int, boxes: int) -> None:
+    """In a process of its own: the peak memory of a step, then a step for each message."""
+    device = pick_device("auto")
+    step = build(name, backbone_weights(name), *work(side, batch, boxes, device))
+    step()
+    pipe.send(measure.peak(step))
+    if kept and device.type == "cpu":
         keep_freed_memory()
-    times = measure.alternate(steps, repeats)
-    print(f"\nTraining step, {name}, {batch} x {side} x {side} px, {boxes} boxes an image, {repeats} rounds\n")
-    print(
-        measure.table(
-            ["", "ms", "images/s", "x torchvision", "peak MiB"],
-            [
-                [
-                    label,
-                    f"{median:,.0f}",
-                    f"{1000 * batch / median:.2f}",
-                    f"{measure.ratio(times, 'torchvision', label):.2f}",
-                    f"{memory[label] / measure.MIB:,.0f}",
-                ]
-                for label, median in measure.medians(times).items()
-            ],
-        )
-    )
-
-
-def grow(name: str, boxes: int, repeats: int, device: torch.device) -> None:
-    state, rows = backbone_weights(name), []
-    for side, batch in [*((512, batch) for batch in (1, 2, 4, 8)), *((side, 2) for side in (256, 384, 768, 1024))]:
-        step = our_step(name, state, *work(side, batch, boxes, device), "auto")
-        median = measure.medians(measure.alternate({"ours": step}, max(repeats // 2, 1)))["ours"]
-        speed = 1000 * batch / median
-        rows.append([f"{batch} x {side} px", f"{median:,.0f}", f"{speed:.2f}", f"{speed * side**2 / 1e6:.2f}"])
-    print(f"\nGrowth, {name}\n")
-    print(measure.table(["", "ms", "images/s", "megapixels/s"], rows))
+    while pipe.recv():
+        step()
+        measure.wait()
+        pipe.send(True)
 
 
 def work(side: int, batch: int, boxes: int, device: torch.device) -> tuple[Tensor, list[Target]]:
@@ -133,9 +137,14 @@ def our_model(name: str, state: dict[str, Tensor], *settings: str) -> tuple[asse
 
 
 def our_step(
-    name: str, state: dict[str, Tensor], images: Tensor, targets: list[Target], precision: str, compiled: bool = False
+    name: str,
+    state: dict[str, Tensor],
+    images: Tensor,
+    targets: list[Target],
+    settings: Sequence[str] = (),
+    compiled: bool = False,
 ) -> Callable[[], object]:
-    cfg, model = our_model(name, state, f"precision={precision}", f"solver.batch_size={len(images)}")
+    cfg, model = our_model(name, state, f"solver.batch_size={len(images)}", *settings)
     criterion = assemble.build_criterion(cfg).train()
     solver = assemble.build_solver(cfg, model.train(), steps_per_epoch=1_000_000)
     sizes = [tuple(images.shape[-2:])] * len(images)
@@ -167,7 +176,7 @@ def torchvision_model(name: str, state: dict[str, Tensor], side: int, **options:
 
 
 def torchvision_step(
-    name: str, state: dict[str, Tensor], images: Tensor, targets: list[Target], tuned: bool
+    name: str, state: dict[str, Tensor], images: Tensor, targets: list[Target], tuned: bool = False
 ) -> Callable[[], object]:
     model = torchvision_model(name, state, images.shape[-1]).train()
     parameters = [p for p in model.parameters() if p.requires_grad]

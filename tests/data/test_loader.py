@@ -242,3 +242,10 @@ def test_workers_live_through_ctrl_c(folder):
     for worker in loader._iterator._workers:
         os.kill(worker.pid, signal.SIGINT)
     assert len(list(batches)) == 9
+
+
+def test_padded_sides_are_multiples_of_what_is_asked():
+    samples = [(torch.full((3, 40, 70), 7, dtype=torch.uint8), None, 1, (40, 70))]
+    batch = collate(samples, pad_to=128)
+    assert batch.images.shape == (1, 3, 128, 128) and batch.sizes == [(40, 70)]
+    assert batch.images.sum() == 3 * 40 * 70 * 7 and (batch.images[:, :, :40, :70] == 7).all()

@@ -1,10 +1,14 @@
+from functools import partial
+
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 from torchvision.transforms.functional import normalize
 
 from detector.anchors import Anchors, TorchvisionAnchors
 from detector.backbone import Backbone
+from detector.errors import UserError
 from detector.fpn import FPN
 from detector.head import Head
 from detector.model import RetinaNet
@@ -122,3 +126,49 @@ def test_a_bias_on_one_shape_marks_that_shape_on_every_level():
 
 def test_saved_weights_hold_no_constants(model):
     assert not {"mean", "std"} & model.state_dict().keys()
+
+
+def test_a_compiled_model_is_the_same_and_compiled_once_for_each_size(monkeypatch):
+    counter = CompileCounterWithBackend("aot_eager")  # what is tested is not the code that a compiler makes
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    plain, compiled = build().train(), build().train()
+    names = list(compiled.state_dict())
+    compiled.compile_parts()
+    assert list(compiled.state_dict()) == names  # checkpoints do not know of it
+    for size in ((64, 96), (96, 64), (64, 96), (96, 64)):
+        images = random_images(2, 3, *size)
+        for one in (plain, compiled):
+            one.zero_grad()
+            predictions = one(images)
+            (predictions.logits.square().mean() + predictions.deltas.square().mean()).backward()
+        torch.testing.assert_close(predictions.logits, plain(images).logits)
+        for (name, expected), found in zip(plain.named_parameters(), compiled.parameters()):
+            torch.testing.assert_close(found.grad, expected.grad, rtol=1e-3, atol=1e-5, msg=name)
+    assert counter.frame_count == 1 + 3 * 2  # whether it works at all, and three parts at two sizes
+
+
+def test_a_compiler_that_does_not_work_is_told_in_one_line(monkeypatch):
+    def broken(function):
+        raise RuntimeError("No working C++ compiler found\nand more")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(UserError, match=r"^compile: .*No working C\+\+ compiler found\); set it to false$"):
+        build().compile_parts()
+
+
+@pytest.mark.parametrize("side", [32, 64, 96])
+def test_gradients_in_bfloat16_are_right_on_the_smallest_maps(side):
+    torch.manual_seed(0)
+    pyramid = FPN((64, 64, 64), 64)
+    gradients = {}
+    for enabled in (False, True):
+        torch.manual_seed(1)
+        features = tuple(torch.randn(2, 64, -(-side // stride), -(-side // stride)) for stride in (8, 16, 32))
+        pyramid.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            levels = pyramid(features)
+        sum(level.float().square().sum() for level in levels).backward()
+        gradients[enabled] = {name: parameter.grad.clone() for name, parameter in pyramid.named_parameters()}
+    for name, expected in gradients[False].items():
+        error = (gradients[True][name] - expected).norm() / expected.norm()
+        assert error < 0.02, name

@@ -1,0 +1,45 @@
+"""Seconds by stage."""
+
+import contextlib
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+
+
+class Stopwatch:
+    """How long each stage of a loop takes: `with watch("network"): ...`, and `watch.each("loading", batches)`.
+
+    device: waited for at both ends of a stage, so that its work counts where it was asked for. None: not waited for,
+    and on a GPU only the asking is measured.
+    """
+
+    def __init__(self, device: torch.device | None = None):
+        self.device = device
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+
+    @contextlib.contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        self._wait()
+        start = time.perf_counter()
+        yield
+        self._wait()
+        self.seconds[stage] += time.perf_counter() - start
+
+    def each(self, stage: str, items: Iterable[Item]) -> Iterator[Item]:
+        """The items, the time to get each counting for the stage."""
+        items, end = iter(items), object()
+        while True:
+            with self(stage):
+                item = next(items, end)
+            if item is end:
+                return
+            yield item
+
+    def _wait(self) -> None:
+        if self.device is not None and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)

@@ -1,0 +1,65 @@
+"""Run every benchmark and write docs/benchmarks.md: python scripts/bench/all.py [--only step loader ...] [--out FILE]
+
+Takes about half an hour on two cores, which nothing else should use meanwhile. With --only the other sections stay.
+"""
+
+import argparse
+import re
+import shlex
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs/benchmarks.md"
+SECTIONS = {  # title, and what is run
+    "step": ("Training step", "scripts/bench/step.py"),
+    "assigner": ("Assignment", "scripts/bench/assigner.py"),
+    "losses": ("Losses", "scripts/bench/losses.py --slow --step"),
+    "loader": ("Loading", "scripts/bench/loader.py"),
+    "inference": ("Inference", "scripts/bench/inference.py"),
+    "evaluation": ("Evaluation", "scripts/bench/evaluation.py"),
+    "start": ("Start", "scripts/bench/start.py"),
+    "growth": ("Growth", "scripts/bench/growth.py --plot docs/growth.png"),
+}
+HEAD = """# Benchmarks
+
+Ours beside its peers, each section one run in which both took turns: only ratios within a section compare. What each
+script measures, and how, its first lines say. Written by `python scripts/bench/all.py`.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="NAME")
+    parser.add_argument("--out", type=Path, default=PAGE, metavar="FILE")
+    args = parser.parse_args()
+    for name in args.only:
+        start = time.perf_counter()
+        print(f"{name} ...", end=" ", flush=True)
+        section = run(*SECTIONS[name])
+        write(args.out, section)
+        print(f"{time.perf_counter() - start:.0f} s", flush=True)
+
+
+def run(title: str, command: str) -> str:
+    done = subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{command}: {(done.stderr.strip() or 'it failed').splitlines()[-1]}")
+    picture = "\n![growth](growth.png)\n" if "--plot" in command else ""
+    return f"## {title}\n\n    python {command}\n\n{datetime.now(UTC):%Y-%m-%d}, {done.stdout.strip()}\n{picture}"
+
+
+def write(path: Path, section: str) -> None:
+    """Put the section into the page, where the one of its title was, and keep the order of SECTIONS."""
+    text = path.read_text() if path.is_file() else ""
+    found = {part.splitlines()[0]: part for part in re.split(r"^(?=## )", text, flags=re.MULTILINE)[1:]}
+    found[section.splitlines()[0]] = section
+    titles = [f"## {title}" for title, _ in SECTIONS.values()]
+    path.write_text("\n".join([HEAD, *(found[title].strip() + "\n" for title in titles if title in found)]))
+
+
+if __name__ == "__main__":
+    main()

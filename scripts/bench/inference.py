@@ -1,0 +1,102 @@
+"""Inference beside torchvision's RetinaNet: images per second, and the share of what follows the network.
+
+    python scripts/bench/inference.py [--work resnet18:512:2 resnet50:512:2] [--repeats 7]
+
+From images to boxes in pixels, both with the same backbone, sizes and images. "torchvision" is as its users run it, in
+float32; ours is what our configs do on this machine. "untrained" is the network at its start, whose scores are all near
+the prior of 0.01 and thus dropped; "trained" has logits as a trained one has: the class output is spread so that
+some 500 cells an image pass the threshold, in all classes. Rows of one group alternate in one process.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's packages, wherever this is started
+
+import torch
+from torch import Tensor, nn
+
+from detector import assemble
+from detector.device import keep_freed_memory, pick_device, pick_precision
+from detector.model import RetinaNet
+from detector.solver import PRECISIONS
+from scripts.bench import measure, step
+
+CELLS = 500  # of an image, that pass the threshold in a trained network
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--work", nargs="+", default=["resnet18:512:2", "resnet50:512:2"], metavar="BACKBONE:SIDE:BATCH"
+    )
+    parser.add_argument("--repeats", type=int, default=7)
+    args = parser.parse_args()
+    device = pick_device("auto")
+    if device.type == "cpu":
+        keep_freed_memory()
+    print(f"{measure.environment()}\nprecision of ours: {', '.join(pick_precision('auto', device))}")
+    for work in args.work:
+        name, side, batch = work.split(":")
+        for trained in (False, True):
+            compare(name, int(side), int(batch), trained, args.repeats)
+
+
+def compare(name: str, side: int, batch: int, trained: bool, repeats: int) -> None:
+    images, _ = step.work(side, batch, 1, pick_device("auto"))
+    state = step.backbone_weights(name)
+    cfg, model = step.our_model(name, state)
+    model.eval()
+    peer = step.torchvision_model(name, state, side, detections_per_img=cfg.postprocess.max_detections).eval()
+    if trained:
+        spread(peer.head.classification_head.cls_logits, lambda: peer_logits(peer, images))
+        spread(model.head.logits, lambda: model(images).logits)
+    ours, network, after = our_calls(cfg, model, images)
+    floats = list(images.float() / 255)
+    calls = {"torchvision": lambda: peer(floats), "ours": ours, "network": network, "after": after}
+    with torch.no_grad():
+        found = [sum(len(one["boxes"]) for one in peer(floats)), sum(len(one.boxes) for one in ours())]
+        times = measure.alternate(calls, repeats)
+    medians = measure.medians(times)
+    print(f"\nInference, {name}, {'trained' if trained else 'untrained'}, {batch} x {side} x {side} px\n")
+    rows = [
+        [label, f"{medians[label]:,.0f}", f"{1000 * batch / medians[label]:.2f}",
+         f"{measure.ratio(times, 'torchvision', label):.2f}", boxes]
+        for label, boxes in zip(("torchvision", "ours"), found)
+    ]  # fmt: skip
+    print(measure.table(["", "ms", "images/s", "x torchvision", "boxes"], rows))
+    print(f"\nOurs: postprocessing is {100 * medians['after'] / medians['ours']:.1f}%, {medians['after']:.1f} ms")
+
+
+def our_calls(cfg: assemble.Config, model: RetinaNet, images: Tensor) -> list[Callable[[], object]]:
+    """From images to boxes, the network alone, and what follows it."""
+    precision = PRECISIONS[pick_precision(cfg.precision, images.device)[0]]
+    postprocess, sizes = assemble.build_postprocess(cfg), [tuple(images.shape[-2:])] * len(images)
+
+    def network() -> object:
+        with torch.no_grad(), torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
+            return model(images, sizes)
+
+    predictions = network()
+    return [lambda: postprocess(network(), sizes), network, lambda: postprocess(predictions, sizes)]
+
+
+@torch.no_grad()
+def spread(output: nn.Conv2d, logits: Callable[[], Tensor]) -> None:
+    """Scale and shift the class output so that CELLS cells an image have a score above 0.05, the best of them 0.9."""
+    values = logits().float().flatten(1).topk(CELLS, dim=1).values
+    best, last = values[:, 0].mean(), values[:, -1].mean()
+    scale = (2.2 + 2.944) / (best - last)  # logits of 0.9 and 0.05
+    output.weight *= scale
+    output.bias.copy_(output.bias * scale + 2.2 - best * scale)
+
+
+def peer_logits(peer: nn.Module, images: Tensor) -> Tensor:
+    inputs, _ = peer.transform(list(images.float() / 255))
+    return peer.head(list(peer.backbone(inputs.tensors).values()))["cls_logits"]
+
+
+if __name__ == "__main__":
+    main()

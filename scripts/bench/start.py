@@ -1,0 +1,58 @@
+"""Seconds from `python train.py --config FILE` to the end of the first training step.
+
+    python scripts/bench/start.py [--config configs/demo/focal.yaml] [--set KEY=VALUE ...] [--repeats 3]
+
+Each round is a process of its own; its run folder is a temporary one.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's packages, wherever this is started
+
+from scripts.bench import measure
+
+ROOT = Path(__file__).resolve().parents[2]
+# train.py, which leaves at the end of its first step.
+TRAIN = """
+import os, sys, train
+epoch = train.train_one_epoch
+def first_step(*args, **options):
+    epoch(*args, **options | {"until": 1})
+    print("first step done", flush=True)
+    os._exit(0)
+train.train_one_epoch = first_step
+train.main()
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default=str(ROOT / "configs/demo/focal.yaml"), metavar="FILE")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    seconds = [first_step(args.config, args.set) for _ in range(args.repeats)]
+    print(f"{measure.environment()}\n")
+    row = [Path(args.config).stem, f"{statistics.median(seconds):.1f}", f"{min(seconds):.1f}", f"{max(seconds):.1f}"]
+    print(measure.table(["start to first step", "s, median", "least", "most"], [row]))
+
+
+def first_step(config: str, settings: list[str]) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-c", TRAIN, "--config", config, "--set", f"output={folder}", *settings]
+        start = time.perf_counter()
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        taken = time.perf_counter() - start
+    if done.returncode or "first step done" not in done.stdout:
+        sys.exit(f"{config}: {done.stderr.strip().splitlines()[-1]}")
+    return taken
+
+
+if __name__ == "__main__":
+    main()
