@@ -81,8 +81,9 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False, accept_cha
     logger = Logger(curves, board.every, solver.step_count, kept["seconds_per_step"], board.gradients)
     with contextlib.closing(logger), Stop() as stop:  # also on an error, which must not land in the progress line
         logger.config(config.dump(cfg), options)
+        layout = ", channels_last" if cfg.channels_last else ""
         start = f", from step {solver.step_count}" if last else ""
-        logger.say(f"run: {cfg.folder} on {device}, {precision} ({reason}){start}")
+        logger.say(f"run: {cfg.folder} on {device}, {precision} ({reason}){layout}{start}")
         for line in (*broken, *(f"changed: {change}" for change in kept["changes"])):
             logger.say(line)
         logger.say(f"train: {train_set.summary()}\nval: {val_set.summary()}")

@@ -1,11 +1,14 @@
 """The only file that imports torch.distributed. Every function is a no-op in a single process."""
 
 import os
+import time
+import uuid
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from detector.errors import UserError
 
@@ -22,8 +25,32 @@ def setup(device: torch.device) -> torch.device:
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    store, rank, world_size = next(rendezvous("env://"))
+    store = _unused(store, rank, world_size)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     return device
+
+
+def _unused(store: dist.Store, rank: int, world_size: int) -> dist.Store:
+    """The part of `store` under a name that these processes, and none before them, agree on.
+
+    torchrun keeps its store when it starts the processes again. The addresses of those that are gone are still in it,
+    and gloo would wait for them. How often it did so, each machine counts for itself, so that cannot be the name.
+    """
+    if rank > 0:
+        question = uuid.uuid4().hex
+        store.set(f"question/{rank}", question)
+        name = store.get(f"answer/{question}").decode()  # waits for process 0, of this start
+        store.set(f"{name}/{rank}", "taken")
+        return dist.PrefixStore(name, store)
+    name = uuid.uuid4().hex
+    for other in range(1, world_size):
+        while not store.check([f"{name}/{other}"]):
+            if store.check([f"question/{other}"]):  # it may be an old one, whose answer nobody reads
+                store.set(f"answer/{store.get(f'question/{other}').decode()}", name)
+            time.sleep(0.01)
+    return dist.PrefixStore(name, store)
 
 
 def shutdown() -> None:

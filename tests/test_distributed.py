@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,7 @@ def runs(rectangles, tmp_path_factory):
     values = {
         "output": str(folder),
         "device": "cpu",
+        "precision": "float32",  # in bfloat16 the order of a sum shows
         "data": {
             "train": files,
             "val": files,
@@ -90,3 +93,24 @@ def test_one_two_and_three_processes_score_the_same(runs, rectangles):
         found.append((read(folder / "metrics.json"), sorted(order)))
     assert found[0] == found[1] == found[2]
     assert found[0][0]["images"] == 7 and len(found[0][1]) > 500
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes as Linux shows them")
+def test_a_killed_process_is_started_again_and_goes_on(runs):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=1"]
+    settings = ["run=killed", "checkpoint.every=1", "solver.epochs=4"]
+    command = [*launcher, "train.py", "--config", runs / "config.yaml", "--resume", "--set", *settings]
+    environment = {**os.environ, "NO_ALBUMENTATIONS_UPDATE": "1", "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, *map(str, command)]
+    with subprocess.Popen(words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not (runs / "killed" / "last.pt").exists():
+            time.sleep(0.02)
+        os.kill(children(process.pid)[-1], signal.SIGKILL)
+        output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert ", from step " in output
+    assert checkpoint.read(runs / "killed" / "last.pt")["run"]["solver"]["step"] == 8

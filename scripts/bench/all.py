@@ -53,12 +53,13 @@ def run(title: str, command: str) -> str:
 
 
 def write(path: Path, section: str) -> None:
-    """Put the section into the page, where the one of its title was, and keep the order of SECTIONS."""
-    text = path.read_text() if path.is_file() else ""
-    found = {part.splitlines()[0]: part for part in re.split(r"^(?=## )", text, flags=re.MULTILINE)[1:]}
+    """Put the section into the page, where the one of its title was; what stands above the first stays as it is."""
+    head, *parts = re.split(r"^(?=## )", path.read_text() if path.is_file() else HEAD, flags=re.MULTILINE)
+    found = {part.splitlines()[0]: part for part in parts}
     found[section.splitlines()[0]] = section
     titles = [f"## {title}" for title, _ in SECTIONS.values()]
-    path.write_text("\n".join([HEAD, *(found[title].strip() + "\n" for title in titles if title in found)]))
+    parts = [head, *(found[title] for title in titles if title in found)]
+    path.write_text("\n\n".join(part.strip() for part in parts) + "\n")
 
 
 if __name__ == "__main__":

@@ -65,11 +65,11 @@ def plot(path: str, by_batch: list[tuple], by_side: list[tuple], scoring: dict[i
     labels = [str(side) for side, *_ in by_side]
     draw_growth(middle, pixels, taken)
     middle.set(title="Training, batches of 2", xlabel="side of an image, px", ylabel="seconds per step")
-    middle.set_xticks(pixels, labels)
+    middle.set_xticks(pixels, labels, rotation=60)
     draw_growth(right, [n / 1000 for n in scoring], list(scoring.values()))
     right.set(title="Evaluation", xlabel="thousand detections", ylabel="seconds")
     for axes in (left, middle, right):
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(bottom=0, top=1.1 * axes.get_ylim()[1])
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=100)
 

@@ -47,10 +47,13 @@ def first_step(config: str, settings: list[str]) -> float:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-c", TRAIN, "--config", config, "--set", f"output={folder}", *settings]
         start = time.perf_counter()
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        taken = time.perf_counter() - start
-    if done.returncode or "first step done" not in done.stdout:
-        sys.exit(f"{config}: {done.stderr.strip().splitlines()[-1]}")
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            # Not until its output ends: loading processes hold it open a while longer.
+            done = any("first step done" in line for line in process.stdout)
+            taken = time.perf_counter() - start
+            _, errors = process.communicate()
+    if not done:
+        sys.exit(f"{config}: {errors.strip().splitlines()[-1]}")
     return taken
 
 

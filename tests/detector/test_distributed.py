@@ -1,6 +1,8 @@
 """Two processes with half of each batch are one process with all of it, whatever the losses; and what is compared."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
 import torch
@@ -221,3 +223,24 @@ def test_one_process_of_torchrun_needs_no_group(monkeypatch):
         monkeypatch.setenv(name, value)
     assert distributed.setup(torch.device("cpu")) == torch.device("cpu")
     assert not dist.is_initialized()
+
+
+def test_what_an_earlier_start_left_in_the_store_is_not_taken():
+    server = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    # Of a start in which process 1 had asked and been answered, and process 2 had asked alone.
+    left = {"question/1": "old", "answer/old": "earlier", "earlier/1": "taken", "question/2": "older"}
+    for key, value in left.items():
+        server.set(key, value)
+
+    def join(rank: int) -> str:
+        store = dist.TCPStore("localhost", server.port, is_master=False, timeout=timedelta(seconds=20))
+        shared = distributed._unused(store, rank, 3)
+        shared.set(f"address/{rank}", str(rank))
+        return [shared.get(f"address/{other}") for other in range(3)], store
+
+    with ThreadPoolExecutor(3) as pool:
+        for _ in range(2):
+            found = list(pool.map(join, range(3)))
+            assert all(addresses == [b"0", b"1", b"2"] for addresses, _ in found)
+    names = {key.split("/")[0] for key in server.list_keys()} - {"question", "answer", "earlier", "init"}
+    assert len(names) == 2, names
