@@ -1,0 +1,104 @@
+"""Self-contained HTML pages: text, tables, figures and pictures in one file that opens offline, on any width.
+
+    body = [page.text("Of 72 images."), page.table(("class", "AP"), rows), page.figure(fig, "Calibration")]
+    page.write(Path("errors.html"), "Errors of runs/mine", [("Calibration", body)])
+
+A part of a page is a str of HTML; all text given to these functions is escaped.
+"""
+
+import base64
+import io
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # files only: no window, wherever this runs
+
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+from detector.errors import CONTROL, UserError
+
+FIGURE = (5, 3.4)  # inches: then the letters can be read on a phone, and two stand side by side on a screen
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 1200px; margin: 0 auto; padding: 0 16px 48px; }
+h1 { font-size: 1.5em; overflow-wrap: anywhere; } h2 { font-size: 1.2em; margin-top: 2em; }
+p, li { max-width: 75ch; overflow-wrap: anywhere; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: 0.9em; margin: 1em 0; }
+th, td { padding: 3px 10px; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
+th.text, td.text { text-align: left; }
+.row { display: flex; flex-wrap: wrap; gap: 16px; } figure { margin: 0; max-width: 100%; }
+figure.plot { width: 560px; } figure.photo { width: 360px; } figure.large { width: 100%; }
+img { display: block; width: 100%; } figcaption { font-size: 0.85em; color: #555; overflow-wrap: anywhere; }
+"""
+
+
+def text(words: str) -> str:
+    """A paragraph."""
+    return f"<p>{_plain(words)}</p>"
+
+
+def items(lines: Iterable[str]) -> str:
+    """A list of points."""
+    return "<ul>" + "".join(f"<li>{_plain(line)}</li>" for line in lines) + "</ul>"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]], left: int = 1) -> str:
+    """The first `left` columns are words, the others numbers, aligned right; wider than the page, it scrolls."""
+    sides = ['class="text"' if column < left else "" for column in range(len(header))]
+    head = "".join(f"<th {side}>{_plain(cell)}</th>" for side, cell in zip(sides, header, strict=True))
+    body = "".join(
+        "<tr>" + "".join(f"<td {side}>{_plain(cell)}</td>" for side, cell in zip(sides, row, strict=True)) + "</tr>"
+        for row in rows
+    )
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def figure(plot: Figure, caption: str) -> str:
+    """A matplotlib figure, of the size FIGURE unless it needs the page's width; it is closed."""
+    from matplotlib import pyplot as plt
+
+    data = io.BytesIO()
+    plot.savefig(data, format="png", dpi=160, bbox_inches="tight")
+    plt.close(plot)
+    kind = "plot" if plot.get_figwidth() <= FIGURE[0] else "large"
+    return _picture(data.getvalue(), "png", caption, kind)
+
+
+def photo(image: np.ndarray, caption: str, kind: str = "photo") -> str:
+    """An image (h, w, 3) uint8 RGB; `kind` is "photo", "plot" or "large", which is how wide it is shown."""
+    data = io.BytesIO()
+    Image.fromarray(image).save(data, "JPEG", quality=85)
+    return _picture(data.getvalue(), "jpeg", caption, kind)
+
+
+def row(parts: Iterable[str]) -> str:
+    """Figures and photos side by side, as many as there is room for."""
+    return f'<div class="row">{"".join(parts)}</div>'
+
+
+def write(path: Path, title: str, sections: Iterable[tuple[str, Sequence[str]]]) -> None:
+    """Write the page: sections of a heading, which may be empty, and parts. UserError where it cannot be written."""
+    parts = [f"<h1>{_plain(title)}</h1>"]
+    for heading, body in sections:
+        parts += [f"<section>{f'<h2>{_plain(heading)}</h2>' if heading else ''}", *body, "</section>"]
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{_plain(title)}</title>'
+    document = f'<!DOCTYPE html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head>\n<body>'
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join([document, *parts, "</body></html>\n"]), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); give another place by --output") from None
+
+
+def _picture(data: bytes, kind: str, caption: str, shown: str) -> str:
+    source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    words = _plain(caption)
+    return f'<figure class="{shown}"><img src="{source}" alt="{words}"><figcaption>{words}</figcaption></figure>'
+
+
+def _plain(value: object) -> str:
+    return escape(CONTROL.sub("\N{REPLACEMENT CHARACTER}", str(value)))
