@@ -14,7 +14,7 @@ import torch
 from torchvision.io import write_png
 
 from data.coco import CocoDataset
-from data.coco_eval import metrics_table, score
+from data.coco_eval import coco_results, metrics_table, score
 from data.draw import contact_sheet, validation_pictures
 from data.loader import eval_loader, train_loader
 from data.transforms import EvalTransform, TrainTransform
@@ -65,7 +65,7 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False, accept_cha
     if cfg.compile:
         model.compile_parts()
     postprocess = assemble.build_postprocess(cfg)
-    kept = {"evaluated": 0, "best": float("-inf"), "seconds_per_step": None, "changes": []}
+    kept = {"evaluated": 0, "best": float("-inf"), "seconds_per_step": None, "score_thresholds": None, "changes": []}
     if last:
         classes = train_set.category_ids
         kept = checkpoint.resume(content, last, cfg, solver, criterion, classes, accept_changes=accept_changes)
@@ -91,6 +91,7 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False, accept_cha
 
         replica = distributed.replicate(model, device)
         evaluated, best, metrics = kept["evaluated"], kept["best"], {}
+        thresholds = kept["score_thresholds"] or [-1.0] * len(train_set.class_names)
 
         def save(name: str) -> None:
             if distributed.is_main():
@@ -101,6 +102,7 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False, accept_cha
                     criterion,
                     category_ids=train_set.category_ids,
                     class_names=train_set.class_names,
+                    score_thresholds=thresholds,
                     epoch=-(-solver.step_count // len(batches)),
                     evaluated=evaluated,
                     best=best,
@@ -123,6 +125,8 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False, accept_cha
                     report(cfg, metrics, val_set, detections, logger)
                 metrics = distributed.from_main(metrics)
                 evaluated = solver.step_count
+                of_class = metrics["per_class"]
+                thresholds = [of_class.get(name, {}).get("threshold", -1.0) for name in train_set.class_names]
                 if metrics["AP"] > best:
                     best = metrics["AP"]
                     # The best first: were it lost between the two, last.pt would have its AP, and it would not return.
@@ -144,7 +148,8 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False, accept_cha
             stop.number = max(distributed.gather(stop.number or 0)) or None  # all leave where one was asked to
             stop.leave()
     logger.say(metrics_table(metrics))
-    logger.say(f"in {cfg.folder}: last.pt, best.pt, metrics.json, detections.png; tensorboard --logdir {cfg.output}")
+    files = "last.pt, best.pt, metrics.json, detections.json, detections.png"
+    logger.say(f"in {cfg.folder}: {files}; tensorboard --logdir {cfg.output}")
     return metrics
 
 
@@ -203,10 +208,12 @@ def open_folder(cfg: Config) -> None:
 
 
 def report(cfg: Config, metrics: dict, val_set: CocoDataset, detections: dict, logger: Logger) -> None:
-    """An evaluation as a line, as metrics.json, in TensorBoard and as detections.png."""
-    beside = cfg.folder / "metrics.json.tmp"
-    beside.write_text(json.dumps(metrics, indent=1), encoding="utf-8")
-    os.replace(beside, cfg.folder / "metrics.json")
+    """An evaluation as a line, as metrics.json and detections.json, in TensorBoard and as detections.png."""
+    results = coco_results(detections, val_set.category_ids)
+    for name, content in (("detections.json", results), ("metrics.json", metrics)):
+        beside = cfg.folder / f"{name}.tmp"
+        beside.write_text(json.dumps(content, indent=1 if content is metrics else None), encoding="utf-8")
+        os.replace(beside, cfg.folder / name)
     logger.metrics(metrics, metrics["step"])
     numbers = ", ".join(f"{name} {metrics[name]:.3f}" for name in ("AP", "AP50", "AP75", "APs", "APm", "APl"))
     logger.say(f"epoch {metrics['epoch']}, step {metrics['step']}: {numbers}")

@@ -59,7 +59,8 @@ def score(
 
     Returns, as fractions 0..1 or -1 where there is no ground truth to measure on: AP, AP50, AP75, AP80, AP90,
     APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl; and
-        per_class  {name: {AP, AP50, AP75, AR100, boxes}}, boxes being the ground truth without crowds
+        per_class  {name: {AP, AP50, AP75, AR100, threshold, boxes}}: the score above which F1 at an IoU of 0.5 is
+                   best, and the ground truth without crowds
         images     how many were scored
         engine     its name and version
     Raises UserError for an image that the file does not have, FloatingPointError for a detection that is not
@@ -80,7 +81,7 @@ def score(
     results = np.column_stack([images, boxes, scores, categories])[categories >= 0]  # (N, 7)
 
     engine = engine or next(iter(ENGINES))
-    precision, recall = ENGINES[engine](truth, results, len(detections), len(place))
+    precision, recall, thresholds = ENGINES[engine](truth, results, len(detections), len(place))
     metrics = {
         "AP": _mean(precision[..., 0, -1]),
         **{f"AP{iou}": _mean(precision[t, ..., 0, -1]) for iou, t in IOUS.items()},
@@ -98,6 +99,7 @@ def score(
             "AP50": _mean(curves[IOUS["50"]]),
             "AP75": _mean(curves[IOUS["75"]]),
             "AR100": _mean(recall[:, k, 0, -1]),
+            "threshold": _best_threshold(curves[IOUS["50"]], thresholds[IOUS["50"], :, k, 0, -1]),
             "boxes": counts[k],
         }
     metrics["images"] = len(detections)
@@ -193,7 +195,7 @@ def _found(detections: dict[int, Detections]) -> tuple[np.ndarray, np.ndarray, n
 
 def _pycocotools(
     truth: GroundTruth, results: np.ndarray, num_images: int, num_categories: int
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     images = [{"id": i} for i in range(num_images)]
     categories = [{"id": k} for k in range(num_categories)]
 
@@ -218,12 +220,12 @@ def _pycocotools(
         evaluation = COCOeval(index(expected), index(found), "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
-    return evaluation.eval["precision"], evaluation.eval["recall"]
+    return tuple(evaluation.eval[key] for key in ("precision", "recall", "scores"))
 
 
 def _hotcoco(
     truth: GroundTruth, results: np.ndarray, num_images: int, num_categories: int
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     expected = hotcoco.COCO.from_arrays(
         [{"id": i} for i in range(num_images)],
         [{"id": k, "name": str(k)} for k in range(num_categories)],
@@ -236,7 +238,7 @@ def _hotcoco(
     evaluation = hotcoco.COCOeval(expected, expected.load_res(results), "bbox")
     evaluation.evaluate()
     evaluation.accumulate()
-    return evaluation.eval["precision"], evaluation.eval["recall"]
+    return tuple(evaluation.eval[key] for key in ("precision", "recall", "scores"))
 
 
 def _mean(values: np.ndarray) -> float:
@@ -245,13 +247,20 @@ def _mean(values: np.ndarray) -> float:
     return float(valid.mean()) if valid.size else -1.0
 
 
+def _best_threshold(precision: np.ndarray, scores: np.ndarray) -> float:
+    """Score at which F1 is best, given precision (R,) and scores (R,) at R recalls; -1 where nothing is found."""
+    recall = np.linspace(0, 1, len(precision))
+    f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-9)
+    return float(scores[f1.argmax()]) if f1.max() > 0 else -1.0
+
+
 def _percent(value: float) -> str:
     return "-" if value < 0 else f"{100 * value:.1f}"
 
 
 # Fastest first. Each takes ground truth, results (N, 7), the number of images and that of categories K, and returns
-# COCOeval's precision (T, R, K, 4, 3) and recall (T, K, 4, 3): T IoU thresholds, R recalls; all, small, medium and
-# large areas; at most 1, 10 and 100 detections of an image and category.
+# COCOeval's precision (T, R, K, 4, 3), recall (T, K, 4, 3) and scores (T, R, K, 4, 3): T IoU thresholds, R recalls;
+# all, small, medium and large areas; at most 1, 10 and 100 detections of an image and category.
 ENGINES = {"hotcoco": _hotcoco, "pycocotools": _pycocotools}
 if hotcoco is None:
     del ENGINES["hotcoco"]

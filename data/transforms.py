@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 
 from detector.errors import UserError
+from detector.resize import resize_image, target_size
 
 MIN_VISIBLE = 0.25  # a box of which less is left in the image is dropped: it would teach to guess
 
@@ -82,24 +83,12 @@ class TrainTransform:
         return min(size, (height, width)) if self.distort or low < high else size
 
 
-def target_size(height: int, width: int, short_side: float, long_side: float) -> tuple[int, int]:
-    """(height, width) with the short side at `short_side`, unless the long side would pass `long_side`.
-
-    480 x 640 with 800 and 1333 gives 800 x 1067. Resizing the short side and then the long one does not.
-    """
-    scale = min(short_side / min(height, width), long_side / max(height, width))
-    return max(1, round(height * scale)), max(1, round(width * scale))
-
-
 def resize(image: np.ndarray, boxes: np.ndarray, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     """Image and boxes at another size; boxes by the exact ratio of each axis, which rounding makes differ."""
-    old_height, old_width = image.shape[:2]
-    if (height, width) == (old_height, old_width):
+    size = image.shape[:2]
+    if (height, width) == size:
         return image, boxes
-    # Down to a half, bilinear weights still reach every pixel; below, they would skip some: average areas.
-    shrinks = 2 * max(height / old_height, width / old_width) < 1
-    image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
-    return image, scale_boxes(boxes, (old_height, old_width), (height, width))
+    return resize_image(image, height, width), scale_boxes(boxes, size, (height, width))
 
 
 def scale_boxes(boxes: np.ndarray, size: tuple[int, int], new_size: tuple[int, int]) -> np.ndarray:

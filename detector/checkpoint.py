@@ -53,6 +53,7 @@ def save(
     *,
     category_ids: list[int],
     class_names: list[str],
+    score_thresholds: list[float],
     epoch: int,
     evaluated: int,
     best: float,
@@ -61,6 +62,7 @@ def save(
     """Write the run's state. A last.pt that is replaced becomes previous.pt.
 
     Args:
+        score_thresholds: of each class, where its F1 was best in the last evaluation; -1 where none is known
         epoch: those begun
         evaluated: the step of the last evaluation
         best: the best AP so far
@@ -72,6 +74,7 @@ def save(
         "config": cfg.model_dump(mode="json"),
         "category_ids": list(category_ids),
         "class_names": list(class_names),
+        "score_thresholds": list(score_thresholds),
         "model": solver.evaluated_model.state_dict(),
         "run": {
             "model": solver.model.state_dict(),
@@ -153,7 +156,9 @@ def resume(
     *,
     accept_changes: bool = False,
 ) -> dict[str, Any]:
-    """Put the state of a run back; returns what the caller keeps of it: evaluated, best, seconds_per_step, changes.
+    """Put the state of a run back; returns what the caller keeps of it.
+
+    That is evaluated, best, seconds_per_step, score_thresholds, and the changes of the config.
 
     UserError where `cfg` or the classes differ from the run's in what would change its result, unless such `changes`
     are accepted. A run may be made longer or shorter.
@@ -183,7 +188,8 @@ def resume(
         detail = str(error).strip().splitlines()[-1].strip()
         raise UserError(f"{path}: is of another model, loss or optimizer than the config says ({detail})") from None
     _set_random_states(run["rng"])
-    return {key: run[key] for key in ("evaluated", "best", "seconds_per_step")} | {"changes": changes}
+    kept = {key: run[key] for key in ("evaluated", "best", "seconds_per_step")}
+    return kept | {"score_thresholds": content.get("score_thresholds"), "changes": changes}
 
 
 def _check_sums(path: Path) -> None:

@@ -205,9 +205,23 @@ def test_per_class_is_pycocotools_on_that_class_alone(score, tmp_path):
         values = metrics["per_class"][category["name"]]
         assert [values[k] for k in ("AP", "AP50", "AP75", "AR100")] == [stats[i] for i in (0, 1, 2, 8)]
         assert values["boxes"] == sum(not a["iscrowd"] for a in one)
-    assert metrics["per_class"]["d"] == {"AP": -1.0, "AP50": -1.0, "AP75": -1.0, "AR100": -1.0, "boxes": 0}
+    unknown = dict.fromkeys(("AP", "AP50", "AP75", "AR100", "threshold"), -1.0)
+    assert metrics["per_class"]["d"] == unknown | {"boxes": 0}
     with_boxes = [values["AP"] for values in metrics["per_class"].values() if values["AP"] >= 0]
     assert metrics["AP"] == pytest.approx(np.mean(with_boxes), abs=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_threshold_of_a_class_is_where_its_f1_is_best(score, seed):
+    rng = np.random.default_rng(seed)
+    cells = [[x, y, x + 20, y + 20] for x in range(0, 200, 40) for y in range(0, 200, 40)]
+    with_truth = rng.permutation(25)[:10]  # of ten boxes, each is a step of ten of COCO's 101 recalls
+    truth = file_of([(1, 1, [*cells[i][:2], 20, 20]) for i in with_truth])
+    where, scores = rng.permutation(25)[:15], rng.permutation(np.linspace(0.1, 0.9, 15)).astype(np.float32)
+    hit = np.isin(where, with_truth)
+    f1 = [2 * hit[scores >= s].sum() / ((scores >= s).sum() + 10) for s in scores]
+    metrics = score(truth, {1: found([cells[i] for i in where], scores, [0] * 15)}, [1])
+    assert metrics["per_class"]["cat"]["threshold"] == scores[np.argmax(f1)]
 
 
 def test_only_the_images_of_the_detections_count(score, tmp_path):

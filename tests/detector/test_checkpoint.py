@@ -15,6 +15,7 @@ from detector.config import Config
 from detector.errors import UserError
 
 IDS, NAMES = [3, 7, 11], ["cat", "dog", "cow"]
+THRESHOLDS = [0.5, -1.0, 0.25]
 
 
 def make(classes=3, head_width=32, **sections):
@@ -27,8 +28,8 @@ def make(classes=3, head_width=32, **sections):
 
 
 def save(path, cfg, solver, criterion, best=0.5):
-    checkpoint.save(path, cfg, solver, criterion, category_ids=IDS, class_names=NAMES, epoch=1, evaluated=4, best=best,
-                    seconds_per_step=None)  # fmt: skip
+    checkpoint.save(path, cfg, solver, criterion, category_ids=IDS, class_names=NAMES,
+                    score_thresholds=THRESHOLDS, epoch=1, evaluated=4, best=best, seconds_per_step=None)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +193,8 @@ def test_resume_gives_back_the_state(saved, same):
     assert not same(dict(other.state_dict()), dict(model.state_dict()))
     drawn = torch.rand(1)
     kept = checkpoint.resume(checkpoint.read(path), path, cfg, solver, other_criterion, IDS)
-    assert kept == {"evaluated": 4, "best": 0.5, "seconds_per_step": None, "changes": []}
+    rest = {"score_thresholds": THRESHOLDS, "changes": []}
+    assert kept == {"evaluated": 4, "best": 0.5, "seconds_per_step": None} | rest
     assert same(dict(other.state_dict()), dict(model.state_dict()))
     assert same(dict(other_criterion.state_dict()), dict(criterion.state_dict()))
     assert torch.rand(1) != drawn

@@ -1,0 +1,119 @@
+"""A trained model, ready to use: images in, what is in them out."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from detector import assemble, checkpoint
+from detector import boxes as box_ops
+from detector.device import keep_freed_memory, pick_device, pick_precision
+from detector.model import RetinaNet
+from detector.postprocess import Postprocess
+from detector.resize import resize_image, target_size
+from detector.solver import PRECISIONS
+from detector.structures import Detections
+
+UNKNOWN_THRESHOLD = 0.3  # of a class for which no evaluation has found the best one
+MULTIPLE = 32  # of padded sides: the stride of C5
+
+
+class Found(NamedTuple):
+    """What is in one image, best first."""
+
+    boxes: Tensor  # (D, 4) float32 xyxy, in pixels of the image as given
+    scores: Tensor  # (D,) float32
+    names: list[str]  # (D,) of the classes
+
+
+class Detector:
+    """A model with all that belongs to its use; see `load`.
+
+    Args:
+        thresholds: of each class, the score from which on a detection is shown
+    """
+
+    def __init__(
+        self,
+        model: RetinaNet,
+        postprocess: Postprocess,
+        class_names: Sequence[str],
+        category_ids: Sequence[int],
+        thresholds: Sequence[float],
+        *,
+        short_side: int,
+        long_side: int,
+        precision: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ):
+        self.model, self.postprocess = model.eval(), postprocess
+        self.class_names, self.category_ids = list(class_names), list(category_ids)
+        self.thresholds = torch.tensor(thresholds, dtype=torch.float32)
+        self.short_side, self.long_side = short_side, long_side
+        self.precision, self.device = precision, device or torch.device("cpu")
+
+    def __call__(self, image: np.ndarray | Image.Image, min_score: float | None = None) -> Found:
+        """What is in an image, (h, w, 3) uint8 RGB or PIL's, that reaches its class's threshold or `min_score`."""
+        (found,) = self.detect([_as_array(image)])
+        sure = found.scores >= (self.thresholds[found.labels] if min_score is None else min_score)
+        labels = found.labels[sure].tolist()
+        return Found(found.boxes[sure], found.scores[sure], [self.class_names[label] for label in labels])
+
+    @torch.no_grad()
+    def detect(self, images: Sequence[np.ndarray]) -> list[Detections]:
+        """All detections of images (h, w, 3) uint8 RGB, on the CPU and in each image's own pixels, computed at once.
+
+        As in evaluation: resized alike, with the same postprocessing; images padded to the largest of them.
+        """
+        originals = [image.shape[:2] for image in images]
+        sizes = [target_size(*size, self.short_side, self.long_side) for size in originals]
+        height, width = (-(-max(sides) // MULTIPLE) * MULTIPLE for sides in zip(*sizes))
+        batch = np.zeros((len(images), height, width, 3), np.uint8)
+        for padded, image, size in zip(batch, images, sizes):
+            padded[: size[0], : size[1]] = resize_image(image, *size)
+        pixels = torch.from_numpy(batch).permute(0, 3, 1, 2).to(self.device)
+        with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
+            predictions = self.model(pixels, sizes)
+        found = []
+        for one, size, original in zip(self.postprocess(predictions, sizes), sizes, originals):
+            found.append(Detections(*(v.cpu() for v in one._replace(boxes=box_ops.rescale(one.boxes, size, original)))))
+        return found
+
+
+def load(path: str | Path, device: str = "auto") -> Detector:
+    """The detector of a checkpoint of train.py, or of torchvision's retinanet_resnet50_fpn.
+
+    Raises UserError for a file that is no checkpoint, and for a device that is not there.
+    """
+    content = checkpoint.read(path)
+    model, cfg = checkpoint.build_model(content, path)
+    place = pick_device(device)
+    if place.type == "cpu":
+        keep_freed_memory()
+    model.to(place, memory_format=torch.channels_last if cfg.channels_last else torch.contiguous_format)
+    ids = content["category_ids"]
+    thresholds = content.get("score_thresholds") or [-1.0] * len(ids)
+    return Detector(
+        model,
+        assemble.build_postprocess(cfg),
+        content["class_names"] or [f"category {one}" for one in ids],
+        ids,
+        [UNKNOWN_THRESHOLD if value < 0 else value for value in thresholds],
+        short_side=cfg.data.short_side,
+        long_side=cfg.data.long_side,
+        precision=PRECISIONS[pick_precision(cfg.precision, place)[0]],
+        device=place,
+    )
+
+
+def _as_array(image: np.ndarray | Image.Image) -> np.ndarray:
+    if isinstance(image, Image.Image):  # turned as its camera says, which PIL leaves to others
+        image = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    if not (isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3):
+        found = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise ValueError(f"an image is a PIL image or a uint8 array (height, width, 3) RGB, not {found}")
+    return image
