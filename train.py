@@ -20,7 +20,7 @@ from data.loader import eval_loader, train_loader
 from data.transforms import EvalTransform, TrainTransform
 from detector import assemble, checkpoint, config, distributed
 from detector.config import Config
-from detector.device import keep_freed_memory, pick_device, pick_precision
+from detector.device import keep_freed_memory, peak_memory, pick_device, pick_precision
 from detector.engine import NonFiniteLoss, predict, train_one_epoch
 from detector.errors import UserError, run_main
 from detector.logger import Logger
@@ -121,7 +121,7 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False, accept_cha
                 if distributed.is_main():
                     metrics = score(val_set.annotations, detections, val_set.category_ids)
                     metrics |= {"step": solver.step_count, "epoch": -(-solver.step_count // len(batches))}
-                    metrics |= {"seconds_per_step": logger.seconds_per_step}
+                    metrics |= {"seconds_per_step": logger.seconds_per_step, "peak_memory": peak_memory(device)}
                     report(cfg, metrics, val_set, detections, logger)
                 metrics = distributed.from_main(metrics)
                 evaluated = solver.step_count

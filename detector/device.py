@@ -44,6 +44,17 @@ def _bfloat16_units() -> bool:
     return "amx_bf16" in flags or (amd and "avx512_bf16" in flags)
 
 
+def peak_memory(device: torch.device) -> int:
+    """Most bytes in use at once so far: of the tensors on a GPU, of the process on a CPU; 0 where it is not told."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # in KiB on Linux
+
+
 def keep_freed_memory() -> None:
     """Have the C library keep what a step on the CPU frees for the next one.
 

@@ -224,6 +224,13 @@ def test_threshold_of_a_class_is_where_its_f1_is_best(score, seed):
     assert metrics["per_class"]["cat"]["threshold"] == scores[np.argmax(f1)]
 
 
+def test_ap_is_the_mean_of_those_by_iou(score):
+    metrics = score(*random_case(5))
+    assert len(metrics["by_iou"]) == 10 and np.mean(metrics["by_iou"]) == pytest.approx(metrics["AP"], abs=1e-12)
+    named = [metrics["by_iou"][place] for place in (0, 5, 6, 8)]
+    assert named == [metrics[name] for name in ("AP50", "AP75", "AP80", "AP90")]
+
+
 def test_only_the_images_of_the_detections_count(score, tmp_path):
     annotations, detections, category_ids = random_case(3)
     subset = {i: detections[i] for i in (581929, 5, 900100581904)}

@@ -1,0 +1,104 @@
+"""A run as one small JSON file: all that a comparison needs of it, without its weights.
+
+    result = collect(Path("runs/coco_focal"))     of a run folder, whose validation set is read once more
+    write(Path("results/coco_focal.json"), result); read("results/coco_focal.json")
+
+A result holds `config`, as resolved; `metrics`, of the last evaluation; `curve`, an evaluation each with step, AP,
+AP50 and AP75; `calibration_error`; `resampled`, the AP of DRAWS draws of the validation images, the same for all runs on that set; and
+`machine`. A run that failed has `failure`, a line, instead of metrics.
+"""
+
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from data.matches import average_precision, calibration_error, draw_images, match
+from data.coco import load_annotations
+from detector.errors import UserError
+
+DRAWS = 500
+CURVE = ("AP", "AP50", "AP75")
+
+
+def collect(folder: Path) -> dict[str, Any]:
+    """The result of an evaluated run folder; UserError where a file of it is missing or broken."""
+    config = parse(folder / "config.yaml", yaml.safe_load, "this is not a run folder")
+    metrics = parse(folder / "metrics.json", json.loads, "this run is not evaluated yet; run eval.py on it")
+    for loss in ("class_loss", "box_loss"):
+        if not (isinstance(config.get(loss), dict) and "name" in config[loss]):
+            raise UserError(f"{folder / 'config.yaml'}: no {loss}.name; give a run that train.py wrote")
+    result = {"config": config, "metrics": metrics, "curve": curve(folder), "machine": machine()}
+    if (folder / "detections.json").exists():
+        detections = parse(folder / "detections.json", json.loads, "", kind=list)
+        annotations = load_annotations(config["data"]["val"]["annotations"])
+        matches = match(annotations, detections)
+        result["calibration_error"] = calibration_error(matches)
+        draws = draw_images(matches.images, DRAWS)
+        result["resampled"] = [round(average_precision(matches, draw), 5) for draw in draws]
+    return result
+
+
+def curve(folder: Path) -> list[dict[str, float]]:
+    """The evaluations that TensorBoard's files of a run tell of, by step; empty without such files."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    points: dict[int, dict[str, float]] = {}
+    for name in CURVE:
+        if f"eval/{name}" in events.Tags()["scalars"]:
+            for event in events.Scalars(f"eval/{name}"):
+                points.setdefault(event.step, {"step": event.step})[name] = round(event.value, 5)
+    return [points[step] for step in sorted(points)]
+
+
+def machine() -> dict[str, str]:
+    """What the seconds and bytes of a result were measured on."""
+    processor = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), processor)
+    except OSError:
+        pass
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores of {processor}"
+    return {"device": device, "torch": torch.__version__, "python": platform.python_version(), "os": sys.platform}
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    """Write beside and rename; UserError where it cannot be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(path.name + ".tmp")
+        beside.write_text(json.dumps(result) + "\n", encoding="utf-8")
+        os.replace(beside, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """A result file; UserError for anything else."""
+    result = parse(Path(path), json.loads, "give a run folder or a result file")
+    if "config" not in result or not ("metrics" in result or "failure" in result):
+        raise UserError(f"{path}: no result of a run; give a file that scripts/ablate.py wrote, or a run folder")
+    return result
+
+
+def parse(path: Path, load: Any, if_missing: str, kind: type = dict) -> Any:
+    """The content of a YAML or JSON file, a `kind`; UserError, with `if_missing`, for a slip."""
+    try:
+        content = load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; {if_missing}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, yaml.YAMLError) as error:  # ValueError: JSON, and bytes that are not UTF-8
+        # YAML's messages run over several lines.
+        raise UserError(f"{path}: broken: {' '.join(str(error).split())}") from error
+    if not isinstance(content, kind):
+        raise UserError(f"{path}: broken: a {kind.__name__} is expected, found {type(content).__name__}")
+    return content

@@ -1,0 +1,125 @@
+"""AP of images drawn anew, and calibration."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from data.matches import average_precision, calibration_error, draw_images, match
+from data.coco_eval import score
+from detector.structures import Detections
+
+
+def case(seed, images=12, classes=3):
+    """Random boxes, crowds among them, and detections near some of them; class 3 has no box."""
+    rng = np.random.default_rng(seed)
+    annotations = {
+        "images": [{"id": 10 * i, "width": 400, "height": 400, "file_name": f"{i}.jpg"} for i in range(images)],
+        "categories": [{"id": k + 5, "name": f"class {k}"} for k in range(classes + 1)],
+        "annotations": [],
+    }
+    detections = {}
+    for i in range(images):
+        boxes = rng.integers(0, 300, (rng.integers(0, 6), 2))
+        boxes = np.column_stack([boxes, boxes + rng.integers(10, 90, boxes.shape)]).astype(float)
+        labels = rng.integers(0, classes, len(boxes))
+        for box, label in zip(boxes, labels):
+            xywh = [*box[:2], *(box[2:] - box[:2])]
+            record = {"id": len(annotations["annotations"]) + 1, "image_id": 10 * i, "category_id": int(label) + 5}
+            area, crowd = xywh[2] * xywh[3], int(rng.random() < 0.1)
+            annotations["annotations"].append(record | {"bbox": xywh, "area": area, "iscrowd": crowd})
+        found = np.concatenate([boxes + rng.normal(0, 4, boxes.shape), boxes[:2] + 60])
+        detections[10 * i] = Detections(
+            torch.from_numpy(found).float(),
+            torch.from_numpy(rng.random(len(found)).round(1)).float(),  # with ties
+            torch.from_numpy(np.concatenate([labels, labels[:2]])),
+        )
+    return annotations, detections
+
+
+def results(detections):
+    """COCO's results format, nothing rounded."""
+    rows = []
+    for image_id, found in detections.items():
+        for box, value, label in zip(found.boxes.double().tolist(), found.scores.double().tolist(), found.labels):
+            bbox = [box[0], box[1], box[2] - box[0], box[3] - box[1]]
+            rows.append({"image_id": image_id, "category_id": int(label) + 5, "bbox": bbox, "score": value})
+    return rows
+
+
+def repeated(annotations, detections, draw):
+    """The data set in which each image is there as often as drawn, under new ids."""
+    made, found = {**annotations, "images": [], "annotations": []}, {}
+    for image, times in zip(annotations["images"], draw):
+        for _ in range(times):
+            new = len(made["images"]) + 1
+            made["images"].append({**image, "id": new})
+            found[new] = detections[image["id"]]
+            own = [one for one in annotations["annotations"] if one["image_id"] == image["id"]]
+            start = len(made["annotations"]) + 1
+            made["annotations"] += [{**one, "image_id": new, "id": start + n} for n, one in enumerate(own)]
+    return made, found
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_each_image_once_is_the_ap_itself(seed):
+    annotations, detections = case(seed)
+    expected = score(annotations, detections, [5, 6, 7])["AP"]
+    matches = match(copy.deepcopy(annotations), results(detections))
+    assert average_precision(matches, np.ones(12, np.int64)) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_draw_is_scored_as_the_data_set_that_holds_it(seed):
+    annotations, detections = case(seed)
+    for found in detections.values():  # without ties, whose order a repeated image may change
+        found.scores.copy_(torch.rand(len(found.scores), generator=torch.Generator().manual_seed(seed)))
+        seed += 10
+    matches = match(annotations, results(detections))
+    for draw in draw_images(12, 5, seed):
+        expected = score(*repeated(annotations, detections, draw), [5, 6, 7])["AP"]
+        # Repeated detections tie with themselves: precision is read between two equal ones.
+        assert average_precision(matches, draw) == pytest.approx(expected, abs=0.02)
+    assert average_precision(matches, np.zeros(12, np.int64)) == -1
+
+
+def test_draws_are_of_as_many_images_and_the_same_each_time():
+    draws = draw_images(50, 200)
+    assert draws.shape == (200, 50) and (draws.sum(axis=1) == 50).all()
+    assert np.array_equal(draws, draw_images(50, 200)) and not np.array_equal(draws, draw_images(50, 200, seed=1))
+    assert draws.mean() == 1 and 0.8 < draws.var() < 1.2  # of a Poisson with mean 1, nearly
+
+
+def test_spread_of_the_draws_is_that_of_the_mean():
+    """Images that are found or not, one box each: AP of a draw is nearly the share found, of known deviation."""
+    rng = np.random.default_rng(0)
+    hit = rng.random(200) < 0.6
+    boxes = [
+        {"id": i + 1, "image_id": i, "category_id": 1, "bbox": [0, 0, 9, 9], "area": 81, "iscrowd": 0}
+        for i in range(200)
+    ]
+    file = {"images": [{"id": i} for i in range(200)], "categories": [{"id": 1, "name": "a"}], "annotations": boxes}
+    found = [{"image_id": int(i), "category_id": 1, "bbox": [0, 0, 9, 9], "score": 0.5} for i in np.flatnonzero(hit)]
+    matches = match(file, found)
+    values = [average_precision(matches, draw) for draw in draw_images(200, 400)]
+    assert np.std(values) == pytest.approx(np.sqrt(hit.mean() * (1 - hit.mean()) / 200), rel=0.15)
+
+
+def test_calibration_error_by_hand():
+    """Four boxes; of two detections that promise 0.95 one is right, of one that promises 0.35 none."""
+    annotations, _ = case(0)
+    annotations["annotations"] = [
+        {"id": n + 1, "image_id": 10 * n, "category_id": 5, "bbox": [0, 0, 50, 50], "area": 2500, "iscrowd": n == 3}
+        for n in range(4)
+    ]
+    rows = [(0, 0, 0.95), (10, 200, 0.95), (20, 200, 0.35), (30, 0, 0.75)]  # the last on a crowd: it does not count
+    found = [{"image_id": i, "category_id": 5, "bbox": [x, 0, 50, 50], "score": s} for i, x, s in rows]
+    expected = (abs(0.95 - 0.5) * 2 + 0.35) / 3
+    assert calibration_error(match(annotations, found)) == pytest.approx(expected)
+    assert calibration_error(match(annotations, [])) == -1
+
+
+def test_nothing_found_is_zero():
+    annotations, _ = case(0)
+    assert average_precision(match(annotations, []), np.ones(12, np.int64)) == 0
