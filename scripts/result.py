@@ -4,8 +4,8 @@
     write(Path("results/coco_focal.json"), result); read("results/coco_focal.json")
 
 A result holds `config`, as resolved; `metrics`, of the last evaluation; `curve`, an evaluation each with step, AP,
-AP50 and AP75; `calibration_error`; `resampled`, the AP of DRAWS draws of the validation images, the same for all runs on that set; and
-`machine`. A run that failed has `failure`, a line, instead of metrics.
+AP50 and AP75; `calibration_error`; `resampled`, the AP of DRAWS draws of the validation images, the same for all runs
+on that set; and `machine`. A run that failed has `failure`, a line, instead of metrics.
 """
 
 import json
@@ -19,8 +19,8 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from data.matches import average_precision, calibration_error, draw_images, match
 from data.coco import load_annotations
+from data.matches import average_precision, calibration_error, draw_images, match
 from detector.errors import UserError
 
 DRAWS = 500

@@ -50,9 +50,7 @@ def test_a_checkpoint_alone_gives_the_metrics_of_its_run(learnt, folder, command
 
 
 def test_benchmark_says_the_speed_of_each_stage_and_changes_no_number(learnt, folder, command):
-    code, out, err = command(
-        evaluation.main, "--checkpoint", learnt / "last.pt", "--output", folder, "--benchmark"
-    )
+    code, out, err = command(evaluation.main, "--checkpoint", learnt / "last.pt", "--output", folder, "--benchmark")
     assert code == 0, err
     assert read(folder / "metrics.json") == read(learnt / "metrics.json")
     table = [line.split() for line in out.split("images/s   share\n")[1].splitlines()]

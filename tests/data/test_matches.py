@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from data.matches import average_precision, calibration_error, draw_images, match
 from data.coco_eval import score
+from data.matches import average_precision, calibration_error, draw_images, match
 from detector.structures import Detections
 
 
