@@ -35,8 +35,8 @@ def validation_pictures(dataset: CocoDataset, detections: dict[int, Detections],
         found = detections[image_id]
         sure = found.scores >= min_score
         captions = [f"{names[c]} {s:.2f}" for c, s in zip(found.labels[sure].tolist(), found.scores[sure].tolist())]
-        truth = _draw(image, target.boxes * zoom, [names[c] for c in target.labels.tolist()], GROUND_TRUTH)
-        yield torch.cat([truth, _draw(image, found.boxes[sure] * scale, captions, DETECTION)], dim=2)
+        truth = draw_boxes(image, target.boxes * zoom, [names[c] for c in target.labels.tolist()], GROUND_TRUTH)
+        yield torch.cat([truth, draw_boxes(image, found.boxes[sure] * scale, captions, DETECTION)], dim=2)
 
 
 def contact_sheet(pictures: list[Tensor], columns: int = 2) -> Tensor:
@@ -54,7 +54,8 @@ def _score_of_rank(detections: dict[int, Detections], rank: int) -> float:
     return scores.topk(rank).values[-1].item() if rank <= len(scores) else 0.0
 
 
-def _draw(image: Tensor, boxes: Tensor, captions: list[str], colour: str) -> Tensor:
+def draw_boxes(image: Tensor, boxes: Tensor, captions: list[str], colour: str) -> Tensor:
+    """A copy of the image (3, h, w) uint8 with boxes (D, 4) in its pixels, and a caption each."""
     if not captions:
         return image
     # torchvision refuses a box whose corners touch once rounded; a hair of width is invisible.

@@ -37,7 +37,8 @@ class Matches(NamedTuple):
 def match(annotations: dict, results: list[dict]) -> Matches:
     """Detections in COCO's results format matched with a loaded annotation file, once for all draws.
 
-    All images of the file count, by the order of their ids; `area` and `iscrowd` are there, as load_annotations has them.
+    All images of the file count, by the order of their ids; `area` and `iscrowd` are there, as load_annotations has
+    them.
     """
     with contextlib.redirect_stdout(io.StringIO()):  # COCOeval cannot be told to be quiet
         truth, found = COCO(), COCO()

@@ -125,7 +125,7 @@ class Study:
         images = self.common.data.train.images
         files = {split: {"annotations": str(self.part(split)), "images": images} for split in ("train", "val")}
         changes = config.with_settings(config.merge(changes, {"data": files}), settings)
-        return self.run(f"tune-{variant}-{value}", changes, {"variant": variant})
+        return self.run(f"tune-{variant}-{value}", changes, {"variant": variant, "tried": value})
 
     def run(self, name: str, changes: Values, notes: Values) -> Run:
         values = config.merge(config.with_settings({}, self.settings), changes)

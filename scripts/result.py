@@ -4,8 +4,9 @@
     write(Path("results/coco_focal.json"), result); read("results/coco_focal.json")
 
 A result holds `config`, as resolved; `metrics`, of the last evaluation; `curve`, an evaluation each with step, AP,
-AP50 and AP75; `calibration_error`; `resampled`, the AP of DRAWS draws of the validation images, the same for all runs
-on that set; and `machine`. A run that failed has `failure`, a line, instead of metrics.
+AP50 and AP75; `gradient`, the shares of easy, medium and outlier examples in it, as often as they were observed;
+`calibration_error`; `resampled`, the AP of DRAWS draws of the validation images, the same for all runs on that set; and
+`machine`. A run that failed has `failure`, a line, instead of metrics.
 """
 
 import json
@@ -25,6 +26,7 @@ from detector.errors import UserError
 
 DRAWS = 500
 CURVE = ("AP", "AP50", "AP75")
+SHARES = tuple(f"{name}_{band}" for name in ("class", "box") for band in ("easy", "medium", "outlier"))
 
 
 def collect(folder: Path) -> dict[str, Any]:
@@ -34,7 +36,10 @@ def collect(folder: Path) -> dict[str, Any]:
     for loss in ("class_loss", "box_loss"):
         if not (isinstance(config.get(loss), dict) and "name" in config[loss]):
             raise UserError(f"{folder / 'config.yaml'}: no {loss}.name; give a run that train.py wrote")
-    result = {"config": config, "metrics": metrics, "curve": curve(folder), "machine": machine()}
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    result = {"config": config, "metrics": metrics, "machine": machine()}
+    result |= {"curve": points(events, "eval", CURVE), "gradient": points(events, "gradient", SHARES)}
     if (folder / "detections.json").exists():
         detections = parse(folder / "detections.json", json.loads, "", kind=list)
         annotations = load_annotations(config["data"]["val"]["annotations"])
@@ -45,16 +50,14 @@ def collect(folder: Path) -> dict[str, Any]:
     return result
 
 
-def curve(folder: Path) -> list[dict[str, float]]:
-    """The evaluations that TensorBoard's files of a run tell of, by step; empty without such files."""
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    events.Reload()
-    points: dict[int, dict[str, float]] = {}
-    for name in CURVE:
-        if f"eval/{name}" in events.Tags()["scalars"]:
-            for event in events.Scalars(f"eval/{name}"):
-                points.setdefault(event.step, {"step": event.step})[name] = round(event.value, 5)
-    return [points[step] for step in sorted(points)]
+def points(events: EventAccumulator, group: str, names: tuple[str, ...]) -> list[dict[str, float]]:
+    """The scalars GROUP/NAME that TensorBoard's files of a run hold, by step; empty without such files."""
+    by_step: dict[int, dict[str, float]] = {}
+    for name in names:
+        if f"{group}/{name}" in events.Tags()["scalars"]:
+            for event in events.Scalars(f"{group}/{name}"):
+                by_step.setdefault(event.step, {"step": event.step})[name] = round(event.value, 5)
+    return [by_step[step] for step in sorted(by_step)]
 
 
 def machine() -> dict[str, str]:
