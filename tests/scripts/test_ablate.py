@@ -1,0 +1,82 @@
+"""scripts/ablate.py: what a variant may say, what is refused, and that every run gets a result once."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from detector import config
+from detector.errors import UserError
+from scripts import ablate, result
+
+
+@pytest.fixture
+def base(tmp_path, tiny):
+    """A config that trains in seconds, with variants beside it."""
+    path = tmp_path / "configs" / "base.yaml"
+    path.parent.mkdir()
+    config_file = tiny(tmp_path, solver={"batch_size": 4, "lr_batch_size": None, "epochs": 1})
+    path.write_bytes(Path(config_file).read_bytes())
+    for name, losses in {
+        "focal": {"class_loss": {"name": "focal"}, "box_loss": {"name": "smooth_l1", "weight": 2}},
+        "ghm_r": {"class_loss": {"name": "ce"}, "box_loss": {"name": "ghm_r", "mu": 0.1}},
+    }.items():
+        (path.parent / f"{name}.yaml").write_text(yaml.safe_dump({"base": "base.yaml", "run": name, **losses}))
+    return path
+
+
+def test_a_plus_takes_the_second_file_s_box_loss(base):
+    changes = ablate.read_variant(base, "focal+ghm_r")
+    assert changes["class_loss"] == {"name": "focal"}
+    assert changes["box_loss"]["name"] == "ghm_r" and changes["box_loss"]["mu"] == 0.1
+
+
+def test_a_variant_that_changes_more_than_the_loss_is_refused(base):
+    (base.parent / "cheat.yaml").write_text("base: base.yaml\nclass_loss: {name: ce}\nsolver: {epochs: 99}\n")
+    with pytest.raises(UserError, match=r"cheat\.yaml: solver\.epochs: a variant may say"):
+        ablate.read_variant(base, "cheat")
+
+
+def test_values_may_be_multiples_of_the_variant_s_own(base):
+    changes = ablate.read_variant(base, "focal")
+    assert ablate.choose(changes, "box_loss.weight", "x1.5")["box_loss"]["weight"] == 3
+    assert ablate.choose({}, "box_loss.weight", "x4")["box_loss"]["weight"] == 4
+    assert ablate.choose(changes, "class_loss.gamma", "1")["class_loss"]["gamma"] == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("--variants", "none"), r"none\.yaml: no such file"),
+        (("--variants", "focal", "--seeds", "0"), "give at least 1"),
+        (("--variants", "focal", "--grid", "class_loss.gamma"), "write it as KEY=A,B,C"),
+    ],
+)
+def test_slips(base, command, arguments, message):
+    code, _, err = command(ablate.main, "--config", base, *arguments, "--dry-run")
+    assert code == 2 and re.search(message, err) and err.count("\n") == 1
+
+
+def test_tuned_runs_end_as_results_which_a_second_start_keeps(base, tmp_path, command):
+    arguments = ["--config", base, "--variants", "focal", "--seeds", 1, "--output", tmp_path / "out"]
+    arguments += ["--tune", "box_loss.weight=x1,x2"]
+    code, _, err = command(ablate.main, *arguments)
+    assert code == 0, err
+    results = tmp_path / "out" / "results"
+    assert sorted(path.stem for path in results.iterdir()) == ["focal-s0", "tune-focal-x1", "tune-focal-x2"]
+    whole, tried = result.read(results / "focal-s0.json"), result.read(results / "tune-focal-x2.json")
+    assert set(whole["tuning"]["AP"]) == {"x1", "x2"} and tried["tried"] == "x2"
+    chosen = {"x1": 2, "x2": 4}[whole["tuning"]["chosen"]]
+    assert config.flat(whole["config"])["box_loss.weight"] == chosen
+
+    parts = [json.loads((tmp_path / "out" / f"tune_{split}.json").read_text())["images"] for split in ("train", "val")]
+    names = [{image["id"] for image in part} for part in parts]
+    assert names[0] and names[1] and not names[0] & names[1]  # never scored on what it was trained on
+    assert tried["config"]["data"]["val"]["images"] == tried["config"]["data"]["train"]["images"]
+
+    times = {path: path.stat().st_mtime_ns for path in results.iterdir()}
+    code, out, err = command(ablate.main, *arguments)
+    assert code == 0 and "1 of 1 runs are finished already" in out, err
+    assert {path: path.stat().st_mtime_ns for path in results.iterdir()} == times
