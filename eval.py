@@ -83,7 +83,7 @@ def evaluate(
         metrics = score(dataset.annotations, detections, dataset.category_ids)
     run = content.get("run", {})
     metrics |= {"step": run.get("solver", {}).get("step"), "epoch": run.get("epoch")}
-    metrics |= {"seconds_per_step": run.get("seconds_per_step")}
+    metrics |= {"seconds_per_step": run.get("seconds_per_step"), "peak_memory": run.get("peak_memory", 0)}
     print(f"{metrics_table(metrics)}\n\n{per_class_table(metrics)}")
     write(folder, metrics, coco_results(detections, dataset.category_ids))
     if watch:

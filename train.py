@@ -65,7 +65,8 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False, accept_cha
     if cfg.compile:
         model.compile_parts()
     postprocess = assemble.build_postprocess(cfg)
-    kept = {"evaluated": 0, "best": float("-inf"), "seconds_per_step": None, "score_thresholds": None, "changes": []}
+    kept = {"evaluated": 0, "best": float("-inf"), "seconds_per_step": None, "peak_memory": 0}
+    kept |= {"score_thresholds": None, "changes": []}
     if last:
         classes = train_set.category_ids
         kept = checkpoint.resume(content, last, cfg, solver, criterion, classes, accept_changes=accept_changes)
@@ -90,7 +91,7 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False, accept_cha
         logger.say(f"{cfg.model.backbone}: {checkpoint.describe_size(model)}, {weights}\n{solver.describe()}")
 
         replica = distributed.replicate(model, device)
-        evaluated, best, metrics = kept["evaluated"], kept["best"], {}
+        evaluated, best, memory, metrics = kept["evaluated"], kept["best"], kept["peak_memory"], {}
         thresholds = kept["score_thresholds"] or [-1.0] * len(train_set.class_names)
 
         def save(name: str) -> None:
@@ -107,6 +108,7 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False, accept_cha
                     evaluated=evaluated,
                     best=best,
                     seconds_per_step=logger.seconds_per_step,
+                    peak_memory=memory,
                 )
             distributed.barrier()
 
@@ -121,7 +123,7 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False, accept_cha
                 if distributed.is_main():
                     metrics = score(val_set.annotations, detections, val_set.category_ids)
                     metrics |= {"step": solver.step_count, "epoch": -(-solver.step_count // len(batches))}
-                    metrics |= {"seconds_per_step": logger.seconds_per_step, "peak_memory": peak_memory(device)}
+                    metrics |= {"seconds_per_step": logger.seconds_per_step, "peak_memory": memory}
                     report(cfg, metrics, val_set, detections, logger)
                 metrics = distributed.from_main(metrics)
                 evaluated = solver.step_count
@@ -138,6 +140,7 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False, accept_cha
             until = min((epoch + 1) * len(batches), next_save)
             try:
                 train_one_epoch(replica, criterion, batches, solver, logger, device, until=until, stop=stop)
+                memory = max(memory, peak_memory(device))
             except UserError:  # an image that cannot be read: between two steps
                 if distributed.world_size() == 1:
                     save("last.pt")

@@ -58,6 +58,7 @@ def save(
     evaluated: int,
     best: float,
     seconds_per_step: float | None,
+    peak_memory: int,
 ) -> None:
     """Write the run's state. A last.pt that is replaced becomes previous.pt.
 
@@ -85,6 +86,7 @@ def save(
             "evaluated": evaluated,
             "best": float(best),
             "seconds_per_step": seconds_per_step,
+            "peak_memory": peak_memory,
         },
     }
     beside = path.with_suffix(".tmp")
@@ -158,7 +160,7 @@ def resume(
 ) -> dict[str, Any]:
     """Put the state of a run back; returns what the caller keeps of it.
 
-    That is evaluated, best, seconds_per_step, score_thresholds, and the changes of the config.
+    That is evaluated, best, seconds_per_step, peak_memory, score_thresholds, and the changes of the config.
 
     UserError where `cfg` or the classes differ from the run's in what would change its result, unless such `changes`
     are accepted. A run may be made longer or shorter.
@@ -188,7 +190,7 @@ def resume(
         detail = str(error).strip().splitlines()[-1].strip()
         raise UserError(f"{path}: is of another model, loss or optimizer than the config says ({detail})") from None
     _set_random_states(run["rng"])
-    kept = {key: run[key] for key in ("evaluated", "best", "seconds_per_step")}
+    kept = {key: run[key] for key in ("evaluated", "best", "seconds_per_step", "peak_memory")}
     return kept | {"score_thresholds": content.get("score_thresholds"), "changes": changes}
 
 

@@ -113,7 +113,7 @@ def finish(config: Path, run: str) -> None:
 def state(path: Path) -> dict:
     """What must not depend on how often a run was interrupted."""
     content = checkpoint.read(path)
-    del content["run"]["seconds_per_step"], content["config"]
+    del content["run"]["seconds_per_step"], content["run"]["peak_memory"], content["config"]
     return content
 
 

@@ -29,7 +29,7 @@ def make(classes=3, head_width=32, **sections):
 
 def save(path, cfg, solver, criterion, best=0.5):
     checkpoint.save(path, cfg, solver, criterion, category_ids=IDS, class_names=NAMES,
-                    score_thresholds=THRESHOLDS, epoch=1, evaluated=4, best=best, seconds_per_step=None)  # fmt: skip
+                    score_thresholds=THRESHOLDS, epoch=1, evaluated=4, best=best, seconds_per_step=None, peak_memory=0)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +194,7 @@ def test_resume_gives_back_the_state(saved, same):
     drawn = torch.rand(1)
     kept = checkpoint.resume(checkpoint.read(path), path, cfg, solver, other_criterion, IDS)
     rest = {"score_thresholds": THRESHOLDS, "changes": []}
-    assert kept == {"evaluated": 4, "best": 0.5, "seconds_per_step": None} | rest
+    assert kept == {"evaluated": 4, "best": 0.5, "seconds_per_step": None, "peak_memory": 0} | rest
     assert same(dict(other.state_dict()), dict(model.state_dict()))
     assert same(dict(other_criterion.state_dict()), dict(criterion.state_dict()))
     assert torch.rand(1) != drawn
