@@ -26,15 +26,19 @@ class BoxCoder:
         centre, side = _centre_side(boxes.float())
         shift = (centre - anchor_centre) / anchor_side
         scale = (side / anchor_side).log()
-        return torch.cat([shift, scale], dim=-1) * boxes.new_tensor(self.weights, dtype=torch.float32)
+        return torch.cat([shift, scale], dim=-1) * self._factors(boxes)
 
     def decode(self, deltas: Tensor, anchors: Tensor) -> Tensor:
         """Deltas (..., 4) and their anchors (..., 4) -> boxes (..., 4); undoes `encode`."""
-        deltas = deltas.float() / deltas.new_tensor(self.weights, dtype=torch.float32)
+        deltas = deltas.float() / self._factors(deltas)
         anchor_centre, anchor_side = _centre_side(anchors.float())
         centre = anchor_centre + deltas[..., :2] * anchor_side
         half = deltas[..., 2:].clamp(max=MAX_LOG_SCALE).exp() * anchor_side / 2
         return torch.cat([centre - half, centre + half], dim=-1)
+
+    def _factors(self, like: Tensor) -> Tensor:
+        """The weights (4,), filled in where they are needed: a copy to a GPU would wait for it."""
+        return torch.cat([torch.full((1,), weight, device=like.device) for weight in self.weights])
 
 
 def _centre_side(boxes: Tensor) -> tuple[Tensor, Tensor]:

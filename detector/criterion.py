@@ -1,5 +1,6 @@
 """Joins assigner, box coder and losses; they meet nowhere else."""
 
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,8 @@ class Criterion(nn.Module):
     Each loss is called once, on all images and levels joined, unless its `scope` is "level": then once for each
     level, and the values are added up. Losses and boxes are float32 whatever the model ran in. The losses' state (GHM's
     moving averages) moves in training mode only, and is saved with this module's state dict.
+
+    On a GPU nothing waits for the device: see Matches.
     """
 
     def __init__(
@@ -36,61 +39,93 @@ class Criterion(nn.Module):
 
     def forward(self, predictions: Predictions, targets: list[Target]) -> Losses:
         """Targets on the predictions' device, one for each image."""
-        labels, valid, num_pos, image, anchor, matched = self.match(predictions, targets)
-        levels = predictions.levels
-        deltas, anchors = predictions.deltas[image, anchor].float(), predictions.anchors[anchor]
-
-        cells = [predictions.logits, labels, valid]
-        if getattr(self.class_loss, "takes_quality", False):
-            quality = predictions.anchors.new_zeros(labels.shape)
-            quality[image, anchor] = box_ops.iou_of_pairs(self.coder.decode(deltas.detach(), anchors), matched)
-            cells.append(quality)
-        parts = levels if _by_level(self.class_loss) else (sum(levels),)
-        class_losses = [
-            self.class_loss(*(value.flatten(0, 1) for value in part[:3]), num_pos, *(q.flatten() for q in part[3:]))
-            for part in zip(*(value.split(parts, dim=1) for value in cells))
-        ]
-
-        pair = deltas, self.coder.encode(matched, anchors)
-        if getattr(self.box_loss, "takes_boxes", False):
-            pair = self.coder.decode(deltas, anchors), matched
-        chosen = [slice(None)]
-        if _by_level(self.box_loss):
-            ends = torch.tensor(levels, device=anchor.device).cumsum(0)
-            level = torch.bucketize(anchor, ends, right=True)
-            chosen = [level == number for number in range(len(levels))]
-        box_losses = [self.box_loss(pair[0][which], pair[1][which], num_pos) for which in chosen]
-
+        matches = self.match(predictions, targets)
+        deltas = predictions.deltas.flatten(0, 1)[matches.rows].float()
         return Losses(
-            terms={"class": self.class_weight * sum(class_losses), "box": self.box_weight * sum(box_losses)},
+            terms={
+                "class": self.class_weight * self._class_loss(predictions, matches, deltas.detach()),
+                "box": self.box_weight * self._box_loss(predictions, matches, deltas),
+            },
             diagnostics={
-                "true_class_probability": _true_class_probability(predictions.logits, labels, image, anchor, num_pos),
-                "positives_per_image": torch.tensor(len(image) / len(labels), device=labels.device),
+                "true_class_probability": _true_class_probability(predictions.logits, matches),
+                "positives_per_image": matches.positive.sum() / len(matches.labels),
             },
         )
+
+    def _class_loss(self, predictions: Predictions, matches: "Matches", deltas: Tensor) -> Tensor:
+        cells = [predictions.logits, matches.labels, matches.valid]
+        if getattr(self.class_loss, "takes_quality", False):
+            iou = box_ops.iou_of_pairs(self.coder.decode(deltas, matches.anchors), matches.boxes)
+            quality = iou.new_zeros(matches.labels.numel())
+            quality[matches.rows] = iou if matches.taught is None else torch.where(matches.taught, iou, 0)
+            cells.append(quality.view_as(matches.labels))
+        parts = predictions.levels if _by_level(self.class_loss) else (sum(predictions.levels),)
+        return sum(
+            self.class_loss(
+                *(value.flatten(0, 1) for value in part[:3]), matches.num_pos, *(q.flatten() for q in part[3:])
+            )
+            for part in zip(*(value.split(parts, dim=1) for value in cells))
+        )
+
+    def _box_loss(self, predictions: Predictions, matches: "Matches", deltas: Tensor) -> Tensor:
+        taught = matches.taught
+        if taught is not None:
+            deltas = torch.where(taught[:, None], deltas, 0)
+        if getattr(self.box_loss, "takes_boxes", False):
+            found, wanted = self.coder.decode(deltas, matches.anchors), matches.boxes
+        else:
+            found, wanted = deltas, self.coder.encode(matches.boxes, matches.anchors)
+        if taught is not None:  # what is not taught is as it should be: loss and gradient are 0
+            wanted = torch.where(taught[:, None], wanted, found.detach())
+        masks = [taught]
+        if _by_level(self.box_loss):
+            level = torch.cat([matches.labels.new_full((count,), i) for i, count in enumerate(predictions.levels)])
+            level = level.repeat(len(matches.labels))[matches.rows]
+            masks = [level == i if taught is None else taught & (level == i) for i in range(len(predictions.levels))]
+        if getattr(self.box_loss, "takes_valid", False):
+            return sum(self.box_loss(found, wanted, matches.num_pos, mask) for mask in masks)
+        return self.box_loss(found, wanted, matches.num_pos)
 
     def match(self, predictions: Predictions, targets: list[Target]) -> "Matches":
         """What each anchor of each image is taught."""
         grid = (predictions.levels, predictions.per_cell)
         assignments = [self.assigner(predictions.anchors, target.boxes, *grid) for target in targets]
-        gt_index, positive, ignored = (torch.stack(values) for values in zip(*assignments))  # (B, A) each
+        _, positive, ignored = (torch.stack(values) for values in zip(*assignments))  # (B, A) each
         labels = torch.stack([_labels(a, t, predictions.logits.shape[-1]) for a, t in zip(assignments, targets)])
-        image, anchor = positive.nonzero(as_tuple=True)
-        counts = torch.tensor([0] + [len(t.boxes) for t in targets[:-1]], device=gt_index.device)
-        in_batch = gt_index[image, anchor] + counts.cumsum(0)[image]  # position among the boxes of all images
-        boxes = torch.cat([t.boxes for t in targets])[in_batch]
-        return Matches(labels, ~ignored, distributed.all_sum(positive.sum()).clamp(min=1), image, anchor, boxes)
+        num_pos = distributed.all_sum(positive.sum()).clamp(min=1)
+
+        starts = accumulate((len(target.boxes) for target in targets), initial=0)
+        in_batch = torch.stack([one.gt_index + start for one, start in zip(assignments, starts)])
+        # One more box, for images without any to point at.
+        boxes = torch.cat([*(target.boxes for target in targets), predictions.anchors.new_zeros(1, 4)])
+        if _may_wait(labels.device):
+            rows = positive.flatten().nonzero().squeeze(1)
+            taught, anchors = None, predictions.anchors[rows % len(predictions.anchors)]
+        else:
+            rows = slice(None)
+            taught, anchors = positive.flatten(), predictions.anchors.repeat(len(targets), 1)
+        return Matches(labels, ~ignored, positive, num_pos, rows, taught, anchors, boxes[in_batch.flatten()[rows]])
 
 
 class Matches(NamedTuple):
-    """Anchors of a batch and what they are taught."""
+    """Anchors of a batch and what they are taught.
+
+    The boxes that are taught are those of P anchors, `rows` of the B x A. On a CPU these are the positives. Elsewhere
+    they are all, and `taught` says which of them are positive: to know how many there are, one would have to wait.
+    """
 
     labels: Tensor  # (B, A) int64, C for background and whatever is ignored
     valid: Tensor  # (B, A) bool, not ignored
+    positive: Tensor  # (B, A) bool
     num_pos: Tensor  # positive anchors of all processes, at least 1
-    image: Tensor  # (P,) index of the image of each positive
-    anchor: Tensor  # (P,) index of its anchor
-    boxes: Tensor  # (P, 4) its ground truth
+    rows: Tensor | slice  # (P,)
+    taught: Tensor | None  # (P,) bool; None: all
+    anchors: Tensor  # (P, 4)
+    boxes: Tensor  # (P, 4) their ground truth; any box where not taught
+
+
+def _may_wait(device: torch.device) -> bool:
+    return device.type == "cpu"
 
 
 def _by_level(loss: nn.Module) -> bool:
@@ -105,7 +140,11 @@ def _labels(assignment: Assignment, target: Target, num_classes: int) -> Tensor:
 
 
 @torch.no_grad()
-def _true_class_probability(logits: Tensor, labels: Tensor, image: Tensor, anchor: Tensor, num_pos: Tensor) -> Tensor:
+def _true_class_probability(logits: Tensor, matches: Matches) -> Tensor:
     """Mean over all positives of all processes; this process's share of it, scaled to be averaged over them."""
-    probability = logits[image, anchor, labels[image, anchor]].float().sigmoid()
-    return probability.sum() / num_pos * distributed.world_size()
+    own = matches.labels.flatten()[matches.rows].clamp(max=logits.shape[-1] - 1)  # background has no logit
+    logit = logits.flatten(0, 1)[matches.rows].gather(1, own[:, None]).squeeze(1)
+    probability = logit.float().sigmoid()
+    if matches.taught is not None:
+        probability = torch.where(matches.taught, probability, 0)
+    return probability.sum() / matches.num_pos * distributed.world_size()

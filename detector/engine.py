@@ -59,7 +59,7 @@ def train_one_epoch(
         sums = {name: value.detach() for name, value in (losses.terms | losses.diagnostics).items()}
         sums["gradient_norm"] = solver.gradient_norm()
         asked = stop is not None and stop.number is not None
-        sums["stop"] = torch.tensor(float(asked), device=device)  # what one is asked, all do after the same step
+        sums["stop"] = torch.full((), float(asked), device=device)  # what one is asked, all do after the same step
         values = _to_numbers(sums, losses.terms.keys())
         stopped = values.pop("stop") > 0
         if bad := _not_finite(values, losses.terms.keys(), solver):

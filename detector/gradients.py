@@ -68,10 +68,10 @@ def observe(
             z = logits_against_truth(logits[image], matches.labels[image], matches.valid[image])
             own = _regions(z.sigmoid(), to_logits[image], matches.valid[image], cell_bins)
             cells = Regions(cells.counts + own.counts, cells.gradient + own.gradient)
-        pick = matches.image, matches.anchor
-        d = deltas[pick] - criterion.coder.encode(matches.boxes, predictions.anchors[matches.anchor])
-        norms = d.abs() / torch.hypot(d, d.new_tensor(MU))
-        boxes = _regions(norms, to_deltas[pick], torch.ones_like(matches.image, dtype=torch.bool), box_bins)
+        d = deltas.flatten(0, 1)[matches.rows] - criterion.coder.encode(matches.boxes, matches.anchors)
+        taught = torch.ones_like(d[:, 0], dtype=torch.bool) if matches.taught is None else matches.taught
+        norms = torch.where(taught[:, None], d.abs() / torch.hypot(d, torch.full_like(d, MU)), 0)
+        boxes = _regions(norms, to_deltas.flatten(0, 1)[matches.rows], taught, box_bins)
     return Observation(*(Regions(*map(distributed.all_sum, part)) for part in (cells, boxes)))
 
 

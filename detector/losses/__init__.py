@@ -4,7 +4,8 @@
     box_loss(deltas (P,4), targets (P,4), num_pos)              -> scalar      P may be 0
 
 A class loss that says `takes_quality` may be given, last, how good each positive anchor's box is (N,); a box loss
-that says `takes_boxes` is given decoded boxes and the ground truth in pixels instead of deltas.
+that says `takes_boxes` is given decoded boxes and the ground truth in pixels instead of deltas, and one that says
+`takes_valid` may be given, last, which rows count (P,).
 
 num_pos is the number of positive anchors over all processes, at least 1. The scalar is this process's share:
 summed over processes it is what is minimised.

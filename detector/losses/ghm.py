@@ -246,7 +246,8 @@ class GHMR(GradientDensity):
 
         loss = (1 / N) sum beta(g) [sqrt(d^2 + mu^2) - mu]              beta as in GradientDensity
 
-    Normalised by N, the box coordinates of all processes (it is built into beta), so num_pos is not used.
+    Normalised by N, the box coordinates of all processes (it is built into beta), so num_pos is not used. Rows that are
+    not `valid` do not count.
 
         box_loss = GHMR(bins=10, mu=0.02, momentum=0.7)  # keep it, and save its state_dict beside the model's
         targets = encode(gt_boxes[gt_index[positive]], anchors[positive])  # (P, 4)
@@ -254,6 +255,8 @@ class GHMR(GradientDensity):
 
     Raises ValueError where mu is not positive and finite, and where GHMC does.
     """
+
+    takes_valid = True
 
     def __init__(
         self,
@@ -287,11 +290,11 @@ class GHMR(GradientDensity):
         """With every switch as in the authors' released code."""
         return cls(bins, mu, momentum, **RELEASED)
 
-    def forward(self, deltas: Tensor, targets: Tensor, num_pos: Tensor | float) -> Tensor:
-        """deltas, targets (P, 4), in encoded box coordinates; P may be 0 -> scalar."""
+    def forward(self, deltas: Tensor, targets: Tensor, num_pos: Tensor | float, valid: Tensor | None = None) -> Tensor:
+        """deltas, targets (P, 4), in encoded box coordinates; valid (P,) bool or None for all; P may be 0 -> scalar."""
         dtype = torch.promote_types(deltas.dtype, torch.float32)
         d = deltas.to(dtype) - targets.to(dtype)
         # hypot: the square of a large d would overflow, and at 0 its gradient is 0.
         length = torch.hypot(d, torch.full_like(d, self.mu))
-        share = self.shares((d / length).detach().abs())
+        share = self.shares((d / length).detach().abs(), valid)
         return (share * (length - self.mu)).sum()

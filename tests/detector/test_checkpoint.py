@@ -28,8 +28,9 @@ def make(classes=3, head_width=32, **sections):
 
 
 def save(path, cfg, solver, criterion, best=0.5):
-    checkpoint.save(path, cfg, solver, criterion, category_ids=IDS, class_names=NAMES,
-                    score_thresholds=THRESHOLDS, epoch=1, evaluated=4, best=best, seconds_per_step=None, peak_memory=0)  # fmt: skip
+    about = {"category_ids": IDS, "class_names": NAMES, "score_thresholds": THRESHOLDS, "peak_memory": 0}
+    about |= {"epoch": 1, "evaluated": 4, "best": best, "seconds_per_step": None}
+    checkpoint.save(path, cfg, solver, criterion, **about)
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,33 @@
 import math
+from functools import partial
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.detection._utils import Matcher
 from torchvision.ops import box_iou
 
-from detector.assigner import IoUAssigner
+from detector import criterion as criterion_module
+from detector.assigner import ATSSAssigner, IoUAssigner
 from detector.box_coder import BoxCoder
 from detector.criterion import Criterion
-from detector.losses import GHMC, GHMR, L1, Focal, GIoU, QualityFocal
+from detector.gradients import observe
+from detector.losses import (
+    ASL1,
+    GHMC,
+    GHMR,
+    L1,
+    CIoU,
+    CrossEntropy,
+    DIoU,
+    Focal,
+    GIoU,
+    QualityFocal,
+    SmoothL1,
+    Varifocal,
+    fused,
+)
 from detector.structures import Predictions, Target
 
 ANCHORS = 40
@@ -268,3 +287,69 @@ def test_scope_level_calls_a_loss_once_for_each_level_and_adds_up():
     torch.testing.assert_close(losses.terms["box"], box_sum)
     assert criterion.class_loss.updates == 3
     assert torch.equal(criterion.class_loss.average, class_loss.average)
+
+
+# ----------------------------------------------------------------------------- where nothing may wait for the device
+
+CLASS_LOSSES = [CrossEntropy, Focal, GHMC, partial(GHMC, scope="level"), QualityFocal, Varifocal]
+BOX_LOSSES = [SmoothL1, L1, ASL1, GHMR, partial(GHMR, scope="level"), GIoU, DIoU, CIoU]
+PAIRS = [*((one, L1) for one in CLASS_LOSSES), *((Focal, one) for one in BOX_LOSSES)]
+
+
+@pytest.mark.parametrize(("class_loss", "box_loss"), PAIRS)
+@pytest.mark.parametrize("boxes", ["everywhere", "in one image", "nowhere"])
+def test_all_anchors_with_a_mask_are_as_good_as_the_positives(class_loss, box_loss, boxes, monkeypatch):
+    found = []
+    for may_wait in (True, False):
+        monkeypatch.setattr(criterion_module, "_may_wait", lambda device, answer=may_wait: answer)
+        predictions, targets = random_case()
+        targets = targets if boxes == "everywhere" else [targets[0] if boxes == "in one image" else NOTHING, NOTHING]
+        predictions = predictions._replace(levels=(25, 10, 5))
+        one = build(class_loss=class_loss(), box_loss=box_loss())
+        losses = one(predictions, targets)
+        losses.total.backward()
+        seen = observe(one, predictions, targets)
+        found.append(
+            [losses.terms, losses.diagnostics, predictions.logits.grad, predictions.deltas.grad, one.state_dict(), seen]
+        )
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize(("class_loss", "box_loss"), PAIRS)
+@pytest.mark.parametrize("assigner", [IoUAssigner, ATSSAssigner])
+def test_on_a_gpu_no_step_depends_on_data(class_loss, box_loss, assigner, monkeypatch):
+    """Of tensors that have no values, whatever needs one raises; and numbers are not copied from the host."""
+    monkeypatch.setattr(fused, "_compiles", lambda logits: False)
+    with FakeTensorMode(), Copies() as copies:
+        cuda = torch.device("cuda", 0)
+        predictions = Predictions(
+            torch.randn(2, ANCHORS, 3, device=cuda, dtype=torch.bfloat16).requires_grad_(),
+            torch.randn(2, ANCHORS, 4, device=cuda, dtype=torch.bfloat16).requires_grad_(),
+            torch.rand(ANCHORS, 4, device=cuda),
+            (25, 10, 5),
+        )
+        labels = torch.zeros(6, dtype=torch.int64, device=cuda)
+        targets = [Target(torch.rand(6, 4, device=cuda), labels), Target(predictions.anchors[:0], labels[:0])]
+        with torch.device(cuda):  # the losses' own state
+            one = build(class_loss=class_loss(), box_loss=box_loss())
+        one.assigner = assigner()
+        losses = one(predictions, targets)
+        assert losses.total.device == cuda and all(value.device == cuda for value in losses.diagnostics.values())
+        with pytest.raises(RuntimeError):
+            losses.total.item()  # the test can fail
+    assert not copies.found
+
+
+class Copies(TorchDispatchMode):
+    """Which operations bring something from the host to the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        came = any(isinstance(one, torch.Tensor) and one.device.type == "cpu" and one.ndim for one in args)
+        if came and isinstance(result, torch.Tensor) and result.device.type == "cuda":
+            self.found.append(func)
+        return result

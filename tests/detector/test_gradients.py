@@ -44,8 +44,7 @@ def test_counts_and_gradients_are_those_of_plain_numpy():
     expected = np.histogram(g, 30, (0, 1), weights=2 * g / num_pos)[0]  # the slope of cross entropy is g itself
     assert cells.gradient.numpy() == pytest.approx(expected, rel=1e-5)
 
-    anchors = predictions.anchors[matches.anchor]
-    d = predictions.deltas.detach()[matches.image, matches.anchor] - criterion.coder.encode(matches.boxes, anchors)
+    d = predictions.deltas.detach().flatten(0, 1)[matches.rows] - criterion.coder.encode(matches.boxes, matches.anchors)
     g = (d.abs() / (d * d + gradients.MU**2).sqrt()).flatten().numpy()
     assert boxes.counts.tolist() == np.histogram(g, 10, (0, 1))[0].tolist()
     assert boxes.gradient.numpy() == pytest.approx(np.histogram(g, 10, (0, 1), weights=g / num_pos)[0], rel=1e-4)
