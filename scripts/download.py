@@ -1,0 +1,277 @@
+"""Download COCO 2017 and unpack it where configs/coco/*.yaml look for it.
+
+    python scripts/download.py coco2017 [--only val] [--output datasets/coco]
+
+These are the official archives, 20.4 GB; with --only val 1.1 GB, with --only train 19.6 GB, the annotations included:
+
+    datasets/coco/annotations/instances_train2017.json, instances_val2017.json
+    datasets/coco/train2017/, val2017/
+
+A download that breaks goes on where it ended, by itself and when the same command is given again. Each archive's size
+and MD5 are checked before it is unpacked, and it is removed afterwards; what is there already is left alone.
+"""
+
+import argparse
+import errno
+import hashlib
+import http.client
+import os
+import re
+import shutil
+import stat
+import sys
+import time
+import urllib.error
+import urllib.request
+import zipfile
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import NamedTuple, NoReturn
+
+# Started as a file, Python puts scripts/ on the path and not the repository that holds `detector`.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tqdm import tqdm
+
+from detector.errors import UserError, run_main
+
+SERVER = "http://images.cocodataset.org"
+CHUNK = 2**20  # bytes read at a time
+TIMEOUT = 60  # seconds without a byte
+TRIES = 6  # attempts in a row that bring nothing
+PAUSE = 1.0  # seconds before the second of them; doubled each time
+
+
+class Archive(NamedTuple):
+    """A zip file on the server, and what is taken of it."""
+
+    path: str
+    size: int  # bytes
+    md5: str
+    unpacked: int  # bytes, about
+    holds: dict[str, int]  # a file, or a folder and how many files are in it: 1 and N
+
+
+ARCHIVES = {
+    "annotations": Archive(
+        "annotations/annotations_trainval2017.zip",
+        252_907_541,
+        "f4bbac642086de4f52a3fdda2de5fa2c",
+        500_000_000,
+        {"annotations/instances_train2017.json": 1, "annotations/instances_val2017.json": 1},
+    ),
+    "val": Archive(
+        "zips/val2017.zip", 815_585_330, "442b8da7639aecaf257c1dceb8ba8c80", 830_000_000, {"val2017": 5_000}
+    ),
+    "train": Archive(
+        "zips/train2017.zip", 19_336_861_798, "cced6f7f71b7629ddf16f17bbcfab6b2", 19_600_000_000, {"train2017": 118_287}
+    ),
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", choices=["coco2017"])
+    parser.add_argument("--only", choices=["train", "val"], help="one part, with its annotations")
+    parser.add_argument("--output", type=Path, default=Path("datasets/coco"), metavar="FOLDER")
+    parser.add_argument("--mirror", default=SERVER, metavar="URL", help=f"another server ({SERVER})")
+    args = parser.parse_args(argv)
+    if not re.match(r"https?://[^/]", args.mirror):
+        raise UserError(f"--mirror {args.mirror}: give an address that starts with http:// or https://")
+
+    wanted = [one for name, one in ARCHIVES.items() if args.only in (None, name) or name == "annotations"]
+    missing = [one for one in wanted if not is_unpacked(one, args.output)]
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(error, args.output)
+    if missing:
+        largest = max(one.size - size_of(part_of(one, args.output)) for one in missing)
+        check_space(args.output, largest + sum(one.unpacked for one in missing))
+    for archive in missing:
+        file = fetch(f"{args.mirror.rstrip('/')}/{archive.path}", archive, args.output)
+        unpack(file, args.output, archive.holds)
+        file.unlink()
+    print(f"{args.output} holds " + ", ".join(name for one in wanted for name in one.holds))
+
+
+def is_unpacked(archive: Archive, folder: Path) -> bool:
+    """UserError where a folder is there that is not whole: it is not ours to replace."""
+    for name, count in archive.holds.items():
+        path = folder / name
+        if not path.exists():
+            return False
+        if path.is_dir() and (found := sum(1 for _ in path.iterdir())) < count:
+            raise UserError(f"{path} holds {found:,} of {count:,} files: move it away, and it is downloaded anew")
+    return True
+
+
+def check_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"{folder}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} are free; give another --output"
+        )
+
+
+def part_of(archive: Archive, folder: Path) -> Path:
+    """Where an archive is as long as it is not whole."""
+    return folder / f"{PurePosixPath(archive.path).name}.part"
+
+
+def size_of(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0
+
+
+def fetch(address: str, archive: Archive, folder: Path) -> Path:
+    """The archive in `folder`, downloaded unless it is there; a file of that name is whole and has been checked."""
+    part = part_of(archive, folder)
+    file = part.with_suffix("")
+    for _ in range(2):  # once more where bytes were damaged on the way
+        if file.exists():
+            return file
+        receive(address, part, archive.size)
+        found = md5(part)
+        version_of(part).unlink(missing_ok=True)
+        if found == archive.md5:
+            os.replace(part, file)
+        else:
+            part.unlink()
+            print(f"{address}: damaged on the way, its MD5 is {found} and not {archive.md5}", file=sys.stderr)
+    if file.exists():
+        return file
+    raise UserError(f"{address}: is not the official file, or is damaged each time (MD5 {found}); try another --mirror")
+
+
+def receive(address: str, part: Path, size: int) -> None:
+    """Download to `part` until it has `size` bytes, over as many connections as it takes."""
+    failures = 0
+    if size_of(part) > size:
+        part.unlink()
+    with tqdm(total=size, unit="B", unit_scale=True, desc=part.stem) as progress:
+        while (have := size_of(part)) < size:
+            progress.n = have
+            progress.refresh()
+            reason = "the connection ended early"
+            try:
+                receive_once(address, part, size, progress)
+            except urllib.error.HTTPError as error:
+                reason = f"HTTP {error.code} {error.reason}"
+                if error.code < 500 and error.code not in (408, 429):
+                    raise UserError(f"{address}: {reason}; check the address, or give another --mirror") from None
+            except (OSError, http.client.HTTPException) as error:
+                reason = str(getattr(error, "reason", error)) or type(error).__name__
+            failures = 0 if size_of(part) > have else failures + 1
+            if failures == TRIES:
+                raise UserError(
+                    f"{address}: nothing came in {TRIES} attempts ({reason}); {size_of(part):,} of {size:,} bytes are"
+                    " kept, the same command goes on from there"
+                )
+            if size_of(part) < size:
+                time.sleep(PAUSE * 2**failures / 2)
+        progress.n = size
+
+
+def receive_once(address: str, part: Path, size: int, progress: tqdm) -> None:
+    """Add to `part` what one connection brings."""
+    have, version = size_of(part), version_of(part)
+    headers = {"User-Agent": "curl/8"}  # some servers refuse Python's own
+    if have:
+        headers["Range"] = f"bytes={have}-"
+        if version.exists():  # otherwise two versions of a file could be joined
+            headers["If-Range"] = version.read_text()
+    with urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=TIMEOUT) as answer:
+        total = answer.headers.get("Content-Length")
+        if goes_on := answer.status == 206:
+            told = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", answer.headers.get("Content-Range", ""))
+            if not told or int(told[1]) != have:
+                part.unlink()  # another part than was asked for
+                raise http.client.HTTPException("the server does not go on where it was asked to")
+            total = None if told[2] == "*" else told[2]
+        if total is not None and total.isdigit() and int(total) != size:
+            raise UserError(f"{address}: has {int(total):,} bytes and not {size:,}: not the official file")
+        try:
+            if told := answer.headers.get("ETag") or answer.headers.get("Last-Modified"):
+                version.write_text(told)
+            with part.open("ab" if goes_on else "wb") as file:
+                progress.n = file.tell()
+                while chunk := answer.read(CHUNK):
+                    if file.tell() + len(chunk) > size:
+                        raise UserError(f"{address}: has more than {size:,} bytes: not the official file")
+                    write(file, chunk, part)
+                    progress.update(len(chunk))
+        except PermissionError as error:
+            fail(error, part)
+
+
+def write(file, chunk: bytes, name: Path) -> None:
+    try:
+        file.write(chunk)
+        file.flush()
+    except OSError as error:
+        fail(error, name)
+
+
+def version_of(part: Path) -> Path:
+    """The file that keeps what the server calls this version of the archive."""
+    return part.with_suffix(".version")
+
+
+def md5(file: Path) -> str:
+    digest = hashlib.md5(usedforsecurity=False)
+    with file.open("rb") as content, tqdm(total=size_of(file), unit="B", unit_scale=True, desc="checking") as progress:
+        while chunk := content.read(CHUNK):
+            digest.update(chunk)
+            progress.update(len(chunk))
+    return digest.hexdigest()
+
+
+def unpack(file: Path, folder: Path, holds: dict[str, int]) -> None:
+    """Put what `holds` names of a zip file into `folder`: each of them whole, or not at all.
+
+    UserError, with nothing unpacked, where an entry would leave the folder (an absolute path, "..", a link) or the disk
+    has no room for what the entries say they hold.
+    """
+    beside = folder / f".{file.stem}.unpacking"
+    shutil.rmtree(beside, ignore_errors=True)  # of an earlier attempt
+    try:
+        with zipfile.ZipFile(file) as archive:
+            for entry in archive.infolist():
+                check_entry(file, entry)
+            entries = [one for one in archive.infolist() if not one.is_dir() and is_within(one.filename, holds)]
+            check_space(folder, sum(one.file_size for one in entries))
+            for entry in tqdm(entries, desc=f"unpacking {file.name}", unit="file"):
+                archive.extract(entry, beside)
+        for name, count in holds.items():
+            found = sum(1 for one in entries if is_within(one.filename, [name]))
+            if found != count:
+                raise UserError(f"{file}: holds {found:,} files of {name}, and not {count:,}: not the official file")
+        for name in holds:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(beside / name, folder / name)
+    except (zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, EOFError) as error:
+        raise UserError(f"{file}: cannot be unpacked ({error}); remove it to have it downloaded again") from None
+    except OSError as error:
+        fail(error, folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def check_entry(file: Path, entry: zipfile.ZipInfo) -> None:
+    """UserError where an entry of a zip file is not a plain file or folder below where it is unpacked."""
+    name = entry.filename
+    outside = PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor or ".." in re.split(r"[/\\]", name)
+    if outside or stat.S_ISLNK(entry.external_attr >> 16):
+        raise UserError(f"{file}: its entry {name!r} would leave the folder; nothing was unpacked, do not trust it")
+
+
+def is_within(name: str, places) -> bool:
+    return any(name == place or name.startswith(place + "/") for place in places)
+
+
+def fail(error: OSError, where: Path) -> NoReturn:
+    advice = "make room, and give the same command again" if error.errno == errno.ENOSPC else "give another --output"
+    raise UserError(f"{where}: cannot be written ({error.strerror}); {advice}") from None
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,252 @@
+"""Archives from a server on this machine: one that breaks off, lies about lengths and damages bytes."""
+
+import hashlib
+import http.server
+import io
+import os
+import re
+import shutil
+import stat
+import threading
+import zipfile
+
+import pytest
+
+from detector.errors import UserError
+from scripts import download
+
+PHOTOS = {f"val2017/{number:012}.jpg": os.urandom(3000) for number in range(40)}
+LABELS = {f"annotations/instances_{split}2017.json": b'{"images": []}' for split in ("train", "val")}
+
+
+def zipped(files, links=()) -> bytes:
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+        for name in links:
+            entry = zipfile.ZipInfo(name)
+            entry.external_attr = (stat.S_IFLNK | 0o777) << 16
+            archive.writestr(entry, "/etc/passwd")
+    return data.getvalue()
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Gives `files`; what it does to an answer is in `tricks`, taken one for each request."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files, self.tricks, self.asked = {}, [], []
+        self.version = '"one"'
+
+    @property
+    def address(self):
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        server = self.server
+        wanted = self.headers.get("Range")
+        server.asked.append((self.path, wanted))
+        trick = server.tricks.pop(0) if server.tricks else ""
+        body = server.files.get(self.path)
+        if body is None or trick == "busy":
+            return self.send_error(503 if trick else 404)
+        start = 0
+        if wanted and trick != "no ranges" and self.headers.get("If-Range", server.version) == server.version:
+            start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1])
+        self.send_response(206 if start else 200)
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+        self.send_header("ETag", server.version)
+        length = len(body) - start
+        self.send_header("Content-Length", str(length // 2 if trick == "too short" else length))
+        self.end_headers()
+        content = bytearray(body[start:])
+        if trick == "damage":
+            content[len(content) // 2] ^= 1
+        if trick == "break":
+            content = content[: length // 3]
+        self.wfile.write(bytes(content[: length // 2] if trick == "too short" else content))
+        self.close_connection = True
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """COCO in small, and a server of it."""
+    one = Server()
+    thread = threading.Thread(target=one.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    archives = {}
+    for name, files, holds in (
+        ("annotations", LABELS | {"annotations/captions_val2017.json": b"not wanted"}, dict.fromkeys(LABELS, 1)),
+        ("val", PHOTOS, {"val2017": 40}),
+    ):
+        old, data = download.ARCHIVES[name], zipped(files)
+        one.files[f"/{old.path}"] = data
+        archives[name] = old._replace(size=len(data), md5=hashlib.md5(data).hexdigest(), unpacked=10**5, holds=holds)
+    monkeypatch.setattr(download, "ARCHIVES", archives)
+    monkeypatch.setattr(download, "PAUSE", 0.0)
+    yield one
+    one.shutdown()
+    one.server_close()
+
+
+@pytest.fixture
+def get(server, folder, command):
+    def call(*arguments):
+        given = ("coco2017", "--output", folder / "coco", "--mirror", server.address, *arguments)
+        return command(download.main, *given)
+
+    return call
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def one_line(err):
+    lines = [line for line in re.split(r"[\r\n]+", err) if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in err, err
+    return lines[0]
+
+
+def test_all_is_there_and_nothing_else_and_a_second_time_nothing_is_asked(server, get, folder):
+    code, out, err = get()
+    assert code == 0, err
+    assert contents(folder / "coco") == PHOTOS | LABELS
+    assert "val2017" in out
+    server.asked.clear()
+    assert get()[0] == 0 and not server.asked
+
+
+def test_only_one_part(server, get, folder):
+    assert get("--only", "train")[0] == 0  # of which this server has the annotations alone
+    assert contents(folder / "coco") == LABELS
+
+
+def test_broken_connections_go_on_where_they_ended(server, get, folder):
+    server.tricks = ["", "break", "busy", "break", "break"]
+    code, _, err = get()
+    assert code == 0, err
+    assert contents(folder / "coco") == PHOTOS | LABELS
+    starts = [int(wanted[6:-1]) for path, wanted in server.asked if path == "/zips/val2017.zip" and wanted]
+    assert len(starts) == 4 and starts[0] == starts[1] and starts[1:] == sorted(set(starts))
+
+
+def test_a_server_without_ranges_is_asked_for_the_whole(server, get, folder):
+    server.tricks = ["", "break", "no ranges"]
+    assert get()[0] == 0
+    assert contents(folder / "coco") == PHOTOS | LABELS
+
+
+def test_a_part_of_another_version_is_not_added_to(server, get, folder, monkeypatch):
+    monkeypatch.setattr(download, "TRIES", 1)
+    server.tricks = ["", "break", "busy"]
+    code, _, err = get()
+    assert code == 2 and "goes on from there" in one_line(err)
+    part = folder / "coco" / "val2017.zip.part"
+    part.write_bytes(b"x" * part.stat().st_size)
+    server.version = '"two"'
+    assert get()[0] == 0
+    assert contents(folder / "coco") == PHOTOS | LABELS
+
+
+def test_damaged_bytes_are_seen_and_fetched_again(server, get, folder):
+    server.tricks = ["", "damage"]
+    code, _, err = get()
+    assert code == 0 and "damaged on the way" in err
+    assert contents(folder / "coco") == PHOTOS | LABELS
+
+
+def test_damaged_each_time_is_an_error_and_leaves_no_archive(server, get, folder):
+    server.tricks = ["", "damage", "damage"]
+    code, _, err = get()
+    assert code == 2 and "MD5" in one_line(err)
+    assert contents(folder / "coco") == LABELS
+
+
+@pytest.mark.parametrize(
+    ("tricks", "expected"), [(["", "too short"], "bytes and not"), (["", *["busy"] * 9], "HTTP 503")]
+)
+def test_a_server_that_lies_or_does_not_answer(server, get, folder, tricks, expected):
+    server.tricks = tricks
+    code, _, err = get()
+    assert code == 2 and expected in one_line(err)
+    assert contents(folder / "coco") == LABELS
+
+
+def test_a_longer_file_is_not_the_official_one(server, get):
+    server.files["/zips/val2017.zip"] += b"more"
+    code, _, err = get()
+    assert code == 2 and "not the official file" in one_line(err)
+
+
+def test_slips_are_one_line(server, get, folder, command, monkeypatch):
+    (folder / "file").write_text("")
+    (folder / "half" / "val2017").mkdir(parents=True)
+    del server.files["/zips/val2017.zip"]
+    for expected, arguments in {
+        "404": (),
+        "http://": ("--mirror", "ftp://x"),
+        "cannot be written": ("--output", folder / "file" / "below"),
+        "0 of 40 files": ("--output", folder / "half"),
+    }.items():
+        code, _, err = get(*arguments)
+        assert code == 2 and expected in one_line(err)
+    server.shutdown()
+    server.server_close()
+    code, _, err = get("--output", folder / "new")
+    assert code == 2 and "nothing came" in one_line(err)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: os.terminal_size((0, 0)) and type("", (), {"free": 5}))
+    code, _, err = get("--output", folder / "new")
+    assert code == 2 and "are free" in one_line(err)
+
+
+def test_a_full_disk_keeps_what_came(server, get, folder, monkeypatch):
+    def full(file, chunk, name):
+        file.write(chunk[:1000])
+        file.flush()
+        download.fail(OSError(28, "No space left on device"), name)
+
+    server.tricks = [""]
+    assert get("--only", "train")[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(download, "write", full)
+        code, _, err = get()
+    assert code == 2 and "make room" in one_line(err)
+    assert (folder / "coco" / "val2017.zip.part").stat().st_size == 1000
+    assert get()[0] == 0 and contents(folder / "coco") == PHOTOS | LABELS
+
+
+@pytest.mark.parametrize("name", ["../out.jpg", "/tmp/out.jpg", "val2017/../../out", "C:\\out", "..\\out", "link"])
+def test_no_entry_leaves_the_folder(folder, name):
+    below = folder / "a" / "b"
+    below.mkdir(parents=True)
+    file = folder / "val.zip"
+    file.write_bytes(zipped(PHOTOS, [name]) if name == "link" else zipped(PHOTOS | {name: b"out"}))
+    before = contents(folder)
+    with pytest.raises(UserError, match="would leave the folder"):
+        download.unpack(file, below, {"val2017": 40})
+    assert contents(folder) == before
+
+
+def test_flawed_archives_unpack_nothing(folder):
+    good = zipped(PHOTOS)
+    middle = bytearray(good)
+    middle[len(good) // 2] ^= 1
+    fewer = zipped(dict(list(PHOTOS.items())[1:]))
+    flawed = {"": b"no zip", "cut": good[:-30], "damaged": bytes(middle), "fewer": fewer}
+    for name, data in flawed.items():
+        file = folder / f"{name}.zip"
+        file.write_bytes(data)
+        with pytest.raises(UserError, match=r"cannot be unpacked|and not 40"):
+            download.unpack(file, folder / "to", {"val2017": 40})
+        assert not (folder / "to").exists() or not contents(folder / "to")
+        (folder / "to").mkdir(exist_ok=True)
