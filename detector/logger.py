@@ -22,6 +22,16 @@ from detector.structures import Batch
 # Steps left out of the seconds a step: caches, kernels and workers warm up in them.
 WARM_UP = 5
 
+# Charts of TensorBoard's "custom scalars" tab, each with all runs in it.
+COMPARED = {
+    "compare": {
+        "AP": ["Multiline", ["^eval/AP$"]],
+        "AP at IoU 0.5, 0.75, 0.9": ["Multiline", ["^eval/AP50$", "^eval/AP75$", "^eval/AP90$"]],
+        "mean probability of the true class": ["Multiline", ["^diagnostics/true_class_probability$"]],
+        "share of the gradient from outliers": ["Multiline", ["^gradient/class_outlier$", "^gradient/box_outlier$"]],
+    }
+}
+
 
 class Logger:
     """Everything a run tells while it trains.
@@ -187,6 +197,7 @@ class Logger:
             key: value if isinstance(value, (str, int, float, bool)) else str(value) for key, value in settings.items()
         }
         with self._curves():
+            self._writer.add_custom_scalars(COMPARED)
             self._writer.add_text("config", "```yaml\n" + text + "\n```")
             for record in hparams(shown, {f"eval/{name}": 0 for name in ("AP", "AP50", "AP75", "AP80", "AP90")}):
                 self._writer.file_writer.add_summary(record)

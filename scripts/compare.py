@@ -12,7 +12,8 @@ validation images and of seeds, each with replacement and the same for both rows
 where the interval leaves out 0. A few seeds tell little of how others would do: the interval is then too short, and
 from one seed it is of the images alone.
 
-A warning, "- ...", is given for whatever the runs differ in besides the losses, the seed and the head's prior.
+A run on COCO is shown the number that others report of its config, from results/published.yaml. A warning is given
+for whatever the runs differ in besides the losses, the seed and the head's prior.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
+import yaml
 
 from detector.config import flat
 from detector.errors import UserError, run_main
@@ -37,6 +39,8 @@ HEADER = ("run", "class loss", "box loss", *AP, "ECE", "s/step", "GB")
 LEFT = 3  # the first columns are text, aligned left
 COMPARED = ("run", "output", "seed", "class_loss", "box_loss", "model.head.prior")  # what runs are meant to differ in
 EVALUATED = ("step", "epoch", "images")  # of the metrics: what was scored, and when
+PUBLISHED = Path(__file__).resolve().parent.parent / "results" / "published.yaml"
+ON_COCO = "instances_val2017.json"  # the validation file of the published numbers
 COVERED = (2.5, 97.5)  # percent of the draws, the ends of an interval
 
 Result = dict[str, Any]
@@ -72,6 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, or a result file of scripts/ablate.py")
     parser.add_argument("--baseline", metavar="NAME", help="the row that others are compared with (the first)")
     parser.add_argument("--markdown", metavar="FILE", help="also write the tables as Markdown")
+    parser.add_argument("--html", metavar="FILE", help="also write a page with curves and, of run folders, pictures")
     parser.add_argument("--csv", metavar="FILE", help="also write the numbers, a line for each run")
     args = parser.parse_args(argv)
 
@@ -79,7 +84,11 @@ def main(argv: list[str] | None = None) -> None:
     table = [cells(row) for row in rows]
     best = best_cells(table)
     found = differences(rows, args.baseline)
-    warnings = warn(rows)
+    warnings = published(rows) + warn(rows)
+    if args.html:
+        from scripts import report  # matplotlib, for those who ask for it
+
+        report.write(Path(args.html), rows, HEADER, table, found, warnings)
     if args.markdown:
         write("--markdown", args.markdown, "\n".join(sections(markdown(table, best), in_words(found), warnings)) + "\n")
     if args.csv:
@@ -204,6 +213,22 @@ def warn(rows: list[Row]) -> list[str]:
             values = " / ".join(f"{value} in {', '.join(having)}" for value, having in who.items())
             warnings.append(f"- warning: not a fair comparison, {key} differs: {values}")
     return warnings
+
+
+def published(rows: list[Row]) -> list[str]:
+    """What others report of the rows that are trained on COCO."""
+    entries = result.parse(PUBLISHED, yaml.safe_load, "it comes with this repository", kind=list)
+    lines = []
+    for row in rows:
+        config = flat(row.runs[0]["config"]) if row.runs else {}
+        if Path(str(config.get("data.val.annotations", ""))).name != ON_COCO:
+            continue
+        fitting = [one for one in entries if all(config.get(key) == value for key, value in one["where"].items())]
+        if fitting:
+            one = max(fitting, key=lambda one: len(one["where"]))
+            shown = ", ".join(f"{column} {one[column]}" for column in AP if column in one)
+            lines.append(f"- published, {row.name}: {shown} ({one['source']})")
+    return lines
 
 
 def sections(table: list[str], found: list[str], warnings: list[str]) -> list[str]:

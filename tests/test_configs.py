@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from data.transforms import EvalTransform, TrainTransform
 from detector import assemble
 from detector.config import Config
+from scripts.compare import PUBLISHED, Row, published
 
 ROOT = Path(__file__).parents[1] / "configs"
 FILES = sorted(path for path in ROOT.glob("*/*.yaml") if path.name != "base.yaml")
@@ -39,13 +41,28 @@ def test_an_ablation_changes_the_loss_alone(folder):
     configs = [assemble.configure(str(path)) for path in FILES if path.parent == folder]
     rest = [cfg.model_dump(exclude=CHOSEN) for cfg in configs]
     assert all(one == rest[0] for one in rest)
-    losses = [(cfg.class_loss.name, cfg.box_loss.name, cfg.model.head.prior) for cfg in configs]
+    losses = [repr((cfg.class_loss, cfg.box_loss, cfg.model.head.prior)) for cfg in configs]
     assert len(set(losses)) == len(losses)
 
 
 def test_no_two_configs_share_a_run_folder():
     runs = [assemble.configure(str(path)).folder for path in FILES]
     assert len(set(runs)) == len(runs)
+
+
+def test_every_published_row_has_a_config_and_is_found_for_it():
+    rows = {str(path.parent.name + "/" + path.stem): row_of(path) for path in FILES if path.parent.name != "demo"}
+    lines = {name: published([row]) for name, row in rows.items()}
+    assert lines["coco/focal"] == ["- published, focal: AP 35.6, AP50 55.6, AP75 38.2 (GHM paper, table 5)"]
+    assert "35.9" in lines["coco/ghm_c_exact"][0] and "36.4" in lines["coco/ghm"][0]
+    assert not any(lines[name] for name in lines if name.startswith("bccd"))
+    told = "\n".join(line for found in lines.values() for line in found)
+    for entry in yaml.safe_load(PUBLISHED.read_text()):
+        assert f"AP {entry['AP']}" in told, entry
+
+
+def row_of(path: Path) -> Row:
+    return Row(path.stem, [{"config": assemble.configure(str(path)).model_dump(mode="json")}], [])
 
 
 def test_nothing_is_left_out_of_the_comparison():

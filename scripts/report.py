@@ -1,0 +1,240 @@
+"""The HTML page that scripts/compare.py --html writes: its tables, curves of them, and pictures."""
+
+import json
+import statistics
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from matplotlib import pyplot as plt
+
+from data.coco import CocoDataset
+from data.draw import WIDTH, validation_pictures
+from data.transforms import EvalTransform
+from detector.errors import UserError
+from detector.structures import Detections
+from scripts import page, result
+
+if TYPE_CHECKING:  # it imports this file
+    from scripts.compare import Difference, Row
+
+PICTURES = 4  # validation images
+BANDS = {"easy": "#9ecae1", "medium": "#3182bd", "outlier": "#d62728"}
+IOUS = [round(0.5 + 0.05 * i, 2) for i in range(10)]
+
+
+def write(
+    path: Path,
+    rows: "list[Row]",
+    header: Sequence[str],
+    table: list[list[str]],
+    found: "list[Difference]",
+    warnings: list[str],
+) -> None:
+    """The page. `header` and `table` as compare.py prints them; UserError where it cannot be written."""
+    known = [row for row in rows if row.runs]
+    sections = [
+        ("", [page.text(summary(known)), page.table(header, table, left=3)]),
+        ("Published, and what to know", [page.items(line.removeprefix("- ") for line in warnings)] if warnings else []),
+        ("Better, or by chance?", differences(found)),
+        ("While it learns", curves(known)),
+        ("How exact the boxes are", [by_iou(known)] if known else []),
+        ("By class", [by_class(known)]),
+        ("What it costs", [costs(known)]),
+        ("Where the gradient comes from", gradients(known)),
+        ("How the losses were tuned", tuning(known)),
+        ("The same images", pictures(known)),
+    ]
+    page.write(path, "Comparison of " + ", ".join(row.name for row in rows), [one for one in sections if one[1]])
+
+
+def summary(rows: "list[Row]") -> str:
+    runs = [run for row in rows for run in row.runs]
+    machines = dict.fromkeys(
+        f"{run['machine']['device']}, torch {run['machine']['torch']}" for run in runs if "machine" in run
+    )
+    sets = dict.fromkeys(str(run["config"].get("data", {}).get("val", {}).get("annotations")) for run in runs)
+    images = dict.fromkeys(str(run["metrics"].get("images")) for run in runs)
+    return (
+        f"{len(runs)} runs of {len(rows)} losses, scored on the {' / '.join(images)} images of {' / '.join(sets)}; "
+        f"on {' / '.join(machines) or 'a machine that was not noted'}. AP in percent, mean and standard deviation over "
+        "seeds."
+    )
+
+
+def differences(found: "list[Difference]") -> list[str]:
+    if not found:
+        return []
+    plot, axis = plt.subplots(figsize=(page.FIGURE[0], 1 + 0.35 * len(found)), layout="constrained")
+    colours = {"better": "#2ca02c", "worse": "#d62728", "undecided": "#7f7f7f"}
+    for place, one in enumerate(reversed(found)):
+        axis.plot([one.low, one.high], [place, place], color=colours[one.verdict], linewidth=3)
+        axis.plot([one.mean], [place], "o", color=colours[one.verdict])
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_yticks(range(len(found)), [one.name for one in reversed(found)])
+    axis.set_xlabel("AP, difference from the baseline, percent")
+    rows = [(d.name, f"{d.mean:+.1f}", f"{d.low:+.1f}", f"{d.high:+.1f}", d.verdict) for d in found]
+    words = "From the baseline, with the interval that holds 95% of 500 draws of images and seeds."
+    return [page.table(("run", "AP", "from", "to", "verdict"), rows), page.figure(plot, words)]
+
+
+def axes_of(rows: "list[Row]", xlabel: str, ylabel: str):
+    """A figure with a legend's room, and a colour and line style for each row."""
+    plot, axis = plt.subplots(figsize=page.FIGURE, layout="constrained")
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    styles = {row.name: {"color": f"C{i % 10}", "linestyle": ("-", "--")[i // 10 % 2]} for i, row in enumerate(rows)}
+    return plot, axis, styles
+
+
+def spread(values: list[list[float]]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation over seeds of lists of one length each."""
+    array = np.array(values, dtype=float)
+    return array.mean(axis=0), array.std(axis=0, ddof=1) if len(array) > 1 else np.zeros(array.shape[1])
+
+
+def curves(rows: "list[Row]") -> list[str]:
+    drawn = []
+    for name in ("AP", "AP50", "AP75"):
+        plot, axis, styles = axes_of(rows, "training step", f"{name}, percent")
+        for row in rows:
+            by_step = [{point["step"]: point.get(name) for point in run.get("curve", ())} for run in row.runs]
+            steps = sorted(set.intersection(*map(set, by_step)))
+            steps = [step for step in steps if all(one[step] is not None for one in by_step)]
+            if steps:
+                mean, deviation = spread([[100 * one[step] for step in steps] for one in by_step])
+                axis.plot(steps, mean, marker=".", label=row.name, **styles[row.name])
+                axis.fill_between(
+                    steps, mean - deviation, mean + deviation, color=styles[row.name]["color"], alpha=0.15, linewidth=0
+                )
+        if axis.has_data():
+            axis.legend(fontsize=7)
+            drawn.append(page.figure(plot, f"{name} of each evaluation; the band is one standard deviation."))
+        else:
+            plt.close(plot)
+    return [page.row(drawn)] if drawn else []
+
+
+def by_iou(rows: "list[Row]") -> str:
+    plot, axis, styles = axes_of(rows, "IoU from which a box counts as found", "AP there, minus the first row's")
+    first = None
+    for row in rows:
+        values = [run["metrics"]["by_iou"] for run in row.runs if len(run["metrics"].get("by_iou", ())) == len(IOUS)]
+        if values:
+            mean = 100 * np.array(values).mean(axis=0)
+            first = mean if first is None else first
+            axis.plot(IOUS, mean - first, marker=".", label=f"{row.name} ({mean.mean():.1f})", **styles[row.name])
+    if first is not None:
+        axis.legend(fontsize=7)
+    return page.figure(plot, "AP by IoU threshold as the distance from the first row; in brackets, AP itself.")
+
+
+def by_class(rows: "list[Row]") -> str:
+    classes = dict.fromkeys(name for row in rows for run in row.runs for name in run["metrics"].get("per_class", ()))
+    lines = []
+    for name in classes:
+        found = [[run["metrics"].get("per_class", {}).get(name, {}).get("AP", -1) for run in row.runs] for row in rows]
+        found = [[value for value in values if value >= 0] for values in found]
+        lines.append([name, *(f"{100 * statistics.fmean(values):.1f}" if values else "-" for values in found)])
+    return page.table(("class", *(row.name for row in rows)), lines)
+
+
+def costs(rows: "list[Row]") -> str:
+    def mean(row: "Row", key: str) -> float | None:
+        values = [run["metrics"][key] for run in row.runs if run["metrics"].get(key)]
+        return statistics.fmean(values) if values else None
+
+    def beside(value: float | None, first: float | None) -> str:
+        return f"{100 * (value / first - 1):+.1f}%" if value and first else "-"
+
+    lines = []
+    for row in rows:
+        (seconds, first_seconds), (memory, first_memory) = (
+            (mean(row, key), mean(rows[0], key)) for key in ("seconds_per_step", "peak_memory")
+        )
+        shown = f"{seconds:.3f}" if seconds else "-", f"{memory / 1e9:.2f}" if memory else "-"
+        lines.append((row.name, shown[0], beside(seconds, first_seconds), shown[1], beside(memory, first_memory)))
+    return page.table(("run", "seconds a step", "to the first", "GB at most", "to the first"), lines)
+
+
+def gradients(rows: "list[Row]") -> list[str]:
+    drawn = []
+    for kind, words in (("class", "cells"), ("box", "box coordinates")):
+        shares = {}
+        for row in rows:
+            seen = [point for run in row.runs for point in run.get("gradient", ()) if f"{kind}_easy" in point]
+            if seen:
+                shares[row.name] = {band: statistics.fmean(one[f"{kind}_{band}"] for one in seen) for band in BANDS}
+        if not shares:
+            continue
+        plot, axis = plt.subplots(figsize=(page.FIGURE[0], 1.3 + 0.3 * len(shares)), layout="constrained")
+        left = np.zeros(len(shares))
+        for band, colour in BANDS.items():
+            width = np.array([one[band] for one in reversed(shares.values())])
+            axis.barh(range(len(shares)), width, left=left, color=colour, label=band)
+            left += width
+        axis.set_yticks(range(len(shares)), list(reversed(shares)))
+        axis.set(xlabel=f"share of the gradient of {words}", xlim=(0, 1))
+        axis.legend(fontsize=7, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
+        words = f"Of {words}: easy are gradient norms below 0.1, outliers above 0.9. Mean of all that was observed."
+        drawn.append(page.figure(plot, words))
+    return [page.row(drawn)] if drawn else []
+
+
+def tuning(rows: "list[Row]") -> list[str]:
+    tuned = {row.name: run["tuning"] for row in rows for run in row.runs[:1] if "tuning" in run}
+    values = dict.fromkeys(value for one in tuned.values() for value in one["AP"])
+    if not tuned:
+        return []
+    lines = []
+    for name, one in tuned.items():
+        found = [one["AP"].get(value) for value in values]
+        lines.append([name, one["key"], *(f"{100 * ap:.1f}" if ap is not None else "-" for ap in found), one["chosen"]])
+    words = "AP of short runs, trained on three quarters of the training images and scored on the others."
+    return [page.text(words), page.table(("run", "option", *values, "chosen"), lines, left=2)]
+
+
+def pictures(rows: "list[Row]") -> list[str]:
+    """Validation images with the ground truth and what each row's first seed finds."""
+    sheets: dict[str, list[torch.Tensor]] = {}
+    missing = []
+    for row in rows:
+        try:
+            sheets[row.name] = list(islice(of_run(row.runs[0]), PICTURES))
+        except UserError as error:
+            missing.append(f"{row.name}: no pictures ({error})")
+    parts = []
+    for images in zip(*sheets.values()):
+        truth = page.photo(images[0][:, :, :WIDTH].permute(1, 2, 0).numpy(), "ground truth")
+        halves = [image[:, :, WIDTH:].permute(1, 2, 0).numpy() for image in images]
+        parts.append(page.row([truth, *(page.photo(half, name) for name, half in zip(sheets, halves))]))
+    if parts:
+        words = "Of each, as many of the surest boxes as the whole set has boxes; the first seed."
+        parts.insert(0, page.text(words))
+    return [*parts, *([page.items(missing)] if missing else [])]
+
+
+def of_run(run: dict[str, Any]):
+    """Pictures of a run whose folder is still there; UserError where it is not."""
+    config = run["config"]
+    folder = Path(config.get("output", "runs")) / config.get("run", "")
+    metrics = result.parse(folder / "metrics.json", json.loads, "its run folder is not here")
+    if metrics.get("AP") != run["metrics"]["AP"]:
+        raise UserError(f"{folder} is of another run")
+    found = result.parse(folder / "detections.json", json.loads, "no detections are kept", kind=list)
+    data = config["data"]
+    size = EvalTransform(data["short_side"], data["long_side"])
+    dataset = CocoDataset(data["val"]["annotations"], data["val"]["images"], size)
+    label = {category: place for place, category in enumerate(dataset.category_ids)}
+    by_image: dict[int, list[dict]] = {image: [] for image in dataset.image_ids}
+    for one in found:
+        by_image[one["image_id"]].append(one)
+    detections = {}
+    for image, ones in by_image.items():
+        boxes = torch.tensor([one["bbox"] for one in ones]).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        scores = torch.tensor([one["score"] for one in ones])
+        detections[image] = Detections(boxes, scores, torch.tensor([label[one["category_id"]] for one in ones]).long())
+    return validation_pictures(dataset, detections, PICTURES)

@@ -1,0 +1,121 @@
+"""The page of a comparison: everything known of the runs is on it, and nothing breaks where something is not known."""
+
+import json
+import re
+import shutil
+from html import unescape
+
+import pytest
+
+from scripts import compare, report, result
+
+METRICS = ("AP", "AP50", "AP75", "AP80", "AP90", "APs", "APm", "APl")
+
+
+@pytest.fixture(scope="module")
+def learnt(overfit, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    run, _ = overfit(folder, 3, solver={"ema": 0.5})
+    yield run
+    shutil.rmtree(folder)
+
+
+def fabricated(name: str, seed: int, ap: float) -> dict:
+    """A result without its run folder."""
+    metrics = dict.fromkeys(METRICS, ap) | {"step": 20, "epoch": 2, "images": 5, "seconds_per_step": 0.2 + ap}
+    metrics |= {"by_iou": [ap + 0.01 * (5 - i) for i in range(10)], "peak_memory": 2e9}
+    metrics["per_class"] = {"cat <b>": {"AP": ap, "AP50": ap}, "dog": {"AP": -1, "AP50": -1}}
+    shares = {"class_easy": 0.1, "class_medium": 0.6, "class_outlier": 0.3}
+    shares |= {"box_easy": 0.2, "box_medium": 0.3, "box_outlier": 0.5}
+    losses = {"class_loss": {"name": name}, "box_loss": {"name": "smooth_l1"}}
+    return {
+        "config": {"run": f"{name}-s{seed}", "output": "nowhere", "seed": seed, **losses},
+        "metrics": metrics,
+        "curve": [{"step": step, **dict.fromkeys(("AP", "AP50", "AP75"), ap * step / 20)} for step in (10, 20)],
+        "gradient": [{"step": 10, **shares}],
+        "resampled": [ap + 0.001 * (i % 7) for i in range(500)],
+        "calibration_error": 0.1,
+        "variant": name,
+        "tuning": {"key": "box_loss.weight", "AP": {"x1": ap, "x2": None}, "chosen": "x1"},
+        "machine": {"device": "2 cores of a machine", "torch": "2.15"},
+    }
+
+
+@pytest.fixture
+def files(folder):
+    paths = []
+    for name, ap in (("ce", 0.4), ("focal", 0.5), ("ghm_c", 0.3)):
+        for seed in range(2):
+            paths.append(folder / f"{name}-s{seed}.json")
+            result.write(paths[-1], fabricated(name, seed, ap + 0.01 * seed))
+    return list(map(str, paths))
+
+
+def words(page):
+    return unescape(re.sub(r"<[^>]+>", " ", re.sub(r"data:image/[^\"]+", "", page.read_text())))
+
+
+def test_what_is_known_is_on_it(files, folder):
+    compare.main([*files, "--html", str(folder / "report.html")])
+    told = words(folder / "report.html")
+    for expected in (
+        "6 runs of 3 losses",
+        "2 cores of a machine",
+        "+10.0",  # focal's AP over that of CE
+        "better",
+        "worse",
+        "cat <b>",
+        "+16.5%",  # seconds a step, 0.705 over 0.605
+        "box_loss.weight",
+        "its run folder is not here",
+    ):
+        assert expected in told, expected
+    assert (folder / "report.html").read_text().count("<img") == 1 + 3 + 1 + 2  # differences, curves, IoU, gradients
+
+
+def test_mean_and_deviation():
+    mean, deviation = report.spread([[1, 2], [3, 6]])
+    assert mean.tolist() == [2, 4] and deviation == pytest.approx([2**0.5, 8**0.5])
+    assert report.spread([[1, 2]])[1].tolist() == [0, 0]
+
+
+def test_pictures_are_of_the_run_and_not_of_another(learnt, folder, in_browser):
+    one = result.collect(learnt)
+    parts = report.pictures([compare.Row("mine", [one], [])])
+    assert len(parts) == 1 + 2 and all(part.count("<img") == 2 for part in parts[1:])  # two images, with the truth each
+    other = {**one, "metrics": {**one["metrics"], "AP": 0.123}}
+    assert "is of another run" in " ".join(report.pictures([compare.Row("mine", [other], [])]))
+    compare.main([str(learnt), "--html", str(folder / "report.html")])
+    for width in (400, 1280):
+        seen = in_browser(folder / "report.html", width)
+        assert seen["wide"] <= width and seen["broken"] == 0 and seen["remote"] == 0 and seen["overlaps"] == []
+        assert seen["images"] >= 4
+
+
+def test_a_run_that_failed_and_one_of_little_is_known(folder):
+    failed = {"config": {**fabricated("ce", 0, 0.1)["config"]}, "failure": "the loss is nan", "variant": "ce"}
+    bare = fabricated("focal", 0, 0.2)
+    for key in ("curve", "gradient", "resampled", "tuning", "machine", "calibration_error"):
+        del bare[key]
+    bare["metrics"] = {key: bare["metrics"][key] for key in ("AP", "AP50")}
+    for name, content in (("a", failed), ("b", bare)):
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    compare.main([str(folder / "a.json"), str(folder / "b.json"), "--html", str(folder / "report.html")])
+    told = words(folder / "report.html")
+    assert "the loss is nan" in told and "focal" in told
+
+
+def test_where_it_cannot_be_written_is_said(files, command):
+    code, _, err = command(compare.main, *files, "--html", "/dev/null/report.html")
+    assert code == 2 and "cannot be written" in err and err.count("\n") == 1
+
+
+def test_a_coco_row_has_its_published_number_beside_it(folder):
+    one = fabricated("focal", 0, 0.36)
+    data = {"val": {"annotations": "a/instances_val2017.json"}}
+    one["config"] |= {"model": {"backbone": "resnet50"}, "assigner": {"name": "iou"}, "solver": {"epochs": 12}}
+    one["config"] |= {"data": data}
+    one["config"]["class_loss"]["gamma"] = 2.0
+    result.write(folder / "focal.json", one)
+    compare.main([str(folder / "focal.json"), "--html", str(folder / "report.html")])
+    assert "AP 35.6" in words(folder / "report.html")
