@@ -57,14 +57,18 @@ class Anchors:
         if key not in self._cache:
             if len(self._cache) >= 64:  # multi-scale training meets many sizes; one costs a few MB
                 self._cache.pop(next(iter(self._cache)))
-            levels = []
-            for level, (height, width) in enumerate(grids):
-                step_y, step_x = self._steps((height, width), level, image_size)
-                y, x = torch.meshgrid(torch.arange(height) * step_y, torch.arange(width) * step_x, indexing="ij")
-                centres = torch.stack([x, y, x, y], dim=-1).reshape(-1, 1, 4)
-                levels.append((centres + self._shapes[level]).reshape(-1, 4))
-            self._cache[key] = torch.cat(levels).to(device)
+            self._cache[key] = self.build(grids, image_size).to(device)
         return self._cache[key]
+
+    def build(self, grids: Sequence[tuple[int, int]], image_size: tuple[int, int]) -> Tensor:
+        """The same, anew and on the CPU."""
+        levels = []
+        for level, (height, width) in enumerate(grids):
+            step_y, step_x = self._steps((height, width), level, image_size)
+            y, x = torch.meshgrid(torch.arange(height) * step_y, torch.arange(width) * step_x, indexing="ij")
+            centres = torch.stack([x, y, x, y], dim=-1).reshape(-1, 1, 4)
+            levels.append((centres + self._shapes[level]).reshape(-1, 4))
+        return torch.cat(levels)
 
 
 class TorchvisionAnchors(Anchors):

@@ -40,7 +40,7 @@ class FPN(nn.Module):
 
 def _coarser(convolution: nn.Conv2d, finer: Tensor) -> Tensor:
     """The next level; of a 1x1 map in float32, since there torch's CPU gradient in bfloat16 is garbage (2.15)."""
-    if finer.shape[-2:] != (1, 1):
+    if not torch.is_autocast_enabled(finer.device.type) or finer.shape[-2:] != (1, 1):
         return convolution(finer)
     with torch.autocast(finer.device.type, enabled=False):
         return convolution(finer.float())

@@ -63,4 +63,4 @@ def _tower(channels: int, depth: int, width: int, norm: str) -> nn.Sequential:
 
 def _by_anchor(output: Tensor, values: int) -> Tensor:
     """(B, shapes x values, h, w) -> (B, h x w x shapes, values)."""
-    return output.permute(0, 2, 3, 1).reshape(len(output), -1, values)
+    return output.permute(0, 2, 3, 1).reshape(output.shape[0], -1, values)

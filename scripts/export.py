@@ -1,0 +1,361 @@
+"""A trained model as one ONNX file, checked against PyTorch before it is called done.
+
+    python scripts/export.py --checkpoint runs/mine/best.pt --format onnx [--output mine.onnx]
+    python scripts/run_onnx.py mine.onnx photo.jpg        uses it, without torch
+
+Any number of images, all of one size, and any size. Images are resized before: the rule is in the file's metadata, and
+scripts/run_onnx.py has it in two lines. By choice are inside or outside
+
+    --preprocessing  inside: images (B, H, W, 3) uint8 RGB, normalised and padded in the graph
+                     outside: images (B, 3, H, W) float32, normalised by the metadata's mean and std, H and W multiples
+                     of 32
+    --nms            inside: boxes (D, 4) x1, y1, x2, y2 in pixels of the input, scores (D,), labels (D,) and
+                     image (D,), which image each is of, best first; as evaluation has them
+                     outside: boxes (B, A, 4) and scores (B, A, C) of all anchors
+
+The check runs PyTorch and onnxruntime, both in float32, on --images real images (20) of the checkpoint's validation
+set, or of --data, and asks for the same boxes within 0.05 pixels and the same scores within 0.0001. A file that fails
+it is not kept.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+
+# Started as a file, Python puts scripts/ on the path and not the repository that holds `detector`.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from data.coco import CocoDataset
+from detector import assemble, checkpoint
+from detector.device import keep_freed_memory
+from detector.errors import UserError, run_main
+from detector.inference import MULTIPLE
+from detector.model import MEAN, STD, RetinaNet
+from detector.postprocess import Postprocess
+from detector.structures import Predictions
+from eval import open_dataset
+
+PIXELS, SCORE = 0.05, 1e-4  # how far a box and a score may differ
+TIMED = 10  # images
+# What follows the network where NMS is inside. `kept` is where a detection's rank in its image is below the limit.
+TAIL = """
+<ir_version: {ir}, opset_import: ["" : {opset}]>
+tail (float[B, A, C] all_scores, float[B, A, 4] all_boxes)
+  => (float[D, 4] boxes, float[D] scores, int64[D] labels, int64[D] image) {{
+  limit = Constant <value_int = {limit}> ()
+  iou = Constant <value_float = {iou}> ()
+  least = Constant <value_float = {least}> ()
+  zero = Constant <value_int = 0> ()
+  one = Constant <value_int = 1> ()
+  first_axis = Constant <value_ints = [0]> ()
+  columns = Constant <value_ints = [0, 2]> ()
+  two = Constant <value = double {{2.0}}> ()
+  by_class = Transpose <perm = [0, 2, 1]> (all_scores)
+  chosen = NonMaxSuppression (all_boxes, by_class, limit, iou, least)
+  score = GatherND (by_class, chosen)
+  of_image = Gather <axis = 1> (chosen, zero)
+
+  of_image_double = Cast <to = 11> (of_image)
+  score_double = Cast <to = 11> (score)
+  far = Mul (of_image_double, two)
+  place = Sub (far, score_double)
+  count = Shape (score)
+  sorted_place, order = TopK <axis = 0, largest = 0> (place, count)
+
+  ordered_image = Gather (of_image, order)
+  batch = Shape <start = 0, end = 1> (all_scores)
+  off_on = Constant <value_ints = [0, 1]> ()
+  hot = OneHot <axis = -1> (ordered_image, batch, off_on)
+  of_each = ReduceSum <keepdims = 0> (hot, first_axis)
+  starts = CumSum <exclusive = 1> (of_each, zero)
+  start = Gather (starts, ordered_image)
+  total = Squeeze (count, first_axis)
+  at = Range (zero, total, one)
+  rank = Sub (at, start)
+  kept = Less (rank, limit)
+  best = Compress <axis = 0> (order, kept)
+
+  image = Gather (of_image, best)
+  scores = Gather (score, best)
+  chosen_best = Gather (chosen, best)
+  class_place = Constant <value_int = 1> ()
+  labels = Gather <axis = 1> (chosen_best, class_place)
+  anchor = Gather <axis = 1> (chosen_best, columns)
+  boxes = GatherND (all_boxes, anchor)
+}}
+"""
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, metavar="FILE")
+    parser.add_argument("--format", required=True, choices=["onnx"])
+    parser.add_argument("--output", type=Path, metavar="FILE", help="default: beside the checkpoint, .onnx")
+    parser.add_argument("--preprocessing", choices=["inside", "outside"], default="inside")
+    parser.add_argument("--nms", choices=["inside", "outside"], default="inside")
+    parser.add_argument("--data", nargs=2, metavar=("ANNOTATIONS", "IMAGES"), help="to check it on")
+    parser.add_argument("--images", type=int, default=20, metavar="N", help="to check it on (20)")
+    args = parser.parse_args(argv)
+    if args.images < 1:
+        raise UserError(f"--images {args.images}: give at least 1")
+    try:
+        import onnx
+        import onnxruntime
+        import onnxscript  # noqa: F401 torch.onnx needs it
+    except ImportError as error:
+        raise UserError(f"--format onnx: {error.name} is missing; pip install onnx onnxscript onnxruntime") from None
+
+    keep_freed_memory()
+    content = checkpoint.read(args.checkpoint)
+    model, cfg = checkpoint.build_model(content, args.checkpoint)
+    dataset = open_dataset(args.checkpoint, content, cfg, args.data)
+    postprocess = assemble.build_postprocess(cfg)
+    exported = Exported(
+        model.eval(), postprocess, preprocessing=args.preprocessing == "inside", nms=args.nms == "inside"
+    )
+    thresholds = content.get("score_thresholds") or [-1.0] * len(content["category_ids"])
+    about = {
+        "class_names": content["class_names"] or [f"category {one}" for one in content["category_ids"]],
+        "category_ids": content["category_ids"],
+        "score_thresholds": thresholds,
+        "short_side": cfg.data.short_side,
+        "long_side": cfg.data.long_side,
+        "mean": MEAN,
+        "std": STD,
+        "preprocessing": args.preprocessing,
+        "nms": args.nms,
+    }
+    target = args.output or Path(args.checkpoint).with_suffix(".onnx")
+    beside = target.with_name(target.name + ".tmp")
+    print(f"exporting {args.checkpoint}, which takes a minute", flush=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        beside.touch()  # where it cannot be written, that is said before the minute
+        graph = to_onnx(exported, about)
+        onnx.save(graph, beside)
+        session = onnxruntime.InferenceSession(str(beside), providers=["CPUExecutionProvider"])
+        worst = check(exported, session, dataset, args.images)
+        os.replace(beside, target)
+    except OSError as error:
+        raise UserError(f"--output {target}: cannot be written ({error.strerror or error})") from None
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+    print(
+        f"{target}: {target.stat().st_size / 1e6:.1f} MB, opset {graph.opset_import[0].version}; {worst['boxes']} "
+        f"boxes of {worst['images']} images as PyTorch has them, the worst {worst['pixels']:.4f} pixels and "
+        f"{worst['score']:.6f} in score off"
+    )
+    speed(exported, session, dataset)
+
+
+class Exported(nn.Module):
+    """The detector as one function of tensors; returns (boxes (B, A, 4), scores (B, A, C)).
+
+    With `nms` scores are 0 in cells that evaluation would not give to NMS: all but the `top_k` best of each level.
+    """
+
+    def __init__(self, model: RetinaNet, postprocess: Postprocess, *, preprocessing: bool, nms: bool):
+        super().__init__()
+        self.model, self.postprocess = model, postprocess
+        self.preprocessing, self.nms = preprocessing, nms
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        if self.preprocessing:
+            height, width = images.shape[1], images.shape[2]
+            images = (images.permute(0, 3, 1, 2).float() - self.model.mean) / self.model.std
+            images = F.pad(images, (0, -width % MULTIPLE, 0, -height % MULTIPLE))
+        else:
+            height, width = images.shape[2], images.shape[3]
+        predictions = self.predictions(images)
+        boxes = self.postprocess.coder.decode(predictions.deltas, predictions.anchors)
+        x, y = boxes[..., 0::2].clamp(0, width), boxes[..., 1::2].clamp(0, height)
+        boxes = torch.stack([x[..., 0], y[..., 0], x[..., 1], y[..., 1]], dim=-1)
+        scores = predictions.logits.sigmoid()
+        if self.nms:
+            scores = torch.cat([self.best_of(level) for level in scores.split(predictions.levels, dim=1)], dim=1)
+        return boxes, scores
+
+    def predictions(self, images: Tensor) -> Predictions:
+        """As RetinaNet.forward, of normalised images and with anchors that are part of the graph."""
+        levels = self.model.fpn(self.model.backbone(images))
+        logits, deltas = self.model.head(levels)
+        grids = [(level.shape[-2], level.shape[-1]) for level in levels]
+        anchors = self.model.anchors.build(grids, (images.shape[-2], images.shape[-1]))
+        counts = tuple(height * width * self.model.anchors.per_cell for height, width in grids)
+        return Predictions(logits, deltas, anchors.to(deltas.device), counts)
+
+    def best_of(self, scores: Tensor) -> Tensor:
+        """Scores (B, a, C) of a level, 0 below the `top_k`-th of each image."""
+        flat = scores.flatten(1)
+        filled = F.pad(flat, (0, self.postprocess.top_k))  # small levels have fewer
+        least = filled.topk(self.postprocess.top_k).values[:, -1, None, None]
+        return torch.where(scores >= least, scores, 0)
+
+
+def to_onnx(exported: Exported, about: dict):
+    """The graph, an onnx.ModelProto with `about` in its metadata."""
+    import onnx
+
+    dynamic = torch.export.Dim.DYNAMIC
+    # No side is a multiple of another or of 32, so that none is taken for a constant.
+    if exported.preprocessing:
+        example, free = torch.zeros(2, 170, 210, 3, dtype=torch.uint8), {0: dynamic, 1: dynamic, 2: dynamic}
+    else:
+        example, free = torch.zeros(2, 3, 5 * MULTIPLE, 7 * MULTIPLE), {0: dynamic, 2: dynamic, 3: dynamic}
+    names = ["all_boxes", "all_scores"] if exported.nms else ["boxes", "scores"]
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # of the exporter, about itself
+        program = torch.onnx.export(
+            exported,
+            (example,),
+            input_names=["images"],
+            output_names=names,
+            dynamic_shapes=(free,),
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+    graph = program.model_proto
+    if exported.nms:
+        after = exported.postprocess
+        tail = onnx.parser.parse_model(
+            TAIL.format(
+                ir=graph.ir_version,
+                opset=graph.opset_import[0].version,
+                limit=after.max_detections,
+                iou=f"{after.nms_iou:.9f}",
+                least=f"{after.score_threshold:.9f}",
+            )
+        )
+        graph = onnx.compose.merge_models(graph, tail, io_map=[(name, name) for name in names])
+    onnx.helper.set_model_props(graph, {key: json.dumps(value) for key, value in about.items()})
+    onnx.checker.check_model(graph)
+    return graph
+
+
+def images_of(exported: Exported, dataset: CocoDataset, count: int):
+    """Images as the graph takes them, (1, ...) each: spread over the set, as evaluation resizes them."""
+    count = min(count, len(dataset))
+    for number in range(count):
+        image = dataset[number * len(dataset) // count][0]  # (3, h, w) uint8
+        if exported.preprocessing:
+            yield image.permute(1, 2, 0)[None].contiguous().numpy()
+        else:
+            pixels = (image.float() - exported.model.mean) / exported.model.std
+            padding = (0, -image.shape[2] % MULTIPLE, 0, -image.shape[1] % MULTIPLE)
+            yield F.pad(pixels, padding)[None].numpy()
+
+
+@torch.no_grad()
+def reference(exported: Exported, images: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Boxes, scores and labels of each image, by the code of evaluation."""
+    pixels = torch.from_numpy(images)
+    if exported.preprocessing:
+        size = tuple(images.shape[1:3])
+        pixels = pixels.permute(0, 3, 1, 2)
+        pixels = F.pad(pixels, (0, -size[1] % MULTIPLE, 0, -size[0] % MULTIPLE))
+        predictions = exported.model(pixels, [size] * len(images))
+    else:
+        size = tuple(images.shape[2:])
+        predictions = exported.predictions(pixels)
+    found = exported.postprocess(predictions, [size] * len(images))
+    return [tuple(value.numpy() for value in one) for one in found]
+
+
+def found_by(exported: Exported, session, images: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """The same by onnxruntime; where NMS is outside, by the project's own from the graph's boxes and scores."""
+    outputs = session.run(None, {"images": images})
+    by_name = {output.name: value for output, value in zip(session.get_outputs(), outputs)}
+    boxes, scores = by_name["boxes"], by_name["scores"]
+    if exported.nms:
+        of = [by_name["image"] == number for number in range(len(images))]
+        return [(boxes[own], scores[own], by_name["labels"][own]) for own in of]
+    after = exported.postprocess
+    found = []
+    for one_boxes, one_scores in zip(boxes, scores):
+        anchor, label = np.nonzero(one_scores > after.score_threshold)
+        score, box = one_scores[anchor, label], one_boxes[anchor]
+        keep = box_nms(box, score, label, after.nms_iou)[: after.max_detections]
+        found.append((box[keep], score[keep], label[keep]))
+    return found
+
+
+def box_nms(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, iou: float) -> np.ndarray:
+    from torchvision.ops import batched_nms
+
+    return batched_nms(*(torch.from_numpy(value) for value in (boxes, scores, labels)), iou).numpy()
+
+
+def check(exported: Exported, session, dataset: CocoDataset, count: int) -> dict[str, float]:
+    """The worst differences over real images, one at a time and two at once; UserError where one is too large."""
+    worst = {"images": 0, "boxes": 0, "pixels": 0.0, "score": 0.0}
+    for images in tqdm(images_of(exported, dataset, count), total=min(count, len(dataset)), unit="image"):
+        # Beside it the same image upside down, and turned: a batch, and another size.
+        turned = images.transpose(0, 2, 1, 3) if exported.preprocessing else images.transpose(0, 1, 3, 2)
+        pair = np.concatenate([images, images[:, ::-1] if exported.preprocessing else images[:, :, ::-1]])
+        for batch in (images, pair, np.ascontiguousarray(turned)):
+            for theirs, ours in zip(reference(exported, batch), found_by(exported, session, batch), strict=True):
+                compare(theirs, ours, exported.postprocess, worst)
+        worst["images"] += 1
+    return worst
+
+
+def compare(theirs: tuple, ours: tuple, after: Postprocess, worst: dict[str, float]) -> None:
+    """Match two sets of detections; UserError where one has what the other lacks."""
+    # What is on the edge of being shown may be on either side of it.
+    edge = after.score_threshold + SCORE
+    if max(len(theirs[0]), len(ours[0])) >= after.max_detections:
+        edge = max(edge, min(one[1].min() for one in (theirs, ours) if len(one[1])) + SCORE)
+    free = np.ones(len(ours[0]), bool)
+    for box, score, label in zip(*theirs):
+        gap = np.abs(ours[0] - box).max(axis=1, initial=0) if len(ours[0]) else np.zeros(0)
+        gap = np.where(free & (ours[2] == label) & (np.abs(ours[1] - score) <= SCORE), gap, math.inf)
+        best = int(gap.argmin()) if len(gap) else -1
+        if best < 0 or gap[best] > PIXELS:
+            if score > edge:
+                nearest = f"the nearest is {gap[best]:.3f} pixels off" if best >= 0 and gap[best] < math.inf else "none"
+                raise UserError(
+                    f"the export is not the model: PyTorch finds {np.round(box, 2).tolist()} with {score:.5f}, and of"
+                    f" onnxruntime's boxes with that class and score {nearest}; nothing is kept"
+                )
+            continue
+        free[best] = False
+        worst["boxes"] += 1
+        worst["pixels"] = max(worst["pixels"], float(gap[best]))
+        worst["score"] = max(worst["score"], float(abs(ours[1][best] - score)))
+    if (ours[1][free] > edge).any():
+        raise UserError(
+            f"the export is not the model: onnxruntime finds {int((ours[1][free] > edge).sum())} boxes that PyTorch "
+            "does not; nothing is kept"
+        )
+
+
+def speed(exported: Exported, session, dataset: CocoDataset) -> None:
+    """Say how many images a second each does, one image at a time and taking turns."""
+    images = list(images_of(exported, dataset, TIMED))
+    seconds: dict[str, list[float]] = {"PyTorch": [], "onnxruntime": []}
+    for image in (images[0], *images):  # the first warms up
+        for name, call in (("PyTorch", reference), ("onnxruntime", None)):
+            start = time.perf_counter()
+            call(exported, image) if call else session.run(None, {"images": image})
+            seconds[name].append(time.perf_counter() - start)
+    told = {name: 1 / float(np.median(taken[1:])) for name, taken in seconds.items()}
+    ratio = told["onnxruntime"] / told["PyTorch"]
+    print(", ".join(f"{name} {value:.2f} images/s" for name, value in told.items()) + f" on the CPU: {ratio:.2f}x")
+
+
+if __name__ == "__main__":
+    run_main(main)

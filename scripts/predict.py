@@ -1,0 +1,206 @@
+"""What a trained model finds in images, folders of them and videos: pictures of it, and a file.
+
+    python scripts/predict.py --checkpoint runs/mine/best.pt photo.jpg more_photos/ film.mp4
+
+Writes into the folder --output (predictions/)
+
+    photo.jpg, more_photos/..., film.mp4   each with its boxes drawn
+    detections.json                        all boxes in COCO's results format, and the file, and of a video the frame,
+                                           that each is of; image_id counts images and frames
+
+Shown is what scores at least --score, or, without it, what its class's best threshold in the run's last evaluation asks
+(the one of the best F1 at an IoU of 0.5; 0.3 where none is known). An image that cannot be read does not keep the
+others from being done; the exit code is then 2.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+# Started as a file, Python puts scripts/ on the path and not the repository that holds `detector`.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+from data.images import read_image
+from detector import load
+from detector.errors import UserError, run_main
+from detector.inference import Detector, Found
+
+IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v")
+COLOURS = ("#ff7f0e", "#17becf", "#e377c2", "#bcbd22", "#2ca02c", "#9467bd", "#d62728", "#1f77b4")
+RESULTS = "detections.json"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sources", nargs="+", type=Path, metavar="IMAGE|FOLDER|VIDEO")
+    parser.add_argument("--checkpoint", required=True, metavar="FILE")
+    parser.add_argument("--output", type=Path, default=Path("predictions"), metavar="FOLDER")
+    parser.add_argument("--score", type=float, metavar="0..1", help="the least that is shown, for all classes")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
+    args = parser.parse_args(argv)
+    if args.score is not None and not 0 <= args.score <= 1:
+        raise UserError(f"--score {args.score}: give a number from 0 to 1")
+    files = list_files(args.sources, args.output)
+    detector = load(args.checkpoint, args.device)
+    if args.score is not None:
+        detector.thresholds.fill_(args.score)
+    shown = [f"{name} {score:.2f}" for name, score in zip(detector.class_names, detector.thresholds.tolist())]
+    print("shown from a score of: " + ", ".join(shown[:20] + ["..."] * (len(shown) > 20)))
+
+    results: list[dict[str, Any]] = []
+    flaws: list[UserError] = []
+    counted, start = 0, time.perf_counter()
+    try:
+        for source, target in tqdm(files, unit="file"):
+            try:
+                done = film if source.suffix.lower() in VIDEOS else picture
+                counted += done(detector, source, target, counted, results)
+            except UserError as error:
+                if source.exists() and error.args[0].startswith(str(args.output)):
+                    raise  # nothing can be written
+                flaws.append(error)
+    finally:  # also of what was done before Ctrl-C
+        write_results(args.output / RESULTS, results)
+    seconds = time.perf_counter() - start
+    found = Counter(one["category"] for one in results)
+    counts = ", ".join(f"{name} {count}" for name, count in found.most_common(20))
+    print(f"{counted} images, {len(results)} boxes ({counts}) in {seconds:.1f} s, {counted / seconds:.1f} images/s")
+    print(f"written: {args.output / RESULTS} and the pictures beside it")
+    if flaws:
+        raise UserError(f"{len(flaws)} of {len(files)} files could not be used, the first: {flaws[0]}")
+
+
+def list_files(sources: list[Path], output: Path) -> list[tuple[Path, Path]]:
+    """Each image and video with where its picture goes; no two go to one place."""
+    pairs: list[tuple[Path, Path]] = []
+    for source in sources:
+        if source.is_dir():
+            inside = sorted(path for path in source.rglob("*") if path.suffix.lower() in IMAGES + VIDEOS)
+            inside = [path for path in inside if output.resolve() not in path.resolve().parents]  # our own pictures
+            if not inside:
+                raise UserError(f"{source}: no image or video in it ({', '.join(IMAGES + VIDEOS)})")
+            pairs += [(path, Path(source.name) / path.relative_to(source)) for path in inside]
+        elif not source.exists():
+            raise UserError(f"{source}: no such file or folder")
+        elif source.suffix.lower() not in IMAGES + VIDEOS:
+            raise UserError(f"{source}: neither an image nor a video ({', '.join(IMAGES + VIDEOS)})")
+        else:
+            pairs.append((source, Path(source.name)))
+    taken: set[Path] = set()
+    placed = []
+    for source, name in pairs:
+        name = name.with_suffix(".mp4" if name.suffix.lower() in VIDEOS else ".jpg")
+        number, target = 2, output / name
+        while target in taken:
+            number, target = number + 1, output / name.with_stem(f"{name.stem}_{number}")
+        taken.add(target)
+        placed.append((source, target))
+    return placed
+
+
+def picture(detector: Detector, source: Path, target: Path, number: int, results: list[dict[str, Any]]) -> int:
+    """Do one image; how many there were."""
+    image = read_image(source)
+    found = detector(image)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw(image, found, detector)).save(target, quality=92)
+    except OSError as error:
+        raise cannot_write(target, error) from None
+    results += entries(found, detector, {"image_id": number, "file_name": str(source)})
+    return 1
+
+
+def film(detector: Detector, source: Path, target: Path, number: int, results: list[dict[str, Any]]) -> int:
+    """Do a video; how many frames it had. It has its own name only when it is whole."""
+    reader = cv2.VideoCapture(str(source))
+    rate, expected = reader.get(cv2.CAP_PROP_FPS) or 25.0, int(reader.get(cv2.CAP_PROP_FRAME_COUNT))
+    beside, writer, count = target.with_suffix(".part.mp4"), None, 0
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for image in tqdm(frames(reader), total=max(expected, 0) or None, desc=source.name, unit="frame", leave=False):
+            if writer is None:
+                size = image.shape[1], image.shape[0]
+                writer = cv2.VideoWriter(str(beside), cv2.VideoWriter_fourcc(*"mp4v"), rate, size)
+            found = detector(image)
+            writer.write(cv2.cvtColor(draw(image, found, detector), cv2.COLOR_RGB2BGR))
+            results += entries(found, detector, {"image_id": number + count, "file_name": str(source), "frame": count})
+            count += 1
+        if not count:
+            raise UserError(f"{source}: no frame of it can be decoded; give another video")
+        writer.release()
+        os.replace(beside, target)
+    except OSError as error:
+        raise cannot_write(target, error) from None
+    finally:
+        reader.release()
+    if count + 1 < expected:  # what a file says of itself may be one off
+        tqdm.write(f"{source}: {count} frames could be decoded of the {expected} that it says it has", file=sys.stderr)
+    return count
+
+
+def frames(reader: cv2.VideoCapture) -> Iterator[np.ndarray]:
+    """Images (h, w, 3) uint8 RGB."""
+    while True:
+        there, image = reader.read()
+        if not there:
+            return
+        yield cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def entries(found: Found, detector: Detector, about: dict[str, Any]) -> list[dict[str, Any]]:
+    """In COCO's results format, with `about` in each."""
+    category = dict(zip(detector.class_names, detector.category_ids))
+    sides = torch.cat([found.boxes[:, :2], found.boxes[:, 2:] - found.boxes[:, :2]], dim=1).double().numpy().round(3)
+    return [
+        {**about, "category_id": category[name], "category": name, "bbox": box, "score": round(score, 5)}
+        for name, box, score in zip(found.names, sides.tolist(), found.scores.tolist())
+    ]
+
+
+def draw(image: np.ndarray, found: Found, detector: Detector) -> np.ndarray:
+    """A copy of the image with boxes and captions, larger on larger images."""
+    canvas = Image.fromarray(image)
+    pen = ImageDraw.Draw(canvas)
+    longest = max(image.shape[:2])
+    font = ImageFont.load_default(max(11, longest // 60))
+    for box, score, name in reversed(
+        list(zip(found.boxes.tolist(), found.scores.tolist(), found.names))
+    ):  # best on top
+        colour = COLOURS[detector.class_names.index(name) % len(COLOURS)]
+        pen.rectangle(box, outline=colour, width=max(2, longest // 400))
+        caption, corner = f"{name} {score:.2f}", (box[0], max(0, box[1] - font.size - 4))
+        pen.rectangle(pen.textbbox(corner, caption, font=font), fill=colour)
+        pen.text(corner, caption, fill="black", font=font)
+    return np.asarray(canvas)
+
+
+def write_results(path: Path, results: list[dict[str, Any]]) -> None:
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(json.dumps(results), encoding="utf-8")
+        os.replace(beside, path)
+    except OSError as error:
+        raise cannot_write(path, error) from None
+
+
+def cannot_write(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path}: cannot be written ({error.strerror or error}); give another folder by --output")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,40 @@
+"""A model that scripts/export.py wrote, used without torch: python scripts/run_onnx.py mine.onnx photo.jpg ...
+
+Needs onnxruntime, numpy and OpenCV. Prints a line for each box: file, class, score, x1, y1, x2, y2 in pixels.
+"""
+
+import json
+import os
+import sys
+
+os.environ["OPENCV_LOG_LEVEL"] = "ERROR"  # it would add a warning to ours
+
+import cv2
+import numpy as np
+import onnxruntime
+
+if len(sys.argv) < 3:
+    sys.exit("error: give a model and images: python scripts/run_onnx.py mine.onnx photo.jpg")
+try:
+    session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
+    about = {key: json.loads(text) for key, text in session.get_modelmeta().custom_metadata_map.items()}
+    short_side, long_side, names = about["short_side"], about["long_side"], about["class_names"]
+    if about["preprocessing"] == "outside" or about["nms"] == "outside":
+        sys.exit(f"error: {sys.argv[1]}: export it with preprocessing and NMS inside")
+except Exception as error:
+    sys.exit(f"error: {sys.argv[1]}: no model of scripts/export.py ({str(error).splitlines()[0]})")
+
+for path in sys.argv[2:]:
+    image = cv2.imread(path)
+    if image is None:
+        sys.exit(f"error: {path}: cannot be read as an image")
+    height, width = image.shape[:2]
+    scale = min(short_side / min(height, width), long_side / max(height, width))
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    how = cv2.INTER_AREA if 2 * max(size[0] / width, size[1] / height) < 1 else cv2.INTER_LINEAR
+    resized = cv2.cvtColor(cv2.resize(image, size, interpolation=how), cv2.COLOR_BGR2RGB)
+    boxes, scores, labels, _ = session.run(["boxes", "scores", "labels", "image"], {"images": resized[None]})
+    for box, score, label in zip(boxes * np.tile([width / size[0], height / size[1]], 2), scores, labels):
+        threshold = about["score_thresholds"][label]
+        if score >= (threshold if threshold >= 0 else 0.3):
+            print(path, names[label], f"{score:.3f}", *(f"{value:.1f}" for value in box))

@@ -1,0 +1,163 @@
+"""scripts/export.py: the file says what PyTorch says, on other sizes than it was made with, or there is no file."""
+
+import json
+import shutil
+import subprocess
+import sys
+from copy import deepcopy
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from PIL import Image
+
+from detector import assemble, checkpoint, load
+from scripts import export
+
+ROOT = Path(__file__).parents[2]
+TO_ONNX, GRAPHS = export.to_onnx, {}
+
+
+@pytest.fixture(scope="module")
+def learnt(overfit, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export")
+    run, _ = overfit(folder, 3, solver={"ema": 0.5})
+    yield run / "best.pt"
+    shutil.rmtree(folder)
+
+
+def exported(learnt, preprocessing, nms):
+    model, cfg = checkpoint.build_model(checkpoint.read(learnt), learnt)
+    after = assemble.build_postprocess(cfg)
+    return export.Exported(model.eval(), after, preprocessing=preprocessing == "inside", nms=nms == "inside")
+
+
+def pixels(size, count, inside, seed=0):
+    images = np.random.default_rng(seed).integers(0, 256, (count, *size, 3), np.uint8)
+    images[:, 10:40, 5:50] = (255, 60, 60)  # something to be found
+    return images if inside else ((images.transpose(0, 3, 1, 2) - 115) / 58).astype(np.float32)
+
+
+@pytest.fixture(autouse=True)
+def made_once(monkeypatch):
+    """Making a graph takes most of a minute, whatever the model: each kind is made once."""
+
+    def cached(one, about):
+        kind = one.preprocessing, one.nms
+        if kind not in GRAPHS:
+            GRAPHS[kind] = TO_ONNX(one, about)
+        return deepcopy(GRAPHS[kind])
+
+    monkeypatch.setattr(export, "to_onnx", cached)
+
+
+@pytest.mark.parametrize(("preprocessing", "nms"), [("inside", "inside"), ("outside", "outside")])
+def test_the_file_says_what_pytorch_says(learnt, folder, command, preprocessing, nms):
+    target = folder / "new" / "mine.onnx"
+    choices = ("--preprocessing", preprocessing, "--nms", nms, "--images", 2)
+    code, out, err = command(export.main, "--checkpoint", learnt, "--format", "onnx", "--output", target, *choices)
+    assert code == 0, err
+    assert "boxes of 2 images as PyTorch has them" in out and "images/s" in out
+    assert [path.name for path in target.parent.iterdir()] == ["mine.onnx"]
+    session = onnxruntime.InferenceSession(str(target))
+    worst = {"boxes": 0, "pixels": 0.0, "score": 0.0}
+    one = exported(learnt, preprocessing, nms)
+    for size, count in (((64, 64), 1), ((96, 32), 3), ((352, 288), 2)):
+        images = pixels(size, count, preprocessing == "inside")
+        pairs = zip(export.reference(one, images), export.found_by(one, session, images), strict=True)
+        for theirs, ours in pairs:
+            export.compare(theirs, ours, one.postprocess, worst)
+            assert (np.diff(ours[1]) <= 0).all()  # best first
+    assert worst["boxes"] > 20 and worst["pixels"] < export.PIXELS and worst["score"] < export.SCORE
+    if preprocessing == "inside":  # sides that are no multiples of 32
+        images = pixels((75, 61), 2, True)
+        for theirs, ours in zip(export.reference(one, images), export.found_by(one, session, images), strict=True):
+            export.compare(theirs, ours, one.postprocess, worst)
+
+
+def test_another_model_is_caught_and_leaves_no_file(learnt, folder, command, monkeypatch):
+    whole = export.to_onnx
+
+    def spoilt(one, about):
+        graph = whole(one, about)
+        (bias,) = (value for value in graph.graph.initializer if value.name.endswith("head.deltas.bias"))
+        bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + np.float32(0.01), bias.name))
+        return graph
+
+    monkeypatch.setattr(export, "to_onnx", spoilt)
+    target = folder / "mine.onnx"
+    code, _, err = command(export.main, "--checkpoint", learnt, "--format", "onnx", "--output", target)
+    assert code == 2 and "the export is not the model" in err and not list(folder.iterdir())
+
+
+def detections(*rows):
+    boxes, scores, labels = (np.array(column, dtype) for column, dtype in zip(zip(*rows), (float, float, int)))
+    return boxes.reshape(-1, 4), scores, labels
+
+
+def test_what_counts_as_the_same(learnt):
+    from detector.errors import UserError
+
+    after = exported(learnt, "inside", "inside").postprocess
+    one, two = ([1, 2, 30, 40], 0.9, 0), ([5, 5, 20, 20], 0.6, 1)
+    worst = {"boxes": 0, "pixels": 0.0, "score": 0.0}
+    export.compare(detections(one, two), detections(two, ([1, 2.04, 30, 40], 0.90005, 0)), after, worst)
+    assert worst == {"boxes": 2, "pixels": pytest.approx(0.04), "score": pytest.approx(5e-5)}
+    edge = ([7, 7, 9, 9], after.score_threshold + 5e-5, 1)  # may be on either side of the threshold
+    export.compare(detections(one, edge), detections(one), after, worst)
+    export.compare(detections(one), detections(one, edge), after, worst)
+    for other in (([1, 2.06, 30, 40], 0.9, 0), ([1, 2, 30, 40], 0.9002, 0), ([1, 2, 30, 40], 0.9, 1)):
+        with pytest.raises(UserError):
+            export.compare(detections(one), detections(other), after, worst)
+    for theirs, ours in (((one, two), (one,)), ((one,), (one, two)), ((one,), (one, one))):
+        with pytest.raises(UserError):
+            export.compare(detections(*theirs), detections(*ours), after, worst)
+
+
+def test_the_example_needs_no_torch_and_finds_the_same(learnt, folder, command):
+    assert command(export.main, "--checkpoint", learnt, "--format", "onnx", "--output", folder / "mine.onnx")[0] == 0
+    images = Path(checkpoint.read(learnt)["config"]["data"]["val"]["images"])
+    photo = folder / "photo.png"
+    Image.open(images / "0.png").resize((150, 120)).save(photo)
+    script = ROOT / "scripts" / "run_onnx.py"
+    code = f"import runpy, sys; sys.argv = ['run', {str(folder / 'mine.onnx')!r}, {str(photo)!r}]; "
+    code += f"runpy.run_path({str(script)!r}); assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    found = load(learnt, "cpu")(Image.open(photo))
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert len(lines) == len(found.scores) > 0
+    for line, box, score, name in zip(lines, found.boxes.tolist(), found.scores.tolist(), found.names):
+        assert " ".join(line[1:-5]) == name and float(line[-5]) == pytest.approx(score, abs=2e-2)  # bfloat16 here
+        assert [float(value) for value in line[-4:]] == pytest.approx(box, abs=1.5)
+    code_lines = [line for line in script.read_text().split('"""')[2].splitlines() if line.strip()]
+    assert len(code_lines) <= 33
+    for arguments in ([], ["none.onnx", str(photo)], [str(folder / "mine.onnx"), "none.jpg"]):
+        done = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True)
+        assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_metadata_says_all_that_use_needs(learnt, folder, command):
+    assert command(export.main, "--checkpoint", learnt, "--format", "onnx", "--output", folder / "m.onnx")[0] == 0
+    about = onnxruntime.InferenceSession(str(folder / "m.onnx")).get_modelmeta().custom_metadata_map
+    about = {key: json.loads(value) for key, value in about.items()}
+    content = checkpoint.read(learnt)
+    assert about["class_names"] == ["colour 0", "colour 1", "colour 2"] and about["short_side"] == 64
+    assert about["score_thresholds"] == content["score_thresholds"] and about["category_ids"] == [3, 7, 11]
+
+
+def test_slips_are_one_line(learnt, folder, command, monkeypatch):
+    (folder / "text.pt").write_text("hello")
+    for expected, arguments in {
+        "none.pt": ("--checkpoint", folder / "none.pt", "--format", "onnx"),
+        "text.pt": ("--checkpoint", folder / "text.pt", "--format", "onnx"),
+        "--images 0": ("--checkpoint", learnt, "--format", "onnx", "--images", "0"),
+        "missing.json": ("--checkpoint", learnt, "--format", "onnx", "--data", "missing.json", folder),
+        "cannot be written": ("--checkpoint", learnt, "--format", "onnx", "--output", "/dev/null/x.onnx"),
+    }.items():
+        code, _, err = command(export.main, *arguments)
+        assert code == 2 and expected in err and err.splitlines()[-1].startswith("error: "), (expected, err)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    code, _, err = command(export.main, "--checkpoint", learnt, "--format", "onnx")
+    assert code == 2 and "pip install" in err

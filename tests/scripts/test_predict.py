@@ -1,0 +1,144 @@
+"""scripts/predict.py: what evaluation finds, drawn and written, and nothing lost on the way."""
+
+import json
+import shutil
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from data.images import read_image
+from detector import checkpoint
+from scripts import predict
+
+
+@pytest.fixture(scope="module")
+def learnt(overfit, tmp_path_factory):
+    """A run that knows three classes by heart, and the folder of the two images that it knows."""
+    folder = tmp_path_factory.mktemp("predict")
+    run, _ = overfit(folder, 3, solver={"ema": 0.5})
+    yield run / "best.pt", folder / "val" / "images"
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def call(learnt, folder, command):
+    def run(*arguments):
+        code, out, err = command(
+            predict.main, "--checkpoint", learnt[0], "--output", folder / "out", "--device", "cpu", *arguments
+        )
+        results = folder / "out" / "detections.json"
+        return code, out, err, json.loads(results.read_text()) if results.exists() else None
+
+    return run
+
+
+def one_line(err):
+    return [line for line in err.splitlines() if line.startswith("error: ")][-1:] and "Traceback" not in err
+
+
+def boxes_of(results, **which):
+    return sorted(tuple(one["bbox"]) for one in results if all(one[key] == value for key, value in which.items()))
+
+
+def test_the_same_as_evaluation_finds(learnt, call):
+    code, out, err, results = call(learnt[1], "--score", "0")
+    assert code == 0, err
+    scored = json.loads((learnt[0].parent / "detections.json").read_text())
+    for number, image_id in ((0, 50), (1, 51)):  # eval.py's ids are the file's
+        mine = sorted((one["category_id"], one["score"], *one["bbox"]) for one in results if one["image_id"] == number)
+        theirs = sorted(
+            (one["category_id"], one["score"], *one["bbox"]) for one in scored if one["image_id"] == image_id
+        )
+        assert len(mine) == len(theirs) > 0
+        np.testing.assert_allclose(np.array(mine), np.array(theirs), atol=2e-3)
+    assert "2 images" in out
+
+
+def test_thresholds_are_those_of_the_last_evaluation(learnt, call):
+    _, out, _, results = call(learnt[1])
+    thresholds = checkpoint.read(learnt[0])["score_thresholds"]
+    assert all(threshold > 0 for threshold in thresholds)
+    for name, threshold in zip(("colour 0", "colour 1", "colour 2"), thresholds):
+        assert f"{name} {threshold:.2f}" in out
+        assert all(one["score"] >= threshold - 1e-5 for one in results if one["category"] == name)
+    sure = [one for one in results if one["image_id"] == 0]
+    assert {one["category"] for one in sure} == {"colour 0", "colour 2"}  # what overfit draws there
+    assert len(call(learnt[1], "--score", "0")[3]) > len(results) > len(call(learnt[1], "--score", "1")[3])
+
+
+def test_boxes_are_drawn_where_they_are_and_nowhere_else(learnt, call, folder):
+    _, _, _, results = call(learnt[1] / "0.png")
+    drawn = read_image(folder / "out" / "0.jpg").astype(int)
+    before = read_image(learnt[1] / "0.png").astype(int)
+    changed = np.abs(drawn - before).max(axis=2) > 40
+    x, y, _, height = (round(v) for v in results[0]["bbox"])
+    assert changed[y : y + height, x].mean() > 0.5
+    assert changed[90:, :40].mean() < 0.02  # nothing is there
+
+
+def test_a_video_keeps_its_frames_rate_and_size(learnt, call, folder):
+    images = [cv2.imread(str(learnt[1] / name)) for name in ("0.png", "1.png")] * 4
+    writer = cv2.VideoWriter(str(folder / "film.avi"), cv2.VideoWriter_fourcc(*"MJPG"), 12, (96, 96))
+    for image in images:
+        writer.write(image)
+    writer.release()
+    code, out, err, results = call(folder / "film.avi")
+    assert code == 0, err
+    made = cv2.VideoCapture(str(folder / "out" / "film.mp4"))
+    assert made.get(cv2.CAP_PROP_FRAME_COUNT) == 8 and made.get(cv2.CAP_PROP_FPS) == 12
+    assert (made.get(cv2.CAP_PROP_FRAME_WIDTH), made.get(cv2.CAP_PROP_FRAME_HEIGHT)) == (96, 96)
+    assert {one["frame"] for one in results} == set(range(8)) == {one["image_id"] for one in results}
+    assert not list((folder / "out").glob("*.part*")) and "8 images" in out
+
+
+def test_no_two_sources_share_a_picture_and_our_own_are_not_taken(learnt, call, folder):
+    for name in ("a/x.png", "a/x.jpg", "a/deep/x.png", "b/x.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(learnt[1] / "0.png", folder / name)
+    code, _, err, results = call(folder / "a", folder / "b" / "x.png", folder / "a" / "x.png")
+    assert code == 0, err
+    made = {str(path.relative_to(folder / "out")) for path in (folder / "out").rglob("*.jpg")}
+    assert made == {"a/x.jpg", "a/x_2.jpg", "a/deep/x.jpg", "x.jpg", "x_2.jpg"}
+    assert {one["image_id"] for one in results} == set(range(5))
+    code, out, _, _ = call(folder)  # which holds out/
+    assert code == 0 and "4 images" in out
+
+
+def test_a_broken_image_does_not_stop_the_others(learnt, call, folder):
+    shutil.copytree(learnt[1], folder / "in")
+    (folder / "in" / "00.png").write_bytes(b"no image")
+    (folder / "in" / "z.mp4").write_bytes(b"no video")
+    code, out, err, results = call(folder / "in")
+    assert code == 2 and one_line(err) and "2 of 4 files" in err and "00.png" in err
+    assert {Path(one["file_name"]).name for one in results} == {"0.png", "1.png"} and "2 images" in out
+
+
+def test_slips_are_one_line(learnt, call, folder):
+    (folder / "empty").mkdir()
+    (folder / "text.txt").write_text("hello")
+    (folder / "text.pt").write_text("hello")
+    image = learnt[1] / "0.png"
+    for expected, arguments in {
+        "no such file": (folder / "none.jpg",),
+        "no image or video": (folder / "empty",),
+        "neither an image": (folder / "text.txt",),
+        "--score 2": (image, "--score", "2"),
+        "text.pt": (image, "--checkpoint", folder / "text.pt"),
+        "cannot be written": (image, "--output", "/dev/null/x"),
+    }.items():
+        code, _, err, _ = call(*arguments)
+        assert code == 2 and one_line(err) and expected in err, (expected, err)
+
+
+def test_what_was_done_before_ctrl_c_is_kept(learnt, call, folder, monkeypatch):
+    def interrupted(detector, source, *rest):
+        if source.name == "1.png":
+            raise KeyboardInterrupt
+        return whole(detector, source, *rest)
+
+    whole = predict.picture
+    monkeypatch.setattr(predict, "picture", interrupted)
+    code, _, _, results = call(learnt[1])
+    assert code == 1 and {one["image_id"] for one in results} == {0}
