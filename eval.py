@@ -19,6 +19,7 @@ from detector.errors import UserError, run_main
 from detector.model import RetinaNet
 from detector.solver import PRECISIONS
 from detector.stopwatch import Stopwatch
+from detector.structures import Detections
 
 
 def main() -> None:
@@ -72,11 +73,7 @@ def evaluate(
     if distributed.is_main():
         print(f"{source} on {dataset.summary()}")
 
-    model.to(device, memory_format=torch.channels_last if cfg.channels_last else torch.contiguous_format)
-    batches = eval_loader(dataset, assemble.evaluation_batch(cfg), **assemble.loader_options(cfg, device))
-    postprocess = assemble.build_postprocess(cfg)
-    precision = PRECISIONS[pick_precision(cfg.precision, device)[0]]
-    detections = predict(model, batches, postprocess, device, precision, watch)
+    detections = detect(model, cfg, dataset, device, watch)
     if not distributed.is_main():
         return
     with watch("scoring") if watch else contextlib.nullcontext():
@@ -88,6 +85,16 @@ def evaluate(
     write(folder, metrics, coco_results(detections, dataset.category_ids))
     if watch:
         print(f"\n{speeds(watch, -(-len(dataset) // distributed.world_size()))}")
+
+
+def detect(
+    model: RetinaNet, cfg: Config, dataset: CocoDataset, device: torch.device, watch: Stopwatch | None = None
+) -> dict[int, Detections]:
+    """What the model finds in a data set, by image id; on process 0 all of it."""
+    model.to(device, memory_format=torch.channels_last if cfg.channels_last else torch.contiguous_format)
+    batches = eval_loader(dataset, assemble.evaluation_batch(cfg), **assemble.loader_options(cfg, device))
+    precision = PRECISIONS[pick_precision(cfg.precision, device)[0]]
+    return predict(model, batches, assemble.build_postprocess(cfg), device, precision, watch)
 
 
 def speeds(watch: Stopwatch, images: int) -> str:

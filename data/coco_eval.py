@@ -124,6 +124,32 @@ def coco_results(detections: dict[int, Detections], category_ids: list[int]) -> 
     ]
 
 
+def from_coco_results(results: list[dict], image_ids: list[int], category_ids: list[int]) -> dict[int, Detections]:
+    """What `coco_results` wrote, or another of that format: detections of every image of `image_ids`, best first.
+
+    Raises UserError for an entry that lacks something, or is of an image or category that is not listed.
+    """
+    label = {category: place for place, category in enumerate(category_ids)}
+    by_image: dict[int, list[tuple[float, int, list[float]]]] = {image: [] for image in image_ids}
+    for number, one in enumerate(results):
+        try:
+            x, y, width, height = map(float, one["bbox"])
+            entry = -float(one["score"]), label[one["category_id"]], [x, y, x + width, y + height]
+            by_image[one["image_id"]].append(entry)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"detection {number}: {type(error).__name__} {error}: it needs bbox, score, category_id and image_id, "
+                "the last two as in the annotation file"
+            ) from None
+    found = {}
+    for image, ones in by_image.items():
+        ones.sort(key=lambda one: one[0])
+        boxes = torch.tensor([box for _, _, box in ones]).reshape(-1, 4)
+        labels = torch.tensor([place for _, place, _ in ones], dtype=torch.int64)
+        found[image] = Detections(boxes, torch.tensor([-score for score, _, _ in ones]), labels)
+    return found
+
+
 def metrics_table(metrics: dict) -> str:
     """The numbers over all classes, in percent; "-" for -1 and, below, why."""
     ap = ("AP", "AP50", "AP75", "AP80", "AP90", "APs", "APm", "APl")

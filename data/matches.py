@@ -76,14 +76,28 @@ def calibration_error(matches: Matches, bins: int = 10) -> float:
     The mean over all detections that count, of all classes (Guo et al., On Calibration of Modern Neural Networks,
     2017); -1 without any.
     """
-    if not matches.classes:
-        return -1.0
-    counts = [one.right[0] | one.wrong[0] for one in matches.classes]
-    score = np.concatenate([one.score[mask] for one, mask in zip(matches.classes, counts)])
-    right = np.concatenate([one.right[0][mask] for one, mask in zip(matches.classes, counts)])
-    place = np.minimum((score * bins).astype(np.int64), bins - 1)
-    gaps = np.bincount(place, score - right, minlength=bins)
-    return float(np.abs(gaps).sum() / len(score)) if len(score) else -1.0
+    counts, scores, right = reliability(matches, bins)
+    return float(np.abs(scores - right).sum() / counts.sum()) if counts.any() else -1.0
+
+
+def reliability(matches: Matches, bins: int = 10) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each of `bins` equal parts of the score 0..1: detections, the sum of their scores, and how many are right.
+
+    All (bins,), over all classes, at an IoU of 0.5, of those detections that count.
+    """
+    sums = np.zeros((3, bins))
+    for one in matches.classes:
+        mask = one.right[0] | one.wrong[0]
+        score, right = one.score[mask], one.right[0][mask]
+        place = np.minimum((score * bins).astype(np.int64), bins - 1)
+        sums += [np.bincount(place, weights, minlength=bins) for weights in (np.ones(len(score)), score, right)]
+    return sums[0].astype(np.int64), sums[1], sums[2]
+
+
+def precision_recall(one: ClassMatches, threshold: int) -> tuple[np.ndarray, np.ndarray]:
+    """Precision and recall after each detection (D,), best score first, at the IoU threshold of that index."""
+    right, wrong = np.cumsum(one.right[threshold]), np.cumsum(one.wrong[threshold])
+    return right / np.maximum(right + wrong, 1), right / max(one.truth.sum(), 1)
 
 
 def _of_draw(matches: ClassMatches, draw: np.ndarray) -> float:

@@ -12,10 +12,10 @@ import torch
 from matplotlib import pyplot as plt
 
 from data.coco import CocoDataset
+from data.coco_eval import from_coco_results
 from data.draw import WIDTH, validation_pictures
 from data.transforms import EvalTransform
 from detector.errors import UserError
-from detector.structures import Detections
 from scripts import page, result
 
 if TYPE_CHECKING:  # it imports this file
@@ -227,14 +227,5 @@ def of_run(run: dict[str, Any]):
     data = config["data"]
     size = EvalTransform(data["short_side"], data["long_side"])
     dataset = CocoDataset(data["val"]["annotations"], data["val"]["images"], size)
-    label = {category: place for place, category in enumerate(dataset.category_ids)}
-    by_image: dict[int, list[dict]] = {image: [] for image in dataset.image_ids}
-    for one in found:
-        by_image[one["image_id"]].append(one)
-    detections = {}
-    for image, ones in by_image.items():
-        boxes = torch.tensor([one["bbox"] for one in ones]).reshape(-1, 4)
-        boxes[:, 2:] += boxes[:, :2]
-        scores = torch.tensor([one["score"] for one in ones])
-        detections[image] = Detections(boxes, scores, torch.tensor([label[one["category_id"]] for one in ones]).long())
+    detections = from_coco_results(found, dataset.image_ids, dataset.category_ids)
     return validation_pictures(dataset, detections, PICTURES)

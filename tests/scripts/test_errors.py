@@ -1,0 +1,105 @@
+"""scripts/errors.py: the page says what is wrong with known detections."""
+
+import json
+import re
+import shutil
+from html import unescape
+from pathlib import Path
+
+import pytest
+
+from data import analysis
+from scripts import errors
+
+
+@pytest.fixture(scope="module")
+def learnt(overfit, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("errors")
+    run, _ = overfit(folder, 3, solver={"ema": 0.5})
+    yield run
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def call(learnt, folder, command):
+    def run(*arguments):
+        given = ("--checkpoint", learnt / "best.pt", "--output", folder / "new" / "page.html", *arguments)
+        code, out, err = command(errors.main, *given)
+        page = folder / "new" / "page.html"
+        html = re.sub(r"data:image/[^\"]+", "", page.read_text()) if page.exists() else ""
+        return code, out, err, " ".join(unescape(re.sub(r"<[^>]+>", " ", html)).split())
+
+    return run
+
+
+# What overfit's two images hold, xywh: image 50 has colour 0 and 2, image 51 colour 1 and 0.
+TRUTH = [(50, 3, [9, 12, 30, 36]), (50, 11, [54, 45, 33, 30]), (51, 7, [45, 9, 39, 33]), (51, 3, [12, 54, 27, 30])]
+
+
+def as_results(entries):
+    return [
+        {"image_id": i, "category_id": c, "bbox": b, "score": 0.99 - 0.01 * n} for n, (i, c, b) in enumerate(entries)
+    ]
+
+
+def test_known_errors_are_told(call, folder, in_browser):
+    wrong = [
+        *TRUTH[:2],
+        (50, 3, [9, 12, 30, 35]),  # a duplicate
+        (51, 3, [45, 9, 39, 33]),  # another class
+        (50, 7, [80, 5, 10, 10]),  # on nothing
+    ]  # and the last box is missed
+    (folder / "found.json").write_text(json.dumps(as_results(wrong)))
+    code, out, err, told = call("--detections", folder / "found.json")
+    assert code == 0, err
+    assert "2 detections are right" in told and "page.html" in out
+    for kind, count in (("classification", 1), ("localisation", 0), ("duplicate", 1), ("background", 1), ("missed", 1)):
+        assert re.search(rf"{kind} [-\d.]+ {count} ", told), (kind, told)
+    assert "0.png: " in told and "1 duplicate" in told and told.index("1.png: ") > 0
+    for width in (400, 1280):
+        seen = in_browser(folder / "new" / "page.html", width)
+        assert seen["wide"] <= width and seen["broken"] == 0 and seen["remote"] == 0 and seen["overlaps"] == []
+        assert seen["images"] == 1 + 2 + 1 + 1 + 2  # costs, two curves, calibration, confusion, pictures
+
+
+def test_the_model_is_run_as_eval_does(learnt, call):
+    code, out, err, told = call("--images", 0)
+    assert code == 0, err
+    found = json.loads((learnt / "metrics.json").read_text())
+    assert f"AP {100 * found['AP']:.1f}, AP50 {100 * found['AP50']:.1f}" in out
+    assert "No errors" in told
+
+
+def test_without_hotcoco_it_is_said(call, monkeypatch):
+    monkeypatch.setattr(analysis, "hotcoco", None)
+    code, _, err, told = call()
+    assert code == 0, err
+    assert "pip install hotcoco" in told
+
+
+def test_nothing_found_and_another_set(call, folder, rectangles):
+    (folder / "none.json").write_text("[]")
+    code, _, err, told = call("--detections", folder / "none.json")
+    assert code == 0 and "2 missed" in told, err
+    annotations, images = rectangles(folder, [[]], classes=3)
+    code, _, err, _ = call("--data", annotations, images)
+    assert code == 0, err
+
+
+def test_slips_are_one_line(learnt, call, folder):
+    for name, text in (("broken", "{"), ("dict", "{}"), ("id", '[{"image_id": 9}]'), ("text", "hello")):
+        (folder / f"{name}.json").write_text(text)
+    (folder / "id.json").write_text(json.dumps(as_results([(9, 3, [1, 1, 5, 5])])))
+    for expected, arguments in {
+        "broken.json": ("--detections", folder / "broken.json"),
+        "dict.json": ("--detections", folder / "dict.json"),
+        "id.json: detection 0": ("--detections", folder / "id.json"),
+        "none.json": ("--detections", folder / "none.json"),
+        "text.json": ("--checkpoint", folder / "text.json"),
+        "--images -1": ("--images", "-1"),
+        "missing.json": ("--data", "missing.json", "."),
+        "cannot be written": ("--output", "/dev/null/page.html"),
+    }.items():
+        code, _, err, _ = call(*arguments)
+        assert code == 2 and expected in err and err.splitlines()[-1].startswith("error: "), (expected, err)
+    assert Path(learnt / "best.pt").exists()
