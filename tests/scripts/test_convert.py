@@ -1,0 +1,279 @@
+"""scripts/convert.py: known boxes, written in another format, come back; what is not used is told."""
+
+import json
+import random
+from pathlib import Path
+from xml.sax.saxutils import escape
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from data.coco import CocoDataset
+from data.transforms import EvalTransform
+from scripts import convert
+
+NAMES = ["cat", "dog & <co>", "größe"]
+SIZES = [(64, 48), (48, 64), (80, 80)]
+REAL = Path(__file__).parents[3] / "shared" / "data" / "bccd"
+
+
+@pytest.fixture
+def known():
+    """name -> (size, boxes): whole pixels, which every format can say."""
+    rng = random.Random(0)
+    images = {}
+    for number in range(9):
+        width, height = SIZES[number % 3]
+        boxes = []
+        for _ in range(number % 4):
+            w, h = rng.randint(4, 30), rng.randint(4, 30)
+            boxes.append((rng.choice(NAMES), (rng.randint(0, width - w), rng.randint(0, height - h), w, h)))
+        images[f"{number}.jpg"] = (width, height), boxes
+    return images
+
+
+def paint(folder, images):
+    for name, ((width, height), _) in images.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (width, height), (120, 80, 40)).save(folder / name)
+
+
+def as_yolo(folder, images, names=NAMES, **about):
+    paint(folder / "images", images)
+    (folder / "labels").mkdir(exist_ok=True)
+    for name, ((width, height), boxes) in images.items():
+        lines = [
+            f"{names.index(n)} {(x + w / 2) / width} {(y + h / 2) / height} {w / width} {h / height}"
+            for n, (x, y, w, h) in boxes
+        ]
+        (folder / "labels" / name).with_suffix(".txt").write_text("\n".join(lines))
+    (folder / "data.yaml").write_text(yaml.safe_dump({"names": names, **about}, allow_unicode=True), encoding="utf-8")
+
+
+def as_voc(folder, images):
+    paint(folder / "JPEGImages", images)
+    (folder / "Annotations").mkdir(exist_ok=True)
+    for name, ((width, height), boxes) in images.items():
+        things = "".join(
+            f"<object><name>{escape(n)}</name><difficult>0</difficult><bndbox><xmin>{x + 1}</xmin><ymin>{y + 1}</ymin>"
+            f"<xmax>{x + w}</xmax><ymax>{y + h}</ymax></bndbox></object>"
+            for n, (x, y, w, h) in boxes
+        )
+        text = f"<annotation><size><width>{width}</width><height>{height}</height></size>{things}</annotation>"
+        (folder / "Annotations" / name).with_suffix(".xml").write_text(text, encoding="utf-8")
+
+
+def as_labelme(folder, images):
+    paint(folder, images)
+    for name, ((width, height), boxes) in images.items():
+        shapes = [
+            {"label": n, "shape_type": "rectangle", "points": [[x + w, y], [x, y + h]]} for n, (x, y, w, h) in boxes
+        ]
+        content = {"shapes": shapes, "imagePath": name, "imageWidth": width, "imageHeight": height}
+        (folder / name).with_suffix(".json").write_text(json.dumps(content))
+
+
+def read(folder):
+    """name -> (size, boxes) of both files, and the file's names of each split."""
+    images, splits = {}, {}
+    for split in ("train", "val"):
+        document = json.loads((folder / f"{split}.json").read_text())
+        names = {one["id"]: one["name"] for one in document["categories"]}
+        splits[split] = {one["file_name"] for one in document["images"]}
+        for image in document["images"]:
+            boxes = [
+                (names[one["category_id"]], tuple(one["bbox"]))
+                for one in document["annotations"]
+                if one["image_id"] == image["id"]
+            ]
+            images[image["file_name"]] = (image["width"], image["height"]), boxes
+    return images, splits
+
+
+def same(found, known):
+    found = {Path(name).name: value for name, value in found.items()}
+    assert found.keys() == known.keys()
+    for name, (size, boxes) in known.items():
+        assert found[name][0] == size
+        assert [one[0] for one in found[name][1]] == [one[0] for one in boxes]
+        mine = np.array([one[1] for one in found[name][1]]).reshape(-1, 4)
+        np.testing.assert_allclose(mine, np.array([one[1] for one in boxes]).reshape(-1, 4), atol=1e-3)
+
+
+@pytest.mark.parametrize(("form", "write"), [("yolo", as_yolo), ("voc", as_voc), ("labelme", as_labelme)])
+def test_round_trip(known, folder, command, form, write):
+    write(folder / "src", known)
+    code, out, err = command(convert.main, form, folder / "src", folder / "dst")
+    assert code == 0, err
+    found, splits = read(folder / "dst")
+    same(found, known)
+    assert len(splits["val"]) == 2 and not splits["val"] & splits["train"]  # a fifth of nine
+    one = CocoDataset(folder / "dst" / "train.json", folder / "dst" / "images", EvalTransform(64, 64))
+    assert set(one.class_names) == set(NAMES)
+    assert "check_data.py" in out and "train.py" in out and (folder / "dst" / "report.txt").exists()
+    assert not list(folder.glob(".*"))
+
+
+def test_the_same_seed_gives_the_same_files(known, folder, command):
+    as_yolo(folder / "src", known)
+    files = {}
+    for name, options in (("a", ()), ("b", ()), ("c", ("--seed", 1)), ("d", ("--val", 0.5))):
+        assert command(convert.main, "yolo", folder / "src", folder / name, *options)[0] == 0
+        files[name] = [(folder / name / f"{split}.json").read_bytes() for split in ("train", "val")]
+    assert files["a"] == files["b"] != files["c"]
+    assert len(read(folder / "d")[1]["val"]) == 4
+
+
+@pytest.mark.parametrize("how", ["data.yaml", "list", "folders", "voc"])
+def test_the_split_of_its_own_is_kept(known, folder, command, how):
+    if how == "voc":
+        as_voc(folder / "src", known)
+        (folder / "src" / "ImageSets" / "Main").mkdir(parents=True)
+        (folder / "src" / "ImageSets" / "Main" / "val.txt").write_text("3\n5\n")
+    else:
+        moved = {("valid/" if name in ("3.jpg", "5.jpg") else "train/") + name: one for name, one in known.items()}
+        for part in ("valid", "train"):
+            (folder / "src" / "labels" / part).mkdir(parents=True)
+        about = {"data.yaml": {"val": "../images/valid"}, "list": {"val": "val.txt"}, "folders": {}}[how]
+        as_yolo(folder / "src", moved, **about)
+        (folder / "src" / "val.txt").write_text("images/valid/3.jpg\nimages/valid/5.jpg\n")
+    code, out, err = command(convert.main, "voc" if how == "voc" else "yolo", folder / "src", folder / "dst")
+    assert code == 0, err
+    assert {Path(name).name for name in read(folder / "dst")[1]["val"]} == {"3.jpg", "5.jpg"}
+    assert "drawn by" not in out
+
+
+def test_what_is_not_used_is_told(known, folder, command):
+    as_yolo(folder / "src", known)
+    labels = folder / "src" / "labels"
+    (labels / "1.txt").write_text(
+        "0 0.5 0.5 0.2 0.2\n\nhello\n0 0.5 0.5 0 0.2\n1 0.95 0.5 0.2 0.2 0.9\n7 0.5 0.5 0.1 0.1\n0 nan 0.5 0.1 0.1\n"
+        "1 0.1 0.2 0.3 0.2 0.3 0.6\n"
+    )
+    (labels / "2.txt").unlink()
+    (labels / "99.txt").write_text("0 0.5 0.5 0.2 0.2")
+    (folder / "src" / "images" / "4.jpg").write_bytes(b"no image")
+    code, out, err = command(convert.main, "yolo", folder / "src", folder / "dst")
+    assert code == 0, err
+    told = (folder / "dst" / "report.txt").read_text()
+    for kind, count in {
+        "lines that are not class cx cy w h": 1,
+        "boxes without area": 1,
+        "cut off at the border": 1,
+        "classes without a name": 1,
+        "not finite": 1,
+        "without a label file, taken as without boxes": 1,
+        "text without an image": 1,
+        "images or labels that cannot be used": 1,
+    }.items():
+        (line,) = (line for line in told.splitlines() if kind in line)
+        assert line.endswith(f": {count}") and line.split(":")[0] in out, line
+    (own,) = (boxes for name, (_, boxes) in read(folder / "dst")[0].items() if name.endswith("/1.jpg"))
+    assert [name for name, _ in own] == ["cat", "dog & <co>", "class 7", "dog & <co>"]
+    assert own[3][1] == pytest.approx((0.1 * 48, 0.2 * 64, 0.2 * 48, 0.4 * 64), abs=1e-3)  # the polygon
+
+
+def test_voc_and_labelme_remarks(known, folder, command):
+    as_voc(folder / "voc", known)
+    one = folder / "voc" / "Annotations" / "1.xml"
+    one.write_text(one.read_text().replace("<difficult>0", "<difficult>1"))
+    (folder / "voc" / "Annotations" / "2.xml").write_text('<!DOCTYPE a [<!ENTITY b "c">]><annotation/>')
+    (folder / "voc" / "Annotations" / "3.xml").unlink()
+    (folder / "voc" / "Annotations" / "4.xml").write_text("<annotation><object/></annotation>")
+    one = folder / "voc" / "Annotations" / "5.xml"
+    one.write_text(one.read_text().replace("<width>80", "<width>800"))
+    code, _, err = command(convert.main, "voc", folder / "voc", folder / "dst")
+    assert code == 0, err
+    told = (folder / "dst" / "report.txt").read_text()
+    for words in ("difficult objects", "declares a document type", "3.jpg", "objects without a name", "5.jpg is 80x80"):
+        assert words in told, words
+    documents = [json.loads((folder / "dst" / f"{split}.json").read_text()) for split in ("train", "val")]
+    assert sum(one["iscrowd"] for document in documents for one in document["annotations"]) == 1
+
+    as_labelme(folder / "labelme", known)
+    shapes = [
+        {"label": "cat", "shape_type": "circle", "points": [[20, 20], [23, 24]]},
+        {"label": "cat", "shape_type": "polygon", "points": [[1, 2], [11, 4], [5, 22]]},
+        {"label": "cat", "shape_type": "line", "points": [[1, 2], [11, 4]]},
+    ]
+    (folder / "labelme" / "1.json").write_text(json.dumps({"shapes": shapes}))
+    (folder / "labelme" / "2.json").write_text("{}")
+    assert command(convert.main, "labelme", folder / "labelme", folder / "dst2")[0] == 0
+    told = (folder / "dst2" / "report.txt").read_text()
+    assert "cat line" in told and "is not labelme's" in told
+    found = read(folder / "dst2")[0]["1.jpg"][1]
+    assert found == [("cat", (15, 15, 10, 10)), ("cat", (1, 2, 10, 20))]
+
+
+def test_a_turned_photo_is_taken_as_it_was_labelled(folder, command):
+    """EXIF says to turn it; YOLO's parts are of the turned image, a VOC file may be of the stored one."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    known = {"a.jpg": ((60, 40), [("cat", (5, 6, 20, 10))]), "b.jpg": ((60, 40), [("cat", (1, 1, 9, 9))])}
+    as_voc(folder / "voc", known)
+    turned = {name: ((40, 60), boxes) for name, (_, boxes) in known.items()}
+    as_yolo(folder / "yolo", turned, names=["cat"])
+    for place in ("voc/JPEGImages", "yolo/images"):
+        for name in known:
+            Image.new("RGB", (60, 40)).save(folder / place / name, exif=exif)
+    for form, expected in (("voc", known), ("yolo", turned)):
+        assert command(convert.main, form, folder / form, folder / f"{form}_dst")[0] == 0
+        same(read(folder / f"{form}_dst")[0], expected)
+        for split in ("train", "val"):
+            one = CocoDataset(
+                folder / f"{form}_dst" / f"{split}.json", folder / f"{form}_dst" / "images", EvalTransform(96, 96)
+            )
+            assert one[0][0].shape[1:] == ((64, 96) if form == "voc" else (96, 64))
+
+
+def test_slips_are_one_line_and_nothing_is_left(known, folder, command, monkeypatch):
+    as_yolo(folder / "src", known)
+    (folder / "empty").mkdir()
+    (folder / "full").mkdir()
+    (folder / "full" / "file").write_text("")
+    as_labelme(folder / "single", dict(list(known.items())[1:2]))
+    as_yolo(folder / "twice", known, names=[*NAMES, "cat"])
+    src, dst = folder / "src", folder / "dst"
+    for expected, arguments in {
+        "no such folder": ("yolo", folder / "none", dst),
+        "no images": ("yolo", folder / "empty", dst),
+        "is there already": ("yolo", src, folder / "full"),
+        "--val 1.5": ("yolo", src, dst, "--val", "1.5"),
+        "no boxes in the format of voc": ("voc", src, dst),
+        "one is needed": ("labelme", folder / "single", dst),
+        "one is there twice": ("yolo", folder / "twice", dst),
+        "cannot be written": ("yolo", src, "/dev/null/dst"),
+    }.items():
+        code, _, err = command(convert.main, *arguments)
+        assert code == 2 and expected in err and err.splitlines()[-1].startswith("error: "), (expected, err)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.link", full)
+    monkeypatch.setattr("shutil.copyfile", full)
+    code, _, err = command(convert.main, "yolo", src, dst)
+    assert code == 2 and "No space left" in err and not dst.exists() and not list(folder.glob(".*"))
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="no real images beside the project (../shared/data)")
+def test_real_images_come_back_from_yolo(folder, command):
+    document = json.loads((REAL / "val.json").read_text())
+    names = [one["name"] for one in document["categories"]]
+    place = {one["id"]: one["name"] for one in document["categories"]}
+    known = {}
+    for image in document["images"][:20]:
+        boxes = [
+            (place[one["category_id"]], tuple(one["bbox"]))
+            for one in document["annotations"]
+            if one["image_id"] == image["id"]
+        ]
+        known[image["file_name"]] = (image["width"], image["height"]), boxes
+    as_yolo(folder / "src", known, names=names)
+    for name in known:
+        (folder / "src" / "images" / name).write_bytes((REAL / "images" / name).read_bytes())
+    code, _, err = command(convert.main, "yolo", folder / "src", folder / "dst")
+    assert code == 0, err
+    same(read(folder / "dst")[0], known)
