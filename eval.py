@@ -1,4 +1,10 @@
-"""Score a checkpoint: python eval.py --checkpoint runs/X/best.pt [--data ANNOTATIONS IMAGES]"""
+"""Score a checkpoint of train.py, or one of torchvision's retinanet_resnet50_fpn (v1 or v2).
+
+    python eval.py --checkpoint runs/mine/best.pt [--data annotations.json images/] [--benchmark]
+
+On its validation set or on another. Prints the COCO table and writes metrics.json and detections.json (COCO's results
+format) into the checkpoint's folder, with --data into one in it that is named after the annotation file.
+"""
 
 import argparse
 import contextlib
@@ -23,20 +29,12 @@ from detector.structures import Detections
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Score a checkpoint of train.py, or one of torchvision's retinanet_resnet50_fpn (v1 or v2), "
-        "on its validation set or on another. Prints the COCO table and writes metrics.json and detections.json "
-        "(COCO results format)."
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, metavar="FILE")
     parser.add_argument(
         "--data", nargs=2, metavar=("ANNOTATIONS", "IMAGES"), help="annotation file and image folder, not its own"
     )
-    parser.add_argument(
-        "--output",
-        metavar="FOLDER",
-        help="for the results; by default the checkpoint's own folder, with --data one in it named after ANNOTATIONS",
-    )
+    parser.add_argument("--output", metavar="FOLDER", help="for the results")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="other options")
     parser.add_argument("--benchmark", action="store_true", help="also say how many images a second each stage takes")
     args = parser.parse_args()

@@ -1,6 +1,11 @@
-"""Train a RetinaNet: python train.py --config configs/demo/focal.yaml [--set solver.lr=0.02 ...] [--resume]
+"""Train a RetinaNet with the losses that a YAML file names.
 
-A run that ends before its time, by whatever cause, goes on with --resume as if it had not.
+    python train.py --config configs/demo/focal.yaml [--set solver.lr=0.02 run=mine ...] [--resume]
+    torchrun --nproc_per_node=8 train.py --config configs/coco/focal.yaml
+
+Writes the folder output/run: config.yaml, last.pt, best.pt (the best AP so far), metrics.json, detections.json and
+detections.png of the last evaluation, and TensorBoard's files. A run that ends before its time, by whatever cause, goes
+on with --resume as if it had not. All options: docs/configuration.md; what may go wrong: docs/troubleshooting.md.
 """
 
 import argparse
@@ -29,7 +34,7 @@ from detector.structures import Batch
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train a RetinaNet with the losses that a YAML file names.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML with what differs from the defaults")
     parser.add_argument("--set", nargs="+", action="extend", metavar="KEY=VALUE", help="one-off options on top")
     parser.add_argument("--resume", action="store_true", help="go on from the run's newest whole checkpoint, if any")

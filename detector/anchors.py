@@ -19,6 +19,8 @@ class Anchors:
         ratios: height / width
         strides: pixels between neighbouring cells of each level
 
+    `shapes` are the anchors of a cell of each level around its centre, (octaves x ratios, 4).
+
     Source: Lin et al., Focal Loss, 2017, section 4.
     """
 
@@ -35,7 +37,7 @@ class Anchors:
             raise ValueError("octaves, sizes, ratios and strides must be positive, and at least one ratio given")
         self.strides = tuple(strides)
         self.per_cell = octaves * len(ratios)
-        self._shapes = [self._level_shapes(size, octaves, ratios) for size in sizes]
+        self.shapes = [self._level_shapes(size, octaves, ratios) for size in sizes]
         self._cache: dict[tuple, Tensor] = {}  # images come in few sizes: each grid is built once
 
     @staticmethod
@@ -47,8 +49,8 @@ class Anchors:
         heights = (sides[None] * roots[:, None]).flatten()
         return torch.stack([-widths, -heights, widths, heights], dim=1) / 2
 
-    def _steps(self, grid: tuple[int, int], level: int, image_size: tuple[int, int]) -> tuple[int, int]:
-        """Pixels between cells, (vertical, horizontal)."""
+    def steps(self, grid: tuple[int, int], level: int, image_size: tuple[int, int]) -> tuple[int, int]:
+        """Pixels between the cells of a level, (vertical, horizontal), of its grid and the padded image's size."""
         return self.strides[level], self.strides[level]
 
     def __call__(self, grids: Sequence[tuple[int, int]], image_size: tuple[int, int], device: torch.device) -> Tensor:
@@ -64,10 +66,10 @@ class Anchors:
         """The same, anew and on the CPU."""
         levels = []
         for level, (height, width) in enumerate(grids):
-            step_y, step_x = self._steps((height, width), level, image_size)
+            step_y, step_x = self.steps((height, width), level, image_size)
             y, x = torch.meshgrid(torch.arange(height) * step_y, torch.arange(width) * step_x, indexing="ij")
             centres = torch.stack([x, y, x, y], dim=-1).reshape(-1, 1, 4)
-            levels.append((centres + self._shapes[level]).reshape(-1, 4))
+            levels.append((centres + self.shapes[level]).reshape(-1, 4))
         return torch.cat(levels)
 
 
@@ -87,5 +89,5 @@ class TorchvisionAnchors(Anchors):
         heights = (roots[:, None] * sides[None]).flatten()
         return (torch.stack([-widths, -heights, widths, heights], dim=1) / 2).round()
 
-    def _steps(self, grid: tuple[int, int], level: int, image_size: tuple[int, int]) -> tuple[int, int]:
+    def steps(self, grid: tuple[int, int], level: int, image_size: tuple[int, int]) -> tuple[int, int]:
         return image_size[0] // grid[0], image_size[1] // grid[1]

@@ -70,11 +70,11 @@ class Data(Options):
     train: Files = Files()
     val: Files = Files()
     short_side: int = Field(800, ge=32, le=2**14)  # pixels, unless the long side would pass long_side
-    long_side: int = Field(1333, ge=32, le=2**14)
+    long_side: int = Field(1333, ge=32, le=2**14)  # pixels, at most
     pad_to: int = Field(32, ge=32, le=1024, multiple_of=32)  # of padded sides; 128 keeps the sizes few, for compile
     workers: int = Field(2, ge=0, le=1024)  # processes that load images; 0 loads in the training process
     horizontal_flip: float = Field(0.5, ge=0, le=1)  # probability
-    vertical_flip: float = Field(0.0, ge=0, le=1)
+    vertical_flip: float = Field(0.0, ge=0, le=1)  # probability
     scale_jitter: tuple[float, float] = (1.0, 1.0)  # training images are resized by a factor drawn from this range
     strong: bool = False  # also colour, crops that keep boxes, affine maps
     cache: str = ""  # a folder to keep the images in, decoded and resized, for sets that fit on its disk
@@ -90,19 +90,19 @@ class Data(Options):
 
 
 class HeadOptions(Options):
-    depth: int = Field(4, ge=0, le=64)
-    width: int = Field(256, ge=32, le=2**14, multiple_of=32)
-    norm: Literal["none", "gn"] = "none"
-    prior: float = Field(0.01, gt=0, lt=1)
+    depth: int = Field(4, ge=0, le=64)  # 3x3 convolutions of each tower
+    width: int = Field(256, ge=32, le=2**14, multiple_of=32)  # their channels
+    norm: Literal["none", "gn"] = "none"  # behind each of them
+    prior: float = Field(0.01, gt=0, lt=1)  # probability of each class at the start
 
 
 class Model(Options):
-    backbone: str = "resnet50"
+    backbone: str = "resnet50"  # resnet18, 34, 50, 101, 152, resnext50_32x4d or resnext101_32x8d
     weights: str = "imagenet"  # imagenet | none | a file: of the backbone, or a checkpoint to fine-tune from
-    norm: Literal["frozen_bn", "bn", "sync_bn", "gn"] = "frozen_bn"
+    norm: Literal["frozen_bn", "bn", "sync_bn", "gn"] = "frozen_bn"  # of the backbone
     frozen_stages: int | None = Field(None, ge=0, le=4)  # by default 1 (stem and first stage), from scratch 0
-    p6_from: Literal["c5", "p5"] = "c5"
-    fpn_channels: int = Field(256, ge=32, le=2**14, multiple_of=32)
+    p6_from: Literal["c5", "p5"] = "c5"  # the map that the coarser levels start from
+    fpn_channels: int = Field(256, ge=32, le=2**14, multiple_of=32)  # of the pyramid's levels
     head: HeadOptions = HeadOptions()
 
     @model_validator(mode="after")
@@ -133,22 +133,22 @@ class BoxCoding(Options):
 
 
 class Solver(Options):
-    optimizer: Literal["sgd", "adamw"] = "sgd"
+    optimizer: Literal["sgd", "adamw"] = "sgd"  # the second goes with a far smaller lr, such as 1e-4
     lr: float = Field(0.01, gt=0)  # for batches of lr_batch_size
     lr_batch_size: int | None = Field(16, ge=1)  # lr scales from here to batch_size; null: lr is as given
     batch_size: int = Field(16, ge=1, le=2**20)  # images a step, over all processes and accumulated parts
     # Parts a step is computed in, one after the other, to save memory. The loss is that of the whole batch, for which
     # each part is computed twice: once for what the model says of all, once for the gradient.
     accumulate: int = Field(1, ge=1)
-    epochs: int = Field(12, ge=1)
+    epochs: int = Field(12, ge=1)  # times that each image is seen
     max_steps: int | None = Field(None, ge=1)  # ends the training, and its schedule, earlier
     momentum: float = Field(0.9, ge=0, lt=1)  # of sgd
-    weight_decay: float = Field(1e-4, ge=0)
+    weight_decay: float = Field(1e-4, ge=0)  # not of norms and biases
     warmup_steps: int = Field(500, ge=0)  # at lr_batch_size; smaller batches take proportionally more
     warmup_factor: float = Field(0.001, gt=0, le=1)  # of lr, at the first step
-    schedule: Literal["step", "cosine"] = "step"
+    schedule: Literal["step", "cosine"] = "step"  # of lr
     decay_at: list[float] = [8 / 12, 11 / 12]  # shares of the training after which lr drops (step)
-    decay_factor: float = Field(0.1, gt=0, lt=1)
+    decay_factor: float = Field(0.1, gt=0, lt=1)  # of lr, each time
     clip_norm: float | None = Field(None, gt=0)  # largest norm of the gradient
     ema: float | None = Field(None, gt=0, lt=1)  # decay of the averaged weights; evaluation then uses them
     skip_nonfinite: int = Field(0, ge=0)  # steps of a run that may be left out where loss or gradient is not finite
@@ -163,9 +163,9 @@ class Solver(Options):
 
 
 class PostprocessOptions(Options):
-    score_threshold: float = Field(0.05, ge=0, lt=1)
+    score_threshold: float = Field(0.05, ge=0, lt=1)  # what scores no more is dropped
     top_k: int = Field(1000, ge=1)  # a level, before NMS
-    nms_iou: float = Field(0.5, ge=0, le=1)
+    nms_iou: float = Field(0.5, ge=0, le=1)  # of two boxes of a class that overlap more, the better stays
     max_detections: int = Field(100, ge=1)  # an image
 
 
@@ -179,7 +179,7 @@ class Saving(Options):
 
 
 class TensorBoard(Options):
-    enabled: bool = True
+    enabled: bool = True  # write its files
     every: int = Field(20, ge=1)  # steps
     images: int = Field(8, ge=0)  # validation images drawn at each evaluation
     gradients: int = Field(200, ge=0)  # steps between two pictures of what the losses do to the gradient; 0: none
@@ -187,12 +187,12 @@ class TensorBoard(Options):
 
 class Config(Options):
     run: str = Field("run", min_length=1)  # results go to the folder output/run
-    output: str = "runs"
-    seed: int = Field(0, ge=0, lt=2**63)
+    output: str = "runs"  # the folder of all runs
+    seed: int = Field(0, ge=0, lt=2**63)  # of the initial weights, the order of images and their augmentation
     device: str = "auto"  # auto | cpu | cuda | cuda:1 | mps
     # Of the model; the criterion is always float32. auto: bfloat16 where the hardware gains by it
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    channels_last: bool = True
+    channels_last: bool = True  # the memory format of images and activations, which convolutions are fastest in
     compile: bool = False  # torch.compile: slow first steps, then faster; anew for each padded size (data.pad_to)
     data: Data = Data()
     model: Model = Model()
@@ -206,6 +206,16 @@ class Config(Options):
     evaluation: Evaluation = Evaluation()
     checkpoint: Saving = Saving()
     tensorboard: TensorBoard = TensorBoard()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, values: Any) -> Any:
+        """A part whose options are given without its name is the default one; but a loss is chosen by name."""
+        if not isinstance(values, dict):
+            return values
+        defaults = {key: field.default for key, field in cls.model_fields.items() if type(field.default) is Part}
+        given = {key: part for key, part in defaults.items() if isinstance(values.get(key), dict)}
+        return values | {key: {"name": part.name, **values[key]} for key, part in given.items()}
 
     @model_validator(mode="after")
     def _skippable(self) -> "Config":

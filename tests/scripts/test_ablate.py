@@ -2,6 +2,10 @@
 
 import json
 import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -9,7 +13,7 @@ import yaml
 
 from detector import config
 from detector.errors import UserError
-from scripts import ablate, result
+from scripts import ablate, compare, result
 
 
 @pytest.fixture
@@ -80,3 +84,44 @@ def test_tuned_runs_end_as_results_which_a_second_start_keeps(base, tmp_path, co
     code, out, err = command(ablate.main, *arguments)
     assert code == 0 and "1 of 1 runs are finished already" in out, err
     assert {path: path.stat().st_mtime_ns for path in results.iterdir()} == times
+
+
+def test_a_run_that_diverges_is_a_row_with_its_reason(base, tmp_path, command):
+    huge = {"base": "base.yaml", "class_loss": {"name": "focal", "weight": 1e39}, "box_loss": {"name": "smooth_l1"}}
+    (base.parent / "huge.yaml").write_text(yaml.safe_dump(huge))
+    arguments = ["--config", base, "--variants", "huge", "focal", "--seeds", 1, "--output", tmp_path / "out"]
+    code, out, err = command(ablate.main, *arguments)
+    assert code == 0 and "huge-s0: failed" in err + out, err
+    failed, whole = (result.read(tmp_path / "out" / "results" / f"{name}-s0.json") for name in ("huge", "focal"))
+    assert "class = inf" in failed["failure"] and "metrics" not in failed and whole["metrics"]["step"] == 2
+    code, out, err = command(ablate.main, *arguments)
+    assert code == 0 and "2 of 2 runs are finished already" in out  # a failure is a result too
+    code, out, _ = command(compare.main, *sorted(map(str, (tmp_path / "out" / "results").iterdir())))
+    assert code == 0 and "failed: huge, seed 0: " in out
+
+
+def test_a_grid_is_a_variant_for_each_value(base, tmp_path, command):
+    arguments = ["--config", base, "--variants", "focal", "--grid", "class_loss.gamma=0,1,2", "--seeds", 2]
+    code, out, err = command(ablate.main, *arguments, "--output", tmp_path / "out", "--dry-run")
+    assert code == 0, err
+    assert "6 runs of 3 variants" in out and "class_loss.gamma" in out
+    names = [Path(line).name for line in out.splitlines()[1:]]
+    assert names == [f"focal[gamma={gamma}]-s{seed}" for seed in range(2) for gamma in (0, 1, 2)]
+
+
+def test_stopped_by_a_signal_it_saves_and_goes_on(base, tmp_path):
+    text = [sys.executable, str(Path(ablate.__file__)), "--config", str(base), "--variants", "focal", "--seeds", "1"]
+    text += ["--output", str(tmp_path / "out"), "--set", "solver.epochs=15"]
+    process = subprocess.Popen(text, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    begun = tmp_path / "out" / "focal-s0" / "last.pt"  # of the first epoch
+    until = time.monotonic() + 120
+    while not begun.exists() and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM and "go on with the same command" in err, err
+    assert begun.exists() and not list((tmp_path / "out").glob("results/*.json"))
+    done = subprocess.run(text, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert result.read(tmp_path / "out" / "results" / "focal-s0.json")["metrics"]["step"] == 30
+    assert "from step" in (tmp_path / "out" / "configs" / "focal-s0.log").read_text()

@@ -1,0 +1,350 @@
+"""A data set as the detector will see it: what is wrong with it, and which boxes no anchor fits.
+
+    python scripts/check_data.py --config configs/bccd/focal.yaml [--set KEY=VALUE ...]
+    python scripts/check_data.py --train mine/train.json --val mine/val.json --images mine/images
+
+Reads annotation files and images with the code that training reads them with, and refuses what training would refuse.
+On the page --output (data.html) are then the classes, the sizes and shapes of boxes at the size that the network is
+given, the share of them that no anchor overlaps by half, with other anchors where those are shown to do better; images
+that are in train and in val (equal, or nearly so by their perceptual hash); boxes that look like slips; and samples.
+"""
+
+import argparse
+import random
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+# Started as a file, Python puts scripts/ on the path and not the repository that holds `detector`.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import imagehash
+import numpy as np
+import torch
+from matplotlib import pyplot as plt
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from data.coco import CocoDataset
+from data.draw import GROUND_TRUTH, draw_boxes
+from data.transforms import EvalTransform
+from detector import assemble, config
+from detector import boxes as box_ops
+from detector.anchors import Anchors
+from detector.config import Config
+from detector.errors import UserError, run_main
+from detector.inference import MULTIPLE
+from scripts import page
+
+FITS = 0.5  # IoU from which an anchor is taught a box
+BITS = 4  # of 64, in which the perceptual hashes of two pictures of one scene may differ
+MANY = 0.05  # share of boxes without an anchor from which other anchors are looked for
+TRIED = 20_000  # boxes that they are tried on
+SHOWN = 12  # pictures, and examples of a kind
+SIZES = {"below 16": (0, 16), "16 to 32": (16, 32), "32 to 96": (32, 96), "96 to 256": (96, 256), "above": (256, 1e9)}
+ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1)  # bits that are set in a byte
+
+
+class Seen(NamedTuple):
+    """A data set as the network is given it; N boxes of all images."""
+
+    dataset: CocoDataset
+    boxes: np.ndarray  # (N, 4) float32 x1, y1, x2, y2 in pixels of the resized image
+    labels: np.ndarray  # (N,)
+    image: np.ndarray  # (N,) which image each is in
+    sizes: list[tuple[int, int]]  # (height, width) of each resized image
+    hashes: np.ndarray  # (I, 8) uint8, perceptual
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", metavar="FILE", help="whose data, image size and anchors are taken")
+    parser.add_argument("--train", metavar="FILE", help="annotation file, in the place of the config's")
+    parser.add_argument("--val", metavar="FILE")
+    parser.add_argument("--images", metavar="FOLDER", help="of both files")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="other options")
+    parser.add_argument("--output", type=Path, default=Path("data.html"), metavar="FILE")
+    args = parser.parse_args(argv)
+    cfg = options(args)
+
+    train = look(cfg, "train")
+    val = look(cfg, "val", like=train.dataset) if cfg.data.val.annotations else None
+    both = [one for one in (train, val) if one is not None]
+    anchors: Anchors = assemble.build_model(cfg.model_copy(update={"model": small(cfg)}), 1).anchors
+    best = best_iou(anchors, train.boxes, [train.sizes[i] for i in train.image])
+    advice = suggest(cfg, anchors, train, best) if len(best) and (best < FITS).mean() > MANY else None
+    pairs = twins(train, val) if val else []
+    slips = suspicious(both)
+
+    lines = words(both, best, advice, pairs, slips)
+    sections = [
+        ("", [page.items(lines)]),
+        ("Classes", [classes(both)]),
+        ("Boxes and anchors", fit(train, anchors, best)),
+        ("In train and in val", twin_pictures(pairs, train, val)),
+        ("Boxes to look at", slip_tables(slips)),
+        ("Samples", [page.row(samples(train))]),
+    ]
+    page.write(args.output, f"Data of {train.dataset.path}", [one for one in sections if one[1]])
+    print("\n".join(lines))
+    print(f"written: {args.output}")
+
+
+def options(args: argparse.Namespace) -> Config:
+    """The config, or the defaults, with the files that are named on top."""
+    if not args.config and not args.train:
+        raise UserError("give --config FILE, or --train FILE and --images FOLDER")
+    files = {"train": {"annotations": args.train}, "val": {"annotations": args.val}}
+    for split in files.values():
+        if split["annotations"]:
+            split["images"] = args.images or str(Path(split["annotations"]).parent / "images")
+    named = {split: {key: value for key, value in one.items() if value} for split, one in files.items()}
+    if args.train and not args.val:
+        named["val"] = {"annotations": "", "images": ""}
+    source = args.config or "the defaults"
+    values = config.build({"model": {"weights": "none", "norm": "bn"}}, source)  # the defaults would be downloaded
+    if args.config:
+        values = assemble.configure(args.config)
+    changed = config.merge(values.model_dump(mode="json"), {"data": named})
+    values = config.with_settings(changed, args.set)
+    cfg = assemble.complete(config.build(values, source), source)
+    if not cfg.data.train.annotations or not cfg.data.train.images:
+        raise UserError(f"{source}: names no training set; give --train FILE and --images FOLDER")
+    return cfg
+
+
+def small(cfg: Config):
+    """Of the model the anchors alone matter here."""
+    return cfg.model.model_copy(update={"backbone": "resnet18", "weights": "none", "norm": "bn", "frozen_stages": 0})
+
+
+def look(cfg: Config, split: str, like: CocoDataset | None = None) -> Seen:
+    """Open and read a whole data set; UserError, after all of it, where images cannot be read."""
+    files = getattr(cfg.data, split)
+    given = {"category_ids": like.category_ids, "class_names": like.class_names} if like else {}
+    size = EvalTransform(cfg.data.short_side, cfg.data.long_side)
+    dataset = CocoDataset(files.annotations, files.images, size, **given)
+    boxes, labels, image, sizes, hashes, flaws = [], [], [], [], [], []
+    for index in tqdm(range(len(dataset)), desc=f"reading {split}", unit="image"):
+        try:
+            pixels, target, _, _ = dataset[index]
+        except UserError as error:
+            flaws.append(str(error))
+            continue
+        boxes.append(target.boxes.numpy())
+        labels.append(target.labels.numpy())
+        image.append(np.full(len(target.labels), index))
+        sizes.append(tuple(pixels.shape[1:]))
+        hashes.append(np.packbits(imagehash.phash(Image.fromarray(pixels.permute(1, 2, 0).numpy())).hash.flatten()))
+    if flaws:
+        for flaw in flaws:
+            print(flaw, file=sys.stderr)
+        count = f"{len(flaws)} of {len(dataset)} images cannot be used"
+        raise UserError(f"{files.annotations}: {count}, the first: {flaws[0]}")
+    columns = (np.concatenate([np.zeros((0, 4), np.float32), *boxes]), np.concatenate([np.zeros(0, int), *labels]))
+    hashed = np.stack(hashes) if hashes else np.zeros((0, 8), np.uint8)
+    return Seen(dataset, *columns, np.concatenate([np.zeros(0, int), *image]), sizes, hashed)
+
+
+# ----------------------------------------------------------------------------------------------------------- anchors
+
+
+def best_iou(anchors: Anchors, boxes: np.ndarray, sizes: list[tuple[int, int]]) -> np.ndarray:
+    """The best IoU that any anchor of its image has with each box (N, 4); sizes: (height, width) of its image.
+
+    Of the anchors of one shape and level it is that of the cell whose centre is nearest, the others need not be tried.
+    """
+    best = np.zeros(len(boxes), np.float32)
+    by_size: dict[tuple[int, int], list[int]] = {}
+    for place, size in enumerate(sizes):
+        by_size.setdefault(tuple(-(-side // MULTIPLE) * MULTIPLE for side in size), []).append(place)
+    for size, places in by_size.items():
+        own = torch.from_numpy(boxes[places])
+        centres = (own[:, :2] + own[:, 2:]) / 2
+        of_level = []
+        for level, shapes in enumerate(anchors.shapes):
+            grid = tuple(-(-side // anchors.strides[level]) for side in size)
+            steps = torch.tensor(anchors.steps(grid, level, size)[::-1])  # x first
+            cells = (centres / steps).round().clamp(min=torch.zeros(2), max=torch.tensor(grid[::-1]) - 1)
+            placed = (cells * steps).repeat(1, 2)[:, None] + shapes  # (n, shapes, 4)
+            repeated = own[:, None].expand_as(placed)
+            iou = box_ops.iou_of_pairs(placed.flatten(0, 1), repeated.flatten(0, 1)).view(len(own), -1)
+            of_level.append(iou.amax(dim=1))
+        best[places] = torch.stack(of_level).amax(dim=0).numpy()
+    return best
+
+
+class Advice(NamedTuple):
+    sizes: list[float]
+    ratios: list[float]
+    before: float  # share of the boxes that no anchor fits
+    after: float
+    boxes: int  # that it was tried on
+
+    @property
+    def settings(self) -> str:
+        return f"--set anchors.sizes={self.sizes} anchors.ratios={self.ratios}".replace(", ", ",")
+
+
+def suggest(cfg: Config, anchors: Anchors, train: Seen, best: np.ndarray) -> Advice | None:
+    """Other sizes and ratios that fit at least a third of the boxes that none fits now; None where none is found."""
+    now = cfg.anchors.options
+    if cfg.anchors.name != "grid":
+        return None
+    tried = np.array(random.Random(0).sample(range(len(train.boxes)), min(TRIED, len(train.boxes))))
+    boxes, sizes = train.boxes[tried], [train.sizes[i] for i in train.image[tried]]
+    before = float((best[tried] < FITS).mean())
+    sides = boxes[:, 2:] - boxes[:, :2]
+    shapes = np.quantile(sides[:, 1] / np.maximum(sides[:, 0], 1e-6), [0.1, 0.5, 0.9])
+    of_data = [round(float(ratio), 2) for ratio in np.clip(shapes, 0.1, 10)]
+    found = []
+    for factor in (0.25, 0.35, 0.5, 0.7, 1, 1.4, 2):
+        scaled = [round(size * factor, 1) for size in now["sizes"]]
+        for ratios in (list(now["ratios"]), of_data, sorted({*now["ratios"], of_data[0], of_data[2]})):
+            other = Anchors(tuple(scaled), now["octaves"], tuple(ratios))
+            missed = float((best_iou(other, boxes, sizes) < FITS).mean())
+            found.append((missed + 0.002 * len(ratios), missed, scaled, ratios))  # a shape more costs time
+    _, missed, scaled, ratios = min(found)
+    return Advice(scaled, ratios, before, missed, len(tried)) if missed <= before * 2 / 3 else None
+
+
+# ------------------------------------------------------------------------------------------- duplicates, odd boxes
+
+
+def twins(train: Seen, val: Seen) -> list[tuple[int, int]]:
+    """(train image, val image) whose perceptual hashes differ in at most BITS bits."""
+    found = []
+    for place, one in enumerate(val.hashes):
+        gaps = ONES[train.hashes ^ one].sum(axis=1)
+        found += [(int(other), place) for other in np.flatnonzero(gaps <= BITS)]
+    return found
+
+
+def suspicious(both: list[Seen]) -> dict[str, list[str]]:
+    """What may be a slip -> where."""
+    found: dict[str, list[str]] = {
+        "less than 4 pixels wide or high, as the network sees it": [],
+        "more than 95% of the image": [],
+        "more than ten times as long as wide": [],
+        "the same class twice in one place (IoU above 0.95)": [],
+    }
+    tiny, huge, thin, twice = found.values()
+    for seen in both:
+        names = seen.dataset.class_names
+        for index in range(len(seen.sizes)):
+            own = slice(*np.searchsorted(seen.image, [index, index + 1]))
+            boxes, labels = seen.boxes[own], seen.labels[own]
+            told = [f"{names[label]} {box.round(1).tolist()}" for box, label in zip(boxes, labels)]
+            where = [f"{seen.dataset.file_names[index]}: {one}" for one in told]
+            sides = boxes[:, 2:] - boxes[:, :2]
+            area = seen.sizes[index][0] * seen.sizes[index][1]
+            short, long = sides.min(axis=1, initial=1e9), sides.max(axis=1, initial=0)
+            tiny += [where[i] for i in np.flatnonzero(short < 4)]
+            huge += [where[i] for i in np.flatnonzero(sides.prod(axis=1) > 0.95 * area)]
+            thin += [where[i] for i in np.flatnonzero(long > 10 * short)]
+            iou = box_ops.iou(torch.from_numpy(boxes), torch.from_numpy(boxes)).numpy()
+            same = np.triu((iou > 0.95) & (labels[:, None] == labels), 1)
+            twice += [where[i] for i in np.flatnonzero(same.any(axis=0))]
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------ the page
+
+
+def words(
+    both: list[Seen], best: np.ndarray, advice: Advice | None, pairs: list, slips: dict[str, list[str]]
+) -> list[str]:
+    lines = [seen.dataset.summary() for seen in both]
+    if len(both) == 2:
+        names = both[0].dataset.class_names
+        for split, seen in zip(("train", "val"), both):
+            absent = [name for label, name in enumerate(names) if not (seen.labels == label).any()]
+            if absent:
+                what = "learnt" if split == "train" else "scored"
+                lines.append(f"classes without a box in {split}, which cannot be {what}: {', '.join(absent[:20])}")
+        lines.append(f"{len({i for i, _ in pairs})} training images are, or nearly are, in val too")
+    if len(best):
+        lines.append(f"{(best < FITS).mean():.1%} of the training boxes have no anchor with an IoU of {FITS}")
+    if advice:
+        tried = f"tried on {advice.boxes:,} boxes, where now it is {advice.before:.1%}"
+        lines.append(f"with {advice.settings} it is {advice.after:.1%}, {tried}")
+    lines += [f"{len(where)} boxes: {kind}" for kind, where in slips.items() if where]
+    return lines
+
+
+def classes(both: list[Seen]) -> str:
+    names = both[0].dataset.class_names
+    counts = [Counter(seen.labels.tolist()) for seen in both]
+    images = [Counter(label for label, _ in set(zip(seen.labels.tolist(), seen.image.tolist()))) for seen in both]
+    order = sorted(range(len(names)), key=lambda label: -counts[0][label])
+    heads = [f"{what} in {split}" for split in ("train", "val")[: len(both)] for what in ("boxes", "images")]
+    rows = [[names[k], *(n for c, i in zip(counts, images) for n in (c[k], i[k]))] for k in order]
+    return page.table(("class", *heads), rows)
+
+
+def fit(train: Seen, anchors: Anchors, best: np.ndarray) -> list[str]:
+    if not len(train.boxes):
+        return [page.text("There are no boxes to teach.")]
+    sides = train.boxes[:, 2:] - train.boxes[:, :2]
+    size, ratio = np.sqrt(sides.prod(axis=1)), sides[:, 1] / sides[:, 0]
+    rows = []
+    for name, (low, high) in SIZES.items():
+        own = (size >= low) & (size < high)
+        if own.any():
+            rows.append((name, int(own.sum()), f"{(best[own] < FITS).mean():.1%}", f"{np.median(best[own]):.2f}"))
+    rows.append(("all", len(best), f"{(best < FITS).mean():.1%}", f"{np.median(best):.2f}"))
+    table = page.table(("side, pixels", "boxes", f"no anchor with IoU {FITS}", "median best IoU"), rows)
+    shapes = torch.cat(anchors.shapes)
+    widths, heights = (shapes[:, 2] - shapes[:, 0]).numpy(), (shapes[:, 3] - shapes[:, 1]).numpy()
+    plots = []
+    for values, marks, label in (
+        (size, np.sqrt(widths * heights), "side of boxes, pixels (square root of the area)"),
+        (ratio, heights / widths, "height / width of boxes"),
+    ):
+        plot, axis = plt.subplots(figsize=page.FIGURE, layout="constrained")
+        edges = np.geomspace(max(values.min(), 1e-2) * 0.99, values.max() * 1.01 + 1e-6, 50)
+        axis.hist([values[best >= FITS], values[best < FITS]], edges, stacked=True, color=["#1f77b4", "#d62728"],
+                  label=["an anchor fits", "none does"])  # fmt: skip
+        for mark in np.unique(marks.round(3)):
+            axis.axvline(mark, color="black", linewidth=0.6, alpha=0.4)
+        axis.set(xlabel=label, ylabel="boxes", xscale="log")
+        ticks = [2.0**k for k in range(-4, 12) if edges[0] <= 2.0**k <= edges[-1]]
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.minorticks_off()
+        axis.legend(fontsize=8)
+        plots.append(page.figure(plot, f"{label}; lines are the anchors'"))
+    return [table, page.row(plots)]
+
+
+def twin_pictures(pairs: list[tuple[int, int]], train: Seen, val: Seen | None) -> list[str]:
+    shown = []
+    for one, other in pairs[:SHOWN]:
+        for seen, index, split in ((train, one, "train"), (val, other, "val")):
+            shown.append(page.photo(drawn(seen, index), f"{split}: {seen.dataset.file_names[index]}"))
+    return [page.row(shown)] if shown else []
+
+
+def slip_tables(slips: dict[str, list[str]]) -> list[str]:
+    parts = []
+    for kind, where in slips.items():
+        if where:
+            more = f", of which the first {SHOWN}" if len(where) > SHOWN else ""
+            parts += [page.text(f"{len(where)} boxes, {kind}{more}:"), page.items(where[:SHOWN])]
+    return parts
+
+
+def samples(train: Seen) -> list[str]:
+    chosen = sorted(random.Random(0).sample(range(len(train.sizes)), min(SHOWN, len(train.sizes))))
+    return [page.photo(drawn(train, index), train.dataset.file_names[index]) for index in chosen]
+
+
+def drawn(seen: Seen, index: int) -> np.ndarray:
+    pixels, target, _, _ = seen.dataset[index]
+    names = [seen.dataset.class_names[label] for label in target.labels.tolist()]
+    return draw_boxes(pixels, Tensor(target.boxes), names, GROUND_TRUTH).permute(1, 2, 0).numpy()
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,166 @@
+"""scripts/check_data.py: what is planted is found, what is said of anchors is so by brute force."""
+
+import json
+import re
+import shutil
+from html import unescape
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from detector.anchors import Anchors, TorchvisionAnchors
+from scripts import check_data
+
+
+def words(page: Path) -> str:
+    html = re.sub(r"data:image/[^\"]+", "", page.read_text())
+    return " ".join(unescape(re.sub(r"<[^>]+>", " ", html)).split())
+
+
+@pytest.fixture
+def call(folder, command):
+    def run(*arguments):
+        code, out, err = command(check_data.main, "--output", folder / "new" / "page.html", *arguments)
+        return code, out, err, words(folder / "new" / "page.html") if code == 0 else ""
+
+    return run
+
+
+def brute(anchors, boxes, sizes):
+    """Over the whole grid, in float64."""
+    best = []
+    for box, size in zip(boxes.astype(np.float64), sizes):
+        padded = tuple(-(-side // 32) * 32 for side in size)
+        grids = [tuple(-(-side // stride) for side in padded) for stride in (8, 16, 32, 64, 128)]
+        grid = anchors.build(grids, padded).double().numpy()
+        low, high = np.maximum(grid[:, :2], box[:2]), np.minimum(grid[:, 2:], box[2:])
+        shared = np.clip(high - low, 0, None).prod(axis=1)
+        areas = (grid[:, 2:] - grid[:, :2]).prod(axis=1) + (box[2:] - box[:2]).prod()
+        best.append((shared / (areas - shared)).max())
+    return np.array(best)
+
+
+@pytest.mark.parametrize("kind", [Anchors, TorchvisionAnchors])
+def test_the_best_anchor_is_that_of_all_anchors(kind):
+    rng = np.random.default_rng(0)
+    sizes = [[(300, 400), (417, 290), (64, 800)][number % 3] for number in range(120)]
+    corner = np.array([[rng.uniform(-5, size[1] - 4), rng.uniform(-5, size[0] - 4)] for size in sizes])
+    boxes = np.column_stack([corner, corner + np.exp(rng.uniform(1, 6, (120, 2)))]).astype(np.float32)
+    anchors = kind(sizes=(16, 40, 64, 128, 256), octaves=2, ratios=(0.6, 1.0, 2.5))
+    np.testing.assert_allclose(check_data.best_iou(anchors, boxes, sizes), brute(anchors, boxes, sizes), atol=2e-5)
+
+
+def noise(folder, names, size=96):
+    rng = np.random.default_rng(0)
+    for name in names:
+        low = rng.integers(0, 256, (8, 8, 3), np.uint8)  # smooth, so that it has a hash
+        Image.fromarray(low).resize((size, size), Image.BICUBIC).save(folder / name)
+
+
+def annotations(path, boxes, size=96):
+    """boxes: file name -> (class, x, y, w, h) each"""
+    document = {"images": [], "annotations": [], "categories": [{"id": k + 1, "name": n} for k, n in enumerate("ab")]}
+    for number, (name, own) in enumerate(boxes.items(), start=1):
+        document["images"].append({"id": number, "file_name": name, "width": size, "height": size})
+        for label, *box in own:
+            about = {"id": len(document["annotations"]) + 1, "image_id": number, "category_id": label, "iscrowd": 0}
+            document["annotations"].append(about | {"bbox": box, "area": box[2] * box[3]})
+    path.write_text(json.dumps(document))
+    return str(path)
+
+
+@pytest.fixture
+def planted(folder):
+    images = folder / "images"
+    images.mkdir()
+    names = [f"{n}.png" for n in range(6)]
+    noise(images, names)
+    again = Image.open(images / "2.png").resize((90, 90)).resize((96, 96))
+    again.save(images / "again.jpg", quality=80)
+    train = {name: [(1, 10, 10, 40, 40)] for name in names}
+    train["0.png"] += [(1, 10, 10, 40, 41), (2, 0, 0, 96, 95)]  # twice; the whole image
+    train["1.png"] += [(1, 5, 60, 2, 3), (1, 2, 80, 90, 6)]  # tiny; thin
+    val = {"again.jpg": [(1, 10, 10, 40, 40)]}
+    arguments = ("--train", annotations(folder / "train.json", train), "--val", annotations(folder / "val.json", val))
+    sizes = ("data.short_side=96", "data.long_side=96", "anchors.sizes=[24,32,48,64,96]")
+    return (*arguments, "--images", images, "--set", *sizes)
+
+
+def test_what_is_planted_is_found(planted, call, folder, in_browser):
+    code, out, err, told = call(*planted)
+    assert code == 0, err
+    assert "1 training images are, or nearly are, in val too" in out
+    assert "train: 2.png" in told and "val: again.jpg" in told
+    assert "classes without a box in val, which cannot be scored: b" in out
+    for kind, place in {
+        "less than 4 pixels": r"1\.png: a \[5\.0, 60\.0, 7\.0, 63\.0\]",
+        "more than 95% of the image": r"0\.png: b \[0\.0, 0\.0, 96\.0, 95\.0\]",
+        "more than ten times": r"1\.png: a \[2\.0, 80\.0, 92\.0, 86\.0\]",
+        "the same class twice": r"0\.png: a \[10\.0, 10\.0, 50\.0, 51\.0\]",
+    }.items():
+        assert re.search(rf"1 boxes, {kind}[^:]*: {place}", told), kind
+    assert re.search(r"a 9 6 1 1 ", told) and re.search(r"b 1 1 0 0 ", told)  # boxes and images of each class
+    for width in (400, 1280):
+        seen = in_browser(folder / "new" / "page.html", width)
+        assert seen["wide"] <= width and seen["broken"] == 0 and seen["remote"] == 0 and seen["overlaps"] == []
+        assert seen["images"] == 2 + 2 + 6  # plots, the pair, samples
+
+
+def test_nothing_is_made_up(folder, call):
+    (folder / "images").mkdir()
+    noise(folder / "images", ["a.png", "b.png", "c.png"])
+    one = {"a.png": [(1, 10, 10, 40, 40), (2, 20, 30, 60, 60)], "b.png": []}
+    train = annotations(folder / "train.json", one)
+    val = annotations(folder / "val.json", {"c.png": one["a.png"]})
+    small = ("--set", "data.short_side=96", "data.long_side=96")
+    code, out, err, told = call("--train", train, "--val", val, *small)
+    assert code == 0, err
+    assert "0 training images are" in out and "boxes:" not in out and "anchors.sizes" not in out
+    assert "Boxes to look at" not in told and "In train and in val" not in told
+    code, out, _, _ = call("--train", train, *small)  # without val
+    assert code == 0 and "in val" not in out
+
+
+def test_other_anchors_are_named_only_where_they_fit_more(folder, call):
+    (folder / "images").mkdir()
+    names = [f"{n}.png" for n in range(8)]
+    noise(folder / "images", names)
+    rng = np.random.default_rng(1)
+    boxes = {n: [(1, *rng.uniform(0, 60, 2), *rng.uniform(9, 14, 2)) for _ in range(9)] for n in names}
+    train = annotations(folder / "train.json", boxes)
+    small = ("--train", train, "--set", "data.short_side=96", "data.long_side=96")
+    code, out, err, _ = call(*small)  # the smallest anchor is 32 pixels wide
+    assert code == 0, err
+    (line,) = (line for line in out.splitlines() if line.startswith("with --set"))
+    settings, after, before = re.search(r"--set (\S+ \S+) it is ([\d.]+)%.* now it is ([\d.]+)%", line).groups()
+    assert float(before) > 90 and float(after) < 30
+    _, out, _, _ = call(*small, *settings.split())
+    assert f"{after}% of the training boxes have no anchor" in out
+
+
+def test_the_config_s_own_files_and_options(tiny, folder, call):
+    code, out, err, told = call("--config", tiny(folder))
+    assert code == 0, err
+    assert "8 images" in out and "4 images" in out and "no anchor with IoU 0.5" in told
+
+
+def test_slips_are_one_line(planted, call, folder, tiny):
+    (folder / "images" / "3.png").write_bytes(b"no image")
+    (folder / "broken.json").write_text("{")
+    shutil.copytree(folder / "images", folder / "fewer")
+    (folder / "fewer" / "0.png").unlink()
+    for expected, arguments in {
+        "3.png": planted,
+        "1 of 6 images cannot be used": planted,
+        "give --config": (),
+        "none.yaml": ("--config", "none.yaml"),
+        "broken.json": ("--train", folder / "broken.json", "--images", folder),
+        "are not there": (*planted, "--images", folder / "fewer"),
+        "data.short": (*planted, "--set", "data.short=1"),
+        "cannot be written": ("--config", tiny(folder), "--output", "/dev/null/page.html"),
+    }.items():
+        code, _, err, _ = call(*arguments)
+        assert code == 2 and expected in err.splitlines()[-1], (expected, err)
+        assert err.splitlines()[-1].startswith("error: ")
