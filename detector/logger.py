@@ -22,6 +22,10 @@ from detector.structures import Batch
 # Steps left out of the seconds a step: caches, kernels and workers warm up in them.
 WARM_UP = 5
 
+# Of TensorBoard's table of runs: all options would be five screens of columns.
+HPARAMS = ("class_loss", "box_loss", "assigner.name", "model.backbone", "model.head.prior", "seed")
+HPARAMS += ("solver.lr", "solver.batch_size", "solver.epochs", "precision")
+
 # Charts of TensorBoard's "custom scalars" tab, each with all runs in it.
 COMPARED = {
     "compare": {
@@ -189,12 +193,14 @@ class Logger:
                 self._writer.add_image(name, image, step)
 
     def config(self, text: str, settings: dict[str, Any]) -> None:
-        """The config as text, and as hyper-parameters beside which TensorBoard shows the AP numbers."""
+        """The config as text, and what runs are compared by as hyper-parameters beside which TensorBoard shows AP."""
         if self._writer is None:
             return
         # add_hparams would open a second folder for the run; these three records are what it writes there.
         shown = {
-            key: value if isinstance(value, (str, int, float, bool)) else str(value) for key, value in settings.items()
+            key: value if isinstance(value, (str, int, float, bool)) else str(value)
+            for key, value in settings.items()
+            if key.startswith(HPARAMS)
         }
         with self._curves():
             self._writer.add_custom_scalars(COMPARED)

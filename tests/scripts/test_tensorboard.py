@@ -1,0 +1,92 @@
+"""TensorBoard opens the runs of a comparison together, with data in each of its tabs."""
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+import torch
+
+import train
+from detector import assemble
+
+LOSSES = {"ce": ("ce", "smooth_l1"), "ghm": ("ghm_c", "ghm_r")}
+
+
+@pytest.fixture(scope="module")
+def address(tiny, tmp_path_factory):
+    """Of a server of two runs."""
+    folder = tmp_path_factory.mktemp("tensorboard")
+    for name, (class_loss, box_loss) in LOSSES.items():
+        losses = {"class_loss": {"name": class_loss}, "box_loss": {"name": box_loss}}
+        board = {"tensorboard": {"every": 1, "images": 1, "gradients": 2}}
+        train.train(assemble.configure(tiny(folder, run=name, **losses, **board)), torch.device("cpu"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(folder / "runs"), "--port", str(port)]
+    command += ["--host", "127.0.0.1", "--load_fast", "false"]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    found = f"http://127.0.0.1:{port}"
+    for _ in range(300):
+        try:
+            if set(json.load(urllib.request.urlopen(f"{found}/data/runs"))) == set(LOSSES):
+                break
+        except OSError:
+            pass
+        time.sleep(0.2)
+    yield found
+    server.terminate()
+    server.wait()
+    shutil.rmtree(folder)
+
+
+def data(address, path, **body):
+    request = urllib.request.Request(f"{address}/data/plugin/{path}")
+    if body:
+        request = urllib.request.Request(
+            f"{address}/data/plugin/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+    return json.load(urllib.request.urlopen(request))
+
+
+def test_runs_have_the_same_tags_to_be_compared_by(address):
+    tags = data(address, "scalars/tags")
+    assert tags["ce"].keys() == tags["ghm"].keys() >= {"eval/AP", "loss/total", "diagnostics/true_class_probability"}
+    for plugin, tag in (("images", "validation/0"), ("histograms", "gradient_class/count_log10"), ("text", "config")):
+        found = data(address, f"{plugin}/tags")
+        assert all(any(one.startswith(tag) for one in found[run]) for run in LOSSES), plugin
+
+
+def test_charts_hold_all_runs(address):
+    (category,) = data(address, "custom_scalars/layout")["category"]
+    patterns = [tag for chart in category["chart"] for tag in chart["multiline"]["tag"]]
+    assert category["chart"][0]["title"] == "AP"
+    for run in LOSSES:
+        found = data(address, f"custom_scalars/scalars?run={run}&tag=%5Eeval%2FAP%24")
+        assert len(found["tag_to_events"]["eval/AP"]) >= 1
+    known = data(address, "scalars/tags")["ghm"]
+    assert all(pattern.strip("^$") in known for pattern in patterns)
+
+
+def test_the_table_of_runs_is_sorted_by_ap(address):
+    names = data(address, "hparams/experiment", experimentName="")
+    parameters = {one["name"] for one in names["hparamInfos"]}
+    assert {"class_loss.name", "box_loss.name", "seed"} <= parameters and len(parameters) < 40
+    assert "eval/AP" in {one["name"]["tag"] for one in names["metricInfos"]}
+
+
+def test_it_loads_in_a_browser_with_data(address, tmp_path):
+    browser = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
+    if browser is None:
+        pytest.skip("no Chromium here to open pages with: apt-get install chromium")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--window-size=1400,1000"]
+    options += ["--virtual-time-budget=20000", "--dump-dom", f"{address}/#timeseries"]
+    page = subprocess.run([browser, *options], capture_output=True, text=True, timeout=120).stdout
+    for expected in (*LOSSES, "diagnostics", "eval", "gradient", "CUSTOM SCALARS", "HPARAMS", "IMAGES"):
+        assert expected.lower() in page.lower(), expected
+    assert "No dashboards are active" not in page
