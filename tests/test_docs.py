@@ -14,7 +14,7 @@ import yaml
 import train
 from detector import assemble
 from detector.losses import CrossEntropy
-from scripts import reference
+from scripts import compare, reference
 
 ROOT = Path(__file__).parents[1]
 
@@ -138,3 +138,12 @@ def test_the_example_of_a_loss_trains(tiny, tmp_path, monkeypatch):
     assert train.train(cfg, torch.device("cpu"))["step"] == 4
     cells = torch.randn(20, 3), torch.randint(0, 4, (20,)), torch.rand(20) < 0.8
     torch.testing.assert_close(loss(0.0)(*cells, 5.0), CrossEntropy()(*cells, 5.0))
+
+
+def test_the_table_of_results_is_what_the_command_writes(tmp_path, monkeypatch):
+    """Each number in the README is of a run in results/."""
+    monkeypatch.chdir(ROOT)
+    runs = sorted(map(str, Path("results/bccd").glob("*.json")))
+    compare.main([*runs, "--baseline", "ce", "--markdown", str(tmp_path / "table.md")])
+    table = (tmp_path / "table.md").read_text(encoding="utf-8")
+    assert table.count("\n| ") > 10 and table in (ROOT / "README.md").read_text(encoding="utf-8")

@@ -1,0 +1,34 @@
+"""scripts/noise.py: the table is the results' means, and slips are told."""
+
+from scripts import noise, result
+
+
+def write(folder, share, name, seed, ap):
+    losses = {"class_loss": {"name": name}, "box_loss": {"name": "smooth_l1"}}
+    content = {"config": {"run": f"{name}-s{seed}", "seed": seed, **losses}, "metrics": {"AP": ap}, "variant": name}
+    result.write(folder / str(share) / f"{name}-s{seed}.json", content | {"seed": seed})
+
+
+def test_means_and_what_is_lost(folder, command):
+    for seed, more in ((0, 0.0), (1, 0.02)):
+        for share, ap in ((0, 0.5), (10, 0.45), (20, 0.3)):
+            write(folder, share, "ce", seed, ap + more)
+        write(folder, 0, "focal", seed, 0.6)
+    code, out, err = command(noise.main, folder, "--output", folder / "plot.png")
+    assert code == 0, err
+    assert "| ce | 51.0±1.4 | 46.0±1.4 | 31.0±1.4 | 20.0 |" in out
+    assert "| focal | 60.0±0.0 | - | - | - |" in out
+    assert (folder / "plot.png").stat().st_size > 5000
+
+
+def test_slips_are_one_line(folder, command):
+    (folder / "empty").mkdir()
+    (folder / "10").mkdir()
+    write(folder / "good", 0, "ce", 0, 0.5)
+    for expected, arguments in {
+        "holds no folders": (folder / "empty",),
+        "no result files": (folder,),
+        "cannot be written": (folder / "good", "--output", "/dev/null/x.png"),
+    }.items():
+        code, _, err = command(noise.main, *arguments)
+        assert code == 2 and expected in err and err.startswith("error: ") and err.count("\n") == 1
