@@ -60,6 +60,7 @@ def score(
     Returns, as fractions 0..1 or -1 where there is no ground truth to measure on: AP, AP50, AP75, AP80, AP90,
     APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl; and
         by_iou     [AP at an IoU of 0.50, 0.55 ... 0.95]
+        precision_by_recall  [mean of the classes' precision at a recall of 0.00, 0.01 ... 1.00], at an IoU of 0.5
         per_class  {name: {AP, AP50, AP75, AR100, threshold, boxes}}: the score above which F1 at an IoU of 0.5 is
                    best, and the ground truth without crowds
         images     how many were scored
@@ -90,6 +91,7 @@ def score(
         **{f"AR{limit}": _mean(recall[..., 0, m]) for m, limit in enumerate((1, 10, 100))},
         **{f"AR{size}": _mean(recall[..., a, -1]) for a, size in enumerate(SIZES, start=1)},
     }
+    metrics["precision_by_recall"] = [_mean(of_classes) for of_classes in precision[IOUS["50"], :, :, 0, -1]]
     metrics["by_iou"] = [_mean(at_iou[..., 0, -1]) for at_iou in precision]
     counts = np.bincount(truth.categories[~truth.crowds], minlength=len(place)).tolist()
     metrics["per_class"] = {}

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
@@ -184,7 +185,20 @@ class Logger:
         self.scalars({key: value for key, value in numbers.items() if value >= 0}, step)
         if self._writer is not None:
             with self._curves():
+                self._precision_recall(metrics, step)
                 self._writer.flush()
+
+    def _precision_recall(self, metrics: dict[str, Any], step: int) -> None:
+        """The curve at an IoU of 0.5; its counts as if all classes were one."""
+        precision = np.array(metrics.get("precision_by_recall", [-1]), dtype=float)[::-1]  # TensorBoard's order
+        if (precision < 0).any():  # nothing is there to be found
+            return
+        boxes = sum(values["boxes"] for values in metrics["per_class"].values())
+        recall = np.linspace(1, 0, len(precision))
+        right = boxes * recall
+        wrong = right * (1 / np.maximum(precision, 1e-3) - 1)
+        counts = right.round(), wrong.round(), 0 * right, (boxes - right).round()
+        self._writer.add_pr_curve_raw("eval/precision_recall", *counts, precision, recall, step, len(precision))
 
     def image(self, name: str, image: Tensor, step: int) -> None:
         """Image (3, h, w) uint8."""

@@ -231,6 +231,12 @@ def test_ap_is_the_mean_of_those_by_iou(score):
     assert named == [metrics[name] for name in ("AP50", "AP75", "AP80", "AP90")]
 
 
+def test_ap50_is_the_mean_of_precision_over_recall(score):
+    metrics = score(*random_case(5))
+    assert len(metrics["precision_by_recall"]) == 101
+    assert np.mean(metrics["precision_by_recall"]) == pytest.approx(metrics["AP50"], abs=1e-12)
+
+
 def test_only_the_images_of_the_detections_count(score, tmp_path):
     annotations, detections, category_ids = random_case(3)
     subset = {i: detections[i] for i in (581929, 5, 900100581904)}

@@ -57,7 +57,8 @@ def data(address, path, **body):
 def test_runs_have_the_same_tags_to_be_compared_by(address):
     tags = data(address, "scalars/tags")
     assert tags["ce"].keys() == tags["ghm"].keys() >= {"eval/AP", "loss/total", "diagnostics/true_class_probability"}
-    for plugin, tag in (("images", "validation/0"), ("histograms", "gradient_class/count_log10"), ("text", "config")):
+    first = {"images": "validation/0", "histograms": "gradient_class/count_log10", "text": "config"}
+    for plugin, tag in (first | {"pr_curves": "eval/precision_recall"}).items():
         found = data(address, f"{plugin}/tags")
         assert all(any(one.startswith(tag) for one in found[run]) for run in LOSSES), plugin
 
