@@ -25,6 +25,7 @@ def test_it_is_noted_and_leaves_where_it_may(number):
 
 
 def test_the_second_signal_is_as_if_nobody_listened():
+    ours = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what is behind & without one
     before = [signal.getsignal(number) for number in SIGNALS]
     with Stop():
         assert [signal.getsignal(number) for number in SIGNALS] != before
@@ -33,6 +34,7 @@ def test_the_second_signal_is_as_if_nobody_listened():
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert [signal.getsignal(number) for number in SIGNALS] == before
+    signal.signal(signal.SIGINT, ours)
 
 
 def test_the_exit_code_and_the_line_say_what_happened(capsys):
