@@ -4,14 +4,15 @@
 
 A variant is the name of a YAML file beside the config that says class_loss, box_loss and, where it is part of the
 choice, model.head.prior; anything else in it is refused. `focal+ghm_r` is focal.yaml with the box_loss of ghm_r.yaml.
-`--grid class_loss.bins=5,10,20` makes of each variant one for each value.
+`--grid class_loss.bins=5,10,20` makes of each variant one for each value; given twice, one for each pair of values.
 
 `--tune box_loss.weight=x0.5,x1,x2 --tune-set solver.epochs=4` first gives each variant the same number of short runs,
 one for each value (`x2`: twice the variant's own), scored on a quarter of the training images and trained on the
 others, never on the validation set; the variant then goes with its best value.
 
 Stop it and start it again with the same command: finished runs are kept, broken ones go on. A run that diverges is a
-row with its reason; delete its result to have it tried again. In --output there are then
+row with its reason; delete its result to have it tried again. `--processes 2` trains each run with two processes, on
+two GPUs where they are. In --output there are then
 
     VARIANT-sSEED/     the run folder of train.py, with best.pt
     results/*.json     a small file for each run: all that scripts/compare.py needs
@@ -50,24 +51,27 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", required=True, metavar="NAME", help="files beside it, or NAME+NAME")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of a variant: seeds 0 to N - 1 (3)")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="options for all")
-    parser.add_argument("--grid", metavar="KEY=A,B", help="each variant with each of these values")
+    parser.add_argument(
+        "--grid", action="append", default=[], metavar="KEY=A,B", help="each variant with each of these values"
+    )
     parser.add_argument("--tune", metavar="KEY=A,B", help="short runs of each variant, to choose its value")
     parser.add_argument(
         "--tune-set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="for these runs"
     )
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: runs/, and the config's folder's name")
     parser.add_argument("--results", type=Path, metavar="FOLDER", help="for the small files (default: in --output)")
-    parser.add_argument("--jobs", type=int, metavar="N", help="runs at once (default: one on each GPU, or one)")
+    parser.add_argument("--jobs", type=int, metavar="N", help="runs at once (default: as the GPUs allow, or one)")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="of each run, by torchrun (1)")
     parser.add_argument("--dry-run", action="store_true", help="check all, and say which runs there would be")
     args = parser.parse_args()
-    jobs = args.jobs if args.jobs is not None else max(1, torch.cuda.device_count())
-    if args.seeds < 1 or jobs < 1:
-        raise UserError("--seeds and --jobs: give at least 1")
-    study = Study(args.config, args.set, args.output, args.results)
+    if min(args.seeds, args.processes, 1 if args.jobs is None else args.jobs) < 1:
+        raise UserError("--seeds, --jobs and --processes: give at least 1")
+    jobs = args.jobs or max(1, torch.cuda.device_count() // args.processes)
+    study = Study(args.config, args.set, args.output, args.results, args.processes)
 
     variants = {name: read_variant(study.base, name) for name in args.variants}
-    if args.grid:
-        key, values = parse_choice("--grid", args.grid)
+    for grid in args.grid:
+        key, values = parse_choice("--grid", grid)
         short = key.rpartition(".")[2]
         variants = {f"{n}[{short}={v}]": choose(c, key, v) for n, c in variants.items() for v in values}
     trials: dict[str, dict[str, Run]] = {}  # of each variant, the short run of each value
@@ -104,12 +108,13 @@ def main() -> None:
 class Study:
     """Where the runs of a comparison are, and what they have in common."""
 
-    def __init__(self, base: str, settings: list[str], output: Path | None, results: Path | None):
+    def __init__(self, base: str, settings: list[str], output: Path | None, results: Path | None, processes: int = 1):
         self.base = Path(base)
         self.common = assemble.configure(base, settings)
         self.settings = settings
         self.output = output or Path("runs") / self.base.resolve().parent.name
         self.results = results or self.output / "results"
+        self.processes = processes
         self.notes: dict[str, Values] = {}  # of a variant, for its results
 
     def runs(self, variants: dict[str, Values], seeds: int) -> list[Run]:
@@ -140,7 +145,8 @@ class Study:
             file,
             assemble.configure(str(file)),
             self.results / f"{name}.json",
-            notes | self.notes.get(notes["variant"], {}),
+            notes | self.notes.get(notes["variant"], {}) | {"processes": self.processes},
+            self.processes,
         )
 
     def part(self, split: str) -> Path:

@@ -39,8 +39,11 @@ def main(argv: list[str] | None = None) -> None:
     for name, curve in curves.items():
         cells = [told(curve[share]) if share in curve else "-" for share in shares]
         whole = {shares[0], shares[-1]} <= curve.keys()
-        lost = statistics.fmean(curve[shares[0]]) - statistics.fmean(curve[shares[-1]]) if whole else None
-        print(f"| {name} | " + " | ".join(cells) + f" | {'-' if lost is None else f'{lost:.1f}'} |")
+        lost = "-"
+        if whole:
+            first, last = statistics.fmean(curve[shares[0]]), statistics.fmean(curve[shares[-1]])
+            lost = f"{first - last:.1f} ({(first - last) / first:.0%})"
+        print(f"| {name} | " + " | ".join(cells) + f" | {lost} |")
     try:
         draw(curves).savefig(args.output, dpi=150)
     except (OSError, ValueError) as error:
@@ -59,7 +62,8 @@ def read(folder: Path) -> dict[str, Curve]:
         if not files:
             raise UserError(f"{folder / str(share)}: no result files in it")
         for row in compare.read_rows(files):
-            curves.setdefault(row.name, {})[share] = [100 * run["metrics"]["AP"] for run in row.runs]
+            if row.runs:  # else all have failed
+                curves.setdefault(row.name, {})[share] = [100 * run["metrics"]["AP"] for run in row.runs]
     return curves
 
 
@@ -75,6 +79,7 @@ def draw(curves: dict[str, Curve]) -> plt.Figure:
         spread = [statistics.stdev(values) if len(values) > 1 else 0 for values in curve.values()]
         axis.errorbar(list(curve), means, spread, marker="o", capsize=3, label=name)
     axis.set(xlabel="training labels that are wrong, percent", ylabel="AP on clean labels, percent")
+    axis.set_xticks(sorted({share for curve in curves.values() for share in curve}))
     axis.legend()
     return figure
 

@@ -14,6 +14,7 @@ others from being done; the exit code is then 2.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -119,6 +120,8 @@ def picture(detector: Detector, source: Path, target: Path, number: int, results
         target.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(draw(image, found, detector)).save(target, quality=92)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            target.unlink()
         raise cannot_write(target, error) from None
     results += entries(found, detector, {"image_id": number, "file_name": str(source)})
     return 1
@@ -128,13 +131,13 @@ def film(detector: Detector, source: Path, target: Path, number: int, results: l
     """Do a video; how many frames it had. It has its own name only when it is whole."""
     reader = cv2.VideoCapture(str(source))
     rate, expected = reader.get(cv2.CAP_PROP_FPS) or 25.0, int(reader.get(cv2.CAP_PROP_FRAME_COUNT))
-    beside, writer, count = target.with_suffix(".part.mp4"), None, 0
+    beside, writer, count = target.with_suffix(".part.mp4"), cv2.VideoWriter(), 0
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         for image in tqdm(frames(reader), total=max(expected, 0) or None, desc=source.name, unit="frame", leave=False):
-            if writer is None:
+            if not count:
                 size = image.shape[1], image.shape[0]
-                writer = cv2.VideoWriter(str(beside), cv2.VideoWriter_fourcc(*"mp4v"), rate, size)
+                writer.open(str(beside), cv2.VideoWriter_fourcc(*"mp4v"), rate, size)
             found = detector(image)
             writer.write(cv2.cvtColor(draw(image, found, detector), cv2.COLOR_RGB2BGR))
             results += entries(found, detector, {"image_id": number + count, "file_name": str(source), "frame": count})
@@ -142,11 +145,16 @@ def film(detector: Detector, source: Path, target: Path, number: int, results: l
         if not count:
             raise UserError(f"{source}: no frame of it can be decoded; give another video")
         writer.release()
+        written = sum(1 for _ in frames(cv2.VideoCapture(str(beside))))
+        if written < count:  # OpenCV's writer never says so
+            raise OSError(f"{written} of {count} frames are in it; is the disk full?")
         os.replace(beside, target)
     except OSError as error:
         raise cannot_write(target, error) from None
     finally:
         reader.release()
+        writer.release()
+        beside.unlink(missing_ok=True)
     if count + 1 < expected:  # what a file says of itself may be one off
         tqdm.write(f"{source}: {count} frames could be decoded of the {expected} that it says it has", file=sys.stderr)
     return count
@@ -195,6 +203,8 @@ def write_results(path: Path, results: list[dict[str, Any]]) -> None:
         beside.write_text(json.dumps(results), encoding="utf-8")
         os.replace(beside, path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            beside.unlink()
         raise cannot_write(path, error) from None
 
 

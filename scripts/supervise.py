@@ -36,6 +36,8 @@ ELSEWHERE = (
     "checkpoint",
 )
 STEPS = re.compile(r"(\d+)/(\d+) \[")  # of the progress line
+EXIT_CODE = re.compile(r"exitcode\s*: (-?\d+)")  # of torchrun's report, which itself ends with 1
+TAIL = 2**14  # bytes of a log; that report has some thousand
 POLL = 0.5  # seconds
 
 
@@ -47,6 +49,7 @@ class Run:
     cfg: Config
     kept: Path
     notes: dict[str, Any]  # what else its result shall hold
+    processes: int = 1
 
     @property
     def name(self) -> str:
@@ -62,6 +65,13 @@ class Child:
     run: Run
     process: subprocess.Popen
     log: TextIO
+    begun: int  # where in the log it starts: a run that goes on adds to it
+
+    def said(self) -> str:
+        """The end of what it wrote."""
+        with self.run.log.open("rb") as file:
+            file.seek(max(self.begun, self.run.log.stat().st_size - TAIL))
+            return file.read().decode("utf-8", errors="replace")
 
 
 def finished(run: Run) -> bool:
@@ -69,6 +79,7 @@ def finished(run: Run) -> bool:
     if not run.kept.exists():
         return False
     then, now = config.flat(result.read(run.kept)["config"]), config.flat(run.cfg.model_dump(mode="json"))
+    then["processes"], now["processes"] = result.read(run.kept).get("processes", 1), run.processes
     for key in dict.fromkeys([*now, *then]):
         if now.get(key) != then.get(key) and not key.startswith(ELSEWHERE):
             raise UserError(
@@ -107,7 +118,7 @@ def train_all(runs: list[Run], jobs: int, keep: Callable[[dict], dict] = lambda 
                         done += 1
                 if stop.number is not None:
                     break
-                shares = {child.run.name: progress(child.run.log) for child in children.values()}
+                shares = {child.run.name: progress(child.said()) for child in children.values()}
                 line.set_postfix_str(", ".join(f"{name} {share:.0%}" for name, share in shares.items()), refresh=False)
                 line.update(round(done + sum(shares.values()), 3) - line.n)
         finally:
@@ -122,21 +133,33 @@ def train_all(runs: list[Run], jobs: int, keep: Callable[[dict], dict] = lambda 
 
 def start(run: Run, slot: int, jobs: int) -> Child:
     environment = dict(os.environ)
-    if jobs > 1:  # each its share of the cores, and a GPU of its own
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
-        if torch.cuda.device_count() > 1:
-            environment["CUDA_VISIBLE_DEVICES"] = str(slot % torch.cuda.device_count())
-    log = run.log.open("a", encoding="utf-8")
+    if jobs * run.processes > 1:  # each its share of the cores, and GPUs of its own
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // (jobs * run.processes))))
+    if jobs > 1 and torch.cuda.device_count() > 1:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(cards(slot, run.processes))
     command = [sys.executable, str(TRAIN), "--config", str(run.file), "--resume"]
+    if run.processes > 1:
+        command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={run.processes}"]
+    log = run.log.open("a", encoding="utf-8")
     # A session of its own: Ctrl-C would reach it too, and ours be its second signal, which ends it at once.
     process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
-    return Child(run, process, log)
+    return Child(run, process, log, log.tell())
+
+
+def cards(slot: int, processes: int) -> list[str]:
+    """The GPUs of a slot, of those that we may use ourselves, as CUDA_VISIBLE_DEVICES names them."""
+    ours = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    names = ours.split(",")
+    first = slot % max(1, len(names) // processes) * processes
+    return names[first : first + processes]
 
 
 def ended(child: Child, keep: Callable[[dict], dict], lost: list[str]) -> None:
     """Keep the result of a process that has ended, or note in `lost` why there is none."""
-    run, code = child.run, child.process.returncode
-    reason = last_line(run.log)
+    run, code, said = child.run, child.process.returncode, child.said()
+    if code == 1 and run.processes > 1 and (told := EXIT_CODE.findall(said)):
+        code = int(told[-1])  # the last told is the first that ended
+    reason = last_line(said)
     if code == 0:
         result.write(run.kept, keep(result.collect(run.cfg.folder) | run.notes))
         for name in (checkpoint.LAST, checkpoint.PREVIOUS):  # best.pt is kept
@@ -162,20 +185,14 @@ def stop_all(children: list[Child]) -> None:
         child.log.close()
 
 
-def progress(log: Path) -> float:
+def progress(said: str) -> float:
     """The share of its steps that a run has done, by the end of its log."""
-    found = STEPS.findall(tail(log))
+    found = STEPS.findall(said)
     return int(found[-1][0]) / max(1, int(found[-1][1])) if found else 0.0
 
 
-def last_line(log: Path) -> str:
+def last_line(said: str) -> str:
     """What a run said at its end; its error, where it told one."""
-    lines = [line.strip() for line in re.split(r"[\r\n]+", tail(log)) if line.strip()]
+    lines = [line.strip() for line in re.split(r"[\r\n]+", said) if line.strip()]
     errors = [line for line in lines if line.startswith("error: ")]
     return (errors or lines or ["it said nothing"])[-1]
-
-
-def tail(log: Path) -> str:
-    with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - 4096))
-        return file.read().decode("utf-8", errors="replace")

@@ -5,8 +5,10 @@ import os
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # before data.transforms is imported: it would ask the network
 
 import json
+import resource
 import shutil
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
@@ -36,6 +38,22 @@ def folder(tmp_path):
     """A folder emptied after the test: each checkpoint has some 100 MB."""
     yield tmp_path
     shutil.rmtree(tmp_path, ignore_errors=True)
+
+
+@pytest.fixture
+def full_disk():
+    """A context in which no file grows beyond so many bytes, as on a disk with no more room."""
+
+    @contextmanager
+    def limit(size: int):
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    return limit
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 import os
 import pickle
 import random
-import resource
 
 import numpy as np
 import pytest
@@ -65,18 +64,14 @@ def test_the_averaged_weights_are_the_model_of_the_checkpoint(folder, same):
     assert torch.allclose(content["run"]["model"]["head.logits.bias"], content["model"]["head.logits.bias"] + 1)
 
 
-def test_a_full_disk_leaves_the_old_files_and_says_what_is_needed(saved, folder):
+def test_a_full_disk_leaves_the_old_files_and_says_what_is_needed(saved, folder, full_disk):
     _, cfg, _, criterion = saved
     solver = make(class_loss={"name": "ghm_c"})[3]
     path = folder / "last.pt"
     path.write_bytes(b"the old one")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))  # no file beyond a megabyte
-    try:
-        with pytest.raises(UserError, match=r"last.pt: cannot be written .* it takes \d\d+ MB, .* --resume") as error:
-            save(path, cfg, solver, criterion)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    refused = pytest.raises(UserError, match=r"last.pt: cannot be written .* it takes \d\d+ MB, .* --resume")
+    with full_disk(2**20), refused as error:
+        save(path, cfg, solver, criterion)
     assert "\n" not in str(error.value)
     assert path.read_bytes() == b"the old one" and os.listdir(folder) == ["last.pt"]
 

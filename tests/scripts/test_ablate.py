@@ -107,6 +107,8 @@ def test_a_grid_is_a_variant_for_each_value(base, tmp_path, command):
     assert "6 runs of 3 variants" in out and "class_loss.gamma" in out
     names = [Path(line).name for line in out.splitlines()[1:]]
     assert names == [f"focal[gamma={gamma}]-s{seed}" for seed in range(2) for gamma in (0, 1, 2)]
+    code, out, err = command(ablate.main, *arguments, "--grid", "class_loss.weight=1,4", "--output", tmp_path, "--dry-run")
+    assert code == 0 and "12 runs of 6 variants" in out and "focal[gamma=2][weight=4]-s1" in out, err
 
 
 def test_stopped_by_a_signal_it_saves_and_goes_on(base, tmp_path):

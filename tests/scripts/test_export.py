@@ -1,6 +1,7 @@
 """scripts/export.py: the file says what PyTorch says, on other sizes than it was made with, or there is no file."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -90,6 +91,15 @@ def test_another_model_is_caught_and_leaves_no_file(learnt, folder, command, mon
     target = folder / "mine.onnx"
     code, _, err = command(export.main, "--checkpoint", learnt, "--format", "onnx", "--output", target)
     assert code == 2 and "the export is not the model" in err and not list(folder.iterdir())
+
+
+def test_a_full_disk_is_one_line_and_keeps_the_file_before(learnt, folder, command, full_disk):
+    target = folder / "mine.onnx"
+    target.write_text("the one before")
+    with full_disk(2**20):
+        code, _, err = command(export.main, "--checkpoint", learnt, "--format", "onnx", "--output", target)
+    assert code == 2 and "mine.onnx: cannot be written" in err.splitlines()[-1] and "Traceback" not in err, err
+    assert target.read_text() == "the one before" and os.listdir(folder) == ["mine.onnx"]
 
 
 def detections(*rows):

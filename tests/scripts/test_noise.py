@@ -2,10 +2,11 @@
 
 from scripts import noise, result
 
+LOSSES = {"class_loss": {"name": "ce"}, "box_loss": {"name": "smooth_l1"}}
+
 
 def write(folder, share, name, seed, ap):
-    losses = {"class_loss": {"name": name}, "box_loss": {"name": "smooth_l1"}}
-    content = {"config": {"run": f"{name}-s{seed}", "seed": seed, **losses}, "metrics": {"AP": ap}, "variant": name}
+    content = {"config": {"run": f"{name}-s{seed}", "seed": seed, **LOSSES}, "metrics": {"AP": ap}, "variant": name}
     result.write(folder / str(share) / f"{name}-s{seed}.json", content | {"seed": seed})
 
 
@@ -14,10 +15,13 @@ def test_means_and_what_is_lost(folder, command):
         for share, ap in ((0, 0.5), (10, 0.45), (20, 0.3)):
             write(folder, share, "ce", seed, ap + more)
         write(folder, 0, "focal", seed, 0.6)
+    failed = {"config": {"run": "ghm", "seed": 0, **LOSSES}, "failure": "loss inf", "variant": "ghm", "seed": 0}
+    result.write(folder / "0" / "ghm-s0.json", failed)
     code, out, err = command(noise.main, folder, "--output", folder / "plot.png")
     assert code == 0, err
-    assert "| ce | 51.0±1.4 | 46.0±1.4 | 31.0±1.4 | 20.0 |" in out
+    assert "| ce | 51.0±1.4 | 46.0±1.4 | 31.0±1.4 | 20.0 (39%) |" in out
     assert "| focal | 60.0±0.0 | - | - | - |" in out
+    assert "ghm" not in out
     assert (folder / "plot.png").stat().st_size > 5000
 
 

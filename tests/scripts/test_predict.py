@@ -132,6 +132,25 @@ def test_slips_are_one_line(learnt, call, folder):
         assert code == 2 and one_line(err) and expected in err, (expected, err)
 
 
+def test_a_full_disk_is_one_line_and_leaves_no_half_file(learnt, call, folder, full_disk):
+    (folder / "in").mkdir()
+    large = np.random.default_rng(0).integers(0, 256, (480, 640, 3), np.uint8)  # noise: no format makes it small
+    cv2.imwrite(str(folder / "in" / "photo.png"), large)
+    writer = cv2.VideoWriter(str(folder / "in" / "film.avi"), cv2.VideoWriter_fourcc(*"MJPG"), 12, (640, 480))
+    for _ in range(6):
+        writer.write(large)
+    writer.release()
+    for name, made in (("photo.png", "photo.jpg"), ("film.avi", "film.mp4")):
+        with full_disk(60_000):
+            code, _, err, _ = call(folder / "in" / name)
+        assert code == 2 and one_line(err) and f"{made}: cannot be written" in err, err
+        assert [path.name for path in (folder / "out").iterdir()] == ["detections.json"]
+    with full_disk(100):
+        code, _, err, results = call(folder / "in" / "photo.png", "--score", "0")
+    assert code == 2 and one_line(err) and results == []  # of the call before
+    assert call(folder / "in")[0] == 0
+
+
 def test_what_was_done_before_ctrl_c_is_kept(learnt, call, folder, monkeypatch):
     def interrupted(detector, source, *rest):
         if source.name == "1.png":
