@@ -98,12 +98,13 @@ def score(
     for category_id, name in names.items():
         k = place[category_id]
         curves = precision[:, :, k, 0, -1]  # (T, R)
+        at_recalls, own = thresholds[IOUS["50"], :, k, 0, -1], results[results[:, 6] == k, 5]
         metrics["per_class"][name] = {
             "AP": _mean(curves),
             "AP50": _mean(curves[IOUS["50"]]),
             "AP75": _mean(curves[IOUS["75"]]),
             "AR100": _mean(recall[:, k, 0, -1]),
-            "threshold": _best_threshold(curves[IOUS["50"]], thresholds[IOUS["50"], :, k, 0, -1]),
+            "threshold": _best_threshold(curves[IOUS["50"]], at_recalls, own),
             "boxes": counts[k],
         }
     metrics["images"] = len(detections)
@@ -277,11 +278,18 @@ def _mean(values: np.ndarray) -> float:
     return float(valid.mean()) if valid.size else -1.0
 
 
-def _best_threshold(precision: np.ndarray, scores: np.ndarray) -> float:
-    """Score at which F1 is best, given precision (R,) and scores (R,) at R recalls; -1 where nothing is found."""
+def _best_threshold(precision: np.ndarray, at_recalls: np.ndarray, scores: np.ndarray) -> float:
+    """Where F1 is best, given precision (R,) and scores (R,) at R recalls, and all scores; -1 where nothing is found.
+
+    That is halfway to the next lower score: the lowest one that counts must also reach it in another batch, precision
+    or machine, where its last digits differ.
+    """
     recall = np.linspace(0, 1, len(precision))
     f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-9)
-    return float(scores[f1.argmax()]) if f1.max() > 0 else -1.0
+    if f1.max() <= 0:
+        return -1.0
+    lowest = at_recalls[f1.argmax()]
+    return float(lowest + scores[scores < lowest].max(initial=0)) / 2
 
 
 def _percent(value: float) -> str:

@@ -204,6 +204,7 @@ def warn(rows: list[Row]) -> list[str]:
             own |= {f"metrics.{key}": run["metrics"][key] for key in EVALUATED if key in run["metrics"]}
             own["seeds"] = row.seeds
             own["machine"] = run["machine"]["device"] if "machine" in run else None
+            own["processes"] = run.get("processes", 1)
             settings.append((row.name if len(row.runs) == 1 else f"{row.name} seed {run['config']['seed']}", own))
     for key in dict.fromkeys(key for _, own in settings for key in own):
         who: dict[str, list[str]] = {}  # value -> the runs that have it

@@ -3,8 +3,9 @@
     python scripts/noise.py results/noise --output docs/noise.png
 
 The folder holds one folder of result files (scripts/ablate.py) for each share of wrong labels, named by the share in
-percent: results/noise/0, 10, 20. The validation set is clean. Prints the table, and draws it with the standard
-deviation over seeds.
+percent: results/noise/0, 10, 20. The validation set is clean. Prints the table, with what is lost from the first share
+to the last, the interval that holds 95% of 500 draws of validation images and seeds, and the part that is of the AP at
+the first; and draws it with the standard deviation over seeds.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from matplotlib import pyplot as plt
 from detector.errors import UserError, run_main
 from scripts import compare
 
-Curve = dict[int, list[float]]  # share of wrong labels in percent -> AP of each seed, in percent
+Curve = dict[int, compare.Row]  # by the share of wrong labels in percent
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -37,12 +38,8 @@ def main(argv: list[str] | None = None) -> None:
     print("| run | " + " | ".join(f"{share}%" for share in shares) + f" | lost at {shares[-1]}% |")
     print("| --- |" + " ---: |" * (len(shares) + 1))
     for name, curve in curves.items():
-        cells = [told(curve[share]) if share in curve else "-" for share in shares]
-        whole = {shares[0], shares[-1]} <= curve.keys()
-        lost = "-"
-        if whole:
-            first, last = statistics.fmean(curve[shares[0]]), statistics.fmean(curve[shares[-1]])
-            lost = f"{first - last:.1f} ({(first - last) / first:.0%})"
+        cells = [told(aps(curve[share])) if share in curve else "-" for share in shares]
+        lost = told_loss(curve[shares[0]], curve[shares[-1]]) if {shares[0], shares[-1]} <= curve.keys() else "-"
         print(f"| {name} | " + " | ".join(cells) + f" | {lost} |")
     try:
         draw(curves).savefig(args.output, dpi=150)
@@ -52,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def read(folder: Path) -> dict[str, Curve]:
-    """AP of each run's seeds, by name and share of wrong labels."""
+    """The rows by name and share of wrong labels; those of which no run has an AP are left out."""
     shares = sorted(int(path.name) for path in folder.glob("*") if path.is_dir() and path.name.isdigit())
     if not shares:
         raise UserError(f"{folder}: holds no folders named by a share in percent, such as 0, 10 and 20")
@@ -63,8 +60,20 @@ def read(folder: Path) -> dict[str, Curve]:
             raise UserError(f"{folder / str(share)}: no result files in it")
         for row in compare.read_rows(files):
             if row.runs:  # else all have failed
-                curves.setdefault(row.name, {})[share] = [100 * run["metrics"]["AP"] for run in row.runs]
+                curves.setdefault(row.name, {})[share] = row
     return curves
+
+
+def aps(row: compare.Row) -> list[float]:
+    """Of each seed, in percent."""
+    return [100 * run["metrics"]["AP"] for run in row.runs]
+
+
+def told_loss(first: compare.Row, last: compare.Row) -> str:
+    before, after = statistics.fmean(aps(first)), statistics.fmean(aps(last))
+    (found,) = compare.differences([last._replace(name="last"), first._replace(name="first")], "first") or (None,)
+    interval = f" [{-found.high:.1f}, {-found.low:.1f}]" if found else ""
+    return f"{before - after:.1f}{interval}, {(before - after) / before:.0%}"
 
 
 def told(values: list[float]) -> str:
@@ -75,8 +84,9 @@ def told(values: list[float]) -> str:
 def draw(curves: dict[str, Curve]) -> plt.Figure:
     figure, axis = plt.subplots(figsize=(5.5, 4), layout="constrained")
     for name, curve in curves.items():
-        means = [statistics.fmean(values) for values in curve.values()]
-        spread = [statistics.stdev(values) if len(values) > 1 else 0 for values in curve.values()]
+        values = [aps(row) for row in curve.values()]
+        means = [statistics.fmean(one) for one in values]
+        spread = [statistics.stdev(one) if len(one) > 1 else 0 for one in values]
         axis.errorbar(list(curve), means, spread, marker="o", capsize=3, label=name)
     axis.set(xlabel="training labels that are wrong, percent", ylabel="AP on clean labels, percent")
     axis.set_xticks(sorted({share for curve in curves.values() for share in curve}))

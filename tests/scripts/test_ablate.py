@@ -13,7 +13,7 @@ import yaml
 
 from detector import config
 from detector.errors import UserError
-from scripts import ablate, compare, result
+from scripts import ablate, compare, result, supervise
 
 
 @pytest.fixture
@@ -86,18 +86,52 @@ def test_tuned_runs_end_as_results_which_a_second_start_keeps(base, tmp_path, co
     assert {path: path.stat().st_mtime_ns for path in results.iterdir()} == times
 
 
-def test_a_run_that_diverges_is_a_row_with_its_reason(base, tmp_path, command):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_that_diverges_is_a_row_with_its_reason(base, tmp_path, command, processes):
     huge = {"base": "base.yaml", "class_loss": {"name": "focal", "weight": 1e39}, "box_loss": {"name": "smooth_l1"}}
     (base.parent / "huge.yaml").write_text(yaml.safe_dump(huge))
     arguments = ["--config", base, "--variants", "huge", "focal", "--seeds", 1, "--output", tmp_path / "out"]
+    arguments += ["--processes", processes]
     code, out, err = command(ablate.main, *arguments)
     assert code == 0 and "huge-s0: failed" in err + out, err
     failed, whole = (result.read(tmp_path / "out" / "results" / f"{name}-s0.json") for name in ("huge", "focal"))
     assert "class = inf" in failed["failure"] and "metrics" not in failed and whole["metrics"]["step"] == 2
+    assert whole["processes"] == processes
     code, out, err = command(ablate.main, *arguments)
     assert code == 0 and "2 of 2 runs are finished already" in out  # a failure is a result too
     code, out, _ = command(compare.main, *sorted(map(str, (tmp_path / "out" / "results").iterdir())))
     assert code == 0 and "failed: huge, seed 0: " in out
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_slip_that_training_finds_ends_it_in_one_line(base, tmp_path, command, processes):
+    (tmp_path / "none.pt").write_text("hello")
+    arguments = ["--config", base, "--variants", "focal", "--seeds", 1, "--output", tmp_path / "out"]
+    arguments += ["--processes", processes, "--set", f"model.weights={tmp_path / 'none.pt'}"]
+    code, _, err = command(ablate.main, *arguments)
+    assert code == 2 and re.search(r"^error: focal-s0: .*none\.pt.* \(its log: .*\)$", err.splitlines()[-1]), err
+    assert not list((tmp_path / "out" / "results").glob("*"))  # once it is mended, the run is tried again
+
+
+def test_other_numbers_of_processes_are_another_run(base, tmp_path, command):
+    kept = tmp_path / "out" / "results" / "focal-s0.json"
+    study = ablate.Study(str(base), [], tmp_path / "out", None)
+    (run,) = study.runs({"focal": ablate.read_variant(base, "focal")}, 1)
+    result.write(kept, {"config": run.cfg.model_dump(mode="json"), "failure": "none", **run.notes})
+    arguments = ["--config", base, "--variants", "focal", "--seeds", 1, "--output", tmp_path / "out"]
+    code, out, _ = command(ablate.main, *arguments)
+    assert code == 0 and "1 of 1 runs are finished" in out
+    code, _, err = command(ablate.main, *arguments, "--processes", 2)
+    assert code == 2 and "processes 1, now 2" in err
+
+
+def test_each_run_has_gpus_of_its_own(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 5)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [supervise.cards(slot, 1) for slot in range(6)] == [["0"], ["1"], ["2"], ["3"], ["4"], ["0"]]
+    assert [supervise.cards(slot, 2) for slot in range(3)] == [["0", "1"], ["2", "3"], ["0", "1"]]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,3,GPU-5f")
+    assert [supervise.cards(slot, 1) for slot in range(3)] == [["7"], ["3"], ["GPU-5f"]]
 
 
 def test_a_grid_is_a_variant_for_each_value(base, tmp_path, command):
@@ -107,7 +141,9 @@ def test_a_grid_is_a_variant_for_each_value(base, tmp_path, command):
     assert "6 runs of 3 variants" in out and "class_loss.gamma" in out
     names = [Path(line).name for line in out.splitlines()[1:]]
     assert names == [f"focal[gamma={gamma}]-s{seed}" for seed in range(2) for gamma in (0, 1, 2)]
-    code, out, err = command(ablate.main, *arguments, "--grid", "class_loss.weight=1,4", "--output", tmp_path, "--dry-run")
+    code, out, err = command(
+        ablate.main, *arguments, "--grid", "class_loss.weight=1,4", "--output", tmp_path, "--dry-run"
+    )
     assert code == 0 and "12 runs of 6 variants" in out and "focal[gamma=2][weight=4]-s1" in out, err
 
 

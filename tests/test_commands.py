@@ -1,0 +1,210 @@
+"""Every command of the README and of docs/ is one that there is, and runs as it is typed."""
+
+import importlib.util
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import cv2
+import pytest
+
+import train
+from detector import assemble
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def commands(text):
+    """What stands indented, over several lines where one ends in a backslash, and in code spans with an option."""
+    lines = re.sub(r"```.*?```", "", text, flags=re.S).replace("\\\n", " ").splitlines()
+    found = [line.strip() for line in lines if re.match(r"    (python|torchrun|srun) ", line)]
+    return found + [span for span in re.findall(r"`(python [^`]*--[^`]*)`", " ".join(text.split()))]
+
+
+COMMANDS = sorted({one for path in DOCUMENTS for one in commands(path.read_text(encoding="utf-8"))})
+SCRIPTS = [
+    path
+    for path in [ROOT / "train.py", ROOT / "eval.py", *sorted((ROOT / "scripts").rglob("*.py"))]
+    if "ArgumentParser(" in path.read_text(encoding="utf-8")
+]
+
+
+@cache
+def module(path):
+    spec = importlib.util.spec_from_file_location(f"documented_{path.stem}", path)
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_help_is_a_page(path, command):
+    code, out, _ = command(module(path).main, "--help")
+    assert code == 0 and len(out.splitlines()) >= 10
+    assert path.name in out  # an example
+
+
+@pytest.mark.parametrize("text", COMMANDS)
+def test_a_documented_command_is_one_that_there_is(text, command):
+    """Its script, options, configs, settings and variants; what the scripts do is tested where they are."""
+    words = shlex.split(text.replace("...", ""))
+    script = next((word for word in words if word.endswith(".py")), None)
+    if script is None:
+        assert words[:3] == ["python", "-m", "data.demo"]
+        return
+    assert (ROOT / script).exists()
+    given = words[words.index(script) + 1 :]
+    if ROOT / script in SCRIPTS:
+        _, page, _ = command(module(ROOT / script).main, "--help")
+        for word in given:
+            assert not word.startswith("--") or re.search(rf"{re.escape(word)}\b", page), word
+    config = next((word for word in given if word.startswith("configs/")), "configs/coco/focal.yaml")
+    assert (ROOT / config).exists()
+    settings = [word for word in given if re.match(r"[a-z_]+(\.[a-z_0-9]+)*=[^x]", word)]
+    variants = given[given.index("--variants") + 1 :] if "--variants" in given else []
+    for word in variants:
+        if word.startswith("--"):
+            break
+        for part in word.split("+"):
+            assert part == "smoothed_ce" or (ROOT / config).with_name(f"{part}.yaml").exists(), part
+    assemble.configure(
+        str(ROOT / config), [one for one in settings if not one.startswith(("class_loss.", "box_loss."))]
+    )
+
+
+def test_there_are_commands_to_check():
+    assert len(COMMANDS) > 25 and len(SCRIPTS) > 12
+
+
+# ---------------------------------------------------------------------------------------------------- and they are run
+
+CHEAP = [
+    "device=cpu",
+    "precision=float32",
+    "model.backbone=resnet18",
+    "model.weights=none",
+    "model.norm=bn",
+    "model.fpn_channels=32",
+    "model.head.width=32",
+    "model.head.depth=1",
+    "data.short_side=96",
+    "data.long_side=128",
+    "data.workers=0",
+    "solver.batch_size=4",
+    "solver.warmup_steps=1",
+    "solver.epochs=1",
+    "evaluation.every=1",
+]
+
+
+@pytest.fixture(scope="session")
+def learnt(tiny, tmp_path_factory):
+    """A run for the commands that use one."""
+    folder = tmp_path_factory.mktemp("learnt")
+    train.train(assemble.configure(tiny(folder)), train.pick_device("cpu"))
+    yield folder / "runs" / "tiny"
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def place(demo, folder, monkeypatch):
+    """Where a reader stands: the repository's folder, with data where the documents have them."""
+    for name in ("train.py", "eval.py", "scripts", "configs", "results"):
+        (folder / name).symlink_to(ROOT / name)
+    (folder / "X").write_text("base: configs/bccd/focal.yaml\n")
+    for split in ("train", "val"):
+        for source, target in (
+            (f"{split}.json", f"datasets/coco/annotations/instances_{split}2017.json"),
+            (f"{split}.json", f"datasets/bccd/{split}.json"),
+            (split, f"datasets/coco/{split}2017"),
+            (split, "datasets/bccd/images"),
+            (split, "hands_yolo/images"),
+            ("val", "images"),
+            ("val", "photos"),
+            ("val", "new_photos"),
+        ):
+            (folder / target).parent.mkdir(parents=True, exist_ok=True)
+            if (demo / source).is_dir():
+                shutil.copytree(demo / source, folder / target, dirs_exist_ok=True)
+            else:
+                shutil.copy(demo / source, folder / target)
+    shutil.copy(demo / "val.json", folder / "annotations.json")
+    as_yolo(folder / "hands_yolo", demo)
+    photos = sorted((demo / "val").iterdir())
+    shutil.copy(photos[0], folder / "photo.jpg")
+    film = cv2.VideoWriter(str(folder / "film.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), 5, (128, 128))
+    for photo in photos:
+        film.write(cv2.resize(cv2.imread(str(photo)), (128, 128)))
+    film.release()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def as_yolo(folder, demo):
+    (folder / "labels").mkdir()
+    for split in ("train", "val"):
+        document = json.loads((demo / f"{split}.json").read_text())
+        label = {one["id"]: number for number, one in enumerate(document["categories"])}
+        for image in document["images"]:
+            width, height = image["width"], image["height"]
+            lines = [
+                f"{label[one['category_id']]} {(x + w / 2) / width} {(y + h / 2) / height} {w / width} {h / height}\n"
+                for one in document["annotations"]
+                if one["image_id"] == image["id"]
+                for x, y, w, h in [one["bbox"]]
+            ]
+            (folder / "labels" / f"{Path(image['file_name']).stem}.txt").write_text("".join(lines))
+    (folder / "classes.txt").write_text("\n".join(one["name"] for one in document["categories"]))
+
+
+def supply(words, learnt):
+    """What a command uses and no command before it has made: the run of `learnt`, and results."""
+    for word in words:
+        path = Path(word)
+        if path.name in ("best.pt", "last.pt") and not path.exists():
+            shutil.copytree(learnt, path.parent)
+        if "*" in word and not list(Path().glob(word)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for file in (ROOT / "results" / "bccd").glob("*-s0.json"):
+                shutil.copy(file, path.parent)
+
+
+RUN = [path for path in DOCUMENTS if any("scripts/bench" not in one for one in commands(path.read_text("utf-8")))]
+
+
+@pytest.mark.parametrize("document", RUN, ids=lambda path: path.name)
+def test_the_commands_of_a_document_run(document, place, learnt, command, monkeypatch):
+    """In the order in which they stand, each with what those before have made.
+
+    Trainings are made small, and scripts/ablate.py ends when all is checked. Benchmarks and torchrun are run by
+    tests/scripts/bench/ and tests/test_distributed.py.
+    """
+    told = commands(document.read_text(encoding="utf-8"))
+    for text in told:
+        words = shlex.split(re.sub(r"[][]|\.\.\.", "", text))  # also what may be left out
+        if words[0] != "python" or words[1] == "-m" or words[1].startswith("scripts/bench/"):
+            continue
+        script, given = Path(words[1]), words[2:]
+        supply(given, learnt)
+        given = [one for word in given for one in (sorted(map(str, Path().glob(word))) if "*" in word else [word])]
+        if script.name == "train.py":
+            given += ["--set", *CHEAP]
+        if script.name == "ablate.py":
+            if "smoothed_ce" in given:  # docs/new_loss.md makes it, and tests/test_docs.py what is made there
+                given.remove("smoothed_ce")
+            given.append("--dry-run")
+        if ROOT / script in SCRIPTS:
+            loaded = module(ROOT / script)
+            if script.name == "download.py":  # all is there
+                monkeypatch.setattr(loaded, "is_unpacked", lambda *_: True)
+            code, out, err = command(loaded.main, *given)
+        else:
+            done = subprocess.run([sys.executable, script, *given], capture_output=True, text=True)
+            code, out, err = done.returncode, done.stdout, done.stderr
+        assert code == 0 and out, (text, err)
