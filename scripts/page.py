@@ -28,7 +28,7 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 1200px; mar
 h1 { font-size: 1.5em; overflow-wrap: anywhere; } h2 { font-size: 1.2em; margin-top: 2em; }
 p, li { max-width: 75ch; overflow-wrap: anywhere; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: 0.9em; margin: 1em 0; }
-th, td { padding: 3px 10px; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
+th, td { padding: 3px 6px; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
 th.text, td.text { text-align: left; }
 .row { display: flex; flex-wrap: wrap; gap: 16px; } figure { margin: 0; max-width: 100%; }
 figure.plot { width: 560px; } figure.photo { width: 360px; } figure.large { width: 100%; }

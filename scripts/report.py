@@ -1,6 +1,7 @@
 """The HTML page that scripts/compare.py --html writes: its tables, curves of them, and pictures."""
 
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from itertools import islice
@@ -22,6 +23,7 @@ if TYPE_CHECKING:  # it imports this file
     from scripts.compare import Difference, Row
 
 PICTURES = 4  # validation images
+COLUMNS = 3  # of a legend
 BANDS = {"easy": "#9ecae1", "medium": "#3182bd", "outlier": "#d62728"}
 IOUS = [round(0.5 + 0.05 * i, 2) for i in range(10)]
 
@@ -82,11 +84,17 @@ def differences(found: "list[Difference]") -> list[str]:
 
 
 def axes_of(rows: "list[Row]", xlabel: str, ylabel: str):
-    """A figure with a legend's room, and a colour and line style for each row."""
-    plot, axis = plt.subplots(figsize=page.FIGURE, layout="constrained")
+    """A figure with room for `legend_below`, and a colour and line style for each row."""
+    width, height = page.FIGURE
+    plot, axis = plt.subplots(figsize=(width, height + 0.17 * math.ceil(len(rows) / COLUMNS)), layout="constrained")
     axis.set(xlabel=xlabel, ylabel=ylabel)
     styles = {row.name: {"color": f"C{i % 10}", "linestyle": ("-", "--")[i // 10 % 2]} for i, row in enumerate(rows)}
     return plot, axis, styles
+
+
+def legend_below(axis) -> None:
+    """Where it hides no curve, however many there are."""
+    axis.legend(fontsize=7, ncols=COLUMNS, loc="upper center", bbox_to_anchor=(0.5, -0.18))
 
 
 def spread(values: list[list[float]]) -> tuple[np.ndarray, np.ndarray]:
@@ -110,7 +118,7 @@ def curves(rows: "list[Row]") -> list[str]:
                     steps, mean - deviation, mean + deviation, color=styles[row.name]["color"], alpha=0.15, linewidth=0
                 )
         if axis.has_data():
-            axis.legend(fontsize=7)
+            legend_below(axis)
             drawn.append(page.figure(plot, f"{name} of each evaluation; the band is one standard deviation."))
         else:
             plt.close(plot)
@@ -127,7 +135,7 @@ def by_iou(rows: "list[Row]") -> str:
             first = mean if first is None else first
             axis.plot(IOUS, mean - first, marker=".", label=f"{row.name} ({mean.mean():.1f})", **styles[row.name])
     if first is not None:
-        axis.legend(fontsize=7)
+        legend_below(axis)
     return page.figure(plot, "AP by IoU threshold as the distance from the first row; in brackets, AP itself.")
 
 
@@ -177,7 +185,7 @@ def gradients(rows: "list[Row]") -> list[str]:
             left += width
         axis.set_yticks(range(len(shares)), list(reversed(shares)))
         axis.set(xlabel=f"share of the gradient of {words}", xlim=(0, 1))
-        axis.legend(fontsize=7, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
+        axis.legend(fontsize=7, ncols=COLUMNS, loc="lower center", bbox_to_anchor=(0.5, 1))
         words = f"Of {words}: easy are gradient norms below 0.1, outliers above 0.9. Mean of all that was observed."
         drawn.append(page.figure(plot, words))
     return [page.row(drawn)] if drawn else []
