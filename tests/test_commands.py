@@ -117,6 +117,7 @@ def place(demo, folder, monkeypatch):
     """Where a reader stands: the repository's folder, with data where the documents have them."""
     for name in ("train.py", "eval.py", "scripts", "configs", "results"):
         (folder / name).symlink_to(ROOT / name)
+    (folder / "docs").mkdir()
     (folder / "X").write_text("base: configs/bccd/focal.yaml\n")
     for split in ("train", "val"):
         for source, target in (
@@ -180,7 +181,10 @@ def runnable(path):
 
     Benchmarks are run by tests/scripts/bench/, torchrun by tests/test_distributed.py, data.demo by tests/data/.
     """
-    told = [shlex.split(re.sub(r"[][]|\.\.\.", "", text)) for text in commands(path.read_text(encoding="utf-8"))]
+    told = [
+        shlex.split(re.sub(r"\[(--[^]]*)\]", r"\1", text).replace("...", ""))
+        for text in commands(path.read_text(encoding="utf-8"))
+    ]
     return [words for words in told if words[0] == "python" and not words[1].startswith(("-m", "scripts/bench/"))]
 
 
