@@ -8,7 +8,8 @@ choice, model.head.prior; anything else in it is refused. `focal+ghm_r` is focal
 
 `--tune box_loss.weight=x0.5,x1,x2 --tune-set solver.epochs=4` first gives each variant the same number of short runs,
 one for each value (`x2`: twice the variant's own), scored on a quarter of the training images and trained on the
-others, never on the validation set; the variant then goes with its best value.
+others, never on the validation set; the variant then goes with its best value. Where that is the first or the last of
+them it is said, since the range may be too narrow.
 
 Stop it and start it again with the same command: finished runs are kept, broken ones go on. A run that diverges is a
 row with its reason; delete its result to have it tried again. `--processes 2` trains each run with two processes, on
@@ -94,10 +95,13 @@ def main() -> None:
         study.hold_out()
         if not train_all(tried, jobs, keep=lambda full: {**full, "curve": [], "resampled": []}):
             sys.exit(1)
+        ends = values[0], values[-1]
         for name, of_value in trials.items():
             found = {value: score(run.kept) for value, run in of_value.items() if run.kept.exists()}
             best = max(found, key=lambda value: found[value] or -1)
             variants[name] = choose(variants[name], key, best)
+            at_end = ", at an end of what was tried: another range may hold a better one" if best in ends else ""
+            print(f"{name}: {key} {best}{at_end}")
             study.notes[name] = {"tuning": {"key": key, "AP": found, "chosen": best}}
         runs = study.runs(variants, args.seeds)
     whole = train_all(runs, jobs)

@@ -199,8 +199,13 @@ def tuning(rows: "list[Row]") -> list[str]:
     lines = []
     for name, one in tuned.items():
         found = [one["AP"].get(value) for value in values]
-        lines.append([name, one["key"], *(f"{100 * ap:.1f}" if ap is not None else "-" for ap in found), one["chosen"]])
-    words = "AP of short runs, trained on three quarters of the training images and scored on the others."
+        ends = [*one["AP"]][:1] + [*one["AP"]][-1:]
+        chosen = one["chosen"] + (", an end" if len(one["AP"]) > 1 and one["chosen"] in ends else "")
+        lines.append([name, one["key"], *(f"{100 * ap:.1f}" if ap is not None else "-" for ap in found), chosen])
+    words = (
+        "AP of short runs, trained on three quarters of the training images and scored on the others. Where the best "
+        "is at an end of what was tried, another range may hold a better one."
+    )
     return [page.text(words), page.table(("run", "option", *values, "chosen"), lines, left=2)]
 
 

@@ -4,13 +4,14 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 import yaml
 
 import train
 from detector import assemble
 from detector.losses import CrossEntropy
-from scripts import compare, reference
+from scripts import compare, noise, reference
 
 ROOT = Path(__file__).parents[1]
 
@@ -69,10 +70,27 @@ def test_the_example_of_a_loss_trains(tiny, tmp_path, monkeypatch):
     torch.testing.assert_close(loss(0.0)(*cells, 5.0), CrossEntropy()(*cells, 5.0))
 
 
-def test_the_table_of_results_is_what_the_command_writes(tmp_path, monkeypatch):
-    """Each number in the README is of a run in results/."""
+@pytest.mark.parametrize(
+    ("document", "results", "baseline"),
+    [
+        ("README.md", "bccd", "ce"),
+        ("docs/results.md", "switches", "ghm_c[scope=batch]"),
+        ("docs/results.md", "counts", "ghm_c[local_counts=false]"),
+        ("docs/results.md", "scope", "ghm_c[scope=batch][weight=4]"),
+    ],
+)
+def test_a_table_of_results_is_what_the_command_writes(tmp_path, monkeypatch, document, results, baseline):
+    """Each of its numbers is of a run in results/."""
     monkeypatch.chdir(ROOT)
-    runs = sorted(map(str, Path("results/bccd").glob("*.json")))
-    compare.main([*runs, "--baseline", "ce", "--markdown", str(tmp_path / "table.md")])
+    runs = sorted(map(str, Path("results", results).glob("*.json")))
+    compare.main([*runs, "--baseline", baseline, "--markdown", str(tmp_path / "table.md")])
     table = (tmp_path / "table.md").read_text(encoding="utf-8")
-    assert table.count("\n| ") > 10 and table in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert table.count("\n| ") >= 2 and "warning" not in table
+    assert table in (ROOT / document).read_text(encoding="utf-8")
+
+
+def test_the_table_of_wrong_labels_is_what_the_command_writes(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    noise.main(["results/noise", "--output", str(tmp_path / "noise.png")])
+    table = "\n".join(line for line in capsys.readouterr().out.splitlines() if line.startswith("|"))
+    assert table.count("\n") == 5 and table in (ROOT / "docs" / "results.md").read_text(encoding="utf-8")

@@ -66,8 +66,9 @@ def test_slips(base, command, arguments, message):
 def test_tuned_runs_end_as_results_which_a_second_start_keeps(base, tmp_path, command):
     arguments = ["--config", base, "--variants", "focal", "--seeds", 1, "--output", tmp_path / "out"]
     arguments += ["--tune", "box_loss.weight=x1,x2"]
-    code, _, err = command(ablate.main, *arguments)
+    code, out, err = command(ablate.main, *arguments)
     assert code == 0, err
+    assert re.search(r"^focal: box_loss.weight x[12], at an end of what was tried", out, re.M)
     results = tmp_path / "out" / "results"
     assert sorted(path.stem for path in results.iterdir()) == ["focal-s0", "tune-focal-x1", "tune-focal-x2"]
     whole, tried = result.read(results / "focal-s0.json"), result.read(results / "tune-focal-x2.json")

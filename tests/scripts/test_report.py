@@ -67,6 +67,7 @@ def test_what_is_known_is_on_it(files, folder):
         "cat <b>",
         "+16.5%",  # seconds a step, 0.705 over 0.605
         "box_loss.weight",
+        "x1, an end",
         "its run folder is not here",
     ):
         assert expected in told, expected
