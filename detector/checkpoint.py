@@ -43,6 +43,7 @@ MAY_CHANGE = (
     "tensorboard",
 )
 KINDS = {"config": dict, "category_ids": list, "class_names": list, "model": dict}
+OF_EACH_CLASS = ("category_ids", "class_names", "score_thresholds")  # the last two may be empty: not known
 
 
 def save(
@@ -133,6 +134,10 @@ def read(path: str | Path) -> dict[str, Any]:
         return torchvision_checkpoint.convert(content, path)
     if not all(isinstance(content.get(key), kind) for key, kind in KINDS.items()):
         raise UserError(f"{path}: no detector checkpoint; give last.pt or best.pt of a run, or torchvision's RetinaNet")
+    of_each = {key: len(content[key]) for key in OF_EACH_CLASS if content.get(key)}
+    if len(set(of_each.values())) > 1:
+        told = ", ".join(f"{key} of {count}" for key, count in of_each.items())
+        raise UserError(f"{path}: its classes do not agree ({told}); give a checkpoint as train.py wrote it")
     return content
 
 

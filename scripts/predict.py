@@ -80,6 +80,8 @@ def main(argv: list[str] | None = None) -> None:
     counts = ", ".join(f"{name} {count}" for name, count in found.most_common(20))
     print(f"{counted} images, {len(results)} boxes ({counts}) in {seconds:.1f} s, {counted / seconds:.1f} images/s")
     print(f"written: {args.output / RESULTS} and the pictures beside it")
+    for flaw in flaws:
+        print(f"left out: {flaw}", file=sys.stderr)
     if flaws:
         raise UserError(f"{len(flaws)} of {len(files)} files could not be used, the first: {flaws[0]}")
 

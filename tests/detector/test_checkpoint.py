@@ -201,6 +201,16 @@ def test_resume_gives_back_the_state(saved, same):
     assert numbers[0] == numbers[1]
 
 
+@pytest.mark.parametrize("key", ["class_names", "score_thresholds"])
+def test_classes_that_do_not_agree_are_refused(two, folder, key):
+    content = checkpoint.read(two / "last.pt")
+    torch.save({**content, key: []}, folder / "unknown.pt")
+    assert checkpoint.read(folder / "unknown.pt")[key] == []
+    torch.save({**content, key: content[key][:-1] or [0.1, 0.2]}, folder / "fewer.pt")
+    with pytest.raises(UserError, match=f"fewer.pt: its classes do not agree .*{key} of"):
+        checkpoint.read(folder / "fewer.pt")
+
+
 @pytest.mark.parametrize(
     ("sections", "expected"),
     [

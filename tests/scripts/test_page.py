@@ -40,3 +40,11 @@ def test_where_it_cannot_be_written_is_said(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"page\.html: cannot be written"):
         page.write(tmp_path / "file" / "page.html", "A title", [])
+
+
+def test_a_full_disk_leaves_the_page_before(tmp_path, full_disk):
+    page.write(tmp_path / "page.html", "A title", [])
+    before = (tmp_path / "page.html").read_text()
+    with full_disk(5000), pytest.raises(UserError, match=r"page\.html: cannot be written"):
+        page.write(tmp_path / "page.html", "Another", [("", [page.text("long " * 5000)])])
+    assert (tmp_path / "page.html").read_text() == before and len(list(tmp_path.iterdir())) == 1
