@@ -19,7 +19,7 @@ SRC is not changed, and links in it are not followed.
 
 With voc and labelme an image without labels is left out: nobody says that it is empty. Boxes are cut off at the image's
 border. The split is SRC's own where it has one: data.yaml's, ImageSets/Main's, or folders called train and val (or
-valid); else --val of the images are drawn by --seed.
+valid); else --val of the images are drawn by --seed. Its test part is left out.
 """
 
 import argparse
@@ -28,6 +28,7 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
 import sys
 from collections import Counter, defaultdict
@@ -51,6 +52,7 @@ LABELS = {"yolo": ".txt", "voc": ".xml", "labelme": ".json"}
 APART = ("images", "jpegimages", "labels", "annotations")  # folders that keep images and labels apart
 VAL = ("val", "valid", "validation")
 EXAMPLES = 3
+MOST_CLASSES = 100_000
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -79,7 +81,14 @@ def main(argv: list[str] | None = None) -> None:
             f"{args.source}: no boxes in the format of {args.format} ({len(images)} images, {len(labels)} label files)"
             + "".join(f"; {kind}: {where[0]}" for kind, where in notes.items())
         )
-    split, how = own_split(found) or by_folder(found) or at_random(found, args.val, args.seed)
+    check_names([*names, *(box.name for boxes, _ in found.values() for box in boxes)], args.source)
+    own = own_split(found, "val", notes) or by_folder(found, VAL)
+    test, _ = own_split(found, "test", notes) or by_folder(found, ("test",)) or (set(), "")
+    for name in sorted(test - (own[0] if own else set())):
+        notes["left out: images to test on, which are neither to train nor to choose by"].append(name)
+        del found[name]
+    own = own and checked(own[0], found, own[1])  # something to train on is left
+    split, how = own or at_random(found, args.val, args.seed)
     write(args, found, split, names, notes)
     report(args, found, split, how, notes)
 
@@ -97,6 +106,8 @@ def list_files(source: Path, suffix: str, notes: Notes) -> tuple[dict[str, Path]
             if path.is_symlink() or CONTROL.search(name):
                 notes["left out: a link, or a name with control characters"].append(repr(name))
             elif path.suffix.lower() == suffix:
+                if key_of(name) in labels:
+                    notes["left out: a second label file of the same image"].append(name)
                 labels.setdefault(key_of(name), path)
             else:
                 images[name] = path
@@ -116,7 +127,9 @@ def read_all(
     found = {}
     unused = dict(labels)
     for name, path in tqdm(images.items(), desc="reading", unit="image"):
-        file = unused.pop(key_of(name), None)
+        file = labels.get(key_of(name))
+        if file is not None and unused.pop(key_of(name), None) is None:
+            notes["images that share a label file with another"].append(name)
         if file is None and form != "yolo":
             notes["left out: images without a label file"].append(name)
             continue
@@ -167,12 +180,13 @@ def cut(box: Box, size: tuple[int, int], name: str, notes: Notes) -> Box | None:
 Split = tuple[set[str], str]  # the images to score on, and how they were chosen
 
 
-def describe(form: str, source: Path) -> tuple[list[str], Callable[..., Split | None]]:
-    """Names of the classes where the format has them apart, and what finds the split that SRC has of its own."""
+def describe(form: str, source: Path) -> tuple[list[str], Callable[[dict, str, Notes], Split | None]]:
+    """Names of the classes where the format has them apart, and what finds a part, "val" or "test", that SRC names."""
     if form == "voc":
-        return [], lambda found: by_list(found, source / "ImageSets" / "Main" / "val.txt", source)
+        lists = source / "ImageSets" / "Main"
+        return [], lambda found, part, notes: by_list(found, lists / f"{part}.txt", source, notes)
     if form == "labelme":
-        return [], lambda found: None
+        return [], lambda found, part, notes: None
     content = {}
     for file in sorted(source.glob("*.yaml")) + sorted(source.glob("*.yml")):
         try:
@@ -184,36 +198,70 @@ def describe(form: str, source: Path) -> tuple[list[str], Callable[..., Split | 
         content = {}
     named = content.get("names")
     if isinstance(named, dict):
-        named = [named.get(place, f"class {place}") for place in range(max(map(int, named), default=-1) + 1)]
+        named = in_order(named, file)
     if named is None:
         lists = [*sorted(source.rglob("classes.txt")), *sorted(source.rglob("*.names"))]
         named = text_of(lists[0]).split("\n") if lists else []
         named = [line.strip() for line in named if line.strip()]
     if not isinstance(named, list) or len(set(map(str, named))) != len(named):
         raise UserError(f"{source}: the names of its classes are not a list, or one is there twice")
-    val = content.get("val")
-    if not isinstance(val, str):
-        return list(map(str, named)), lambda found: None
-    place = re.sub(r"^(\.\.?/)+", "", val).strip("/")  # its paths start from anywhere
-    if place.endswith(".txt"):
-        return list(map(str, named)), lambda found: by_list(found, source / place, source)
-    inside = f"{place}/"
-    return list(map(str, named)), lambda found: checked(
-        {n for n in found if n.startswith(inside)}, found, "data.yaml's"
-    )
+    return list(map(str, named)), lambda found, part, notes: by_entry(found, content.get(part), source, notes)
 
 
-def by_list(found: dict, file: Path, source: Path) -> Split | None:
-    """The images whose names, or stems, a text file lists."""
+def in_order(named: dict, file: Path) -> list:
+    """The names of {number: name}; those that are not there are called by their number."""
+    try:
+        by_number = {int(number): name for number, name in named.items()}
+    except (TypeError, ValueError):
+        raise UserError(f"{file}: names: each is to have its number, as in 0: cat") from None
+    if by_number and not 0 <= min(by_number) <= max(by_number) < MOST_CLASSES:
+        raise UserError(f"{file}: names: numbers go from 0 to {MOST_CLASSES}")
+    return [by_number.get(number, f"class {number}") for number in range(max(by_number, default=-1) + 1)]
+
+
+def check_names(names: list[str], source: Path) -> None:
+    for name in names:
+        if not name.strip() or CONTROL.search(name):
+            raise UserError(f"{source}: a class is called {name!r}; give it a name of one line")
+
+
+def by_entry(found: dict, entry: object, source: Path, notes: Notes) -> Split | None:
+    """The images of a part of data.yaml: a folder, a list, or several of them; their paths start from anywhere."""
+    chosen: set[str] = set()
+    for one in entry if isinstance(entry, list) else [entry]:
+        if isinstance(one, str):
+            place = re.sub(r"^(\.\.?/)+", "", one).strip("/")
+            if place.endswith(".txt"):
+                chosen |= (by_list(found, source / place, source, notes) or (set(), ""))[0]
+            else:
+                chosen |= {name for name in found if name.startswith(f"{place}/")}
+    return checked(chosen, found, "data.yaml's")
+
+
+def by_list(found: dict, file: Path, source: Path, notes: Notes) -> Split | None:
+    """The images that a text file lists: by their path or the end of it, or by the name without suffix."""
     if not file.exists():
         return None
-    listed = {PurePosixPath(line.split()[0]).stem for line in text_of(file).splitlines() if line.split()}
-    val = {name for name in found if PurePosixPath(name).stem in listed}
-    return checked(val, found, str(file.relative_to(source)))
+    by_name = defaultdict(list)
+    for name in found:
+        by_name[PurePosixPath(name).name].append(name)
+        by_name[PurePosixPath(name).stem].append(name)
+    chosen: set[str] = set()
+    for line in filter(None, map(str.strip, text_of(file).splitlines())):
+        alike = by_name.get(PurePosixPath(line).name, [])
+        hits = [name for name in alike if f"/{name}".endswith(f"/{line.lstrip('./')}") or line.endswith(f"/{name}")]
+        if not hits and len(alike) == 1:
+            hits = alike
+        if not hits:  # behind the name there may be a number: VOC's lists of a class
+            hits = by_name.get(line.split()[0], [])
+        if not hits:
+            notes[f"lines of {file.relative_to(source)} that name no image in use"].append(line)
+        chosen.update(hits)
+    return checked(chosen, found, str(file.relative_to(source)))
 
 
-def by_folder(found: dict) -> Split | None:
-    val = {name for name in found if any(part.lower() in VAL for part in PurePosixPath(name).parent.parts)}
+def by_folder(found: dict, names: tuple[str, ...]) -> Split | None:
+    val = {name for name in found if any(part.lower() in names for part in PurePosixPath(name).parent.parts)}
     return checked(val, found, "its folders'")
 
 
@@ -239,16 +287,17 @@ def write(args: argparse.Namespace, found: dict, val: set[str], names: list[str]
     used = {box.name for boxes, _ in found.values() for box in boxes}
     classes = list(dict.fromkeys([*names, *sorted(used)]))
     category = {name: place for place, name in enumerate(classes, start=1)}
-    beside = args.target.with_name(f".{args.target.name}.part")
+    place = Path(os.path.abspath(args.target))  # "." has no name
+    beside = place.with_name(f".{place.name}.part")
     try:
         shutil.rmtree(beside, ignore_errors=True)
         for name in tqdm(found, desc="writing", unit="image"):
-            place = beside / "images" / name
-            place.parent.mkdir(parents=True, exist_ok=True)
+            image = beside / "images" / name
+            image.parent.mkdir(parents=True, exist_ok=True)
             try:
-                os.link(args.source / name, place)
+                os.link(args.source / name, image)
             except OSError:
-                shutil.copyfile(args.source / name, place)
+                shutil.copyfile(args.source / name, image)
         for split in ("train", "val"):
             chosen = [name for name in sorted(found) if (name in val) == (split == "val")]
             (beside / f"{split}.json").write_text(json.dumps(document(chosen, found, category)), encoding="utf-8")
@@ -257,7 +306,7 @@ def write(args: argparse.Namespace, found: dict, val: set[str], names: list[str]
             f"{kind}: {len(where)}\n" + "".join(f"    {one}\n" for one in where) for kind, where in notes.items()
         )
         (beside / "report.txt").write_text(told or "Everything was used as it is.\n", encoding="utf-8")
-        os.replace(beside, args.target)
+        os.replace(beside, place)
     except OSError as error:
         raise UserError(f"{args.target}: cannot be written ({error.strerror}); nothing was, make room for it") from None
     finally:
@@ -295,12 +344,13 @@ def report(args: argparse.Namespace, found: dict, val: set[str], how: str, notes
         print(f"{kind}: {len(where)} ({examples})")
     if notes:
         print(f"all of them: {args.target / 'report.txt'}")
-    files = f"--train {args.target}/train.json --val {args.target}/val.json --images {args.target}/images"
+    folder = shlex.quote(str(args.target))
+    files = f"--train {folder}/train.json --val {folder}/val.json --images {folder}/images"
     print(f"look at it: python scripts/check_data.py {files}")
     print(
-        f"train:      python train.py --config configs/coco/focal.yaml --set run={args.target.name} "
+        f"train:      python train.py --config configs/coco/focal.yaml --set run={shlex.quote(args.target.name)} "
         + " ".join(
-            f"data.{split}.annotations={args.target}/{split}.json data.{split}.images={args.target}/images"
+            f"data.{split}.annotations={folder}/{split}.json data.{split}.images={folder}/images"
             for split in ("train", "val")
         )
     )

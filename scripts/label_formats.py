@@ -74,6 +74,7 @@ def read_voc(file: Path, size: tuple[int, int], names: list[str], notes: Notes) 
     except ElementTree.ParseError as error:
         raise UserError(f"{file}: is not XML ({error})") from None
     told = tuple(number(root.findtext(f"size/{side}")) or 0 for side in ("width", "height"))
+    told = told if all(map(math.isfinite, told)) else (0, 0)
     boxes = []
     for thing in root.iter("object"):
         name = (thing.findtext("name") or "").strip()

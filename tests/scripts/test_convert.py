@@ -2,6 +2,8 @@
 
 import json
 import random
+import re
+import shlex
 from pathlib import Path
 from xml.sax.saxutils import escape
 
@@ -143,6 +145,82 @@ def test_the_split_of_its_own_is_kept(known, folder, command, how):
     assert code == 0, err
     assert {Path(name).name for name in read(folder / "dst")[1]["val"]} == {"3.jpg", "5.jpg"}
     assert "drawn by" not in out
+
+
+@pytest.mark.parametrize("how", ["data.yaml", "folders", "voc"])
+def test_test_images_are_neither_taught_nor_scored(known, folder, command, how):
+    names = list(known)
+    if how == "voc":
+        as_voc(folder / "src", known)
+        (folder / "src" / "ImageSets" / "Main").mkdir(parents=True)
+        (folder / "src" / "ImageSets" / "Main" / "test.txt").write_text("3  1\n5 -1\n")
+        test = {"3.jpg", "5.jpg"}
+    else:
+        parts = {"test": names[:2], "valid": names[2:4], "train": names[4:]}
+        about = {"val": "images/valid", "test": "images/test"} if how == "data.yaml" else {}
+        for part in parts:
+            (folder / "src" / "labels" / part).mkdir(parents=True)
+        moved = {f"{part}/{name}": known[name] for part, own in parts.items() for name in own}
+        as_yolo(folder / "src", moved, **about)
+        test = set(parts["test"])
+    code, out, err = command(convert.main, "voc" if how == "voc" else "yolo", folder / "src", folder / "dst")
+    assert code == 0, err
+    found, splits = read(folder / "dst")
+    assert {Path(name).name for name in found} == set(known) - test and splits["train"] and splits["val"]
+    assert re.search(r"images to test on.*: 2 ", out)
+
+
+def test_a_list_may_say_paths_and_names_with_blanks(known, folder, command):
+    sizes = known["3.jpg"]
+    known = {"a/1.jpg": sizes, "b/1.jpg": sizes, "b/a photo.jpg": sizes, "b/v1.2.jpg": sizes}
+    for part in ("a", "b"):
+        (folder / "src" / "labels" / part).mkdir(parents=True)
+    as_yolo(folder / "src", known, val="val.txt")
+    (folder / "src" / "val.txt").write_text("./images/b/1.jpg\n/home/me/src/images/b/a photo.jpg\nv1.2\ngone.jpg\n")
+    code, out, err = command(convert.main, "yolo", folder / "src", folder / "dst")
+    assert code == 0, err
+    assert read(folder / "dst")[1]["val"] == {"images/b/1.jpg", "images/b/a photo.jpg", "images/b/v1.2.jpg"}
+    assert "lines of val.txt that name no image in use: 1 (gone.jpg)" in out
+
+
+def test_one_label_file_of_two_images_and_two_of_one(known, folder, command):
+    as_yolo(folder / "src", known)
+    name, (_, boxes) = next((name, one) for name, one in known.items() if one[1])
+    images, labels = folder / "src" / "images", folder / "src" / "labels"
+    Image.open(images / name).save(images / f"{Path(name).stem}.png")
+    (folder / "src" / f"{Path(name).stem}.txt").write_text((labels / f"{Path(name).stem}.txt").read_text())
+    code, out, err = command(convert.main, "yolo", folder / "src", folder / "dst")
+    assert code == 0, err
+    assert "a second label file of the same image: 1" in out and "share a label file with another: 1" in out
+    found = {Path(path).name: own for path, (_, own) in read(folder / "dst")[0].items()}
+    assert len(found[f"{Path(name).stem}.png"]) == len(found[name]) == len(boxes)
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ({"2": "größe", "0": "cat", "1": "dog & <co>"}, None),
+        ({"a": "cat"}, "each is to have its number"),
+        ({99999999: "cat"}, "numbers go from 0 to"),
+        (["cat", "two\nlines"], "is called 'two\\nlines'"),
+        (["cat", ""], "is called ''"),
+    ],
+)
+def test_names_of_classes(known, folder, command, names, expected):
+    as_yolo(folder / "src", known)
+    (folder / "src" / "data.yaml").write_text(yaml.safe_dump({"names": names}, allow_unicode=True), encoding="utf-8")
+    code, _, err = command(convert.main, "yolo", folder / "src", folder / "a b")
+    if expected:
+        assert code == 2 and expected in err.splitlines()[-1] and not (folder / "a b").exists(), err
+    else:
+        assert code == 0 and {one[0] for _, own in read(folder / "a b")[0].values() for one in own} <= set(NAMES), err
+
+
+def test_commands_can_be_pasted(known, folder, command):
+    as_yolo(folder / "src", known)
+    _, out, _ = command(convert.main, "yolo", folder / "src", folder / "a b")
+    words = shlex.split(next(line for line in out.splitlines() if line.startswith("look at it")))
+    assert str(folder / "a b/train.json") in words
 
 
 def test_what_is_not_used_is_told(known, folder, command):
