@@ -1,5 +1,6 @@
 """ResNet / ResNeXt stages C3..C5 from torchvision."""
 
+import pickle
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,9 @@ def read_weights(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such file")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # its words are about how to load it all the same, which may run what is in it
+        told = "it is none of PyTorch's, or holds more than tensors"
+        raise UserError(f"{path}: not a readable weights file ({told})") from None
     except Exception as error:
         detail = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
         raise UserError(f"{path}: not a readable weights file ({detail})") from None

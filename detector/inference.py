@@ -111,7 +111,12 @@ def load(path: str | Path, device: str = "auto") -> Detector:
 
 
 def _as_array(image: np.ndarray | Image.Image) -> np.ndarray:
-    if isinstance(image, Image.Image):  # turned as its camera says, which PIL leaves to others
+    if isinstance(image, Image.Image):
+        if image.mode.startswith("I;16"):  # PIL would cut 16 bits off at 255
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        elif image.mode in ("I", "F"):
+            raise ValueError(f"pixels of PIL mode {image.mode!r} have no fixed range; convert the image to 8 bits")
+        # Turned as its camera says, which PIL leaves to others.
         image = np.array(ImageOps.exif_transpose(image).convert("RGB"))
     if not (isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3):
         found = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__

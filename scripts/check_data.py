@@ -67,6 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="other options")
     parser.add_argument("--output", type=Path, default=Path("data.html"), metavar="FILE")
     args = parser.parse_args(argv)
+    page.refuse_folder(args.output)
     cfg = options(args)
 
     train = look(cfg, "train")
@@ -96,6 +97,8 @@ def options(args: argparse.Namespace) -> Config:
     """The config, or the defaults, with the files that are named on top."""
     if not args.config and not args.train:
         raise UserError("give --config FILE, or --train FILE and --images FOLDER")
+    if args.images and not (args.train or args.val):
+        raise UserError(f"--images {args.images}: goes with --train or --val; of a config, --set data.train.images=...")
     files = {"train": {"annotations": args.train}, "val": {"annotations": args.val}}
     for split in files.values():
         if split["annotations"]:

@@ -22,6 +22,7 @@ import stat
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 import zipfile
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -75,7 +76,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("datasets/coco"), metavar="FOLDER")
     parser.add_argument("--mirror", default=SERVER, metavar="URL", help=f"another server ({SERVER})")
     args = parser.parse_args(argv)
-    if not re.match(r"https?://[^/]", args.mirror):
+    try:
+        known = urllib.parse.urlsplit(args.mirror)
+        fits = known.scheme in ("http", "https") and bool(known.hostname)
+    except ValueError:  # brackets that are no IPv6 address
+        fits = False
+    if not fits:
         raise UserError(f"--mirror {args.mirror}: give an address that starts with http:// or https://")
 
     wanted = [one for name, one in ARCHIVES.items() if args.only in (None, name) or name == "annotations"]
@@ -85,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     except OSError as error:
         fail(error, args.output)
     if missing:
-        largest = max(one.size - size_of(part_of(one, args.output)) for one in missing)
+        largest = max(one.size - there(one, args.output) for one in missing)
         check_space(args.output, largest + sum(one.unpacked for one in missing))
     for archive in missing:
         file = fetch(f"{args.mirror.rstrip('/')}/{archive.path}", archive, args.output)
@@ -116,6 +122,12 @@ def check_space(folder: Path, needed: int) -> None:
 def part_of(archive: Archive, folder: Path) -> Path:
     """Where an archive is as long as it is not whole."""
     return folder / f"{PurePosixPath(archive.path).name}.part"
+
+
+def there(archive: Archive, folder: Path) -> int:
+    """Bytes of an archive that need no room any more: a part of it, or all."""
+    part = part_of(archive, folder)
+    return max(size_of(part), size_of(part.with_suffix("")))
 
 
 def size_of(file: Path) -> int:

@@ -42,6 +42,7 @@ COLOURS = {RIGHT: "#2ca02c", IGNORED: "#7f7f7f", "classification": "#e377c2", "l
 COLOURS |= {"both": "#8c564b", "duplicate": "#17becf", "background": "#d62728", MISSED: "#1f77b4"}
 CURVES = 10  # classes whose curve is drawn: the worst
 NUMBERED = 20  # classes up to which the confusion matrix has its numbers
+LONG = 24  # letters of a name beside it
 SIDE = 800  # pixels of a picture's longer side, at least
 
 
@@ -57,6 +58,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--images {args.images}: give 0 or more")
 
     content = checkpoint.read(args.checkpoint)
+    target = args.output or Path(args.checkpoint).parent / "errors.html"
+    page.refuse_folder(target)
     model, cfg = checkpoint.build_model(content, args.checkpoint)
     dataset = open_dataset(args.checkpoint, content, cfg, args.data)
     if args.detections:
@@ -70,7 +73,10 @@ def main(argv: list[str] | None = None) -> None:
         if device.type == "cpu":
             keep_freed_memory()
         detections = detect(model, cfg, dataset, device)
-    metrics = score(dataset.annotations, detections, dataset.category_ids)
+    try:
+        metrics = score(dataset.annotations, detections, dataset.category_ids)
+    except FloatingPointError as error:
+        raise UserError(f"{args.detections or args.checkpoint}: {error}") from None
     results = coco_results(detections, dataset.category_ids)
     known = content.get("score_thresholds") or [-1.0] * len(dataset.category_ids)
     thresholds = {
@@ -81,7 +87,6 @@ def main(argv: list[str] | None = None) -> None:
     matches = match(dataset.annotations, results)
     lost = costs(dataset.annotations, results)
 
-    target = args.output or Path(args.checkpoint).parent / "errors.html"
     names = {one["id"]: one["name"] for one in dataset.annotations["categories"]}
     sections = [
         ("", [page.text(summary(dataset, metrics, matches))]),
@@ -123,7 +128,12 @@ def by_image(dataset: CocoDataset, entries: list[dict]) -> dict[int, list[dict]]
 
 def by_class(metrics: dict) -> str:
     lines = [
-        (name, one["boxes"], *(percent(one[key]) for key in ("AP", "AP50", "AP75", "AR100")), f"{one['threshold']:.2f}")
+        (
+            name,
+            one["boxes"],
+            *(percent(one[key]) for key in ("AP", "AP50", "AP75", "AR100")),
+            "-" if one["threshold"] < 0 else f"{one['threshold']:.2f}",
+        )
         for name, one in sorted(metrics["per_class"].items(), key=lambda item: item[1]["AP"])
     ]
     return page.table(("class", "boxes", "AP", "AP50", "AP75", "AR100", "best threshold"), lines)
@@ -196,8 +206,9 @@ def confused(dataset: CocoDataset, sure: list[dict]) -> list[str]:
     plot, axis = plt.subplots(figsize=(side, side * 0.85), layout="constrained")
     axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
     size = 8 if len(names) <= NUMBERED else 5
-    axis.set_xticks(range(len(names)), names, rotation=90, fontsize=size)
-    axis.set_yticks(range(len(names)), names, fontsize=size)
+    short = [name if len(name) <= LONG else f"{name[: LONG - 1]}…" for name in names]
+    axis.set_xticks(range(len(names)), short, rotation=90, fontsize=size)
+    axis.set_yticks(range(len(names)), short, fontsize=size)
     axis.set(xlabel="found as", ylabel="is")
     if len(names) <= NUMBERED:
         for row, column in np.argwhere(matrix > 0):

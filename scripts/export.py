@@ -138,6 +138,8 @@ def main(argv: list[str] | None = None) -> None:
         "nms": args.nms,
     }
     target = args.output or Path(args.checkpoint).with_suffix(".onnx")
+    if target.is_dir():
+        raise UserError(f"--output {target}: is a folder; give the name of a file, such as {target / 'mine.onnx'}")
     beside = target.with_name(target.name + ".tmp")
     print(f"exporting {args.checkpoint}, which takes a minute", flush=True)
     try:

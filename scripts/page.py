@@ -24,6 +24,8 @@ from PIL import Image
 
 from detector.errors import CONTROL, UserError
 
+matplotlib.rcParams["text.parse_math"] = False  # a class may be called $x
+
 FIGURE = (5, 3.4)  # inches: then the letters can be read on a phone, and two stand side by side on a screen
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 1200px; margin: 0 auto; padding: 0 16px 48px; }
@@ -82,8 +84,15 @@ def row(parts: Iterable[str]) -> str:
     return f'<div class="row">{"".join(parts)}</div>'
 
 
+def refuse_folder(path: Path) -> None:
+    """UserError for what is no place of a page: told before the work and not after it."""
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; give the name of a file, such as {path / 'page.html'}")
+
+
 def write(path: Path, title: str, sections: Iterable[tuple[str, Sequence[str]]]) -> None:
     """Write the page: sections of a heading, which may be empty, and parts. UserError where it cannot be written."""
+    refuse_folder(path)
     parts = [f"<h1>{_plain(title)}</h1>"]
     for heading, body in sections:
         parts += [f"<section>{f'<h2>{_plain(heading)}</h2>' if heading else ''}", *body, "</section>"]

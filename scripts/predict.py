@@ -10,11 +10,13 @@ Writes into the folder --output (predictions/)
 
 Shown is what scores at least --score, or, without it, what its class's best threshold in the run's last evaluation asks
 (the one of the best F1 at an IoU of 0.5; 0.3 where none is known). An image that cannot be read does not keep the
-others from being done; the exit code is then 2.
+others from being done; the exit code is then 2. A video that ends early is done as far as it goes, and that is said. No
+file that is given is written over.
 """
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import sys
@@ -54,6 +56,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.score is not None and not 0 <= args.score <= 1:
         raise UserError(f"--score {args.score}: give a number from 0 to 1")
+    if (args.output / "config.yaml").exists():
+        raise UserError(f"--output {args.output}: is a run's folder, whose files would be replaced; give another")
     files = list_files(args.sources, args.output)
     detector = load(args.checkpoint, args.device)
     if args.score is not None:
@@ -69,12 +73,12 @@ def main(argv: list[str] | None = None) -> None:
             try:
                 done = film if source.suffix.lower() in VIDEOS else picture
                 counted += done(detector, source, target, counted, results)
+            except CannotWriteError:
+                raise  # nor what comes after
             except UserError as error:
-                if source.exists() and error.args[0].startswith(str(args.output)):
-                    raise  # nothing can be written
                 flaws.append(error)
     finally:  # also of what was done before Ctrl-C
-        write_results(args.output / RESULTS, results)
+        write(args.output / RESULTS, json.dumps(results).encode())
     seconds = time.perf_counter() - start
     found = Counter(one["category"] for one in results)
     counts = ", ".join(f"{name} {count}" for name, count in found.most_common(20))
@@ -95,7 +99,7 @@ def list_files(sources: list[Path], output: Path) -> list[tuple[Path, Path]]:
             inside = [path for path in inside if output.resolve() not in path.resolve().parents]  # our own pictures
             if not inside:
                 raise UserError(f"{source}: no image or video in it ({', '.join(IMAGES + VIDEOS)})")
-            pairs += [(path, Path(source.name) / path.relative_to(source)) for path in inside]
+            pairs += [(path, Path(source.resolve().name) / path.relative_to(source)) for path in inside]
         elif not source.exists():
             raise UserError(f"{source}: no such file or folder")
         elif source.suffix.lower() not in IMAGES + VIDEOS:
@@ -103,11 +107,12 @@ def list_files(sources: list[Path], output: Path) -> list[tuple[Path, Path]]:
         else:
             pairs.append((source, Path(source.name)))
     taken: set[Path] = set()
+    originals = {source.resolve() for source, _ in pairs}
     placed = []
     for source, name in pairs:
         name = name.with_suffix(".mp4" if name.suffix.lower() in VIDEOS else ".jpg")
         number, target = 2, output / name
-        while target in taken:
+        while target in taken or target.resolve() in originals:
             number, target = number + 1, output / name.with_stem(f"{name.stem}_{number}")
         taken.add(target)
         placed.append((source, target))
@@ -118,13 +123,12 @@ def picture(detector: Detector, source: Path, target: Path, number: int, results
     """Do one image; how many there were."""
     image = read_image(source)
     found = detector(image)
+    drawn = io.BytesIO()
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(draw(image, found, detector)).save(target, quality=92)
+        Image.fromarray(draw(image, found, detector)).save(drawn, "JPEG", quality=92)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            target.unlink()
-        raise cannot_write(target, error) from None
+        raise UserError(f"{source}: no picture of it can be made ({error})") from None
+    write(target, drawn.getvalue())
     results += entries(found, detector, {"image_id": number, "file_name": str(source)})
     return 1
 
@@ -152,7 +156,7 @@ def film(detector: Detector, source: Path, target: Path, number: int, results: l
             raise OSError(f"{written} of {count} frames are in it; is the disk full?")
         os.replace(beside, target)
     except OSError as error:
-        raise cannot_write(target, error) from None
+        raise CannotWriteError(target, error) from None
     finally:
         reader.release()
         writer.release()
@@ -198,20 +202,22 @@ def draw(image: np.ndarray, found: Found, detector: Detector) -> np.ndarray:
     return np.asarray(canvas)
 
 
-def write_results(path: Path, results: list[dict[str, Any]]) -> None:
+def write(path: Path, content: bytes) -> None:
+    """Whole or not at all."""
     beside = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(json.dumps(results), encoding="utf-8")
+        beside.write_bytes(content)
         os.replace(beside, path)
     except OSError as error:
         with contextlib.suppress(OSError):
             beside.unlink()
-        raise cannot_write(path, error) from None
+        raise CannotWriteError(path, error) from None
 
 
-def cannot_write(path: Path, error: OSError) -> UserError:
-    return UserError(f"{path}: cannot be written ({error.strerror or error}); give another folder by --output")
+class CannotWriteError(UserError):
+    def __init__(self, path: Path, error: OSError):
+        super().__init__(f"{path}: cannot be written ({error.strerror or error}); give another folder by --output")
 
 
 if __name__ == "__main__":

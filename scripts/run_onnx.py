@@ -14,7 +14,8 @@ import numpy as np
 import onnxruntime
 
 if len(sys.argv) < 3:
-    sys.exit("error: give a model and images: python scripts/run_onnx.py mine.onnx photo.jpg")
+    slip = "error: give a model and images: python scripts/run_onnx.py mine.onnx photo.jpg"
+    sys.exit(print(__doc__) if "--help" in sys.argv else slip)
 try:
     session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
     about = {key: json.loads(text) for key, text in session.get_modelmeta().custom_metadata_map.items()}
@@ -25,10 +26,10 @@ except Exception as error:
     sys.exit(f"error: {sys.argv[1]}: no model of scripts/export.py ({str(error).splitlines()[0]})")
 
 for path in sys.argv[2:]:
-    image = cv2.imread(path)
-    if image is None:
+    try:
+        height, width = (image := cv2.imread(path)).shape[:2]
+    except (AttributeError, cv2.error):  # no image, or too large a one
         sys.exit(f"error: {path}: cannot be read as an image")
-    height, width = image.shape[:2]
     scale = min(short_side / min(height, width), long_side / max(height, width))
     size = max(1, round(width * scale)), max(1, round(height * scale))
     how = cv2.INTER_AREA if 2 * max(size[0] / width, size[1] / height) < 1 else cv2.INTER_LINEAR

@@ -76,6 +76,17 @@ def test_the_thresholds_are_those_of_the_last_evaluation(learnt, val_set):
     assert detector.thresholds.tolist() == pytest.approx(expected, abs=1e-3)
 
 
+def test_sixteen_bits_are_the_same_picture(learnt, val_set):
+    detector = load(learnt, "cpu")
+    grey = Image.fromarray(pictures(val_set)[0]).convert("L")
+    deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 256)
+    assert deep.mode.startswith("I;16")
+    found, expected = detector(deep, min_score=0), detector(grey, min_score=0)
+    assert torch.equal(found.boxes, expected.boxes) and len(found.scores) > 0
+    with pytest.raises(ValueError, match="no fixed range"):
+        detector(grey.convert("F"))
+
+
 def test_a_picture_is_turned_as_its_camera_says(learnt, val_set, tmp_path):
     detector = load(learnt, "cpu")
     image = pictures(val_set)[0]

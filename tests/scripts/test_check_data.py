@@ -155,6 +155,8 @@ def test_slips_are_one_line(planted, call, folder, tiny):
         "3.png": planted,
         "1 of 6 images cannot be used": planted,
         "give --config": (),
+        "goes with --train or --val": ("--config", tiny(folder), "--images", folder / "images"),
+        "is a folder; give the name of a file": ("--config", tiny(folder), "--output", folder),
         "none.yaml": ("--config", "none.yaml"),
         "broken.json": ("--train", folder / "broken.json", "--images", folder),
         "are not there": (*planted, "--images", folder / "fewer"),

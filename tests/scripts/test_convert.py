@@ -262,6 +262,8 @@ def test_voc_and_labelme_remarks(known, folder, command):
     (folder / "voc" / "Annotations" / "4.xml").write_text("<annotation><object/></annotation>")
     one = folder / "voc" / "Annotations" / "5.xml"
     one.write_text(one.read_text().replace("<width>80", "<width>800"))
+    one = folder / "voc" / "Annotations" / "6.xml"
+    one.write_text(one.read_text().replace("<width>64", "<width>inf"))  # as if it said none
     code, _, err = command(convert.main, "voc", folder / "voc", folder / "dst")
     assert code == 0, err
     told = (folder / "dst" / "report.txt").read_text()

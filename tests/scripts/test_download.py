@@ -195,6 +195,7 @@ def test_slips_are_one_line(server, get, folder, command, monkeypatch):
     for expected, arguments in {
         "404": (),
         "http://": ("--mirror", "ftp://x"),
+        "starts with http:// or https://": ("--mirror", "http://[bad"),
         "cannot be written": ("--output", folder / "file" / "below"),
         "0 of 40 files": ("--output", folder / "half"),
     }.items():
@@ -207,6 +208,15 @@ def test_slips_are_one_line(server, get, folder, command, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: os.terminal_size((0, 0)) and type("", (), {"free": 5}))
     code, _, err = get("--output", folder / "new")
     assert code == 2 and "are free" in one_line(err)
+
+
+def test_an_archive_that_is_there_needs_no_room(folder):
+    one = download.ARCHIVES["val"]
+    assert download.there(one, folder) == 0
+    (folder / "val2017.zip.part").write_bytes(b"1234")
+    assert download.there(one, folder) == 4
+    (folder / "val2017.zip.part").rename(folder / "val2017.zip")
+    assert download.there(one, folder) == 4
 
 
 def test_a_full_disk_keeps_what_came(server, get, folder, monkeypatch):

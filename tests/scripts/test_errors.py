@@ -89,11 +89,14 @@ def test_nothing_found_and_another_set(call, folder, rectangles):
 def test_slips_are_one_line(learnt, call, folder):
     for name, text in (("broken", "{"), ("dict", "{}"), ("id", '[{"image_id": 9}]'), ("text", "hello")):
         (folder / f"{name}.json").write_text(text)
+    (folder / "nan.json").write_text(json.dumps(as_results(TRUTH)).replace("0.99", "NaN"))
     (folder / "id.json").write_text(json.dumps(as_results([(9, 3, [1, 1, 5, 5])])))
     for expected, arguments in {
         "broken.json": ("--detections", folder / "broken.json"),
         "dict.json": ("--detections", folder / "dict.json"),
         "id.json: detection 0": ("--detections", folder / "id.json"),
+        "nan.json: ": ("--detections", folder / "nan.json"),
+        "is a folder; give the name of a file": ("--output", folder),
         "none.json": ("--detections", folder / "none.json"),
         "text.json": ("--checkpoint", folder / "text.json"),
         "--images -1": ("--images", "-1"),

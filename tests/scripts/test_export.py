@@ -143,6 +143,8 @@ def test_the_example_needs_no_torch_and_finds_the_same(learnt, folder, command):
         assert [float(value) for value in line[-4:]] == pytest.approx(box, abs=1.5)
     code_lines = [line for line in script.read_text().split('"""')[2].splitlines() if line.strip()]
     assert len(code_lines) <= 33
+    done = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "run_onnx.py mine.onnx photo.jpg" in done.stdout
     for arguments in ([], ["none.onnx", str(photo)], [str(folder / "mine.onnx"), "none.jpg"]):
         done = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True)
         assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
@@ -162,6 +164,7 @@ def test_slips_are_one_line(learnt, folder, command, monkeypatch):
     for expected, arguments in {
         "none.pt": ("--checkpoint", folder / "none.pt", "--format", "onnx"),
         "text.pt": ("--checkpoint", folder / "text.pt", "--format", "onnx"),
+        "is a folder; give the name of a file": ("--checkpoint", learnt, "--format", "onnx", "--output", folder),
         "--images 0": ("--checkpoint", learnt, "--format", "onnx", "--images", "0"),
         "missing.json": ("--checkpoint", learnt, "--format", "onnx", "--data", "missing.json", folder),
         "cannot be written": ("--checkpoint", learnt, "--format", "onnx", "--output", "/dev/null/x.onnx"),

@@ -36,6 +36,17 @@ def test_a_row_of_another_length_is_our_slip():
         page.table(("a", "b"), [(1,)])
 
 
+def test_a_folder_is_no_place_for_it(tmp_path):
+    with pytest.raises(UserError, match="is a folder; give the name of a file"):
+        page.write(tmp_path, "A title", [])
+
+
+def test_words_with_dollars_are_words():
+    plot, axis = plt.subplots()
+    axis.set_title(r"$\frac$ and $x")
+    assert "<img" in page.figure(plot, "a caption")
+
+
 def test_where_it_cannot_be_written_is_said(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"page\.html: cannot be written"):

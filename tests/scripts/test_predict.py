@@ -8,6 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from data.images import read_image
 from detector import checkpoint
@@ -132,6 +133,38 @@ def test_slips_are_one_line(learnt, call, folder):
     }.items():
         code, _, err, _ = call(*arguments)
         assert code == 2 and one_line(err) and expected in err, (expected, err)
+
+
+def test_no_original_is_written_over(learnt, folder, command):
+    place = folder / "own"
+    shutil.copytree(learnt[1], place)
+    shutil.copy(place / "0.png", place / "2.jpg")  # the name that its picture would have
+    before = (place / "2.jpg").read_bytes()
+    given = ("--checkpoint", learnt[0], "--device", "cpu", place / "2.jpg", place / "0.png", "--output")
+    code, _, err = command(predict.main, *given, place)
+    assert code == 0, err
+    assert (place / "2.jpg").read_bytes() == before and (place / "2_2.jpg").exists() and (place / "0.jpg").exists()
+    code, _, err = command(predict.main, *given, learnt[0].parent)
+    assert code == 2 and "is a run's folder" in err
+
+
+def test_pictures_stay_in_the_folder_for_them(learnt, folder, command, monkeypatch):
+    (folder / "own" / "deep").mkdir(parents=True)
+    shutil.copy(learnt[1] / "0.png", folder / "own" / "0.png")
+    monkeypatch.chdir(folder / "own" / "deep")
+    code, _, err = command(predict.main, "--checkpoint", learnt[0], "--device", "cpu", "..")
+    assert code == 0, err
+    assert (folder / "own" / "deep" / "predictions" / "own" / "0.jpg").exists()
+    assert not (folder / "own" / "deep" / "0.jpg").exists()
+
+
+def test_a_picture_that_cannot_be_made_does_not_stop_the_others(learnt, call, folder):
+    (folder / "in").mkdir()
+    Image.new("RGB", (70_000, 4)).save(folder / "in" / "a.png")  # wider than a JPEG may be
+    shutil.copy(learnt[1] / "0.png", folder / "in" / "b.png")
+    code, out, err, results = call(folder / "in")
+    assert code == 2 and one_line(err) and "a.png: no picture of it can be made" in err and "1 images" in out
+    assert {Path(one["file_name"]).name for one in results} == {"b.png"}
 
 
 def test_a_full_disk_is_one_line_and_leaves_no_half_file(learnt, call, folder, full_disk):
