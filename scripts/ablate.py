@@ -95,14 +95,14 @@ def main() -> None:
         study.hold_out()
         if not train_all(tried, jobs, keep=lambda full: {**full, "curve": [], "resampled": []}):
             sys.exit(1)
-        ends = values[0], values[-1]
         for name, of_value in trials.items():
             found = {value: score(run.kept) for value, run in of_value.items() if run.kept.exists()}
             best = max(found, key=lambda value: found[value] or -1)
             variants[name] = choose(variants[name], key, best)
-            at_end = ", at an end of what was tried: another range may hold a better one" if best in ends else ""
-            print(f"{name}: {key} {best}{at_end}")
-            study.notes[name] = {"tuning": {"key": key, "AP": found, "chosen": best}}
+            tuning = {"key": key, "AP": found, "chosen": best}
+            study.notes[name] = {"tuning": tuning}
+            remark = ", at an end of what was tried: another range may hold a better one"
+            print(f"{name}: {key} {best}{remark if result.at_an_end(tuning) else ''}")
         runs = study.runs(variants, args.seeds)
     whole = train_all(runs, jobs)
     print(f"python scripts/compare.py {study.results}/*.json")

@@ -160,7 +160,8 @@ def film(detector: Detector, source: Path, target: Path, number: int, results: l
     finally:
         reader.release()
         writer.release()
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it may never have been
+            beside.unlink()
     if count + 1 < expected:  # what a file says of itself may be one off
         tqdm.write(f"{source}: {count} frames could be decoded of the {expected} that it says it has", file=sys.stderr)
     return count

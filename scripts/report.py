@@ -199,8 +199,7 @@ def tuning(rows: "list[Row]") -> list[str]:
     lines = []
     for name, one in tuned.items():
         found = [one["AP"].get(value) for value in values]
-        ends = [*one["AP"]][:1] + [*one["AP"]][-1:]
-        chosen = one["chosen"] + (", an end" if len(one["AP"]) > 1 and one["chosen"] in ends else "")
+        chosen = one["chosen"] + (", an end" if result.at_an_end(one) else "")
         lines.append([name, one["key"], *(f"{100 * ap:.1f}" if ap is not None else "-" for ap in found), chosen])
     words = (
         "AP of short runs, trained on three quarters of the training images and scored on the others. Where the best "

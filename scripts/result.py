@@ -60,6 +60,12 @@ def points(events: EventAccumulator, group: str, names: tuple[str, ...]) -> list
     return [by_step[step] for step in sorted(by_step)]
 
 
+def at_an_end(tuning: dict[str, Any]) -> bool:
+    """Whether the value that was chosen is the first or last of several: then the range may be too narrow."""
+    tried = list(tuning["AP"])
+    return len(tried) > 1 and tuning["chosen"] in (tried[0], tried[-1])
+
+
 def machine() -> dict[str, str]:
     """What the seconds and bytes of a result were measured on."""
     processor = platform.processor() or platform.machine()

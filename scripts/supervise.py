@@ -78,8 +78,9 @@ def finished(run: Run) -> bool:
     """Whether the run has a result; UserError where that is of another config."""
     if not run.kept.exists():
         return False
-    then, now = config.flat(result.read(run.kept)["config"]), config.flat(run.cfg.model_dump(mode="json"))
-    then["processes"], now["processes"] = result.read(run.kept).get("processes", 1), run.processes
+    kept = result.read(run.kept)
+    then, now = config.flat(kept["config"]), config.flat(run.cfg.model_dump(mode="json"))
+    then["processes"], now["processes"] = kept.get("processes", 1), run.processes
     for key in dict.fromkeys([*now, *then]):
         if now.get(key) != then.get(key) and not key.startswith(ELSEWHERE):
             raise UserError(

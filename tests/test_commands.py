@@ -214,3 +214,18 @@ def test_the_commands_of_a_document_run(document, place, learnt, command, monkey
             done = subprocess.run([sys.executable, script, *given], capture_output=True, text=True)
             code, err = done.returncode, done.stderr
         assert code == 0, (script, given, err)
+
+
+def test_make_demo(place, demo, command):
+    """The Makefile's trainings, made small, and its comparison."""
+    shutil.copytree(demo, place / "datasets" / "demo")
+    told = subprocess.run(["make", "--dry-run", "demo"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    (losses,) = re.findall(r"for loss in ([a-z_ ]+); do \S+ train.py --config configs/demo/\$loss.yaml --resume", told)
+    for loss in losses.split():
+        code, _, err = command(
+            module(ROOT / "train.py").main, "--config", f"configs/demo/{loss}.yaml", "--resume", "--set", *CHEAP
+        )
+        assert code == 0, err
+    (runs,) = re.findall(r"scripts/compare.py (.+)", told)
+    code, out, err = command(module(ROOT / "scripts" / "compare.py").main, *runs.split())
+    assert code == 0 and all(f"demo_{loss}" in out for loss in losses.split()), err
