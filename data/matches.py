@@ -3,7 +3,7 @@
     matches = match(annotations, results)
     calibration_error(matches)
     draws = draw_images(matches.images, count=500)
-    np.percentile([average_precision(matches, draw) for draw in draws], [2.5, 97.5])
+    np.std([average_precision(matches, draw).mean() for draw in draws])
 
 All runs scored on one validation set get the same draws, so that their differences are paired.
 """
@@ -64,10 +64,13 @@ def draw_images(images: int, count: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), size=count)
 
 
-def average_precision(matches: Matches, draw: np.ndarray) -> float:
-    """AP (IoU 0.50:0.95) where each image counts `draw` (I,) times; -1 without anything to be found."""
+def average_precision(matches: Matches, draw: np.ndarray) -> np.ndarray:
+    """AP at each IoU threshold 0.50, 0.55 ... 0.95, (10,), where each image counts `draw` (I,) times.
+
+    All are -1 where nothing is to be found.
+    """
     values = [_of_draw(one, draw) for one in matches.classes if one.truth @ draw > 0]
-    return float(np.mean(values)) if values else -1.0
+    return np.mean(values, axis=0) if values else np.full(10, -1.0)
 
 
 def calibration_error(matches: Matches, bins: int = 10) -> float:
@@ -100,7 +103,7 @@ def precision_recall(one: ClassMatches, threshold: int) -> tuple[np.ndarray, np.
     return right / np.maximum(right + wrong, 1), right / max(one.truth.sum(), 1)
 
 
-def _of_draw(matches: ClassMatches, draw: np.ndarray) -> float:
+def _of_draw(matches: ClassMatches, draw: np.ndarray) -> np.ndarray:
     times = draw[matches.image]
     right, wrong = (np.cumsum(flags * times, axis=1, dtype=np.float64) for flags in (matches.right, matches.wrong))
     recall = right / (matches.truth @ draw)
@@ -109,7 +112,7 @@ def _of_draw(matches: ClassMatches, draw: np.ndarray) -> float:
     precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
     precision = np.pad(precision, ((0, 0), (0, 1)))  # 0 at a recall that is never reached
     places = [np.searchsorted(row, RECALLS, side="left") for row in recall]
-    return float(np.mean([row[place] for row, place in zip(precision, places)]))
+    return np.array([row[place].mean() for row, place in zip(precision, places)])
 
 
 def _of_class(images: list[dict | None]) -> ClassMatches:

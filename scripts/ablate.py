@@ -13,7 +13,8 @@ them it is said, since the range may be too narrow.
 
 Stop it and start it again with the same command: finished runs are kept, broken ones go on. A run that diverges is a
 row with its reason; delete its result to have it tried again. `--processes 2` trains each run with two processes, on
-two GPUs where they are. In --output there are then
+two GPUs where they are. `--time` ends with a step of each variant in turn, in one process: the seconds that compare.py
+shows. In --output there are then
 
     VARIANT-sSEED/     the run folder of train.py, with best.pt
     results/*.json     a small file for each run: all that scripts/compare.py needs
@@ -39,6 +40,7 @@ from detector import assemble, config
 from detector.errors import UserError, run_main
 from scripts import result
 from scripts.supervise import Run, train_all
+from scripts.timing import time_steps
 
 VARIES = ("class_loss", "box_loss", "model.head.prior")  # what a variant may say, by the start of its keys
 HELD_OUT = 0.25  # of the training images, to tune on
@@ -63,6 +65,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, metavar="FOLDER", help="for the small files (default: in --output)")
     parser.add_argument("--jobs", type=int, metavar="N", help="runs at once (default: as the GPUs allow, or one)")
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="of each run, by torchrun (1)")
+    parser.add_argument("--time", action="store_true", help="at the end, time a step of each variant in turn")
     parser.add_argument("--dry-run", action="store_true", help="check all, and say which runs there would be")
     args = parser.parse_args()
     if min(args.seeds, args.processes, 1 if args.jobs is None else args.jobs) < 1:
@@ -105,6 +108,8 @@ def main() -> None:
             print(f"{name}: {key} {best}{remark if result.at_an_end(tuning) else ''}")
         runs = study.runs(variants, args.seeds)
     whole = train_all(runs, jobs)
+    if args.time:
+        add_timing(runs)
     print(f"python scripts/compare.py {study.results}/*.json")
     sys.exit(0 if whole else 1)
 
@@ -166,6 +171,19 @@ class Study:
             ids = {image["id"] for image in part}
             own = [one for one in document["annotations"] if one["image_id"] in ids]
             self.part(split).write_text(json.dumps({**document, "images": part, "annotations": own}), encoding="utf-8")
+
+
+def add_timing(runs: list[Run]) -> None:
+    """Time a step of each variant, and note it in the results of its runs."""
+    variants: dict[str, config.Config] = {}
+    for run in runs:
+        variants.setdefault(run.notes["variant"], run.cfg)
+    timings = time_steps(variants)
+    for run in runs:
+        if run.kept.exists():  # else it was lost
+            result.write(run.kept, result.read(run.kept) | {"timing": timings[run.notes["variant"]]})
+    for name, timing in timings.items():
+        print(f"{name}: {timing['seconds']:.3f} s/step")
 
 
 def read_variant(base: Path, name: str) -> Values:

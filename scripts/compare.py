@@ -4,13 +4,14 @@
     python scripts/compare.py results/bccd/*.json --csv runs.csv
 
 A run is the folder that train.py wrote, or the small JSON file that scripts/ablate.py keeps of one. Runs of one variant
-are one row: mean and standard deviation over its seeds. AP is in percent, the best of each column is marked; ECE is the
-expected calibration error of the scores, GB the peak of the memory.
+are one row: mean and standard deviation over its seeds. AP is in percent. ECE is the expected calibration error of the
+scores, GB the peak of the memory. Of AP, AP50, AP75, AP80 and AP90 the highest is marked where it is better than each
+other row beyond chance.
 
-Below stand the differences in AP from the first row, or --baseline, with an interval that holds 95% of 500 draws of
-validation images and of seeds, each with replacement and the same for both rows. "better" and "worse" are said only
-where the interval leaves out 0. A few seeds tell little of how others would do: the interval is then too short, and
-from one seed it is of the images alone.
+Below stand the differences in AP (--metric) from the first row, or --baseline, each with its 95% interval over other
+seeds and other validation images. "better" and "worse" are corrected for the number of rows: at most one study in 20
+has any false one among them. A row with one seed gets no verdict. The last line says how large a difference these runs
+can tell, and how many seeds a smaller one takes. scripts/verdict.py has the formulas.
 
 A run on COCO is shown the number that others report of its config, from results/published.yaml. A warning is given
 for whatever the runs differ in besides the losses, the seed and the head's prior.
@@ -22,176 +23,78 @@ import json
 import statistics
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
 
 # Started as a file, Python puts scripts/ on the path and not the repository that holds `detector`.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np
 import yaml
 
 from detector.config import flat
 from detector.errors import UserError, run_main
 from scripts import result
+from scripts.differences import Difference, best_rows, differences, in_words, named, what_they_tell
+from scripts.rows import AP, METRICS, Costs, Row, costs, numbers, read_rows
 
-AP = ("AP", "AP50", "AP75", "AP80", "AP90", "APs", "APm", "APl")
 HEADER = ("run", "class loss", "box loss", *AP, "ECE", "s/step", "GB")
 LEFT = 3  # the first columns are text, aligned left
 COMPARED = ("run", "output", "seed", "class_loss", "box_loss", "model.head.prior")  # what runs are meant to differ in
 EVALUATED = ("step", "epoch", "images")  # of the metrics: what was scored, and when
 PUBLISHED = Path(__file__).resolve().parent.parent / "results" / "published.yaml"
 ON_COCO = "instances_val2017.json"  # the validation file of the published numbers
-COVERED = (2.5, 97.5)  # percent of the draws, the ends of an interval
-
-Result = dict[str, Any]
-
-
-class Row(NamedTuple):
-    """What is compared: the runs of a loss."""
-
-    name: str
-    runs: list[Result]  # evaluated, by seed
-    failures: list[str]
-
-    @property
-    def seeds(self) -> list[int]:
-        return [run["config"].get("seed", 0) for run in self.runs]
-
-
-class Difference(NamedTuple):
-    """In AP, of a row from the baseline."""
-
-    name: str
-    mean: float
-    low: float
-    high: float
-
-    @property
-    def verdict(self) -> str:
-        return "better" if self.low > 0 else "worse" if self.high < 0 else "undecided"
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, or a result file of scripts/ablate.py")
     parser.add_argument("--baseline", metavar="NAME", help="the row that others are compared with (the first)")
+    parser.add_argument("--metric", choices=METRICS, default="AP", help="what is compared (AP); choose it beforehand")
     parser.add_argument("--markdown", metavar="FILE", help="also write the tables as Markdown")
     parser.add_argument("--html", metavar="FILE", help="also write a page with curves and, of run folders, pictures")
     parser.add_argument("--csv", metavar="FILE", help="also write the numbers, a line for each run")
     args = parser.parse_args(argv)
 
     rows = read_rows(args.runs)
-    table = [cells(row) for row in rows]
-    best = best_cells(table)
-    found = differences(rows, args.baseline)
-    warnings = published(rows) + warn(rows)
+    cost = costs(rows)
+    table = [cells(row, cost) for row in rows]
+    marked = marks(rows)
+    found = differences(rows, args.baseline, args.metric)
+    judged = in_words(found, named(rows, args.baseline).name, args.metric)
+    told = what_they_tell(rows, found, args.metric)
+    notes = [f"- {cost.remark}"] * bool(cost.remark) + published(rows) + warn(rows)
     if args.html:
         from scripts import report  # matplotlib, for those who ask for it
 
-        report.write(Path(args.html), rows, HEADER, table, found, warnings)
+        heading = judged[0] if judged else ""
+        report.write(Path(args.html), rows, HEADER, table, found, heading, told, cost, notes)
     if args.markdown:
-        write("--markdown", args.markdown, "\n".join(sections(markdown(table, best), in_words(found), warnings)) + "\n")
+        text = "\n".join(sections(markdown(table, marked), judged, told, notes)) + "\n"
+        with opened("--markdown", args.markdown) as file:
+            file.write(text)
     if args.csv:
-        write_csv(args.csv, rows)
-    print("\n".join(sections(aligned(table, best), in_words(found), warnings)))
+        write_csv(args.csv, rows, cost, found)
+    print("\n".join(sections(aligned(table, marked), judged, told, notes)))
 
 
-def read_rows(paths: list[str]) -> list[Row]:
-    """The runs by variant or name, in the order given; short runs that tuned something are left out."""
-    by_name: dict[str, list[tuple[str, Result]]] = {}
-    for path in paths:
-        if not Path(path).exists():
-            raise UserError(f"{path}: no such file or folder; give run folders or result files")
-        one = result.collect(Path(path)) if Path(path).is_dir() else result.read(path)
-        if "tried" not in one:
-            by_name.setdefault(str(one.get("variant") or one["config"].get("run", path)), []).append((path, one))
-    if not by_name:
-        raise UserError("these are runs that tuned something, and no others; give the results of whole runs")
-    rows = []
-    for name, runs in by_name.items():
-        if len(runs) > 1 and not all("variant" in one for _, one in runs):  # a name in common says nothing
-            rows += [_row(f"{name} ({path})", [one]) for path, one in runs]
-        else:
-            rows.append(_row(name, [one for _, one in runs]))
-    return rows
-
-
-def _row(name: str, runs: list[Result]) -> Row:
-    runs = sorted(runs, key=lambda one: one["config"].get("seed", 0))
-    failures = [f"seed {one['config'].get('seed', 0)}: {one['failure']}" for one in runs if "failure" in one]
-    return Row(name, [one for one in runs if "metrics" in one], failures)
-
-
-def numbers(run: Result) -> dict[str, float]:
-    """By column of the table; absent where it is null, or -1: nothing to measure it on."""
-    metrics = run["metrics"]
-    known = {k: 100 * metrics[k] for k in AP if isinstance(metrics.get(k), int | float) and metrics[k] >= 0}
-    if run.get("calibration_error", -1) >= 0:
-        known["ECE"] = run["calibration_error"]
-    if metrics.get("seconds_per_step"):
-        known["s/step"] = metrics["seconds_per_step"]
-    if metrics.get("peak_memory"):
-        known["GB"] = metrics["peak_memory"] / 1e9
-    return known
-
-
-def cells(row: Row) -> list[str]:
+def cells(row: Row, cost: Costs) -> list[str]:
     """A line of the table; "-" where a number is absent."""
     if not row.runs:
         return [row.name, *["-"] * (len(HEADER) - 2), "failed"]
     config = row.runs[0]["config"]
     known = [numbers(run) for run in row.runs]
     line = [row.name, str(config["class_loss"]["name"]), str(config["box_loss"]["name"])]
-    for column in HEADER[LEFT:]:
-        values = [one[column] for one in known if column in one]
-        digits = 1 if column in AP else 3 if column == "ECE" or column == "s/step" else 2
-        spread = f"±{statistics.stdev(values):.{digits}f}" if len(values) > 1 and column in (*AP, "ECE") else ""
+    for column in (*AP, "ECE"):
+        values = [run[column] for run in known if column in run]
+        digits = 1 if column in AP else 3
+        spread = f"±{statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
         line.append(f"{statistics.fmean(values):.{digits}f}{spread}" if values else "-")
-    return line
+    seconds, memory = cost.seconds.get(row.name), cost.memory.get(row.name)
+    return [*line, "-" if seconds is None else f"{seconds:.3f}", "-" if memory is None else f"{memory / 1e9:.2f}"]
 
 
-def best_cells(table: list[list[str]]) -> set[tuple[int, int]]:
-    """(row, column) of the highest of each AP column: all that tie as shown, none of a lone row."""
-    best = set()
-    for column in range(LEFT, LEFT + len(AP)) if len(table) > 1 else ():
-        values = {i: float(line[column].partition("±")[0]) for i, line in enumerate(table) if line[column] != "-"}
-        best |= {(i, column) for i, value in values.items() if value == max(values.values())}
-    return best
-
-
-def differences(rows: list[Row], baseline: str | None = None) -> list[Difference]:
-    """Of each row's AP from the baseline's, in the order of the rows; of those alone that hold draws of images."""
+def marks(rows: list[Row]) -> set[tuple[int, int]]:
+    """(row, column) of what is the best of its column beyond chance."""
     names = [row.name for row in rows]
-    if baseline is not None and baseline not in names:
-        raise UserError(f"--baseline {baseline}: there is no such row; there are {', '.join(names)}")
-    base = rows[names.index(baseline)] if baseline else rows[0]
-    found = []
-    for row in rows:
-        draws = [[run["resampled"] for run in one.runs if run.get("resampled")] for one in (row, base)]
-        if row is base or not all(draws) or len({len(draw) for one in draws for draw in one}) > 1:
-            continue
-        mean, other = (statistics.fmean(run["metrics"]["AP"] for run in one.runs) for one in (row, base))
-        low, high = interval(*(100 * np.array(one) for one in draws))
-        found.append(Difference(row.name, 100 * (mean - other), low, high))
-    return found
-
-
-def interval(one: np.ndarray, other: np.ndarray) -> tuple[float, float]:
-    """Where COVERED of the differences of means lie, from APs (seeds, draws of images), each draw with seeds drawn too.
-
-    With as many seeds on both sides the same are drawn: they share initial weights and the order of images.
-    """
-    random = np.random.default_rng(0)
-    draws = np.arange(one.shape[1])[:, None]
-    seeds = random.integers(len(one), size=(len(draws), len(one)))
-    others = seeds if len(one) == len(other) else random.integers(len(other), size=(len(draws), len(other)))
-    gaps = one[seeds, draws].mean(axis=1) - other[others, draws].mean(axis=1)
-    low, high = np.percentile(gaps, COVERED)
-    return float(low), float(high)
-
-
-def in_words(found: list[Difference]) -> list[str]:
-    return [f"- {d.name}: AP {d.mean:+.1f} [{d.low:+.1f}, {d.high:+.1f}], {d.verdict}" for d in found]
+    return {(names.index(name), HEADER.index(metric)) for metric, name in best_rows(rows).items()}
 
 
 def warn(rows: list[Row]) -> list[str]:
@@ -232,9 +135,8 @@ def published(rows: list[Row]) -> list[str]:
     return lines
 
 
-def sections(table: list[str], found: list[str], warnings: list[str]) -> list[str]:
-    head = ["", "Difference in AP from the baseline, with its 95% interval:", ""] if found else []
-    return [*table, *head, *found, *(["", *warnings] if warnings else [])]
+def sections(table: list[str], judged: list[str], told: list[str], notes: list[str]) -> list[str]:
+    return [line for part in (table, judged, told, notes) if part for line in ("", *part)][1:]
 
 
 def aligned(table: list[list[str]], best: set[tuple[int, int]]) -> list[str]:
@@ -252,24 +154,24 @@ def markdown(table: list[list[str]], best: set[tuple[int, int]]) -> list[str]:
     return ["| " + " | ".join(line) + " |" for line in escaped]
 
 
-def write_csv(path: str, rows: list[Row]) -> None:
+def write_csv(path: str, rows: list[Row], cost: Costs, found: list[Difference]) -> None:
+    """A line for each run; what is known of its row stands in each of them."""
+    judged = {one.name: [one.mean, one.low, one.high, one.p, one.verdict] for one in found}
     with opened("--csv", path) as file:
         writer = csv.writer(file)
-        writer.writerow(["variant", "seed", *HEADER[1:], "failure"])
+        header = ["variant", "seed", *HEADER[1:], "difference", "low", "high", "p", "verdict", "failure"]
+        writer.writerow(header)
         for row in rows:
+            of_row = [*judged.get(row.name, [""] * 5)]
+            taken = [cost.seconds.get(row.name, ""), cost.memory.get(row.name, 0) / 1e9 or ""]
             for run in row.runs:
                 config, known = run["config"], numbers(run)
                 losses = config["class_loss"]["name"], config["box_loss"]["name"]
-                values = [known.get(column, "") for column in HEADER[LEFT:]]
-                writer.writerow([row.name, config.get("seed", 0), *losses, *values, ""])
+                values = [known.get(column, "") for column in (*AP, "ECE")]
+                writer.writerow([row.name, config.get("seed", 0), *losses, *values, *taken, *of_row, ""])
             for failure in row.failures:
                 seed, _, reason = failure.removeprefix("seed ").partition(": ")
-                writer.writerow([row.name, seed, *[""] * (len(HEADER) - 1), reason])
-
-
-def write(flag: str, path: str, text: str) -> None:
-    with opened(flag, path) as file:
-        file.write(text)
+                writer.writerow([row.name, seed, *[""] * (len(header) - 3), reason])
 
 
 def opened(flag: str, path: str):

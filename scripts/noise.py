@@ -3,9 +3,9 @@
     python scripts/noise.py results/noise --output docs/noise.png
 
 The folder holds one folder of result files (scripts/ablate.py) for each share of wrong labels, named by the share in
-percent: results/noise/0, 10, 20. The validation set is clean. Prints the table, with what is lost from the first share
-to the last, the interval that holds 95% of 500 draws of validation images and seeds, and the part that is of the AP at
-the first; and draws it with the standard deviation over seeds.
+percent: results/noise/0, 10, 20. The validation set is clean. Prints the mean and standard deviation over seeds; what
+is lost from the first share to the last, with its 95% interval (scripts/verdict.py); and that loss as a part of the AP
+at the first share. The plot shows mean and standard deviation.
 """
 
 import argparse
@@ -23,9 +23,10 @@ matplotlib.use("Agg")  # files only: no window, wherever this runs
 from matplotlib import pyplot as plt
 
 from detector.errors import UserError, run_main
-from scripts import compare
+from scripts.differences import differences
+from scripts.rows import Row, read_rows
 
-Curve = dict[int, compare.Row]  # by the share of wrong labels in percent
+Curve = dict[int, Row]  # by the share of wrong labels in percent
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -38,8 +39,8 @@ def main(argv: list[str] | None = None) -> None:
     print("| run | " + " | ".join(f"{share}%" for share in shares) + f" | lost at {shares[-1]}% |")
     print("| --- |" + " ---: |" * (len(shares) + 1))
     for name, curve in curves.items():
-        cells = [told(aps(curve[share])) if share in curve else "-" for share in shares]
-        lost = told_loss(curve[shares[0]], curve[shares[-1]]) if {shares[0], shares[-1]} <= curve.keys() else "-"
+        cells = [mean_and_spread(aps(curve[share])) if share in curve else "-" for share in shares]
+        lost = what_is_lost(curve[shares[0]], curve[shares[-1]]) if {shares[0], shares[-1]} <= curve.keys() else "-"
         print(f"| {name} | " + " | ".join(cells) + f" | {lost} |")
     try:
         draw(curves).savefig(args.output, dpi=150)
@@ -58,25 +59,24 @@ def read(folder: Path) -> dict[str, Curve]:
         files = sorted(map(str, (folder / str(share)).glob("*.json")))
         if not files:
             raise UserError(f"{folder / str(share)}: no result files in it")
-        for row in compare.read_rows(files):
+        for row in read_rows(files):
             if row.runs:  # else all have failed
                 curves.setdefault(row.name, {})[share] = row
     return curves
 
 
-def aps(row: compare.Row) -> list[float]:
+def aps(row: Row) -> list[float]:
     """Of each seed, in percent."""
     return [100 * run["metrics"]["AP"] for run in row.runs]
 
 
-def told_loss(first: compare.Row, last: compare.Row) -> str:
-    before, after = statistics.fmean(aps(first)), statistics.fmean(aps(last))
-    (found,) = compare.differences([last._replace(name="last"), first._replace(name="first")], "first") or (None,)
-    interval = f" [{-found.high:.1f}, {-found.low:.1f}]" if found else ""
-    return f"{before - after:.1f}{interval}, {(before - after) / before:.0%}"
+def what_is_lost(first: Row, last: Row) -> str:
+    (found,) = differences([first._replace(name="first"), last._replace(name="last")])
+    interval = "" if found.p is None else f" [{-found.high:.1f}, {-found.low:.1f}]"  # one seed: of the images alone
+    return f"{-found.mean:.1f}{interval}, {-found.mean / statistics.fmean(aps(first)):.0%}"
 
 
-def told(values: list[float]) -> str:
+def mean_and_spread(values: list[float]) -> str:
     spread = f"±{statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.1f}{spread}"
 

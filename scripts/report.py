@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +18,8 @@ from data.draw import WIDTH, validation_pictures
 from data.transforms import EvalTransform
 from detector.errors import UserError
 from scripts import page, result
-
-if TYPE_CHECKING:  # it imports this file
-    from scripts.compare import Difference, Row
+from scripts.differences import Difference, in_digits
+from scripts.rows import Costs, Row
 
 PICTURES = 4  # validation images
 COLUMNS = 3  # of a legend
@@ -30,22 +29,25 @@ IOUS = [round(0.5 + 0.05 * i, 2) for i in range(10)]
 
 def write(
     path: Path,
-    rows: "list[Row]",
+    rows: list[Row],
     header: Sequence[str],
     table: list[list[str]],
-    found: "list[Difference]",
-    warnings: list[str],
+    found: list[Difference],
+    heading: str,
+    told: list[str],
+    cost: Costs,
+    notes: list[str],
 ) -> None:
-    """The page. `header` and `table` as compare.py prints them; UserError where it cannot be written."""
+    """The page, from what compare.py prints; `heading` is of the differences. UserError if it cannot be written."""
     known = [row for row in rows if row.runs]
     sections = [
         ("", [page.text(summary(known)), page.table(header, table, left=3)]),
-        ("Published, and what to know", [page.items(line.removeprefix("- ") for line in warnings)] if warnings else []),
-        ("Better, or by chance?", differences(found)),
+        ("Better, or by chance?", differences(found, heading, told)),
+        ("Published, and what to know", [page.items(line.removeprefix("- ") for line in notes)] if notes else []),
         ("While it learns", curves(known)),
         ("How exact the boxes are", [by_iou(known)] if known else []),
         ("By class", [by_class(known)]),
-        ("What it costs", [costs(known)]),
+        ("What it costs", costs(known, cost)),
         ("Where the gradient comes from", gradients(known)),
         ("How the losses were tuned", tuning(known)),
         ("The same images", pictures(known)),
@@ -53,7 +55,7 @@ def write(
     page.write(path, "Comparison of " + ", ".join(row.name for row in rows), [one for one in sections if one[1]])
 
 
-def summary(rows: "list[Row]") -> str:
+def summary(rows: list[Row]) -> str:
     runs = [run for row in rows for run in row.runs]
     machines = dict.fromkeys(
         f"{run['machine']['device']}, torch {run['machine']['torch']}" for run in runs if "machine" in run
@@ -67,23 +69,38 @@ def summary(rows: "list[Row]") -> str:
     )
 
 
-def differences(found: "list[Difference]") -> list[str]:
+def differences(found: list[Difference], heading: str, told: list[str]) -> list[str]:
     if not found:
         return []
-    plot, axis = plt.subplots(figsize=(page.FIGURE[0], 1 + 0.35 * len(found)), layout="constrained")
-    colours = {"better": "#2ca02c", "worse": "#d62728", "undecided": "#7f7f7f"}
-    for place, one in enumerate(reversed(found)):
-        axis.plot([one.low, one.high], [place, place], color=colours[one.verdict], linewidth=3)
-        axis.plot([one.mean], [place], "o", color=colours[one.verdict])
+    drawn = [one for one in found if one.low is not None]
+    plot, axis = plt.subplots(figsize=(page.FIGURE[0], 1 + 0.35 * len(drawn)), layout="constrained")
+    colours = {"better": "#2ca02c", "worse": "#d62728"}
+    for place, one in enumerate(reversed(drawn)):
+        colour = colours.get(one.verdict, "#7f7f7f")
+        axis.plot([one.low, one.high], [place, place], color=colour, linewidth=3)
+        axis.plot([one.mean], [place], "o", color=colour)
     axis.axvline(0, color="black", linewidth=0.8)
-    axis.set_yticks(range(len(found)), [one.name for one in reversed(found)])
-    axis.set_xlabel("AP, difference from the baseline, percent")
-    rows = [(d.name, f"{d.mean:+.1f}", f"{d.low:+.1f}", f"{d.high:+.1f}", d.verdict) for d in found]
-    words = "From the baseline, with the interval that holds 95% of 500 draws of images and seeds."
-    return [page.table(("run", "AP", "from", "to", "verdict"), rows), page.figure(plot, words)]
+    axis.set_yticks(range(len(drawn)), [one.name for one in reversed(drawn)])
+    axis.set_xlabel("difference from the baseline, percent")
+    lines = [
+        (
+            one.name,
+            one.verdict + (f": {one.reason}" if one.reason else ""),
+            f"{one.mean:+.1f}",
+            *("-" if end is None else f"{end:+.1f}" for end in (one.low, one.high)),
+            "-" if one.p is None else in_digits(one.p),
+        )
+        for one in found
+    ]
+    table = page.table(("run", "verdict", "difference", "from", "to", "p"), lines, left=2)
+    words = "Difference from the baseline and its 95% interval, over other seeds and other images."
+    picture = [page.figure(plot, words)] if drawn else []
+    if not drawn:
+        plt.close(plot)
+    return [page.text(heading), table, *map(page.text, told), *picture]
 
 
-def axes_of(rows: "list[Row]", xlabel: str, ylabel: str):
+def axes_of(rows: list[Row], xlabel: str, ylabel: str):
     """A figure with room for `legend_below`, and a colour and line style for each row."""
     width, height = page.FIGURE
     plot, axis = plt.subplots(figsize=(width, height + 0.17 * math.ceil(len(rows) / COLUMNS)), layout="constrained")
@@ -103,7 +120,7 @@ def spread(values: list[list[float]]) -> tuple[np.ndarray, np.ndarray]:
     return array.mean(axis=0), array.std(axis=0, ddof=1) if len(array) > 1 else np.zeros(array.shape[1])
 
 
-def curves(rows: "list[Row]") -> list[str]:
+def curves(rows: list[Row]) -> list[str]:
     drawn = []
     for name in ("AP", "AP50", "AP75"):
         plot, axis, styles = axes_of(rows, "training step", f"{name}, percent")
@@ -125,7 +142,7 @@ def curves(rows: "list[Row]") -> list[str]:
     return [page.row(drawn)] if drawn else []
 
 
-def by_iou(rows: "list[Row]") -> str:
+def by_iou(rows: list[Row]) -> str:
     plot, axis, styles = axes_of(rows, "IoU from which a box counts as found", "AP there, minus the first row's")
     first = None
     for row in rows:
@@ -139,7 +156,7 @@ def by_iou(rows: "list[Row]") -> str:
     return page.figure(plot, "AP by IoU threshold as the distance from the first row; in brackets, AP itself.")
 
 
-def by_class(rows: "list[Row]") -> str:
+def by_class(rows: list[Row]) -> str:
     classes = dict.fromkeys(name for row in rows for run in row.runs for name in run["metrics"].get("per_class", ()))
     lines = []
     for name in classes:
@@ -149,25 +166,20 @@ def by_class(rows: "list[Row]") -> str:
     return page.table(("class", *(row.name for row in rows)), lines)
 
 
-def costs(rows: "list[Row]") -> str:
-    def mean(row: "Row", key: str) -> float | None:
-        values = [run["metrics"][key] for run in row.runs if run["metrics"].get(key)]
-        return statistics.fmean(values) if values else None
+def costs(rows: list[Row], cost: Costs) -> list[str]:
+    def beside(known: dict[str, float], row: Row, digits: int, unit: float) -> tuple[str, str]:
+        value, first = known.get(row.name), known.get(rows[0].name)
+        ratio = f"{100 * (value / first - 1):+.1f}%" if value and first else "-"
+        return f"{value / unit:.{digits}f}" if value else "-", ratio
 
-    def beside(value: float | None, first: float | None) -> str:
-        return f"{100 * (value / first - 1):+.1f}%" if value and first else "-"
-
-    lines = []
-    for row in rows:
-        (seconds, first_seconds), (memory, first_memory) = (
-            (mean(row, key), mean(rows[0], key)) for key in ("seconds_per_step", "peak_memory")
-        )
-        shown = f"{seconds:.3f}" if seconds else "-", f"{memory / 1e9:.2f}" if memory else "-"
-        lines.append((row.name, shown[0], beside(seconds, first_seconds), shown[1], beside(memory, first_memory)))
-    return page.table(("run", "seconds a step", "to the first", "GB at most", "to the first"), lines)
+    remark = [page.text(cost.remark)] if cost.remark else []
+    if not (cost.seconds or cost.memory):
+        return remark
+    lines = [(row.name, *beside(cost.seconds, row, 3, 1), *beside(cost.memory, row, 2, 1e9)) for row in rows]
+    return [*remark, page.table(("run", "seconds a step", "to the first", "GB at most", "to the first"), lines)]
 
 
-def gradients(rows: "list[Row]") -> list[str]:
+def gradients(rows: list[Row]) -> list[str]:
     drawn = []
     for kind, words in (("class", "cells"), ("box", "box coordinates")):
         shares = {}
@@ -191,7 +203,7 @@ def gradients(rows: "list[Row]") -> list[str]:
     return [page.row(drawn)] if drawn else []
 
 
-def tuning(rows: "list[Row]") -> list[str]:
+def tuning(rows: list[Row]) -> list[str]:
     tuned = {row.name: run["tuning"] for row in rows for run in row.runs[:1] if "tuning" in run}
     values = dict.fromkeys(value for one in tuned.values() for value in one["AP"])
     if not tuned:
@@ -208,7 +220,7 @@ def tuning(rows: "list[Row]") -> list[str]:
     return [page.text(words), page.table(("run", "option", *values, "chosen"), lines, left=2)]
 
 
-def pictures(rows: "list[Row]") -> list[str]:
+def pictures(rows: list[Row]) -> list[str]:
     """Validation images with the ground truth and what each row's first seed finds."""
     sheets: dict[str, list[torch.Tensor]] = {}
     missing = []
@@ -223,7 +235,7 @@ def pictures(rows: "list[Row]") -> list[str]:
         halves = [image[:, :, WIDTH:].permute(1, 2, 0).numpy() for image in images]
         parts.append(page.row([truth, *(page.photo(half, name) for name, half in zip(sheets, halves))]))
     if parts:
-        words = "Of each, as many of the surest boxes as the whole set has boxes; the first seed."
+        words = "Each picture shows as many of the highest-scoring boxes as the whole set has boxes; the first seed."
         parts.insert(0, page.text(words))
     return [*parts, *([page.items(missing)] if missing else [])]
 

@@ -5,8 +5,9 @@
 
 A result holds `config`, as resolved; `metrics`, of the last evaluation; `curve`, an evaluation each with step, AP,
 AP50 and AP75; `gradient`, the shares of easy, medium and outlier examples in it, as often as they were observed;
-`calibration_error`; `resampled`, the AP of DRAWS draws of the validation images, the same for all runs on that set; and
-`machine`. A run that failed has `failure`, a line, instead of metrics.
+`calibration_error`; `resampled`, {metric: its value on each of DRAWS draws of the validation images}, the same draws
+for all runs on that set; and `machine`. A run that failed has `failure`, a line, instead of metrics. scripts/ablate.py
+adds `jobs`, how many runs shared the machine, and with --time `timing`.
 """
 
 import json
@@ -16,11 +17,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data.coco import load_annotations
+from data.coco_eval import IOUS
 from data.matches import average_precision, calibration_error, draw_images, match
 from detector.errors import UserError
 
@@ -45,9 +48,16 @@ def collect(folder: Path) -> dict[str, Any]:
         annotations = load_annotations(config["data"]["val"]["annotations"])
         matches = match(annotations, detections)
         result["calibration_error"] = calibration_error(matches)
-        draws = draw_images(matches.images, DRAWS)
-        result["resampled"] = [round(average_precision(matches, draw), 5) for draw in draws]
+        draws = np.array([average_precision(matches, draw) for draw in draw_images(matches.images, DRAWS)])
+        columns = {"AP": draws.mean(axis=1), **{f"AP{iou}": draws[:, place] for iou, place in IOUS.items()}}
+        result["resampled"] = {name: column.round(5).tolist() for name, column in columns.items()}
     return result
+
+
+def draws(result: dict[str, Any], metric: str) -> list[float]:
+    """The metric on each draw of images; empty where it was not kept."""
+    kept = result.get("resampled") or {}
+    return (kept if isinstance(kept, dict) else {"AP": kept}).get(metric, [])  # older results hold AP alone
 
 
 def points(events: EventAccumulator, group: str, names: tuple[str, ...]) -> list[dict[str, float]]:

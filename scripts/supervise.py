@@ -115,7 +115,7 @@ def train_all(runs: list[Run], jobs: int, keep: Callable[[dict], dict] = lambda 
                     if child.process.poll() is not None:
                         del children[slot]
                         child.log.close()
-                        ended(child, keep, lost)
+                        ended(child, jobs, keep, lost)
                         done += 1
                 if stop.number is not None:
                     break
@@ -155,14 +155,16 @@ def cards(slot: int, processes: int) -> list[str]:
     return names[first : first + processes]
 
 
-def ended(child: Child, keep: Callable[[dict], dict], lost: list[str]) -> None:
+def ended(child: Child, jobs: int, keep: Callable[[dict], dict], lost: list[str]) -> None:
     """Keep the result of a process that has ended, or note in `lost` why there is none."""
     run, code, said = child.run, child.process.returncode, child.said()
     if code == 1 and run.processes > 1 and (told := EXIT_CODE.findall(said)):
         code = int(told[-1])  # the last told is the first that ended
     reason = last_line(said)
     if code == 0:
-        result.write(run.kept, keep(result.collect(run.cfg.folder) | run.notes))
+        # Of a run that goes on it is not known what it shared the machine with before.
+        alone = {"jobs": jobs} if child.begun == 0 else {}
+        result.write(run.kept, keep(result.collect(run.cfg.folder) | run.notes | alone))
         for name in (checkpoint.LAST, checkpoint.PREVIOUS):  # best.pt is kept
             (run.cfg.folder / name).unlink(missing_ok=True)
         tqdm.write(f"{run.name}: AP {result.read(run.kept)['metrics']['AP']:.3f}")

@@ -23,6 +23,7 @@ SECTIONS = {  # title, and what is run
     "evaluation": ("Evaluation", "scripts/bench/evaluation.py"),
     "start": ("Start", "scripts/bench/start.py"),
     "growth": ("Growth", "scripts/bench/growth.py --plot docs/growth.png"),
+    "verdicts": ("Verdicts", "scripts/bench/verdicts.py --simulations 4000"),
 }
 HEAD = """# Benchmarks
 

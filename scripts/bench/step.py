@@ -35,6 +35,7 @@ from detector.device import keep_freed_memory, pick_device, pick_precision
 from detector.model import RetinaNet
 from detector.structures import Target
 from scripts.bench import measure
+from scripts.timing import training_step
 
 COCO = Path(__file__).resolve().parents[2] / "configs/coco/base.yaml"
 CLASSES = 80
@@ -145,20 +146,12 @@ def our_step(
     compiled: bool = False,
 ) -> Callable[[], object]:
     cfg, model = our_model(name, state, f"solver.batch_size={len(images)}", *settings)
-    criterion = assemble.build_criterion(cfg).train()
+    criterion = assemble.build_criterion(cfg).to(images.device).train()
     solver = assemble.build_solver(cfg, model.train(), steps_per_epoch=1_000_000)
     sizes = [tuple(images.shape[-2:])] * len(images)
     if compiled:
         model.compile_parts()
-
-    def step() -> None:
-        with torch.autocast(images.device.type, solver.precision, enabled=solver.precision != torch.float32):
-            predictions = model(images, sizes)
-        solver.backward(criterion(predictions, targets).total)
-        solver.gradient_norm()
-        solver.step()
-
-    return step
+    return partial(training_step(model, criterion, solver), images, targets, sizes)
 
 
 def torchvision_model(name: str, state: dict[str, Tensor], side: int, **options: object) -> nn.Module:

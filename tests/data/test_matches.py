@@ -65,9 +65,11 @@ def repeated(annotations, detections, draw):
 @pytest.mark.parametrize("seed", range(4))
 def test_each_image_once_is_the_ap_itself(seed):
     annotations, detections = case(seed)
-    expected = score(annotations, detections, [5, 6, 7])["AP"]
+    expected = score(annotations, detections, [5, 6, 7])
     matches = match(copy.deepcopy(annotations), results(detections))
-    assert average_precision(matches, np.ones(12, np.int64)) == pytest.approx(expected, abs=1e-12)
+    found = average_precision(matches, np.ones(12, np.int64))
+    assert found == pytest.approx(expected["by_iou"], abs=1e-12)
+    assert found.mean() == pytest.approx(expected["AP"], abs=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -80,8 +82,8 @@ def test_a_draw_is_scored_as_the_data_set_that_holds_it(seed):
     for draw in draw_images(12, 5, seed):
         expected = score(*repeated(annotations, detections, draw), [5, 6, 7])["AP"]
         # Repeated detections tie with themselves: precision is read between two equal ones.
-        assert average_precision(matches, draw) == pytest.approx(expected, abs=0.02)
-    assert average_precision(matches, np.zeros(12, np.int64)) == -1
+        assert average_precision(matches, draw).mean() == pytest.approx(expected, abs=0.02)
+    assert (average_precision(matches, np.zeros(12, np.int64)) == -1).all()
 
 
 def test_draws_are_of_as_many_images_and_the_same_each_time():
@@ -102,7 +104,7 @@ def test_spread_of_the_draws_is_that_of_the_mean():
     file = {"images": [{"id": i} for i in range(200)], "categories": [{"id": 1, "name": "a"}], "annotations": boxes}
     found = [{"image_id": int(i), "category_id": 1, "bbox": [0, 0, 9, 9], "score": 0.5} for i in np.flatnonzero(hit)]
     matches = match(file, found)
-    values = [average_precision(matches, draw) for draw in draw_images(200, 400)]
+    values = [average_precision(matches, draw).mean() for draw in draw_images(200, 400)]
     assert np.std(values) == pytest.approx(np.sqrt(hit.mean() * (1 - hit.mean()) / 200), rel=0.15)
 
 
@@ -122,4 +124,4 @@ def test_calibration_error_by_hand():
 
 def test_nothing_found_is_zero():
     annotations, _ = case(0)
-    assert average_precision(match(annotations, []), np.ones(12, np.int64)) == 0
+    assert (average_precision(match(annotations, []), np.ones(12, np.int64)) == 0).all()

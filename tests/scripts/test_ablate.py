@@ -13,7 +13,7 @@ import yaml
 
 from detector import config
 from detector.errors import UserError
-from scripts import ablate, compare, result, supervise
+from scripts import ablate, compare, result, supervise, timing
 
 
 @pytest.fixture
@@ -85,6 +85,50 @@ def test_tuned_runs_end_as_results_which_a_second_start_keeps(base, tmp_path, co
     code, out, err = command(ablate.main, *arguments)
     assert code == 0 and "1 of 1 runs are finished already" in out, err
     assert {path: path.stat().st_mtime_ns for path in results.iterdir()} == times
+
+
+def test_time_is_of_every_variant_in_turn(base, tmp_path, command):
+    arguments = ["--config", base, "--variants", "focal", "focal+ghm_r", "--seeds", 2, "--output", tmp_path / "out"]
+    code, out, err = command(ablate.main, *arguments, "--time", "--jobs", 2)
+    assert code == 0, err
+    kept = {path.stem: result.read(path) for path in (tmp_path / "out" / "results").iterdir()}
+    timings = {name: content["timing"] for name, content in kept.items()}
+    assert timings["focal-s0"] == timings["focal-s1"] != timings["focal+ghm_r-s0"] == timings["focal+ghm_r-s1"]
+    assert len({timing["started"] for timing in timings.values()}) == 1
+    for name in ("focal", "focal+ghm_r"):
+        assert f"{name}: {timings[f'{name}-s0']['seconds']:.3f} s/step" in out
+    assert {content["jobs"] for content in kept.values()} == {2}
+    code, out, err = command(compare.main, *sorted(map(str, (tmp_path / "out" / "results").iterdir())))
+    assert "the losses took turns" in out and "GB is not shown: runs shared the machine (--jobs 2)" in out
+    assert f" {timings['focal-s0']['seconds']:.3f} " in out
+
+
+def test_steps_take_turns_and_each_has_its_own_losses(base, monkeypatch):
+    order = []
+    real = timing.training_step
+
+    def noted(model, criterion, solver):
+        step = real(model, criterion, solver)
+        return lambda *batch: (order.append(type(criterion.box_loss).__name__), step(*batch))
+
+    monkeypatch.setattr(timing, "training_step", noted)
+    study = ablate.Study(str(base), [], base.parent / "out", None)
+    variants = {name: ablate.read_variant(base, name) for name in ("focal", "focal+ghm_r")}
+    configs = {run.notes["variant"]: run.cfg for run in study.runs(variants, 1)}
+    found = timing.time_steps(configs, rounds=3)
+    assert order == ["SmoothL1", "GHMR"] * 5  # two to warm up
+    assert (
+        all(one["steps"] == 3 and 0 < one["seconds"] < 60 for one in found.values()) and found.keys() == configs.keys()
+    )
+
+
+def test_a_run_that_went_on_is_not_said_to_have_had_the_machine_alone(base, tmp_path, command):
+    arguments = ["--config", base, "--variants", "focal", "--seeds", 1, "--output", tmp_path / "out"]
+    kept = tmp_path / "out" / "results" / "focal-s0.json"
+    assert command(ablate.main, *arguments)[0] == 0 and result.read(kept)["jobs"] == 1
+    kept.unlink()  # as after a stop: its log is there
+    code, _, err = command(ablate.main, *arguments)
+    assert code == 0 and "jobs" not in result.read(kept), err
 
 
 @pytest.mark.parametrize("processes", [1, 2])

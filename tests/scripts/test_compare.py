@@ -1,6 +1,8 @@
 """scripts/compare.py: what is shown, what is marked, what is warned of, what is refused."""
 
+import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,8 @@ import pytest
 import yaml
 
 from detector.errors import UserError
-from scripts.compare import interval, main
+from scripts import result
+from scripts.compare import main
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "compare.py"
 
@@ -41,12 +44,25 @@ def two(tmp_path):
     ]
 
 
+NO_COSTS = (
+    "- s/step and GB are not shown: nothing says that each run had the machine to itself; scripts/ablate.py --time "
+    "measures a step of each in turn"
+)
+NO_DRAWS = "- ghm_c: +0.1; no verdict: AP of ghm_c on other draws of the same images is not known"
+
+
 def test_terminal_table(two, capsys):
     main(two)
     assert capsys.readouterr().out.splitlines() == [
         "run    class loss  box loss     AP  AP50  AP75  AP80  AP90  APs   APm   APl  ECE  s/step  GB",
-        "focal  focal       smooth_l1  35.8* 55.0* 25.0* 25.0*    -    -  40.0* 25.0*   -   0.123   -",
-        "ghm_c  ghm_c       smooth_l1  35.8* 54.0  25.0* 25.0* 10.0*   -     -  25.0*   -       -   -",
+        "focal  focal       smooth_l1  35.8  55.0  25.0  25.0     -    -  40.0  25.0    -       -   -",
+        "ghm_c  ghm_c       smooth_l1  35.8  54.0  25.0  25.0  10.0    -     -  25.0    -       -   -",
+        "",
+        "AP minus that of focal, with its 95% interval:",
+        "",
+        NO_DRAWS,
+        "",
+        NO_COSTS,
     ]
 
 
@@ -55,18 +71,26 @@ def test_markdown_table(two, tmp_path):
     assert (tmp_path / "table.md").read_text().splitlines() == [
         "| run | class loss | box loss | AP | AP50 | AP75 | AP80 | AP90 | APs | APm | APl | ECE | s/step | GB |",
         "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-        "| focal | focal | smooth_l1 | **35.8** | **55.0** | **25.0** | **25.0** | - | - | **40.0** | "
-        "**25.0** | - | 0.123 | - |",
-        "| ghm_c | ghm_c | smooth_l1 | **35.8** | 54.0 | **25.0** | **25.0** | **10.0** | - | - | **25.0** "
-        "| - | - | - |",
+        "| focal | focal | smooth_l1 | 35.8 | 55.0 | 25.0 | 25.0 | - | - | 40.0 | 25.0 | - | - | - |",
+        "| ghm_c | ghm_c | smooth_l1 | 35.8 | 54.0 | 25.0 | 25.0 | 10.0 | - | - | 25.0 | - | - | - |",
+        "",
+        "AP minus that of focal, with its 95% interval:",
+        "",
+        NO_DRAWS,
+        "",
+        NO_COSTS,
     ]
 
 
-def kept(folder: Path, variant: str, seed: int, ap: float, **more) -> str:
-    """A result file, of a run whose AP on each draw of images is `ap` and the draw's own luck."""
+LUCK = np.random.default_rng(0).normal(0, 0.05, (2, 500))  # on each draw of images: of all rows, and of one
+
+
+def kept(folder: Path, variant: str, seed: int, ap: float, luck: float = 0, **more) -> str:
+    """A result file. Its AP depends on the images as that of every row does, and by `luck` in its own way."""
     config = {"run": f"{variant}-s{seed}", "seed": seed, "class_loss": {"name": variant}, "box_loss": {"name": "l1"}}
-    luck = np.random.default_rng(0).normal(0, 0.05, 500)  # the same for all: what pairing takes out
-    content = {"config": config, "metrics": {"AP": ap}, "resampled": (ap + luck).tolist(), "variant": variant} | more
+    metrics = {"AP": ap, "images": 50, "seconds_per_step": 0.25, "peak_memory": 2e9}
+    draws = (ap + LUCK[0] + luck * LUCK[1]).tolist()
+    content = {"config": config, "metrics": metrics, "resampled": {"AP": draws}, "variant": variant} | more
     path = folder / f"{variant}-{seed}.json"
     path.write_text(json.dumps(content))
     return str(path)
@@ -80,29 +104,125 @@ def test_seeds_of_a_variant_are_one_row(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "aps, verdict",
-    [((0.33, 0.34, 0.35), "+2.0 [+2.0, +2.0], better"), ((0.29, 0.30, 0.31), "-2.0 [-2.0, -2.0], worse"),
-     ((0.34, 0.30, 0.34), "+0.7 [-2.0, ")],
+    [((0.36, 0.37, 0.38), "+5.0 [+2.7, +7.3], p 0.004, better"), ((0.26, 0.27, 0.28), "-5.0 [-7.3, -2.7], p 0.004, "),
+     ((0.33, 0.34, 0.35), "+2.0 [-0.3, +4.3], p 0.070, undecided")],
 )  # fmt: skip
 def test_better_is_said_only_where_the_interval_leaves_out_zero(tmp_path, capsys, aps, verdict):
+    """By hand: standard deviations of 1, so +-2.776 sqrt(1/3 + 1/3), Student's t for 4 degrees of freedom."""
     base = [kept(tmp_path, "ce", seed, ap) for seed, ap in enumerate((0.31, 0.32, 0.33))]
     main([*base, *(kept(tmp_path, "focal", seed, ap) for seed, ap in enumerate(aps))])
+    assert f"- focal: {verdict}" in capsys.readouterr().out
+
+
+def test_verdicts_are_corrected_for_the_number_of_rows(tmp_path, capsys):
+    runs = {"ce": (0.31, 0.32, 0.33), "a": (0.345, 0.355, 0.365), "b": (0.31, 0.32, 0.34), "c": (0.30, 0.32, 0.33)}
+    files = {name: [kept(tmp_path, name, seed, ap) for seed, ap in enumerate(aps)] for name, aps in runs.items()}
+    main([*files["ce"], *files["a"]])
+    assert "- a: +3.5 [+1.2, +5.8], p 0.013, better" in capsys.readouterr().out
+    main([path for of_row in files.values() for path in of_row])
     out = capsys.readouterr().out
-    assert f"- focal: AP {verdict}" in out and ("undecided" in out) == verdict.endswith(" ")
+    assert "- a: +3.5 [+1.2, +5.8], p 0.038, better" in out  # three times as much
+    assert "p and verdict are corrected for 3 comparisons" in out
 
 
-def test_intervals_against_a_plain_loop():
-    one, other = np.random.default_rng(1).random((3, 4000)), np.random.default_rng(2).random((3, 4000)) + 0.3
-    rng, gaps = np.random.default_rng(3), []
-    for draw in range(4000):
-        seeds = [rng.integers(3) for _ in range(3)]
-        gaps.append(sum(one[s, draw] - other[s, draw] for s in seeds) / 3)
-    assert np.allclose(interval(one, other), np.percentile(gaps, [2.5, 97.5]), atol=0.04)
+def test_single_runs_get_no_verdict_but_what_to_do(tmp_path, capsys):
+    runs = {"ce": 0.3, "focal": 0.5, "ghm_c": 0.1}
+    main([kept(tmp_path, name, 0, ap, luck=place / 10) for place, (name, ap) in enumerate(runs.items())])
+    out = capsys.readouterr().out
+    assert not re.search("better|worse|undecided", out)
+    assert "- focal: +20.0 [+19.1, +20.9] from the images alone; no verdict: one seed of ce says nothing of" in out
+    assert out.count("train at least 3 (--seeds 3)") == 2 and "4 of 5 studies" not in out
+
+
+def test_a_row_of_one_seed_is_named(tmp_path, capsys):
+    main([*(kept(tmp_path, "ce", seed, 0.3 + seed / 100) for seed in range(3)), kept(tmp_path, "focal", 0, 0.5)])
+    assert "no verdict: one seed of focal says nothing" in capsys.readouterr().out
+
+
+def test_rows_scored_on_other_images_are_not_judged(tmp_path, capsys):
+    files = [kept(tmp_path, "ce", seed, 0.3 + seed / 100) for seed in range(2)]
+    other = {"AP": 0.5, "images": 60}
+    files += [kept(tmp_path, "focal", seed, 0.5 + seed / 100, metrics=other) for seed in range(2)]
+    main(files)
+    assert "- focal: +19.5; no verdict: focal and ce were scored on other images" in capsys.readouterr().out
+
+
+def test_another_metric_is_judged_by_its_own_draws(tmp_path, capsys):
+    for name, high in (("ce", 0.1), ("focal", 0.3)):
+        for seed in range(3):
+            values = {"AP": 0.4, "AP90": high + seed / 100, "images": 50}
+            draws = {metric: (value + LUCK[0]).tolist() for metric, value in values.items() if metric != "images"}
+            kept(tmp_path, name, seed, 0.4, metrics=values, resampled=draws)
+    main([*map(str, sorted(tmp_path.glob("*.json"))), "--metric", "AP90"])
+    out = capsys.readouterr().out
+    assert "AP90 minus that of ce" in out and "- focal: +20.0 [+17.7, +22.3], p < 0.001, better" in out
+    assert re.search(r"^focal .* 40\.0±0\.0  .* 31\.0±1\.0\* ", out, re.M)  # marked there, and not in AP
+
+
+def test_results_of_before_have_draws_of_ap_alone(tmp_path, capsys):
+    for name, ap in (("ce", 0.3), ("focal", 0.5)):
+        for seed in range(3):
+            path = Path(kept(tmp_path, name, seed, ap + seed / 100))
+            content = json.loads(path.read_text())
+            path.write_text(json.dumps(content | {"resampled": content["resampled"]["AP"]}))
+    files = sorted(map(str, tmp_path.glob("*.json")))
+    assert result.draws(result.read(files[0]), "AP") and not result.draws(result.read(files[0]), "AP50")
+    main(files)
+    assert "- focal: +20.0 [+17.7, +22.3], p < 0.001, better" in capsys.readouterr().out
+
+
+def test_the_best_is_marked_only_beyond_chance_of_every_other(tmp_path, capsys):
+    def marked(**rows):
+        main([kept(tmp_path, name, seed, ap) for name, aps in rows.items() for seed, ap in enumerate(aps)])
+        return re.findall(r"^(\w+) .*\*", capsys.readouterr().out, re.M)
+
+    low, high = (0.30, 0.31, 0.32), (0.40, 0.41, 0.42)
+    assert marked(ce=low, focal=high) == ["focal"] and marked(focal=high, ce=low) == ["focal"]
+    assert marked(ce=low, focal=high, ghm_c=(0.41, 0.42, 0.43)) == []
+    assert marked(ce=low, focal=(0.1, 0.9, 0.5)) == []
+    assert marked(ce=low, focal=high[:1]) == []
+
+
+def test_what_these_runs_can_tell_is_said(tmp_path, capsys):
+    files = [kept(tmp_path, name, seed, 0.3 + seed / 100) for name in ("ce", "focal") for seed in range(3)]
+    main(files)
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("With 3 seeds a row"))
+    # Standard deviation 1, no luck with images: the usual 17 seeds for 1 point, by t tests of two groups.
+    assert "these 50 images" in line and "A difference of 1.0 takes 17 seeds a row." in line
+    assert re.search(r"a difference of 3\.\d AP is seen in 4 of 5 studies, at", line)
+
+
+def test_costs_are_shown_of_runs_that_had_the_machine_to_themselves(tmp_path, capsys):
+    here, there = {"machine": {"device": "2 cores"}}, {"machine": {"device": "4 cores"}}
+
+    def shown(*files):
+        main(files)
+        return capsys.readouterr().out
+
+    out = shown(kept(tmp_path, "ce", 0, 0.3, jobs=1, **here), kept(tmp_path, "focal", 0, 0.3, jobs=1, **here))
+    assert out.count(" 0.250  2.00") == 2 and "not shown" not in out
+    out = shown(kept(tmp_path, "ce", 0, 0.3, jobs=1, **here), kept(tmp_path, "focal", 0, 0.3, jobs=1, **there))
+    assert "0.250" not in out and "s/step and GB are not shown: the runs are of different machines" in out
+    out = shown(kept(tmp_path, "ce", 0, 0.3, jobs=1, **here), kept(tmp_path, "focal", 0, 0.3, jobs=2, **here))
+    assert "0.250" not in out and "not shown: runs shared the machine (--jobs 2)" in out
+
+
+def test_seconds_measured_in_turn_are_shown_whatever_the_runs_shared(tmp_path, capsys):
+    timing = {"seconds": 0.125, "steps": 20, "started": "2026-01-01T00:00:00", "machine": "m"}
+    files = [kept(tmp_path, name, 0, 0.3, jobs=2, timing=timing) for name in ("ce", "focal")]
+    main(files)
+    out = capsys.readouterr().out
+    assert out.count(" 0.125   -") == 2
+    assert "s/step: the losses took turns in one process, median of 20 steps. GB is not shown: runs shared" in out
+    kept(tmp_path, "focal", 0, 0.3, jobs=2, timing=timing | {"started": "2026-01-02T00:00:00"})
+    main(files)
+    assert "0.125" not in capsys.readouterr().out  # not in one process with the other
 
 
 def test_baseline_of_another_name(tmp_path, capsys):
     runs = [kept(tmp_path, name, 0, ap) for name, ap in (("ce", 0.3), ("focal", 0.4))]
     main([*runs, "--baseline", "focal"])
-    assert "- ce: AP -10.0 " in capsys.readouterr().out
+    assert "AP minus that of focal" in (out := capsys.readouterr().out) and "- ce: -10.0 " in out
     with pytest.raises(UserError, match="--baseline ghm: there is no such row; there are ce, focal"):
         main([*runs, "--baseline", "ghm"])
 
@@ -120,7 +240,7 @@ def test_a_run_that_failed_is_a_row_with_its_reason(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "- failed: ce, seed 0: loss = nan" in out and out.splitlines()[1].endswith("failed")
     lines = (tmp_path / "runs.csv").read_text().splitlines()
-    assert lines[1].startswith("focal,0,focal,l1,30.0") or lines[2].startswith("focal,0,focal,l1,30.0")
+    assert any(line.startswith("focal,0,focal,l1,30.0") for line in lines[1:])
     assert any(line.startswith("ce,0,") and line.endswith("loss = nan") for line in lines)
 
 
@@ -141,15 +261,28 @@ def test_every_other_difference_is_warned_of(tmp_path, capsys):
         make_run(tmp_path, "c", config={"crop": True}, epoch=3),
     ]
     main([*runs, "--markdown", str(tmp_path / "table.md")])
-    warnings = capsys.readouterr().out.splitlines()[4:]
+    out = capsys.readouterr().out.splitlines()
+    warnings = out[out.index(NO_COSTS) + 1 :]
     assert sorted(warnings) == [
-        "",
         "- warning: not a fair comparison, crop differs: absent in a, b / true in c",
         "- warning: not a fair comparison, metrics.epoch differs: 12 in a, b / 3 in c",
         "- warning: not a fair comparison, seeds differs: [0] in a, c / [1] in b",
         "- warning: not a fair comparison, solver.lr differs: 0.01 in a, c / 0.02 in b",
     ]
-    assert (tmp_path / "table.md").read_text().splitlines()[5:] == warnings
+    assert (tmp_path / "table.md").read_text().splitlines()[-len(warnings) :] == warnings
+
+
+def test_the_csv_has_the_verdict_of_its_row_in_each_line(tmp_path):
+    files = [
+        kept(tmp_path, name, seed, ap + seed / 100) for name, ap in (("ce", 0.3), ("focal", 0.5)) for seed in (0, 1)
+    ]
+    main([*files, "--csv", str(tmp_path / "runs.csv")])
+    with (tmp_path / "runs.csv").open(encoding="utf-8", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["variant"] for line in lines] == ["ce", "ce", "focal", "focal"]
+    assert [line["verdict"] for line in lines] == ["", "", "better", "better"]
+    assert all(line["difference"] == "" for line in lines[:2]) and float(lines[2]["difference"]) == pytest.approx(20)
+    assert float(lines[3]["low"]) < 20 < float(lines[3]["high"]) and float(lines[3]["p"]) < 0.05
 
 
 def test_runs_of_one_name_are_told_apart_by_folder(tmp_path, capsys):

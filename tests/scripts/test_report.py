@@ -8,6 +8,7 @@ from html import unescape
 import pytest
 
 from scripts import compare, report, result
+from scripts.rows import Row
 
 METRICS = ("AP", "AP50", "AP75", "AP80", "AP90", "APs", "APm", "APl")
 
@@ -33,7 +34,8 @@ def fabricated(name: str, seed: int, ap: float) -> dict:
         "metrics": metrics,
         "curve": [{"step": step, **dict.fromkeys(("AP", "AP50", "AP75"), ap * step / 20)} for step in (10, 20)],
         "gradient": [{"step": 10, **shares}],
-        "resampled": [ap + 0.001 * (i % 7) for i in range(500)],
+        "resampled": {"AP": [ap + 0.001 * (i % 7) for i in range(500)]},
+        "jobs": 1,
         "calibration_error": 0.1,
         "variant": name,
         "tuning": {"key": "box_loss.weight", "AP": {"x1": ap, "x2": None}, "chosen": "x1"},
@@ -45,7 +47,7 @@ def fabricated(name: str, seed: int, ap: float) -> dict:
 def files(folder):
     paths = []
     for name, ap in (("ce", 0.4), ("focal", 0.5), ("ghm_c", 0.3)):
-        for seed in range(2):
+        for seed in range(3):
             paths.append(folder / f"{name}-s{seed}.json")
             result.write(paths[-1], fabricated(name, seed, ap + 0.01 * seed))
     return list(map(str, paths))
@@ -59,13 +61,15 @@ def test_what_is_known_is_on_it(files, folder):
     compare.main([*files, "--html", str(folder / "report.html")])
     told = words(folder / "report.html")
     for expected in (
-        "6 runs of 3 losses",
+        "9 runs of 3 losses",
         "2 cores of a machine",
         "+10.0",  # focal's AP over that of CE
         "better",
         "worse",
+        "corrected for 2 comparisons",
+        "is seen in 4 of 5 studies",
         "cat <b>",
-        "+16.5%",  # seconds a step, 0.705 over 0.605
+        "+16.4%",  # seconds a step, 0.71 over 0.61
         "box_loss.weight",
         "x1, an end",
         "its run folder is not here",
@@ -82,10 +86,10 @@ def test_mean_and_deviation():
 
 def test_pictures_are_of_the_run_and_not_of_another(learnt, folder, in_browser):
     one = result.collect(learnt)
-    parts = report.pictures([compare.Row("mine", [one], [])])
+    parts = report.pictures([Row("mine", [one], [])])
     assert len(parts) == 1 + 2 and all(part.count("<img") == 2 for part in parts[1:])  # two images, with the truth each
     other = {**one, "metrics": {**one["metrics"], "AP": 0.123}}
-    assert "is of another run" in " ".join(report.pictures([compare.Row("mine", [other], [])]))
+    assert "is of another run" in " ".join(report.pictures([Row("mine", [other], [])]))
     compare.main([str(learnt), "--html", str(folder / "report.html")])
     for width in (400, 1280):
         seen = in_browser(folder / "report.html", width)
@@ -96,7 +100,7 @@ def test_pictures_are_of_the_run_and_not_of_another(learnt, folder, in_browser):
 def test_a_run_that_failed_and_one_of_little_is_known(folder):
     failed = {"config": {**fabricated("ce", 0, 0.1)["config"]}, "failure": "the loss is nan", "variant": "ce"}
     bare = fabricated("focal", 0, 0.2)
-    for key in ("curve", "gradient", "resampled", "tuning", "machine", "calibration_error"):
+    for key in ("curve", "gradient", "resampled", "tuning", "machine", "calibration_error", "jobs"):
         del bare[key]
     bare["metrics"] = {key: bare["metrics"][key] for key in ("AP", "AP50")}
     for name, content in (("a", failed), ("b", bare)):
@@ -104,6 +108,15 @@ def test_a_run_that_failed_and_one_of_little_is_known(folder):
     compare.main([str(folder / "a.json"), str(folder / "b.json"), "--html", str(folder / "report.html")])
     told = words(folder / "report.html")
     assert "the loss is nan" in told and "focal" in told
+
+
+def test_single_runs_get_no_verdict_there_either(folder):
+    for name, ap in (("ce", 0.2), ("focal", 0.4)):
+        result.write(folder / f"{name}.json", fabricated(name, 0, ap) | {"jobs": 2})
+    compare.main([str(folder / "ce.json"), str(folder / "focal.json"), "--html", str(folder / "report.html")])
+    told = words(folder / "report.html")
+    assert "no verdict: one seed of ce" in told and "--seeds 3" in told and "studies" not in told
+    assert "not shown: runs shared the machine" in told and "seconds a step" not in told
 
 
 def test_where_it_cannot_be_written_is_said(files, command):

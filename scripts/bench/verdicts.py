@@ -1,0 +1,170 @@
+"""How often the verdicts of a comparison err: simulated results whose true difference is known.
+
+    python scripts/bench/verdicts.py [--results results/bccd results/switches ...] [--simulations 2000]
+
+The variances of AP (seeds, images, and how much each seed and each loss likes other images) are fitted to the runs in a
+folder of results. Two more settings: "COCO-like" has a fold of BCCD's image variances that fits 5,000 images, and runs
+that differ by 0.2 AP; "own spreads" gives each simulated loss the seed variance of one loss of the folder, drawn at
+random, so that they differ widely.
+
+For each number of seeds, in percent:
+
+    false     equal losses that are called better or worse by compare.py
+    before    the same by a bootstrap over seeds and images, which compare.py used to do
+    covered   intervals that hold the true difference (with one seed: of the images alone, and no verdict is given)
+    sees      the difference in AP that is to be seen 4 times in 5, as compare.py says
+    seen      how often it is
+    family    of five equal losses beside one baseline: at least one false verdict, after the correction
+    before    the same by the bootstrap, without a correction
+    one t     the same by Holm's correction of a test with one Satterthwaite t for seeds and images together
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+# Started as a file, Python puts scripts/bench/ on the path and not the repository.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+from scipy import special
+
+from detector.errors import UserError, run_main
+from scripts import verdict
+from scripts.bench import measure
+from scripts.differences import runs_of
+from scripts.rows import read_rows
+
+RESULTS = ["results/bccd", "results/switches", "results/noise/0", "results/noise/20"]
+SEEDS = (1, 2, 3, 5, 10)
+FAMILY = 5  # comparisons with one baseline
+DRAWS = 100  # of images; 500 in a result, which changes nothing here and takes five times as long
+COCO_IMAGES, COCO_SPREAD = 5000, 0.2  # AP
+
+
+class Setting(NamedTuple):
+    """Variances of the AP of one run; the pure seed variance of each loss is drawn from `of_seeds`."""
+
+    name: str
+    known: verdict.Variances
+    of_seeds: Sequence[float]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", nargs="+", default=RESULTS, metavar="FOLDER", help="to fit variances to")
+    parser.add_argument("--simulations", type=int, default=2000, metavar="N", help="of each number (2000)")
+    args = parser.parse_args()
+    settings = [fit(folder) for folder in args.results]
+    settings += [like_coco(settings[0]), own_spreads(args.results[min(1, len(args.results) - 1)])]
+    lines, random = [], np.random.default_rng(0)
+    for setting in settings:
+        for seeds in SEEDS:
+            numbers = simulate(setting, seeds, args.simulations, random)
+            lines.append([setting.name, seeds, *numbers.values()])
+            print(f"{setting.name}, {seeds} seeds: {numbers}", file=sys.stderr)
+    error = 100 * (0.05 * 0.95 / args.simulations) ** 0.5
+    print(f"{args.simulations:,} simulations of each number; 5% is known to +-{error:.1f} (one standard error)\n")
+    print(measure.table(["variances as in", "seeds", *numbers], lines))
+
+
+def fit(folder: str) -> Setting:
+    rows = _rows(folder)
+    known = verdict.variances(rows)
+    if known is None:
+        raise UserError(f"{folder}: variances need two losses with two seeds each")
+    return Setting(folder, known, [known.seed])
+
+
+def like_coco(setting: Setting) -> Setting:
+    known = setting.known
+    share = known.images / COCO_IMAGES
+    both = min(known.both * share, COCO_SPREAD**2)
+    known = verdict.Variances(COCO_SPREAD**2 - both, known.image * share, both, COCO_IMAGES)
+    return Setting("COCO-like", known, [known.seed])
+
+
+def own_spreads(folder: str) -> Setting:
+    setting = fit(folder)
+    spreads = [max(float(row.aps.var(ddof=1)) - setting.known.both, 0.0) for row in _rows(folder)]
+    return Setting(f"{folder}, own spreads", setting.known, spreads)
+
+
+def _rows(folder: str) -> list[verdict.Runs]:
+    files = sorted(map(str, Path(folder).glob("*.json")))
+    if not files:
+        raise UserError(f"{folder}: no result files in it")
+    return [runs_of(row, "AP") for row in read_rows(files) if len(row.runs) > 1]
+
+
+def simulate(setting: Setting, seeds: int, simulations: int, random: np.random.Generator) -> dict[str, str]:
+    """The columns of the table."""
+    gap = verdict.detectable(setting.known, seeds) if seeds > 1 else 0.0
+    counts = dict.fromkeys(("false", "before", "covered", "seen", "family", "before, five", "one t"), 0)
+    for _ in range(simulations):
+        base, *others = draw(setting, seeds, 1 + FAMILY, random)
+        found = [verdict.difference(row, base) for row in others]
+        counts["covered"] += found[0].low <= 0 <= found[0].high
+        old = [excludes_zero(*bootstrap(row.draws, base.draws, random)) for row in others]
+        counts["before"] += old[0]
+        counts["before, five"] += any(old)
+        if seeds > 1:
+            ps = [one.p for one in found]
+            counts["false"] += ps[0] <= verdict.LEVEL
+            counts["family"] += min(verdict.hochberg(ps)) <= verdict.LEVEL
+            counts["one t"] += min(satterthwaite(row, base) for row in others) <= verdict.LEVEL / FAMILY
+            better = others[0]._replace(aps=others[0].aps + gap, draws=others[0].draws + gap)
+            counts["seen"] += verdict.difference(better, base).p <= verdict.LEVEL
+    shares = {name: f"{100 * count / simulations:.1f}" for name, count in counts.items()}
+    if seeds == 1:
+        shares |= dict.fromkeys(("false", "seen", "family", "one t"), "no verdict")
+    return {
+        "false": shares["false"],
+        "before": shares["before"],
+        "covered": shares["covered"],
+        "sees": f"{gap:.1f}" if gap else "-",
+        "seen": shares["seen"],
+        "family of 5": shares["family"],
+        "before ": shares["before, five"],
+        "one t": shares["one t"],
+    }
+
+
+def draw(setting: Setting, seeds: int, rows: int, random: np.random.Generator) -> list[verdict.Runs]:
+    """The runs of `rows` equal losses on one draw of images; what is common to all losses cancels, and is left out."""
+    known = setting.known
+    spread = np.sqrt(random.choice(setting.of_seeds, size=(rows, 1)) + known.both)
+    aps = random.normal(0, known.image**0.5, (rows, 1)) + random.normal(0, 1, (rows, seeds)) * spread
+    # The images at hand know their own variance as well as so many images can.
+    trust = (random.chisquare(known.images - 1) / (known.images - 1)) ** 0.5
+    of_loss = random.normal(0, known.image**0.5, (rows, 1, DRAWS))
+    of_seed = random.normal(0, known.both**0.5, (rows, seeds, DRAWS))
+    draws = aps[:, :, None] + trust * (of_loss + of_seed)
+    return [verdict.Runs(*pair, known.images) for pair in zip(aps, draws)]
+
+
+def bootstrap(one: np.ndarray, other: np.ndarray, random: np.random.Generator) -> tuple[float, float]:
+    """Where 95% of the differences of means (seeds, draws) lie when seeds are drawn with replacement, in pairs."""
+    draws = np.arange(one.shape[1])[:, None]
+    seeds = random.integers(len(one), size=(len(draws), len(one)))
+    gaps = one[seeds, draws].mean(axis=1) - other[seeds, draws].mean(axis=1)
+    low, high = np.percentile(gaps, (2.5, 97.5))
+    return float(low), float(high)
+
+
+def satterthwaite(one: verdict.Runs, other: verdict.Runs) -> float:
+    """p by one t for the sum of all variances."""
+    of_images = (one.draws.mean(axis=0) - other.draws.mean(axis=0)).var(ddof=1)
+    parts = np.array([*(row.aps.var(ddof=1) / len(row.aps) for row in (one, other)), of_images])
+    df = parts.sum() ** 2 / (parts**2 / [len(one.aps) - 1, len(other.aps) - 1, one.images - 1]).sum()
+    return 2 * special.stdtr(df, -abs(one.aps.mean() - other.aps.mean()) / parts.sum() ** 0.5)
+
+
+def excludes_zero(low: float, high: float) -> bool:
+    return low > 0 or high < 0
+
+
+if __name__ == "__main__":
+    run_main(main)

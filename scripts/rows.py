@@ -1,0 +1,102 @@
+"""Runs as the rows of a comparison: one for each loss, over its seeds."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from detector.errors import UserError
+from scripts import result
+
+METRICS = ("AP", "AP50", "AP75", "AP80", "AP90")  # kept on each draw of images: what can be judged
+AP = (*METRICS, "APs", "APm", "APl")
+
+Result = dict[str, Any]
+
+
+class Row(NamedTuple):
+    """The runs of one loss."""
+
+    name: str
+    runs: list[Result]  # evaluated, by seed
+    failures: list[str]
+
+    @property
+    def seeds(self) -> list[int]:
+        return [run["config"].get("seed", 0) for run in self.runs]
+
+
+class Costs(NamedTuple):
+    """What a step of each row takes, where that can be compared."""
+
+    seconds: dict[str, float]  # by name of the row
+    memory: dict[str, float]  # bytes, at most
+    remark: str  # how it was measured, or why it is not shown
+
+
+def read_rows(paths: list[str]) -> list[Row]:
+    """The runs by variant or name, in the order given; short runs that tuned something are left out."""
+    by_name: dict[str, list[tuple[str, Result]]] = {}
+    for path in paths:
+        if not Path(path).exists():
+            raise UserError(f"{path}: no such file or folder; give run folders or result files")
+        run = result.collect(Path(path)) if Path(path).is_dir() else result.read(path)
+        if "tried" not in run:
+            by_name.setdefault(str(run.get("variant") or run["config"].get("run", path)), []).append((path, run))
+    if not by_name:
+        raise UserError("these are runs that tuned something, and no others; give the results of whole runs")
+    rows = []
+    for name, runs in by_name.items():
+        if len(runs) > 1 and not all("variant" in run for _, run in runs):  # a name in common says nothing
+            rows += [_row(f"{name} ({path})", [run]) for path, run in runs]
+        else:
+            rows.append(_row(name, [run for _, run in runs]))
+    return rows
+
+
+def _row(name: str, runs: list[Result]) -> Row:
+    runs = sorted(runs, key=lambda run: run["config"].get("seed", 0))
+    failures = [f"seed {run['config'].get('seed', 0)}: {run['failure']}" for run in runs if "failure" in run]
+    return Row(name, [run for run in runs if "metrics" in run], failures)
+
+
+def numbers(run: Result) -> dict[str, float]:
+    """AP in percent and ECE; absent where it is null, or -1: nothing to measure it on."""
+    metrics = run["metrics"]
+    known = {k: 100 * metrics[k] for k in AP if isinstance(metrics.get(k), int | float) and metrics[k] >= 0}
+    if run.get("calibration_error", -1) >= 0:
+        known["ECE"] = run["calibration_error"]
+    return known
+
+
+def costs(rows: list[Row]) -> Costs:
+    """Seconds and memory of a step: of runs that had the same machine to themselves, or as `ablate.py --time` measured.
+
+    Runs that share a machine slow each other down, and one machine is slower than another: then nothing is shown.
+    """
+    runs = [run for row in rows for run in row.runs]
+    timings = [run.get("timing") for run in runs]
+    timed = bool(runs) and all(timings) and len({timing["started"] for timing in timings}) == 1
+    jobs = {run.get("jobs") for run in runs}
+    machines = {str(run.get("machine", {}).get("device")) for run in runs}
+    if None in jobs:
+        reason = "nothing says that each run had the machine to itself"
+    elif jobs != {1}:
+        reason = f"runs shared the machine (--jobs {max(jobs)})"
+    elif len(machines) > 1:
+        reason = "the runs are of different machines"
+    else:
+        reason = ""
+    seconds = {} if reason else _means(rows, "seconds_per_step")
+    memory = {} if reason else _means(rows, "peak_memory")
+    if timed:
+        seconds = {row.name: row.runs[0]["timing"]["seconds"] for row in rows if row.runs}
+    remarks = [f"s/step: the losses took turns in one process, median of {timings[0]['steps']} steps"] if timed else []
+    if reason:
+        cure = "" if timed else "; scripts/ablate.py --time measures a step of each in turn"
+        remarks.append(f"{'GB is' if timed else 's/step and GB are'} not shown: {reason}{cure}")
+    return Costs(seconds, memory, ". ".join(remarks))
+
+
+def _means(rows: list[Row], key: str) -> dict[str, float]:
+    """Of the metric `key`, by row; rows without it are left out."""
+    values = {row.name: [run["metrics"][key] for run in row.runs if run["metrics"].get(key)] for row in rows}
+    return {name: sum(known) / len(known) for name, known in values.items() if known}

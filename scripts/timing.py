@@ -1,0 +1,80 @@
+"""Seconds of a training step of each of several losses, which take turns in one process.
+
+Trainings that run one after the other, or beside each other, meet other moments of the machine: on two cores the same
+loss was once 18% slower than itself. Here every loss meets the same moments, images and model.
+"""
+
+import statistics
+from collections.abc import Callable
+from datetime import UTC, datetime
+from itertools import cycle, islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.loader import train_loader
+from detector import assemble
+from detector.config import Config
+from detector.criterion import Criterion
+from detector.device import keep_freed_memory, pick_device
+from detector.model import RetinaNet
+from detector.solver import Solver
+from detector.structures import Target
+from scripts.bench import measure
+from train import build_datasets, seed_everything
+
+BATCHES = 4
+ROUNDS = 20  # timed steps of each loss
+
+
+def time_steps(configs: dict[str, Config], rounds: int = ROUNDS) -> dict[str, dict[str, Any]]:
+    """The `timing` of each config, which differ in their losses alone: seconds (median), steps, started, machine.
+
+    One process; the weights are new, as at the start of a training.
+    """
+    first = next(iter(configs.values()))
+    device = pick_device(first.device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    seed_everything(first.seed)
+    train_set, _ = build_datasets(first)
+    loader = train_loader(train_set, first.solver.batch_size, **assemble.loader_options(first, device), seed=first.seed)
+    batches = [
+        (batch.images.to(device), [target.to(device) for target in batch.targets], batch.sizes)
+        for batch in islice(loader, BATCHES)
+    ]
+    layout = torch.channels_last if first.channels_last else torch.contiguous_format
+    model = assemble.build_model(first, len(train_set.category_ids)).to(device, memory_format=layout).train()
+    solver = assemble.build_solver(first, model, steps_per_epoch=len(loader))
+    if first.compile:
+        model.compile_parts()
+    turns = {
+        name: on_each(training_step(model, assemble.build_criterion(cfg).to(device).train(), solver), batches)
+        for name, cfg in configs.items()
+    }
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    times = measure.alternate(turns, rounds, warmup=2)
+    common = {"steps": rounds, "started": started, "machine": measure.environment()}
+    return {name: {"seconds": round(statistics.median(ms) / 1000, 6), **common} for name, ms in times.items()}
+
+
+def training_step(
+    model: RetinaNet, criterion: Criterion, solver: Solver
+) -> Callable[[Tensor, list[Target], list[tuple[int, int]]], None]:
+    """A function of images, targets and sizes, all on the device, that updates the weights once."""
+
+    def step(images: Tensor, targets: list[Target], sizes: list[tuple[int, int]]) -> None:
+        with torch.autocast(images.device.type, solver.precision, enabled=solver.precision != torch.float32):
+            predictions = model(images, sizes)
+        solver.backward(criterion(predictions, targets).total)
+        solver.gradient_norm()
+        solver.step()
+
+    return step
+
+
+def on_each(step: Callable, batches: list[tuple]) -> Callable[[], None]:
+    """`step` of the next of the batches, again and again."""
+    endless = cycle(batches)
+    return lambda: step(*next(endless))

@@ -1,0 +1,172 @@
+"""The statistics of a comparison: intervals, verdicts, and what a comparison can see.
+
+A row is the runs of one loss: AP for each seed, and AP for each seed on each of D draws of the validation images. Two
+things make AP vary, the seed and which images are scored. The 95% interval of a difference covers both:
+
+    difference of means  +-  sqrt(t_s^2 (s1^2 / S1 + s0^2 / S0)  +  t_v^2 V)
+
+    s     standard deviation of AP over the S seeds of a row
+    t_s   quantile of Student's t for the degrees of freedom that Welch's test gives the seeds
+    V     variance, over the draws of images, of the difference of the seed means; less what s has counted already:
+          that the seeds of a row react to other images differently
+    t_v   quantile of Student's t for images - 1 degrees of freedom
+
+p is the share at which such an interval just reaches 0. The two parts keep a t of their own (as in Graybill and Wang,
+"Confidence intervals on nonnegative linear combinations of variances", JASA 1980). With one Satterthwaite t for their
+sum, two seeds that agree by chance pass for well-known seeds: of studies with two seeds and five comparisons, 12% had a
+false verdict.
+The seeds of two losses are not paired, since they hardly correlate. scripts/bench/verdicts.py measures all this.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import optimize, special, stats
+
+LEVEL = 0.05  # how often, at most, equal losses may be called different
+POWER = 0.8  # how often a difference that "can be seen" is seen
+MOST_SEEDS = 1000
+STUDIES = 2000
+TINY = 1e-12
+
+Numbers = float | np.ndarray
+
+
+class Runs(NamedTuple):
+    """One row, in percent."""
+
+    aps: np.ndarray  # (S,), by seed
+    draws: np.ndarray  # (S, D), by seed and draw of images
+    images: int
+
+
+class Estimate(NamedTuple):
+    """A difference of two rows' means, in percent."""
+
+    mean: float
+    low: float  # of the interval that covers 95%
+    high: float
+    p: float | None  # of so large a difference between equal losses; None where a row has one seed
+
+
+class Variances(NamedTuple):
+    """Of the AP of one run, in percent squared: its parts."""
+
+    seed: float
+    image: float  # the images drawn favour one loss over another, whatever the seed
+    both: float  # the images drawn favour one seed of a loss over another
+    images: int  # how many images these are the variances of
+
+
+def difference(one: Runs, other: Runs) -> Estimate:
+    """`one` minus `other`, which have the same draws of the same images.
+
+    Where a row has one seed, nothing is known of how seeds differ: the interval is of the images alone, and p is None.
+    """
+    mean = float(one.aps.mean() - other.aps.mean())
+    of_images = float((one.draws.mean(axis=0) - other.draws.mean(axis=0)).var(ddof=1))
+    if min(len(one.aps), len(other.aps)) == 1:
+        reach = float(stats.t.isf(LEVEL / 2, max(one.images - 1, 1))) * math.sqrt(of_images)
+        return Estimate(mean, mean - reach, mean + reach, None)
+    counted = sum(_seed_by_image(row.draws) / len(row.aps) for row in (one, other))
+    parts = np.array([row.aps.var(ddof=1) / len(row.aps) for row in (one, other)])
+    df = _welch(*parts, len(one.aps) - 1, len(other.aps) - 1)
+    known = float(parts.sum()), df, max(of_images - counted, 0.0), max(one.images - 1, 1)
+    reach = _reach(LEVEL, *known)
+    return Estimate(mean, mean - reach, mean + reach, _share_that_reaches(abs(mean), *known))
+
+
+def _welch(one: Numbers, other: Numbers, df: int, other_df: int) -> Numbers:
+    """Degrees of freedom of the sum of two variances of means."""
+    return (one + other) ** 2 / np.maximum(one**2 / df + other**2 / other_df, 1e-300)
+
+
+def _reach(level: float, of_seeds: Numbers, df: Numbers, of_images: float, images_df: int) -> Numbers:
+    """Half of the interval that leaves out `level`; `df` are the degrees of freedom of the seeds."""
+    seeds, images = special.stdtrit(np.maximum(df, 1), level / 2), special.stdtrit(images_df, level / 2)
+    return np.sqrt(seeds**2 * of_seeds + images**2 * of_images)
+
+
+def _share_that_reaches(mean: float, *known: float) -> float:
+    """The level at which half of the interval is `mean`; 0 for less than TINY."""
+    if mean == 0 or _reach(TINY, *known) <= mean:
+        return float(mean == 0)
+    return math.exp(optimize.brentq(lambda x: _reach(math.exp(x), *known) - mean, math.log(TINY), 0))
+
+
+def hochberg(ps: Sequence[float]) -> list[float]:
+    """p of each of several comparisons, adjusted so that in at most LEVEL of all studies any verdict is false.
+
+    Holm's correction, stepped from the largest p and not from the smallest: the same limits, fewer true differences
+    missed. It asks that the tests do not depend on each other negatively; comparisons with one baseline depend
+    positively. Hochberg, "A sharper Bonferroni procedure for multiple tests of significance", Biometrika 75, 1988.
+    """
+    adjusted, least = [1.0] * len(ps), 1.0
+    for factor, place in enumerate(sorted(range(len(ps)), key=ps.__getitem__, reverse=True), start=1):
+        least = min(least, factor * ps[place])
+        adjusted[place] = least
+    return adjusted
+
+
+def variances(rows: Sequence[Runs]) -> Variances | None:
+    """The mean parts over rows that share their draws of images; None unless two rows have two seeds or more."""
+    rows = [row for row in rows if len(row.aps) > 1]
+    if len(rows) < 2:
+        return None
+    both = np.array([_seed_by_image(row.draws) for row in rows])
+    total = np.array([row.aps.var(ddof=1) for row in rows])  # a spread over seeds holds `both` as well
+    means = np.array([row.draws.mean(axis=0) for row in rows])
+    means -= means.mean(axis=1, keepdims=True)
+    means -= means.mean(axis=0)  # what is good or bad luck for all rows
+    image = (means**2).sum() / ((means.shape[0] - 1) * (means.shape[1] - 1))
+    image -= np.mean([part / len(row.aps) for part, row in zip(both, rows)])  # what a mean over seeds still has of it
+    shared = min(float(both.mean()), float(total.mean()))
+    return Variances(float(total.mean()) - shared, max(float(image), 0.0), shared, rows[0].images)
+
+
+def _seed_by_image(draws: np.ndarray) -> float:
+    """Variance of what is left of AP (S, D) after the mean of each seed and of each draw."""
+    rest = draws - draws.mean(axis=1, keepdims=True)
+    rest -= rest.mean(axis=0)
+    return float((rest**2).sum() / ((draws.shape[0] - 1) * (draws.shape[1] - 1)))
+
+
+def detectable(known: Variances, seeds: int, comparisons: int = 1) -> float:
+    """The least difference that POWER of all studies with so many seeds a row would see, in percent.
+
+    With several comparisons, where it is the only one: then the correction is hardest on it.
+    """
+    of_seeds, of_images = (known.seed + known.both) / seeds, 2 * known.image
+    # What a study takes for its two seed variances is luck: the mean is over many studies, always the same.
+    one, other = of_seeds * np.random.default_rng(0).chisquare(seeds - 1, size=(2, STUDIES)) / (seeds - 1)
+    df = _welch(one, other, seeds - 1, seeds - 1)
+    reach = _reach(LEVEL / comparisons, one + other, df, of_images, known.images - 1)
+    error = math.sqrt(2 * of_seeds + of_images)
+    if error == 0:
+        return 0.0
+
+    def seen(gap: float) -> float:
+        return float(stats.norm.sf((reach - gap) / error).mean())
+
+    return optimize.brentq(lambda gap: seen(gap) - POWER, 0, float(reach.max()) + 10 * error)
+
+
+def seeds_needed(known: Variances, gap: float) -> int | None:
+    """How many seeds a row needs for a difference of `gap`; None where MOST_SEEDS are too few."""
+    low, high = 1, 2
+    while detectable(known, high) > gap:
+        low, high = high, 2 * high
+        if low >= MOST_SEEDS:
+            return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if detectable(known, middle) <= gap else (middle, high)
+    return high
+
+
+def images_needed(known: Variances, gap: float) -> int:
+    """How many validation images it takes for a difference of `gap`, however many seeds there are."""
+    reach = stats.norm.isf(LEVEL / 2) + stats.norm.ppf(POWER)
+    return math.ceil(known.images * 2 * known.image * (reach / gap) ** 2)

@@ -1,0 +1,135 @@
+"""scripts/verdict.py: intervals cover as often as they say, against scipy's own tests and simulated studies."""
+
+import itertools
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from scripts import verdict
+from scripts.bench import verdicts
+from scripts.verdict import Runs, Variances
+
+NO_IMAGES = np.zeros((3, 50))  # nothing depends on which images are drawn
+SEEDS_VARY = Variances(seed=4.1, image=0.12, both=0.14, images=150)  # as in results/switches
+
+
+def runs(aps, draws=NO_IMAGES[:1], images=100):
+    aps = np.array(aps, dtype=float)
+    return Runs(aps, aps[:, None] + draws, images)
+
+
+def test_without_images_it_is_welch_s_test():
+    one, other = runs([41.0, 43.5, 42.2, 47.0], np.zeros((4, 50))), runs([39.0, 40.1, 42.0], NO_IMAGES)
+    found = verdict.difference(one, other)
+    peer = stats.ttest_ind(one.aps, other.aps, equal_var=False)
+    interval = peer.confidence_interval()
+    assert found.p == pytest.approx(peer.pvalue) and found.mean == one.aps.mean() - other.aps.mean()
+    assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
+
+
+def test_without_seeds_it_is_student_s_test_of_images():
+    luck = np.random.default_rng(0).normal(0, 0.7, 400)
+    one, other = runs([42.0] * 3, luck, 30), runs([40.5] * 3, NO_IMAGES[:, :1] + 0 * luck, 30)
+    found = verdict.difference(one, other)
+    error = luck.std(ddof=1)
+    assert found.high - found.mean == pytest.approx(stats.t.ppf(0.975, 29) * error)
+    assert found.p == pytest.approx(2 * stats.t.sf(1.5 / error, 29))
+
+
+def test_the_interval_leaves_out_zero_just_where_p_is_below_the_level():
+    rng = np.random.default_rng(1)
+    both = [0, 0]
+    for _ in range(300):
+        one, other = (runs(rng.normal(mean, 1, 3), rng.normal(0, 0.5, (3, 60))) for mean in (2.0, 0.0))
+        found = verdict.difference(one, other)
+        assert (found.p < verdict.LEVEL) == (found.low > 0 or found.high < 0)
+        assert verdict.difference(other, one).p == pytest.approx(found.p)
+        both[found.p < verdict.LEVEL] += 1
+    assert min(both) > 30
+
+
+def test_luck_with_images_that_both_rows_share_is_no_difference():
+    rng = np.random.default_rng(2)
+    shared, aps = rng.normal(0, 5, 300), ([40.0, 41.0, 42.0], [43.0, 44.0, 45.0])
+    alone = verdict.difference(runs(aps[1], np.zeros(300)), runs(aps[0], np.zeros(300)))
+    assert verdict.difference(runs(aps[1], shared), runs(aps[0], shared)) == pytest.approx(alone)
+    apart = verdict.difference(runs(aps[1], shared), runs(aps[0], -shared))
+    assert apart.high - apart.low > 5 * (alone.high - alone.low)
+
+
+def test_one_seed_gets_an_interval_of_the_images_and_no_verdict():
+    luck = np.random.default_rng(0).normal(0, 0.7, 400)
+    for other in (runs([40.0], 0 * luck), runs([40.0, 40.5, 41.0], 0 * luck)):
+        found = verdict.difference(runs([45.0], luck), other)
+        assert found.p is None and found.high - found.mean == pytest.approx(1.984 * luck.std(ddof=1), rel=0.001)
+
+
+def test_equal_results_do_not_differ():
+    assert verdict.difference(runs([40.0, 40.0]), runs([40.0, 40.0])) == (0, 0, 0, 1)
+    assert verdict.difference(runs([41.0, 41.0]), runs([40.0, 40.0])).p == 0
+
+
+def test_correction_against_its_definition():
+    """Hochberg: reject the k smallest for the largest k whose p_(k) is at most level / (m - k + 1)."""
+    rng = np.random.default_rng(0)
+    for m in range(1, 7):
+        for _ in range(100):
+            ps = (rng.random(m) ** 3).round(3).tolist()
+            for level in (0.01, 0.05, 0.2):
+                ranked = sorted(ps)
+                k = max((k for k in range(1, m + 1) if ranked[k - 1] <= level / (m - k + 1)), default=0)
+                rejected = {place for place, p in enumerate(ps) if k and p <= ranked[k - 1]}
+                adjusted = verdict.hochberg(ps)
+                assert {place for place, p in enumerate(adjusted) if p <= level + 1e-12} == rejected
+    assert verdict.hochberg([]) == [] and verdict.hochberg([0.03]) == [0.03]
+
+
+def test_variances_are_found_again():
+    known = Variances(seed=2.0, image=0.5, both=0.8, images=500)
+    rng = np.random.default_rng(0)
+    setting = verdicts.Setting("", known, [known.seed])
+    found = [verdict.variances(verdicts.draw(setting, 4, 6, rng)) for _ in range(200)]
+    assert np.mean(found, axis=0) == pytest.approx([2.0, 0.5, 0.8, 500], rel=0.1)
+
+
+def test_variances_need_two_rows_with_two_seeds():
+    assert verdict.variances([runs([1.0, 2.0]), runs([1.0])]) is None
+    assert verdict.variances([runs([1.0, 2.0]), runs([1.0, 3.0])]) is not None
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_verdicts_err_no_more_often_than_they_say_where_those_of_before_did(seeds):
+    """Equal losses: 5% may be called different. 600 studies know that to 0.9%."""
+    setting = verdicts.Setting("", SEEDS_VARY, [SEEDS_VARY.seed])
+    rng, false, family, before, studies = np.random.default_rng(seeds), 0, 0, 0, 600
+    for _ in range(studies):
+        base, *rows = verdicts.draw(setting, seeds, 4, rng)
+        found = [verdict.difference(row, base) for row in rows]
+        false += found[0].p <= verdict.LEVEL
+        family += min(verdict.hochberg([one.p for one in found])) <= verdict.LEVEL
+        before += verdicts.excludes_zero(*verdicts.bootstrap(rows[0].draws, base.draws, rng))
+    assert false / studies < 0.06 and family / studies < 0.06
+    assert before / studies > 0.1  # so the simulation can tell a bad method
+
+
+@pytest.mark.parametrize("seeds, comparisons", [(2, 1), (3, 1), (3, 5), (8, 1)])
+def test_a_difference_that_is_said_to_be_seen_is(seeds, comparisons):
+    gap = verdict.detectable(SEEDS_VARY, seeds, comparisons)
+    setting, rng, seen, studies = verdicts.Setting("", SEEDS_VARY, [SEEDS_VARY.seed]), np.random.default_rng(0), 0, 400
+    for _ in range(studies):
+        one, other = verdicts.draw(setting, seeds, 2, rng)
+        seen += verdict.difference(runs(one.aps + gap, one.draws - one.aps[:, None]), other).p <= 0.05 / comparisons
+    assert seen / studies == pytest.approx(verdict.POWER, abs=0.06)
+
+
+def test_more_seeds_see_smaller_differences_and_so_many_are_asked_for():
+    sizes = [verdict.detectable(SEEDS_VARY, seeds) for seeds in (2, 3, 5, 10, 100)]
+    assert all(more < fewer for fewer, more in itertools.pairwise(sizes))
+    needed = verdict.seeds_needed(SEEDS_VARY, 4.0)
+    assert verdict.detectable(SEEDS_VARY, needed) <= 4.0 < verdict.detectable(SEEDS_VARY, needed - 1)
+    # Two normal means with a known spread of 0.15: 2 (1.96 + 0.84)^2 (0.15 / 0.2)^2 = 8.8 a side, one more for t.
+    assert verdict.seeds_needed(Variances(0.15**2, 0.0, 0.0, 5000), 0.2) in (9, 10, 11)
+    # However many seeds: 2 x 0.12 of variance is 1.37 points; it takes (1.37 / 1)^2 x 150 images to see one point.
+    assert verdict.seeds_needed(SEEDS_VARY, 1.0) is None
+    assert verdict.images_needed(SEEDS_VARY, 1.0) == pytest.approx(150 * 1.3725**2, rel=0.01)
