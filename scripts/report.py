@@ -93,7 +93,10 @@ def differences(found: list[Difference], heading: str, told: list[str]) -> list[
         for one in found
     ]
     table = page.table(("run", "verdict", "difference", "from", "to", "p"), lines, left=2)
-    words = "Difference from the baseline and its 95% interval, over other seeds and other images."
+    words = (
+        "Difference from the baseline and its 95% interval, over other seeds and other images. In colour: better or "
+        "worse after the correction."
+    )
     picture = [page.figure(plot, words)] if drawn else []
     if not drawn:
         plt.close(plot)
