@@ -13,8 +13,8 @@ things make AP vary, the seed and which images are scored. The 95% interval of a
 
 p is the share at which such an interval just reaches 0. The two parts keep a t of their own (as in Graybill and Wang,
 "Confidence intervals on nonnegative linear combinations of variances", JASA 1980). With one Satterthwaite t for their
-sum, two seeds that agree by chance pass for well-known seeds: of studies with two seeds and five comparisons, 12% had a
-false verdict.
+sum, two seeds that agree by chance pass for well-known seeds: of studies with two seeds and five comparisons, some 10%
+had a false verdict.
 The seeds of two losses are not paired, since they hardly correlate. scripts/bench/verdicts.py measures all this.
 """
 
