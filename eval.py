@@ -17,7 +17,7 @@ from data.coco import CocoDataset
 from data.coco_eval import coco_results, metrics_table, per_class_table, score
 from data.loader import eval_loader
 from data.transforms import EvalTransform
-from detector import assemble, checkpoint, config, distributed
+from detector import assemble, checkpoint, distributed
 from detector.config import Config
 from detector.device import keep_freed_memory, pick_device, pick_precision
 from detector.engine import predict
@@ -40,8 +40,7 @@ def main() -> None:
     args = parser.parse_args()
 
     content = checkpoint.read(args.checkpoint)
-    content["config"] = config.with_settings(content["config"], args.set)
-    model, cfg = checkpoint.build_model(content, args.checkpoint)
+    model, cfg = checkpoint.build_model(content, args.checkpoint, args.set)
     folder = Path(args.checkpoint).parent
     if args.data:  # the run's own metrics.json stays
         folder /= Path(args.data[0]).stem
@@ -79,8 +78,9 @@ def evaluate(
     run = content.get("run", {})
     metrics |= {"step": run.get("solver", {}).get("step"), "epoch": run.get("epoch")}
     metrics |= {"seconds_per_step": run.get("seconds_per_step"), "peak_memory": run.get("peak_memory", 0)}
+    write(folder, metrics, coco_results(detections, dataset.category_ids))  # first: what was scored is not lost
     print(f"{metrics_table(metrics)}\n\n{per_class_table(metrics)}")
-    write(folder, metrics, coco_results(detections, dataset.category_ids))
+    print(f"written: {folder / 'metrics.json'}, {folder / 'detections.json'}")
     if watch:
         print(f"\n{speeds(watch, -(-len(dataset) // distributed.world_size()))}")
 
@@ -121,7 +121,6 @@ def write(folder: Path, metrics: dict, results: list[dict]) -> None:
         (folder / "detections.json").write_text(json.dumps(results), encoding="utf-8")
     except OSError as error:
         raise UserError(f"--output: {folder} cannot be written ({error.strerror})") from None
-    print(f"written: {folder / 'metrics.json'}, {folder / 'detections.json'}")
 
 
 if __name__ == "__main__":

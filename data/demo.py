@@ -245,7 +245,7 @@ def write_demo(
     add_outliers(datasets["train"], wrong_labels=wrong_labels, shifted_boxes=shifted_boxes, seed=seed)
     for split, dataset in datasets.items():  # last, and whole: an interrupted run must not look finished
         partial = paths[split].with_suffix(".json.partial")
-        partial.write_text(json.dumps(dataset))
+        partial.write_text(json.dumps(dataset), encoding="utf-8")
         os.replace(partial, paths[split])
         print(summary(folder / split, dataset))
 
@@ -266,7 +266,7 @@ def check(settings: dict) -> None:
 def settings_of(path: Path) -> dict | None:
     """The settings an annotation file was written with, None if it is not ours."""
     try:
-        return json.loads(path.read_text())["info"]["settings"]
+        return json.loads(path.read_text(encoding="utf-8"))["info"]["settings"]
     except (ValueError, KeyError, TypeError):
         return None
 

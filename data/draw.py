@@ -1,12 +1,16 @@
 """Pictures of detections beside the ground truth."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import cache
 
+import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.utils import draw_bounding_boxes, make_grid
+from torchvision.utils import make_grid
 
+from data import fonts
 from data.coco import CocoDataset
 from detector.structures import Detections
 
@@ -54,10 +58,31 @@ def _score_of_rank(detections: dict[int, Detections], rank: int) -> float:
     return scores.topk(rank).values[-1].item() if rank <= len(scores) else 0.0
 
 
-def draw_boxes(image: Tensor, boxes: Tensor, captions: list[str], colour: str) -> Tensor:
+def draw_boxes(image: Tensor, boxes: Tensor, captions: Sequence[str], colour: str) -> Tensor:
     """A copy of the image (3, h, w) uint8 with boxes (D, 4) in its pixels, and a caption each."""
-    if not captions:
-        return image
-    # torchvision refuses a box whose corners touch once rounded; a hair of width is invisible.
-    boxes = torch.cat([boxes[:, :2], torch.maximum(boxes[:, 2:], boxes[:, :2] + 1)], dim=1)
-    return draw_bounding_boxes(image, boxes, captions, colors=colour, width=2, fill_labels=False)
+    canvas = Image.fromarray(image.permute(1, 2, 0).numpy())
+    annotate(canvas, boxes, captions, [colour] * len(captions))
+    return torch.from_numpy(np.array(canvas)).permute(2, 0, 1).contiguous()
+
+
+def annotate(canvas: Image.Image, boxes: Tensor, captions: Sequence[str], colours: Sequence[str]) -> None:
+    """Draw boxes (D, 4) in pixels, each with its caption and colour, larger on larger images; the first is on top."""
+    pen = ImageDraw.Draw(canvas)
+    longest = max(canvas.size)
+    size, width = max(11, longest // 60), max(2, longest // 400)
+    for box, caption, colour in reversed(list(zip(boxes.tolist(), captions, colours))):
+        left, top, right, bottom = box
+        pen.rectangle((left, top, max(left, right), max(top, bottom)), outline=colour, width=width)
+        if caption:
+            parts = [(part, _font(file, size)) for part, file in fonts.stretches(caption)]
+            length = sum(font.getlength(part) for part, font in parts)
+            left, top = max(0, min(left, canvas.width - length)), max(0, top - size - 4)
+            pen.rectangle((left, top, left + length, top + size + 4), fill=colour)
+            for part, font in parts:
+                pen.text((left, top + size), part, fill="black", font=font, anchor="ls")  # on one base line
+                left += font.getlength(part)
+
+
+@cache
+def _font(file: str, size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(file, size)

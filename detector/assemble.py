@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pydantic
@@ -53,9 +54,36 @@ PARTS: dict[str, dict[str, Callable]] = {
 }
 
 
-def configure(path: str, settings: list[str] | None = None) -> Config:
+def configure(path: str | Path, settings: list[str] | None = None) -> Config:
     """The config of a YAML file, every part's options checked and filled in; UserError for any slip."""
-    return complete(config.load(path, settings), path)
+    return resolve(config.read(path), str(path), settings or [])
+
+
+def resolve(values: dict[str, Any], source: str, settings: list[str]) -> Config:
+    """The config of plain values with `settings` ("a.b=value") on top, every part's options checked and filled in.
+
+    The UserError for a mistake names `source`, or the settings where it is theirs.
+    """
+    changed = config.with_settings(values, settings)
+    try:
+        return complete(config.build(changed, source), source)
+    except UserError as error:
+        if not settings:
+            raise
+        try:
+            resolve(values, source, [])
+        except UserError as without:
+            if str(error).startswith(str(without).partition(" (and ")[0]):  # how many more there are may differ
+                raise error from None
+        message = str(error).removeprefix(f"{source}: ")
+        suspects = [setting for setting in settings if _concerns(setting.partition("=")[0], message)] or settings
+        raise UserError(f"--set {config.one_line(' '.join(suspects))}: {message}") from None
+
+
+def _concerns(key: str, message: str) -> bool:
+    """Whether an error is about the option `key`, what it is in, or what is in it."""
+    about = message.partition(": ")[0]
+    return f"{about}.".startswith(f"{key}.") or f"{key}.".startswith(f"{about}.") or key in about.split()
 
 
 def complete(cfg: Config, source: str) -> Config:

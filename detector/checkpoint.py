@@ -141,9 +141,11 @@ def read(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def build_model(content: dict[str, Any], path: str | Path) -> tuple[RetinaNet, Config]:
-    """The model of a checkpoint, with its weights, in evaluation mode, and its config."""
-    cfg = assemble.complete(config.build(content["config"], str(path)), str(path))
+def build_model(
+    content: dict[str, Any], path: str | Path, settings: list[str] | None = None
+) -> tuple[RetinaNet, Config]:
+    """The model of a checkpoint, with its weights, in evaluation mode, and its config with `settings` on top."""
+    cfg = assemble.resolve(content["config"], str(path), settings or [])
     model = assemble.build_model(cfg, len(content["category_ids"]))
     try:
         model.load_state_dict(content["model"])

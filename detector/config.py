@@ -1,17 +1,30 @@
 """The options, typed, with their defaults. YAML says what differs; a slip is one clear line.
 
-`load(path, ["solver.lr=0.02"])` reads a file, the file it is based on (key `base`), and one-off settings.
+`read(path)` reads a file and the file it is based on (key `base`), `with_settings(values, ["solver.lr=0.02"])` puts
+one-off settings on top, and `build(values, source)` checks. Where an option is text it is taken as written: `run:
+2024-05-01` is no date.
 The options of a swappable part (`{name: ..., its options}`) are the arguments of its constructor, and are
 checked where the parts are known, in assemble.py.
 """
 
 import difflib
+import os
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from detector.errors import CONTROL, UserError
 
@@ -19,6 +32,8 @@ MAX_LEVELS = 20  # levels of a YAML text
 MAX_VALUES = 10_000  # of a YAML text, an alias counting as all that it stands for
 MAX_OPTION = 1e6  # of a part; a billion octaves or bins would fill the memory before anybody could say so
 MAX_SHOWN = 300  # characters of a message
+
+FilePath = Annotated[str, AfterValidator(os.path.expanduser)]  # no shell expands the ~ of key=~/x, or of a file
 
 
 class _Checked(BaseModel):
@@ -62,8 +77,8 @@ class LossPart(Part):
 
 
 class Files(Options):
-    annotations: str = ""  # a COCO annotation file
-    images: str = ""  # the folder its file names start from
+    annotations: FilePath = ""  # a COCO annotation file
+    images: FilePath = ""  # the folder its file names start from
 
 
 class Data(Options):
@@ -77,7 +92,7 @@ class Data(Options):
     vertical_flip: float = Field(0.0, ge=0, le=1)  # probability
     scale_jitter: tuple[float, float] = (1.0, 1.0)  # training images are resized by a factor drawn from this range
     strong: bool = False  # also colour, crops that keep boxes, affine maps
-    cache: str = ""  # a folder to keep the images in, decoded and resized, for sets that fit on its disk
+    cache: FilePath = ""  # a folder to keep the images in, decoded and resized, for sets that fit on its disk
 
     @model_validator(mode="after")
     def _ordered(self) -> "Data":
@@ -98,7 +113,7 @@ class HeadOptions(Options):
 
 class Model(Options):
     backbone: str = "resnet50"  # resnet18, 34, 50, 101, 152, resnext50_32x4d or resnext101_32x8d
-    weights: str = "imagenet"  # imagenet | none | a file: of the backbone, or a checkpoint to fine-tune from
+    weights: FilePath = "imagenet"  # imagenet | none | a file: of the backbone, or a checkpoint to fine-tune from
     norm: Literal["frozen_bn", "bn", "sync_bn", "gn"] = "frozen_bn"  # of the backbone
     frozen_stages: int | None = Field(None, ge=0, le=4)  # by default 1 (stem and first stage), from scratch 0
     p6_from: Literal["c5", "p5"] = "c5"  # the map that the coarser levels start from
@@ -187,7 +202,7 @@ class TensorBoard(Options):
 
 class Config(Options):
     run: str = Field("run", min_length=1)  # results go to the folder output/run
-    output: str = "runs"  # the folder of all runs
+    output: FilePath = "runs"  # the folder of all runs
     seed: int = Field(0, ge=0, lt=2**63)  # of the initial weights, the order of images and their augmentation
     device: str = "auto"  # auto | cpu | cuda | cuda:1 | mps
     # Of the model; the criterion is always float32. auto: bfloat16 where the hardware gains by it
@@ -231,19 +246,20 @@ class Config(Options):
         return Path(self.output) / self.run
 
 
-def load(path: str | Path, settings: list[str] | None = None) -> Config:
-    """The options of a YAML file with `settings` ("a.b=value", value in YAML) on top; UserError for any slip."""
-    return build(with_settings(_read(Path(path), ()), settings or []), str(path))
+def read(path: str | Path) -> dict[str, Any]:
+    """The values of a YAML file over those of its bases, not checked yet; UserError where it cannot be read."""
+    return _read(Path(path), ())
 
 
-def with_settings(values: dict[str, Any], settings: list[str]) -> dict[str, Any]:
-    """Plain values with `settings` ("a.b=value") on top."""
+def with_settings(values: dict[str, Any], settings: Iterable[str]) -> dict[str, Any]:
+    """Plain values with `settings` ("a.b=value") on top: text as it is typed, all else in YAML."""
     for setting in settings:
         key, equals, text = setting.partition("=")
-        source = _one_line(f"--set {setting}")
+        source = one_line(f"--set {setting}")
         if not equals or not all(key.split(".")) or key.count(".") > MAX_LEVELS:
             raise UserError(f"{source}: write it as key=value, such as --set solver.lr=0.02")
-        value = _parse(text, source)
+        kind = _kind(key)
+        value = text if kind is str else _parse(text, source, kind)
         for part in reversed(key.split(".")):
             value = {part: value}
         values = merge(values, value)
@@ -276,7 +292,7 @@ def describe(error: ValidationError, options: type[BaseModel], where: str = "", 
     """
     first = error.errors(include_url=False)[0]
     location = ".".join(str(part) for part in first["loc"])
-    key = ".".join(part for part in (where, location) if part) or "the file"
+    key = ".".join(part for part in (where, location) if part)
     if first["type"] == "extra_forbidden":
         known = [*_fields(options, first["loc"][:-1]), *also]
         close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
@@ -285,9 +301,9 @@ def describe(error: ValidationError, options: type[BaseModel], where: str = "", 
     else:
         message = first["msg"].removeprefix("Value error, ")
         found = "" if isinstance(first["input"], (dict, BaseModel)) else f" (found {_shown(first['input'])})"
-        text = f"{key}: {message}{found}"
+        text = f"{key}: {message}{found}" if key else message  # a rule of the whole names its options itself
     more = error.error_count() - 1
-    return _one_line(text) + (f" (and {more} more)" if more else "")
+    return one_line(text) + (f" (and {more} more)" if more else "")
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -301,6 +317,27 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def dump(config: Config) -> str:
     """The options as YAML that `load` reads back to the same."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def one_line(text: str) -> str:
+    """The text with control characters as Python writes them, and its middle left out where it is long."""
+    text = CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN // 2]} ... {text[-MAX_SHOWN // 2 :]}"
+
+
+def _kind(key: str) -> Any:
+    """The type that a dotted key is declared with; None where it is not declared here."""
+    kind = Config
+    for part in key.split("."):
+        field = _declared(kind).get(part)
+        if field is None:
+            return None
+        kind = field.annotation
+    return kind
+
+
+def _declared(kind: Any) -> dict[str, Any]:
+    return kind.model_fields if isinstance(kind, type) and issubclass(kind, BaseModel) else {}
 
 
 def _fields(options: type[BaseModel], location: tuple) -> list[str]:
@@ -319,12 +356,6 @@ def _size(value: float | str) -> float:
         return 0.0
 
 
-def _one_line(text: str) -> str:
-    """The text with control characters as Python writes them, and its middle left out where it is long."""
-    text = CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
-    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN // 2]} ... {text[-MAX_SHOWN // 2 :]}"
-
-
 def _shown(value: Any) -> str:
     try:
         return repr(value)
@@ -332,12 +363,33 @@ def _shown(value: Any) -> str:
         return f"a huge {type(value).__name__}"
 
 
+# What YAML may take a text for. Not null, which says that there is none.
+AS_WRITTEN = {f"tag:yaml.org,2002:{tag}" for tag in ("bool", "float", "int", "merge", "timestamp", "value")}
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML's plain types, where no key is given twice and aliases do not multiply what they stand for."""
+    """YAML's plain types, where no key is given twice and aliases do not multiply what they stand for.
+
+    `kind`: what is to be read, Config or a type in it. Where that is text, YAML makes no number or date of it.
+    """
+
+    def __init__(self, stream: str, kind: Any = None):
+        super().__init__(stream)
+        self._kind = kind
 
     def construct_document(self, node: yaml.Node) -> Any:
         self._weigh(node, {})
+        self._keep_text(node, self._kind)
         return super().construct_document(node)
+
+    def _keep_text(self, node: yaml.Node, kind: Any) -> None:
+        if kind is str and node.tag in AS_WRITTEN:
+            node.tag = "tag:yaml.org,2002:str"
+        elif isinstance(node, yaml.MappingNode):
+            declared = _declared(kind)
+            for key, value in node.value:
+                if isinstance(key, yaml.ScalarNode) and key.value in declared:
+                    self._keep_text(value, declared[key.value].annotation)
 
     def _weigh(self, node: yaml.Node, known: dict[yaml.Node, tuple[float, int]]) -> tuple[float, int]:
         """Values and levels of a node, its aliases spelled out; YAMLError where they are too many."""
@@ -365,15 +417,15 @@ class _Loader(yaml.SafeLoader):
             seen.add(key.value)
 
 
-def _parse(text: str, source: str) -> Any:
-    """A YAML text's value; UserError, naming `source`, where it is none."""
+def _parse(text: str, source: str, kind: Any) -> Any:
+    """The value of a YAML text that is to become a `kind`; UserError, naming `source`, where it is no YAML."""
     try:
-        return yaml.load(text, _Loader)
+        return yaml.load(text, partial(_Loader, kind=kind))
     except Exception as error:  # PyYAML raises all kinds: ValueError for 2024-13-45, KeyError for !!bool x
         mark = getattr(error, "problem_mark", None)
         place = f"line {mark.line + 1}: " if mark else ""
         problem = " ".join(str(getattr(error, "problem", None) or error).split()) or type(error).__name__
-        raise UserError(f"{source}: {place}{_one_line(f'not YAML ({problem})')}") from None
+        raise UserError(f"{source}: {place}{one_line(f'not YAML ({problem})')}") from None
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -384,7 +436,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise UserError(f"{path}: no such config file") from None
     except (OSError, ValueError) as error:  # ValueError: bytes that are not UTF-8
         raise UserError(f"{path}: cannot be read ({error})") from None
-    values = _parse(text, str(path))
+    values = _parse(text, str(path), Config)
     if values is None:
         values = {}
     if not isinstance(values, dict):
@@ -393,8 +445,8 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if base is None:
         return values
     if not isinstance(base, str) or CONTROL.search(base):
-        raise UserError(f"{path}: base is {_one_line(_shown(base))}; give the path of another config file")
-    base_path = path.parent / base
+        raise UserError(f"{path}: base is {one_line(_shown(base))}; give the path of another config file")
+    base_path = path.parent / os.path.expanduser(base)
     if path.resolve() in seen:
         raise UserError(f"{path}: its bases lead back to itself")
     return merge(_read(base_path, (*seen, path.resolve())), values)

@@ -36,7 +36,7 @@ def pick_precision(name: str, device: torch.device) -> tuple[str, str]:
 def _bfloat16_units() -> bool:
     """AMX, or AVX512-BF16 on AMD's processors, which do it at twice the speed of float32; Intel's do not."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return False
     flags = next((line.split() for line in lines if line.startswith("flags")), [])

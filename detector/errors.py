@@ -1,5 +1,7 @@
 """What a user can mend, told in one line."""
 
+import io
+import os
 import re
 import signal
 import sys
@@ -27,9 +29,15 @@ class Stopped(Exception):
 def run_main(main: Callable[[], None]) -> None:
     """Run an entry point and exit: 0 when done, 2 for a user's slip, 1 for a fault, 128 + its number for a signal.
 
+    Printing never fails for a letter that the terminal or the log file has no code for; it is printed as \\u7ec6. A `~`
+    that starts an argument, or a value as in `--output=~/x`, is the home folder: not every shell expands it.
     Called only by the scripts that a user starts. A slip, and a fault that we foresaw (a loss that is not
     finite), end in one line; anything else keeps its traceback, since it is ours to mend.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a notebook's is none
+            stream.reconfigure(errors="backslashreplace")
+    sys.argv[1:] = map(_at_home, sys.argv[1:])
     try:
         main()
     except UserError as error:
@@ -44,3 +52,10 @@ def run_main(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(1)
+
+
+def _at_home(argument: str) -> str:
+    flag, equals, value = argument.partition("=")
+    if flag.startswith("--"):
+        return flag + equals + os.path.expanduser(value)
+    return os.path.expanduser(argument)

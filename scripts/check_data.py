@@ -111,8 +111,7 @@ def options(args: argparse.Namespace) -> Config:
     if args.config:
         values = assemble.configure(args.config)
     changed = config.merge(values.model_dump(mode="json"), {"data": named})
-    values = config.with_settings(changed, args.set)
-    cfg = assemble.complete(config.build(values, source), source)
+    cfg = assemble.resolve(changed, source, args.set)
     if not cfg.data.train.annotations or not cfg.data.train.images:
         raise UserError(f"{source}: names no training set; give --train FILE and --images FOLDER")
     return cfg

@@ -190,7 +190,7 @@ def receive_once(address: str, part: Path, size: int, progress: tqdm) -> None:
     if have:
         headers["Range"] = f"bytes={have}-"
         if version.exists():  # otherwise two versions of a file could be joined
-            headers["If-Range"] = version.read_text()
+            headers["If-Range"] = version.read_text(encoding="utf-8")
     with urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=TIMEOUT) as answer:
         total = answer.headers.get("Content-Length")
         if goes_on := answer.status == 206:
@@ -203,7 +203,7 @@ def receive_once(address: str, part: Path, size: int, progress: tqdm) -> None:
             raise UserError(f"{address}: has {int(total):,} bytes and not {size:,}: not the official file")
         try:
             if told := answer.headers.get("ETag") or answer.headers.get("Last-Modified"):
-                version.write_text(told)
+                version.write_text(told, encoding="utf-8")
             with part.open("ab" if goes_on else "wb") as file:
                 progress.n = file.tell()
                 while chunk := answer.read(CHUNK):

@@ -166,7 +166,7 @@ def curves(matches: Matches, names: dict[int, str]) -> list[str]:
                 )
         plot, axis = plt.subplots(figsize=page.FIGURE, layout="constrained")
         for _, name, precision, recall in sorted(of_class, key=lambda one: one[0])[:CURVES]:
-            axis.plot(recall, precision, label=name)
+            axis.plot(recall, precision, label=page.label(name))
         axis.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
         if of_class:
             axis.legend(fontsize=7)

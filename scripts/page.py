@@ -10,6 +10,7 @@ import base64
 import contextlib
 import io
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -20,8 +21,11 @@ matplotlib.use("Agg")  # files only: no window, wherever this runs
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, fontManager
+from matplotlib.text import Text
 from PIL import Image
 
+from data import fonts
 from detector.errors import CONTROL, UserError
 
 matplotlib.rcParams["text.parse_math"] = False  # a class may be called $x
@@ -66,10 +70,31 @@ def figure(plot: Figure, caption: str) -> str:
     from matplotlib import pyplot as plt
 
     data = io.BytesIO()
-    plot.savefig(data, format="png", dpi=160, bbox_inches="tight")
+    save(plot, data, format="png", dpi=160, bbox_inches="tight")
     plt.close(plot)
     kind = "plot" if plot.get_figwidth() <= FIGURE[0] else "large"
     return _picture(data.getvalue(), "png", caption, kind)
+
+
+def save(plot: Figure, target: io.BytesIO | Path, **options: object) -> None:
+    """Save a matplotlib figure with fonts that have all its letters; `options` are those of its savefig."""
+    for axis in plot.axes:
+        axis.get_xticklabels(), axis.get_yticklabels()  # whose texts matplotlib makes when it is asked for them
+    texts = plot.findobj(Text)
+    files = dict.fromkeys(file for one in texts for _, file in fonts.stretches(one.get_text()))
+    for file in files.keys() - {one.fname for one in fontManager.ttflist}:
+        fontManager.addfont(file)
+    families = [FontProperties(fname=file).get_name() for file in {fonts.DEJAVU: None} | files]
+    for one in texts:
+        one.set_fontfamily(families)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # told by fonts, once
+        plot.savefig(target, **options)
+
+
+def label(name: str) -> str:
+    """A name as matplotlib's legends take it: they leave out what begins with an underscore."""
+    return f" {name}" if name.startswith("_") else name
 
 
 def photo(image: np.ndarray, caption: str, kind: str = "photo") -> str:

@@ -32,9 +32,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cv2
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from tqdm import tqdm
 
+from data.draw import annotate
 from data.images import read_image
 from detector import load
 from detector.errors import UserError, run_main
@@ -187,19 +188,11 @@ def entries(found: Found, detector: Detector, about: dict[str, Any]) -> list[dic
 
 
 def draw(image: np.ndarray, found: Found, detector: Detector) -> np.ndarray:
-    """A copy of the image with boxes and captions, larger on larger images."""
+    """A copy of the image with boxes and captions."""
     canvas = Image.fromarray(image)
-    pen = ImageDraw.Draw(canvas)
-    longest = max(image.shape[:2])
-    font = ImageFont.load_default(max(11, longest // 60))
-    for box, score, name in reversed(
-        list(zip(found.boxes.tolist(), found.scores.tolist(), found.names))
-    ):  # best on top
-        colour = COLOURS[detector.class_names.index(name) % len(COLOURS)]
-        pen.rectangle(box, outline=colour, width=max(2, longest // 400))
-        caption, corner = f"{name} {score:.2f}", (box[0], max(0, box[1] - font.size - 4))
-        pen.rectangle(pen.textbbox(corner, caption, font=font), fill=colour)
-        pen.text(corner, caption, fill="black", font=font)
+    captions = [f"{name} {score:.2f}" for name, score in zip(found.names, found.scores.tolist())]
+    colours = [COLOURS[detector.class_names.index(name) % len(COLOURS)] for name in found.names]
+    annotate(canvas, found.boxes, captions, colours)
     return np.asarray(canvas)
 
 

@@ -31,7 +31,8 @@ Written by `python scripts/reference.py` from `detector/config.py` and `detector
 
 A config is a YAML file that says what differs from these defaults, and may start from another by `base: other.yaml`;
 `--set solver.lr=0.02` on the command line comes last. An option that is not here is refused, with the name that it may
-have meant. `python train.py` writes what a run was trained with into its folder's `config.yaml`.
+have meant. Text is taken as it is written, in both places: `--set run=2024-05-01`, `--set "output=/data/set #2"`. In a
+path, `~` is the home folder. `python train.py` writes what a run was trained with into its folder's `config.yaml`.
 """
 BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most", "multiple_of": "multiple of"}
 BOUNDS |= {"min_length": "characters, at least"}
@@ -111,7 +112,7 @@ def may_be(kind: str, value: ast.expr | None) -> str:
     if kind.startswith("tuple["):
         kind = f"{kind.count(',') + 1} numbers"
     words = {"list[float]": "a list of numbers", "float": "number", "int": "whole number", "bool": "true, false"}
-    for name, word in (words | {"str": "text", "| None": "or null"}).items():
+    for name, word in (words | {"FilePath": "path", "str": "text", "| None": "or null"}).items():
         kind = kind.replace(name, word)
     limits = []
     if isinstance(value, ast.Call):

@@ -80,7 +80,7 @@ def machine() -> dict[str, str]:
     """What the seconds and bytes of a result were measured on."""
     processor = platform.processor() or platform.machine()
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         processor = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), processor)
     except OSError:
         pass

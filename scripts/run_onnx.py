@@ -4,14 +4,13 @@ Needs onnxruntime, numpy and OpenCV. Prints a line for each box: file, class, sc
 """
 
 import json
-import os
 import sys
-
-os.environ["OPENCV_LOG_LEVEL"] = "ERROR"  # it would add a warning to ours
 
 import cv2
 import numpy as np
 import onnxruntime
+
+sys.stdout.reconfigure(errors="backslashreplace")  # a class name may have letters that the terminal has not
 
 if len(sys.argv) < 3:
     slip = "error: give a model and images: python scripts/run_onnx.py mine.onnx photo.jpg"
@@ -27,8 +26,8 @@ except Exception as error:
 
 for path in sys.argv[2:]:
     try:
-        height, width = (image := cv2.imread(path)).shape[:2]
-    except (AttributeError, cv2.error):  # no image, or too large a one
+        height, width = (image := cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)).shape[:2]
+    except (AttributeError, OSError, cv2.error):  # no image, or too large a one
         sys.exit(f"error: {path}: cannot be read as an image")
     scale = min(short_side / min(height, width), long_side / max(height, width))
     size = max(1, round(width * scale)), max(1, round(height * scale))

@@ -133,7 +133,7 @@ def train_all(runs: list[Run], jobs: int, keep: Callable[[dict], dict] = lambda 
 
 
 def start(run: Run, slot: int, jobs: int) -> Child:
-    environment = dict(os.environ)
+    environment = os.environ | {"PYTHONIOENCODING": "utf-8"}  # in which its log is read
     if jobs * run.processes > 1:  # each its share of the cores, and GPUs of its own
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // (jobs * run.processes))))
     if jobs > 1 and torch.cuda.device_count() > 1:

@@ -74,6 +74,16 @@ def test_detections_are_in_cocos_format_and_score_the_same(learnt, folder, comma
     assert {result["image_id"] for result in results} == {50, 51}
 
 
+def test_what_was_scored_is_written_before_it_is_printed(learnt, folder, command, monkeypatch):
+    def fail(metrics):
+        raise OSError("No space left on device")  # of standard output, sent to a file
+
+    monkeypatch.setattr(evaluation, "metrics_table", fail)
+    with pytest.raises(OSError):
+        command(evaluation.main, "--checkpoint", learnt / "last.pt", "--output", folder)
+    assert read(folder / "metrics.json") == read(learnt / "metrics.json") and read(folder / "detections.json")
+
+
 def test_without_output_the_checkpoints_folder_is_written(learnt, command):
     expected = read(learnt / "metrics.json")
     code, out, _ = command(evaluation.main, "--checkpoint", learnt / "last.pt")
@@ -113,7 +123,12 @@ def test_slips_are_one_line_and_exit_code_2(learnt, rectangles, folder, command)
         "missing.json": ("--checkpoint", last, "--data", "missing.json", images),
         "text.pt": ("--checkpoint", folder / "text.pt"),
         "none.pt": ("--checkpoint", folder / "none.pt"),
-        "postprocess.nms": ("--checkpoint", last, "--set", "postprocess.nms=0.5"),
+        "error: --set postprocess.nms=0.5: postprocess.nms: unknown": (
+            "--checkpoint",
+            last,
+            "--set",
+            "postprocess.nms=0.5",
+        ),
         "/dev/null/x": ("--checkpoint", last, "--output", "/dev/null/x"),
     }
     for expected, arguments in slips.items():

@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def run(title: str, command: str) -> str:
-    done = subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT, capture_output=True, encoding="utf-8")
     if done.returncode:
         sys.exit(f"{command}: {(done.stderr.strip() or 'it failed').splitlines()[-1]}")
     picture = "\n![growth](growth.png)\n" if "--plot" in command else ""
@@ -55,12 +55,14 @@ def run(title: str, command: str) -> str:
 
 def write(path: Path, section: str) -> None:
     """Put the section into the page, where the one of its title was; what stands above the first stays as it is."""
-    head, *parts = re.split(r"^(?=## )", path.read_text() if path.is_file() else HEAD, flags=re.MULTILINE)
+    head, *parts = re.split(
+        r"^(?=## )", path.read_text(encoding="utf-8") if path.is_file() else HEAD, flags=re.MULTILINE
+    )
     found = {part.splitlines()[0]: part for part in parts}
     found[section.splitlines()[0]] = section
     titles = [f"## {title}" for title, _ in SECTIONS.values()]
     parts = [head, *(found[title] for title in titles if title in found)]
-    path.write_text("\n\n".join(part.strip() for part in parts) + "\n")
+    path.write_text("\n\n".join(part.strip() for part in parts) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def faults(folder: Path, kills: int, steps: int, rng: random.Random) -> int:
                     line.update()
                     continue
                 if code:
-                    sys.exit(f"{run} ended with {code}:\n{(folder / 'log.txt').read_text()[-2000:]}")
+                    sys.exit(f"{run} ended with {code}:\n{(folder / 'log.txt').read_text(encoding='utf-8')[-2000:]}")
                 break
             same = equal(state(run / "last.pt"), truth)
             lost += not same
@@ -94,20 +94,20 @@ def write_config(folder: Path, steps: int) -> Path:
         "checkpoint": {"every": 1},
     }  # fmt: skip
     path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(values))
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
     return path
 
 
 def launch(config: Path, run: str) -> subprocess.Popen:
     words = [sys.executable, ROOT / "train.py", "--config", config, "--resume", "--set", f"run={run}"]
     environment = {**os.environ, "NO_ALBUMENTATIONS_UPDATE": "1"}
-    with (config.parent / "log.txt").open("w") as log:
+    with (config.parent / "log.txt").open("w", encoding="utf-8") as log:
         return subprocess.Popen(list(map(str, words)), env=environment, stdout=log, stderr=log)
 
 
 def finish(config: Path, run: str) -> None:
     if launch(config, run).wait():
-        sys.exit((config.parent / "log.txt").read_text()[-2000:])
+        sys.exit((config.parent / "log.txt").read_text(encoding="utf-8")[-2000:])
 
 
 def state(path: Path) -> dict:

@@ -186,7 +186,7 @@ def write_images(folder: Path, count: int) -> int:
             record = {"id": len(annotations), "image_id": number, "category_id": 1, "bbox": [*corner, 80, 60]}
             annotations.append(record)
     document = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "thing"}]}
-    (folder / "annotations.json").write_text(json.dumps(document))
+    (folder / "annotations.json").write_text(json.dumps(document), encoding="utf-8")
     return written
 
 

@@ -47,7 +47,9 @@ def first_step(config: str, settings: list[str]) -> float:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-c", TRAIN, "--config", config, "--set", f"output={folder}", *settings]
         start = time.perf_counter()
-        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8"
+        ) as process:
             # Not until its output ends: loading processes hold it open a while longer.
             done = any("first step done" in line for line in process.stdout)
             taken = time.perf_counter() - start

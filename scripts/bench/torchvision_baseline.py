@@ -46,7 +46,7 @@ def main() -> None:
     losses = {"class_loss": LossPart(name="focal"), "box_loss": LossPart(name="l1")}
     cfg = cfg.model_copy(update={"run": cfg.run + "_torchvision", **losses})
     cfg.folder.mkdir(parents=True, exist_ok=True)
-    (cfg.folder / "config.yaml").write_text(config.dump(cfg))
+    (cfg.folder / "config.yaml").write_text(config.dump(cfg), encoding="utf-8")
 
     device = pick_device(cfg.device)
     if device.type == "cpu":
@@ -83,7 +83,7 @@ def main() -> None:
     metrics = score(val_set.annotations, predict(solver.evaluated_model, val_batches, device), val_set.category_ids)
     metrics |= {"step": solver.step_count, "epoch": cfg.solver.epochs}
     metrics |= {"seconds_per_step": sorted(seconds)[len(seconds) // 2]}
-    (cfg.folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
+    (cfg.folder / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
     print(metrics_table(metrics))
 
 

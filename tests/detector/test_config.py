@@ -132,9 +132,8 @@ def test_how_many_slips_there_are_is_said(slip):
         "- a\n- b",
         "just text",
         "3",
-        "run: 3",
-        "run: 2024-01-01",
-        "run: 2024-13-45",
+        "seed: 2024-01-01",
+        "seed: 2024-13-45",
         "run: [",
         "run: a: b",
         "\tx: 1",
@@ -151,7 +150,7 @@ def test_how_many_slips_there_are_is_said(slip):
         "seed: !!int ''",
         "seed: !!timestamp x",
         "solver: {lr: " + "1:" * 300 + "1.5}",
-        "run: 0001-01-01 00:00:00 +23:59",
+        "seed: 0001-01-01 00:00:00 +23:59",
         '"\\e[2J\\r\\u2028": 3',
         '{"' + "a" * 100_000 + '": 3}',
         "class_loss: {name: focal, gamma: " + "[" * 50 + "]" * 50 + "}",
@@ -162,7 +161,7 @@ def test_odd_shapes_are_refused_in_one_line(slip, text):
 
 
 @pytest.mark.parametrize(
-    "setting", ["data=3", "run=", "solver=[]", "solver.lr", "=3", "solver..lr=1", ".lr=1", "run=2024-13-45", "run=[",
+    "setting", ["data=3", "run=", "solver=[]", "solver.lr", "=3", "solver..lr=1", ".lr=1", "seed=2024-13-45", "seed=[",
                 "a\nb=3", "a\nb", "\ud800=3", "run=\ud800", "a." * 5000 + "a=1", "solver.lr.x=1", "class_loss=focal",
                 "class_loss.name=", "base=other.yaml", "solver.lr=nan"]
 )  # fmt: skip
@@ -175,10 +174,10 @@ def test_files_that_are_no_config(tmp_path):
         if content:
             path.write_bytes(content)
         with pytest.raises(UserError, match=path.name) as error:
-            config.load(path)
+            config.read(path)
         assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="cannot be read"):
-        config.load(tmp_path)
+        config.read(tmp_path)
 
 
 def test_a_key_given_twice_is_refused(slip, tmp_path):
@@ -206,7 +205,7 @@ def test_a_base_is_read_from_beside_the_file(tmp_path):
     (tmp_path / "a.yaml").write_text("seed: 1\nsolver: {lr: 0.5, epochs: 3}")
     (tmp_path / "b.yaml").write_text("base: a.yaml\nrun: b\nsolver: {lr: 0.25}")
     (tmp_path / "deep" / "c.yaml").write_text("base: ../b.yaml\nseed: 2")
-    cfg = config.load(tmp_path / "deep" / "c.yaml")
+    cfg = assemble.configure(tmp_path / "deep" / "c.yaml")
     assert (cfg.seed, cfg.run, cfg.solver.lr, cfg.solver.epochs) == (2, "b", 0.25, 3)
 
 
@@ -217,7 +216,7 @@ def test_bases_that_lead_nowhere(tmp_path):
     (tmp_path / "orphan.yaml").write_text("base: gone.yaml")
     for name, text in (("a", "lead back to itself"), ("self", "lead back to itself"), ("orphan", "gone.yaml: no such")):
         with pytest.raises(UserError, match=text):
-            config.load(tmp_path / f"{name}.yaml")
+            config.read(tmp_path / f"{name}.yaml")
 
 
 def test_pyyaml_reads_1e_2_as_text_and_it_is_a_number_here(tmp_path):
@@ -271,7 +270,108 @@ def test_nested_options_flatten_to_dotted_keys():
     assert config.flat({"a": {"b": {"c": 1, "d": None}}, "e": [1, 2]}) == {"a.b.c": 1, "a.b.d": None, "e": [1, 2]}
 
 
-def test_box_weights_must_be_positive(tmp_path):
-    (tmp_path / "x.yaml").write_text("box_coder: {weights: [0, 1, 1, 1]}")
-    with pytest.raises(UserError, match=r"box_coder.weights.0: .*greater than 0"):
-        config.load(tmp_path / "x.yaml")
+def test_box_weights_must_be_positive(slip):
+    assert "box_coder.weights.0: Input should be greater than 0" in slip("box_coder: {weights: [0, 1, 1, 1]}")
+
+
+TEXTS = [
+    "1",
+    "007",
+    "2024-05-01",
+    "2024-13-45",
+    "1e3",
+    "0x1f",
+    "1_000",
+    "12:30",
+    "true",
+    "No",
+    ".nan",
+    "=",
+    "<<",
+    "x y",
+]
+# What would be other YAML, or none, on the command line alone.
+TYPED = [
+    "null",
+    "~x",
+    "a #2",
+    "a: b",
+    "{a}",
+    "[",
+    "'q'",
+    '"q"',
+    " x ",
+    "a=b",
+    "a\\b",
+    "*x",
+    "&x",
+    "!x",
+    "%",
+    "@",
+    "# x",
+    "-",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS + TYPED)
+def test_text_is_taken_as_it_is_typed(tmp_path, text):
+    cfg = load(tmp_path, "", f"run={text}", f"data.train.images=/{text}", f"data.cache=x/{text}")
+    assert (cfg.run, cfg.data.train.images, cfg.data.cache) == (text, f"/{text}", f"x/{text}")
+    assert load(tmp_path, config.dump(cfg)) == cfg
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_is_taken_as_it_is_written(tmp_path, text):
+    (tmp_path / "base.yaml").write_text(f"run: {text}\ndata: {{train: {{images: {text}}}}}")
+    cfg = load(tmp_path, "base: base.yaml", f"data={{val: {{images: {text}}}}}")
+    assert (cfg.run, cfg.data.train.images, cfg.data.val.images) == (text, text, text)
+
+
+def test_only_text_is_taken_so(tmp_path):
+    cfg = load(tmp_path, "run: '1'\nseed: 0x1f", "solver.epochs=1_0", "compile=yes", "solver.ema=null", "data.cache=")
+    assert (cfg.run, cfg.seed, cfg.solver.epochs, cfg.compile, cfg.solver.ema) == ("1", 31, 10, True, None)
+    assert cfg.data.cache == ""
+
+
+@pytest.mark.parametrize("text", ["run:", "run: null", "run: ~", "data: {cache: null}", "run: [1]", "run: {a: 1}"])
+def test_null_and_lists_are_no_text_in_a_file(slip, text):
+    assert "valid string" in slip(text)
+
+
+def test_a_tilde_in_a_path_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.yaml").write_text("data: {train: {annotations: ~/a.json}, cache: ~/c}\nrun: ~/r")
+    cfg = load(tmp_path, "base: ~/mine.yaml", "data.val.images=~/b", "model.weights=~/w.pt", "output=~", "device=~")
+    assert (cfg.data.train.annotations, cfg.data.cache) == (f"{tmp_path}/a.json", f"{tmp_path}/c")
+    assert (cfg.data.val.images, cfg.model.weights, cfg.output) == (f"{tmp_path}/b", f"{tmp_path}/w.pt", str(tmp_path))
+    assert (cfg.run, cfg.device) == ("~/r", "~")  # no paths
+
+
+@pytest.mark.parametrize(
+    ("text", "settings", "source"),
+    [
+        ("", ["solver.lr=fast"], "--set solver.lr=fast: solver.lr: "),
+        ("solver: {lr: 1}", ["seed=1", "solver={lr: fast}"], "--set solver={lr: fast}: solver.lr: "),
+        ("", ["solver.lrr=1"], "--set solver.lrr=1: solver.lrr: unknown option"),
+        ("class_loss: {name: ce}", ["class_loss.gama=1"], "--set class_loss.gama=1: class_loss.gama: unknown option"),
+        ("", ["class_loss.gamma=1"], "--set class_loss.gamma=1: class_loss.name: Field required"),
+        ("", ["model.backbone=vgg", "seed=1"], "--set model.backbone=vgg: model.backbone: no 'vgg'"),
+        ("", ["base=other.yaml"], "--set base=other.yaml: base: unknown option"),
+        ("", ["run="], "--set run=: run: "),
+        ("", ["data=3"], "--set data=3: data: "),
+        # Neither alone is wrong, both together are.
+        ("solver: {batch_size: 5}", ["solver.accumulate=2"], "--set solver.accumulate=2: solver: batch_size 5 cannot"),
+        ("", ["seed=1", "model.norm=bn", "solver.skip_nonfinite=1"],
+         "--set model.norm=bn solver.skip_nonfinite=1: solver.skip_nonfinite with model.norm bn: "),
+        ("model: {norm: bn}", ["solver.skip_nonfinite=1"], "--set solver.skip_nonfinite=1: solver.skip_nonfinite with"),
+        ("assigner: {name: iou, fg_iou: 0.4}", ["assigner.bg_iou=0.5"], "--set assigner.bg_iou=0.5: assigner: "),
+        # These are the file's.
+        ("solver: {lr: fast}", ["seed=1", "run=x"], "{file}: solver.lr: "),
+        ("seed: x", ["solver.lr=fast"], "{file}: seed: "),
+        ("data: {short_side: 800, long_side: 600}", ["data.workers=0"], "{file}: data: long_side 600"),
+        ("model: {norm: bn}\nsolver: {skip_nonfinite: 1}", ["solver.lr=1"], "{file}: solver.skip_nonfinite with"),
+        ("class_loss: {name: focal, gama: 1}", ["class_loss.alpha=0.5"], "{file}: class_loss.gama: "),
+    ],
+)  # fmt: skip
+def test_an_error_names_the_settings_where_it_is_theirs(slip, tmp_path, text, settings, source):
+    assert slip(text, *settings).startswith(source.replace("{file}", str(tmp_path / "x.yaml")))
