@@ -108,6 +108,24 @@ def shortest_walk(graph, start, goal):
 
 
 SOURCES = product()
+
+
+def without_encoding(source):
+    """Lines that read or write text in the encoding that a machine happens to have."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call):
+            function, given = ast.unparse(node.func), {keyword.arg for keyword in node.keywords}
+            of, _, name = function.rpartition(".")
+            modes = [one.value for one in ast.walk(node) if isinstance(one, ast.Constant)]
+            file = (
+                name == "open" and of not in ("Image", "os", "writer") and not {"rb", "wb", "ab"} & {*map(str, modes)}
+            )
+            if (file or name in ("read_text", "write_text") or "text" in given) and "encoding" not in given:
+                found.append(node.lineno)
+    return found
+
+
 LOSSES = [name for name in SOURCES if name.startswith("detector.losses.") and name not in FROM_LOSSES]
 
 
@@ -131,6 +149,26 @@ def test_the_parser_sees_the_product():
     assert len(LOSSES) >= 7
     assert "detector.engine" in graph(SOURCES)["train"]
     assert "detector.boxes" in graph(SOURCES)["detector.assigner"]  # written as `from detector import boxes`
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_text_is_utf8_on_every_machine(module):
+    assert without_encoding(SOURCES[module]) == []
+
+
+def test_the_checker_of_encodings_finds_what_has_none():
+    wrong = "open(p)\np.open()\np.open('w')\np.read_text()\np.write_text('rb')\nsubprocess.run(c, text=True)"
+    assert without_encoding(wrong) == [1, 2, 3, 4, 5, 6]
+    right = (
+        "open(p, 'rb')\np.open(mode='wb')\nImage.open(p)\nopen(p, encoding='utf-8')\np.read_bytes()\nrun(c, text=True"
+    )
+    assert without_encoding(right + ", encoding='utf-8')") == []
+
+
+# Its own, since it runs where nothing but onnxruntime is.
+@pytest.mark.parametrize("module", [name for name in SOURCES if "__main__" in SOURCES[name]])
+def test_entry_points_can_print_anywhere(module):
+    assert module.startswith("scripts.bench.") or "    run_main(main)" in SOURCES[module].partition("__main__")[2]
 
 
 def test_tests_have_no_packages():
