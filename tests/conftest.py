@@ -16,8 +16,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
+from matplotlib import font_manager
 
 import train
+from data import fonts
 from data.demo import write_demo
 from detector import assemble, config
 from detector.errors import run_main
@@ -173,6 +177,45 @@ def command(monkeypatch, capsys):
         return code, *capsys.readouterr()
 
     return call
+
+
+@pytest.fixture
+def font(tmp_path):
+    """Makes a font in which each letter is a black square, but for a margin, and returns its file."""
+
+    def make(file: str, letters: str, style: str = "Regular", advance: int = 1000, name: str = "Made") -> str:
+        pen = TTGlyphPen(None)
+        for point, draw in zip(((100, 0), (100, 800), (900, 800), (900, 0)), (pen.moveTo, *[pen.lineTo] * 3)):
+            draw(point)
+        pen.closePath()
+        square = pen.glyph()
+        names = [".notdef", *(f"u{ord(letter):x}" for letter in letters)]
+        made = FontBuilder(1000)
+        made.setupGlyphOrder(names)
+        made.setupCharacterMap({ord(letter): f"u{ord(letter):x}" for letter in letters})
+        made.setupGlyf(dict.fromkeys(names, square))
+        made.setupHorizontalMetrics(dict.fromkeys(names, (advance, 100)))
+        made.setupHorizontalHeader(ascent=800, descent=-200)
+        made.setupNameTable({"familyName": name, "styleName": style})
+        made.setupOS2()
+        made.setupPost()
+        made.save(tmp_path / f"{file}.ttf")
+        return str(tmp_path / f"{file}.ttf")
+
+    return make
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Makes it a machine with these font files alone, of which nothing has been asked yet."""
+
+    def has(*files: str) -> None:
+        monkeypatch.setattr(font_manager, "findSystemFonts", lambda: list(files))
+        monkeypatch.setattr(fonts, "_missing", set())
+        fonts._others.cache_clear()
+
+    yield has
+    fonts._others.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,12 @@
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from data.coco import CocoDataset
-from data.draw import WIDTH, _score_of_rank, contact_sheet, validation_pictures
+from data.draw import WIDTH, _score_of_rank, annotate, contact_sheet, draw_boxes, validation_pictures
 from data.transforms import EvalTransform
 from detector.structures import Detections
 
@@ -66,3 +68,43 @@ def test_a_sheet_has_room_for_all(dataset):
     pictures = list(validation_pictures(dataset, nothing(dataset), 3))
     sheet = contact_sheet(pictures, columns=2)
     assert sheet.shape[2] == 2 * 2 * WIDTH + 3 * 6 and sheet.shape[1] > sheet.shape[2] / 4
+
+
+CAPTIONS = ["Zellkörper é", "Ελλάς", "Жук"]
+
+
+@pytest.mark.parametrize("caption", CAPTIONS)
+def test_letters_of_a_caption_differ(caption):
+    """A square for each letter would be the same for any others of their width, and for them turned round."""
+
+    def drawn(text):
+        return draw_boxes(torch.zeros(3, 60, 300, dtype=torch.uint8), torch.tensor([[5, 30, 290, 50]]), [text], "white")
+
+    assert not torch.equal(drawn(caption), drawn(caption[::-1]))
+    squares = [drawn("\ufffe" * length) for length in range(1, 20)]
+    assert not any(torch.equal(drawn(caption), one) for one in squares)
+
+
+def test_a_caption_stays_within_the_picture():
+    canvas = Image.new("RGB", (200, 100))
+    corners = np.array([[180.0, 1.0, 199.0, 20.0], [-50.0, 60.0, 20.0, 80.0]])
+    annotate(canvas, corners, ["mmmmmmmm", "mmmmmmmm"], ["red", "lime"])
+    pixels = np.asarray(canvas)
+    red, lime = ((pixels == colour).all(axis=2) for colour in ((255, 0, 0), (0, 255, 0)))
+    assert (
+        red[1:14, 130].any() and red[1:14, 199].any() and not red[1:14, 60].any()
+    )  # moved to the left: it ends where the picture does
+    assert lime[48:58, 0].any() and not lime[48:58, 150].any()
+
+
+def test_the_first_box_is_on_top():
+    canvas = Image.new("RGB", (100, 100))
+    annotate(canvas, np.array([[10.0, 30.0, 90.0, 90.0]] * 2), ["", ""], ["red", "lime"])
+    assert canvas.getpixel((10, 50)) == (255, 0, 0)
+
+
+def test_a_copy_is_drawn_on_and_odd_boxes_too():
+    image = torch.zeros(3, 40, 40, dtype=torch.uint8)
+    box = torch.tensor([[5.0, 5.0, 5.0, 5.0], [30.0, 30.0, 10.0, 10.0]])
+    assert draw_boxes(image, box, ["", "a\nb"], "red").any() and not image.any()
+    assert torch.equal(draw_boxes(image, torch.zeros(0, 4), [], "red"), image)

@@ -1,5 +1,8 @@
 """Self-contained pages."""
 
+import io
+import warnings
+
 import numpy as np
 import pytest
 from matplotlib import pyplot as plt
@@ -45,6 +48,42 @@ def test_words_with_dollars_are_words():
     plot, axis = plt.subplots()
     axis.set_title(r"$\frac$ and $x")
     assert "<img" in page.figure(plot, "a caption")
+
+
+def ink(place, name):
+    """How many pixels are dark in a plot that has this name, and in one without."""
+    dark = []
+    for shown in (name, ""):
+        plot, axis = plt.subplots(figsize=page.FIGURE, layout="constrained")
+        axis.set_xticks([0], [shown if place == "tick" else ""])
+        axis.set_title(shown if place == "title" else "")
+        axis.plot([0, 1], [0, 0], label=shown if place == "legend" and shown else "i")
+        axis.legend()
+        drawn = io.BytesIO()
+        page.save(plot, drawn, format="rgba", dpi=100)
+        plt.close(plot)
+        dark.append(int((np.frombuffer(drawn.getvalue(), np.uint8).reshape(-1, 4)[:, 0] < 128).sum()))
+    return dark[0] - dark[1]
+
+
+@pytest.mark.parametrize("place", ["tick", "title", "legend"])
+def test_words_of_any_script_are_drawn(machine, font, capsys, place):
+    machine()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        squares = ink(place, "细胞细胞")  # matplotlib's own warning of each letter would be dozens of lines
+    assert capsys.readouterr().err.count("\n") == 1
+    machine(font("a", "细胞", advance=3000, name=f"Made for {place}"))
+    assert ink(place, "细胞细胞") > 1.2 * squares > 0  # solid ones, where those of DejaVu are outlines
+    assert capsys.readouterr().err == ""
+
+
+def test_a_name_that_begins_with_an_underscore_is_in_the_legend():
+    plot, axis = plt.subplots()
+    for name in ("_cell", "cell", "__"):
+        axis.plot([0, 1], [0, 1], label=page.label(name))
+    assert [one.get_text().strip() for one in axis.legend().get_texts()] == ["_cell", "cell", "__"]
+    plt.close(plot)
 
 
 def test_where_it_cannot_be_written_is_said(tmp_path):
