@@ -141,6 +141,14 @@ def test_the_example_needs_no_torch_and_finds_the_same(learnt, folder, command):
     for line, box, score, name in zip(lines, found.boxes.tolist(), found.scores.tolist(), found.names):
         assert " ".join(line[1:-5]) == name and float(line[-5]) == pytest.approx(score, abs=2e-2)  # bfloat16 here
         assert [float(value) for value in line[-4:]] == pytest.approx(box, abs=1.5)
+    model = onnx.load(folder / "mine.onnx")
+    (names,) = (one for one in model.metadata_props if one.key == "class_names")
+    names.value = json.dumps(["细胞", "é", "Жук"])
+    onnx.save(model, folder / "named.onnx")
+    command_line = [sys.executable, str(script), str(folder / "named.onnx"), str(photo)]
+    ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command_line, capture_output=True, text=True, check=True, env=ascii_only)
+    assert len(done.stdout.splitlines()) == len(lines) and " \\u7ec6\\u80de " in done.stdout
     code_lines = [line for line in script.read_text().split('"""')[2].splitlines() if line.strip()]
     assert len(code_lines) <= 33
     done = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True)

@@ -55,9 +55,9 @@ def ink(place, name):
     dark = []
     for shown in (name, ""):
         plot, axis = plt.subplots(figsize=page.FIGURE, layout="constrained")
-        axis.set_xticks([0], [shown if place == "tick" else ""])
+        axis.bar([shown if place == "tick" and shown else "i"], [0])  # its text is made when it is drawn
         axis.set_title(shown if place == "title" else "")
-        axis.plot([0, 1], [0, 0], label=shown if place == "legend" and shown else "i")
+        axis.plot([0, 0], [0, 0], label=shown if place == "legend" and shown else "i")
         axis.legend()
         drawn = io.BytesIO()
         page.save(plot, drawn, format="rgba", dpi=100)
