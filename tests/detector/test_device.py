@@ -23,14 +23,14 @@ flags\t\t: fpu avx512f {flags}
     ],
 )
 def test_bfloat16_where_the_processor_gains_by_it(vendor, flags, precision, monkeypatch):
-    monkeypatch.setattr(Path, "read_text", lambda path: FACTS.format(vendor=vendor, flags=flags))
+    monkeypatch.setattr(Path, "read_text", lambda path, encoding: FACTS.format(vendor=vendor, flags=flags))
     found, reason = pick_precision("auto", CPU)
     assert found == precision
     assert reason == f"the cpu has {'no ' if precision == 'float32' else ''}matrix units for bfloat16"
 
 
 def test_float32_where_the_processor_does_not_say(monkeypatch):
-    def absent(path):
+    def absent(path, encoding):
         raise FileNotFoundError
 
     monkeypatch.setattr(Path, "read_text", absent)
