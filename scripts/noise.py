@@ -16,13 +16,10 @@ from pathlib import Path
 # Started as a file, Python puts scripts/ on the path and not the repository that holds `detector`.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import matplotlib
-
-matplotlib.use("Agg")  # files only: no window, wherever this runs
-
 from matplotlib import pyplot as plt
 
 from detector.errors import UserError, run_main
+from scripts import page
 from scripts.differences import differences
 from scripts.rows import Row, read_rows
 
@@ -35,6 +32,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("noise.png"), metavar="FILE")
     args = parser.parse_args(argv)
     curves = read(args.folder)
+    try:
+        page.save(draw(curves), args.output, dpi=150)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--output {args.output}: cannot be written ({error})") from None
     shares = sorted({share for curve in curves.values() for share in curve})
     print("| run | " + " | ".join(f"{share}%" for share in shares) + f" | lost at {shares[-1]}% |")
     print("| --- |" + " ---: |" * (len(shares) + 1))
@@ -42,10 +43,6 @@ def main(argv: list[str] | None = None) -> None:
         cells = [mean_and_spread(aps(curve[share])) if share in curve else "-" for share in shares]
         lost = what_is_lost(curve[shares[0]], curve[shares[-1]]) if {shares[0], shares[-1]} <= curve.keys() else "-"
         print(f"| {name} | " + " | ".join(cells) + f" | {lost} |")
-    try:
-        draw(curves).savefig(args.output, dpi=150)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--output {args.output}: cannot be written ({error})") from None
     print(f"written: {args.output}")
 
 
@@ -87,7 +84,7 @@ def draw(curves: dict[str, Curve]) -> plt.Figure:
         values = [aps(row) for row in curve.values()]
         means = [statistics.fmean(one) for one in values]
         spread = [statistics.stdev(one) if len(one) > 1 else 0 for one in values]
-        axis.errorbar(list(curve), means, spread, marker="o", capsize=3, label=name)
+        axis.errorbar(list(curve), means, spread, marker="o", capsize=3, label=page.label(name))
     axis.set(xlabel="training labels that are wrong, percent", ylabel="AP on clean labels, percent")
     axis.set_xticks(sorted({share for curve in curves.values() for share in curve}))
     axis.legend()

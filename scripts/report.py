@@ -133,7 +133,7 @@ def curves(rows: list[Row]) -> list[str]:
             steps = [step for step in steps if all(one[step] is not None for one in by_step)]
             if steps:
                 mean, deviation = spread([[100 * one[step] for step in steps] for one in by_step])
-                axis.plot(steps, mean, marker=".", label=row.name, **styles[row.name])
+                axis.plot(steps, mean, marker=".", label=page.label(row.name), **styles[row.name])
                 axis.fill_between(
                     steps, mean - deviation, mean + deviation, color=styles[row.name]["color"], alpha=0.15, linewidth=0
                 )
@@ -153,7 +153,9 @@ def by_iou(rows: list[Row]) -> str:
         if values:
             mean = 100 * np.array(values).mean(axis=0)
             first = mean if first is None else first
-            axis.plot(IOUS, mean - first, marker=".", label=f"{row.name} ({mean.mean():.1f})", **styles[row.name])
+            axis.plot(
+                IOUS, mean - first, marker=".", label=page.label(f"{row.name} ({mean.mean():.1f})"), **styles[row.name]
+            )
     if first is not None:
         legend_below(axis)
     return page.figure(plot, "AP by IoU threshold as the distance from the first row; in brackets, AP itself.")
