@@ -4,6 +4,7 @@ Li, Liu, Wang, "Gradient Harmonized Single-stage Detector", AAAI 2019, arXiv 181
 """
 
 import math
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import numpy as np
@@ -59,9 +60,9 @@ class GradientDensity(nn.Module):
     The paper describes one density for the batch, "all_bins" and no moving average. `released()` sets all switches
     as the code that its authors released and others ported has them.
 
-    Buffers, moved only in training mode and only by a batch with an example in it: `average` (bins,) float32,
-    `updates` () int64. In evaluation the average that this batch would give is used and not kept. Unless counts are
-    local, each process must call at every step, whether or not it has examples.
+    Buffers, moved only in training mode and only by a batch with an example in it: `average` (bins,), float32
+    whatever the module is converted to, `updates` () int64. In evaluation the average that this batch would give is
+    used and not kept. Unless counts are local, each process must call at every step, whether or not it has examples.
     """
 
     def __init__(
@@ -102,6 +103,14 @@ class GradientDensity(nn.Module):
         self.max_weight = max_weight
         self.register_buffer("average", torch.zeros(bins))
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "GradientDensity":
+        """What .to(), .half() and their like do to tensors; the average stays float32: float16 ends at 65,504 cells."""
+        before = self.average
+        super()._apply(fn, recurse)
+        if self.average.dtype != torch.float32:
+            self.average = before.to(self.average.device)
+        return self
 
     @torch.no_grad()
     def shares(self, norms: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -183,7 +192,8 @@ def _without(values: Tensor, valid: Tensor | None, fill: float = 0) -> Tensor:
 
 def _sort(values: Tensor) -> tuple[Tensor, Tensor]:
     """Values (N,) not below 0, in ascending order, and where each was."""
-    if values.device.type != "cpu" or values.dtype != torch.float32 or len(values) >= 2**32:
+    by_torch = values.device.type != "cpu" or values.dtype != torch.float32 or len(values) >= 2**32
+    if by_torch or torch.compiler.is_compiling():  # in a user's torch.compile, which has no NumPy integers
         return values.sort()
     # The bits of floats that are not negative order as the floats do. With the index beneath them NumPy sorts both as
     # one integer, three times as fast as torch sorts floats.
@@ -294,6 +304,8 @@ class GHMR(GradientDensity):
         """deltas, targets (P, 4), in encoded box coordinates; valid (P,) bool or None for all; P may be 0 -> scalar."""
         dtype = torch.promote_types(deltas.dtype, torch.float32)
         d = deltas.to(dtype) - targets.to(dtype)
+        if valid is not None:  # before anything is computed of it: what does not count may be inf or NaN
+            d = torch.where(valid[:, None], d, 0)
         # hypot: the square of a large d would overflow, and at 0 its gradient is 0.
         length = torch.hypot(d, torch.full_like(d, self.mu))
         share = self.shares((d / length).detach().abs(), valid)

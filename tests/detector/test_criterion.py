@@ -316,6 +316,26 @@ def test_all_anchors_with_a_mask_are_as_good_as_the_positives(class_loss, box_lo
 
 
 @pytest.mark.parametrize(("class_loss", "box_loss"), PAIRS)
+@pytest.mark.parametrize("may_wait", [True, False])
+def test_outputs_that_do_not_count_may_be_anything(class_loss, box_loss, may_wait, monkeypatch):
+    monkeypatch.setattr(criterion_module, "_may_wait", lambda device: may_wait)
+    found = []
+    for dirt in (None, torch.nan, torch.inf, -torch.inf):
+        predictions, targets = random_case()
+        if dirt is not None:
+            assignments, *_ = positives(predictions, targets)
+            with torch.no_grad():
+                predictions.logits[torch.stack([one.ignored for one in assignments])] = dirt
+                predictions.deltas[~torch.stack([one.positive for one in assignments])] = dirt
+        one = build(class_loss=class_loss(), box_loss=box_loss())
+        losses = one(predictions._replace(levels=(25, 10, 5)), targets)
+        losses.total.backward()
+        found.append([losses.terms, losses.diagnostics, predictions.logits.grad, predictions.deltas.grad])
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("class_loss", "box_loss"), PAIRS)
 @pytest.mark.parametrize("assigner", [IoUAssigner, ATSSAssigner])
 def test_on_a_gpu_no_step_depends_on_data(class_loss, box_loss, assigner, monkeypatch):
     """Of tensors that have no values, whatever needs one raises; and numbers are not copied from the host."""

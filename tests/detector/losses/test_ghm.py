@@ -176,6 +176,34 @@ def test_state_has_the_same_names_whatever_the_settings(options):
     assert list(GHMC(**options).state_dict()) == list(GHMR(**options).state_dict()) == ["average", "updates"]
 
 
+CONVERSIONS = {
+    "half": lambda module: module.half(),
+    "bfloat16": lambda module: module.to(torch.bfloat16),
+    "double": lambda module: module.double(),
+    "back again": lambda module: module.half().float(),
+    "to like a tensor": lambda module: module.to(torch.zeros(1, dtype=torch.float16)),
+}
+
+
+@pytest.mark.parametrize("convert", CONVERSIONS.values(), ids=CONVERSIONS)
+@pytest.mark.parametrize("make, batch", [(GHMC, "cells"), (GHMR, "boxes")])
+def test_statistics_stay_float32_whatever_the_module_is_converted_to(make, batch, convert, request):
+    batch = request.getfixturevalue(batch)
+    loss, plain = make(bins=2, momentum=0.5), make(bins=2, momentum=0.5)
+    for one in (loss, plain):
+        one(*batch(rows=200))
+    convert(torch.nn.Sequential(torch.nn.Linear(2, 2), loss))
+    assert loss.average.dtype == torch.float32 and torch.equal(loss.average, plain.average)
+    large = batch(rows=80_000)
+    assert torch.equal(loss(*large), plain(*large)) and torch.equal(loss.average, plain.average)
+    assert loss.average.max() > torch.finfo(torch.float16).max
+
+
+def test_statistics_move_with_the_module():
+    loss = GHMC().to("meta", torch.float16)
+    assert loss.average.device.type == loss.updates.device.type == "meta" and loss.average.dtype == torch.float32
+
+
 def test_counts_are_exact_beyond_float32():
     rows, columns = 2381, 7141  # 17,002,721 cells, odd and past 2^24
     region = torch.zeros((), dtype=torch.int32).expand(rows, columns)
@@ -263,6 +291,18 @@ def test_exact_density_of_uniform_gradient_norms_is_one_also_at_the_ends():
     logits, _, valid = uniform_cells(bins=10, each=400)
     beta = GHMC(bins=10, density="exact").shares(logits.sigmoid(), valid) * len(logits)
     torch.testing.assert_close(beta, torch.ones_like(beta), rtol=5e-3, atol=0)
+
+
+@pytest.mark.parametrize("make, batch", [(GHMC, "cells"), (GHMR, "boxes")])
+def test_exact_density_in_a_users_compile(make, batch, request):
+    x, *rest = request.getfixturevalue(batch)()
+    x = x.float().requires_grad_()
+    loss = make(density="exact")
+    compiled = torch.compile(lambda values: loss(values, *rest), backend="eager", fullgraph=True)
+    (grad,) = torch.autograd.grad(compiled(x), x)
+    (expected,) = torch.autograd.grad(loss(x, *rest), x)
+    torch.testing.assert_close(grad, expected)
+    torch.compiler.reset()
 
 
 def norm_sets():
