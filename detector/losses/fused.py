@@ -21,7 +21,8 @@ from detector.losses.cells import cross_entropy, logits_against_truth
 
 Curve = Callable[..., tuple[Tensor, Tensor]]
 
-COMPILED_FROM = 2**21  # cells; compiling takes seconds, which smaller inputs never earn back
+COMPILED_FROM = 2**21  # cells; compiling takes seconds to a minute, which smaller inputs never earn back
+MAX_VARIANTS = 128  # that are compiled of one function in a process: by loss, dtype, settings
 PIECE = 2**17  # cells of a piece where nothing is compiled
 PACKED_BINS = 128  # up to here counting by comparisons is the faster way
 BLOCK = 127  # rows counted into one byte, short of its sign
@@ -63,7 +64,9 @@ class _CellSum(torch.autograd.Function):
             curve, weights, params = ctx.rest
             _, gradient = _value_and_gradient(curve, *ctx.saved_tensors, weights, params)
         if upstream.device.type != "cpu" or upstream != 1:  # elsewhere the comparison would wait for the device
-            gradient.mul_(upstream.to(gradient.dtype))
+            # In float32 whatever the gradient's type: 1 / num_pos rounded to bfloat16 may be 0.4% off, and so would be
+            # all of the gradient. A CPU takes a scalar as it is; a GPU would round it, but not with a dimension.
+            gradient.mul_(upstream if upstream.device.type == "cpu" else upstream[None])
         return gradient.to(ctx.saved_tensors[0].dtype), None, None, None, None, None
 
 
@@ -240,9 +243,11 @@ def _compiles(logits: Tensor) -> bool:
 
 
 def _compiled_or_plain(logits: Tensor, function: Callable, *arguments: Any) -> Any:
-    if _compiles(logits):
+    if _compiles(logits) and not torch.compiler.is_compiling():  # where a user compiles, it becomes part of that
         try:
-            return _compiled(function)(*arguments)
+            # One function serves all losses, and dynamo would give it up at the ninth combination of loss and dtype.
+            with torch._dynamo.config.patch(recompile_limit=MAX_VARIANTS):
+                return _compiled(function)(*arguments)
         except Exception as error:  # a missing or broken compiler raises many kinds
             _broken.append(error)
             reason = str(error).strip().partition("\n")[0]

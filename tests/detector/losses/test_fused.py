@@ -3,6 +3,7 @@
 import copy
 import shutil
 import warnings
+from functools import cache, partial
 
 import pytest
 import torch
@@ -168,6 +169,24 @@ def test_a_cell_on_the_edge_of_two_regions_weighs_something():
     logits = torch.full((50, 4), -torch.tensor(9.0).log().item())
     value = GHMC(bins=30)(logits, torch.full((50,), 4), torch.ones(50, dtype=torch.bool), 1)
     assert value.item() == pytest.approx(F.softplus(logits).mean().item(), rel=1e-6)
+
+
+def test_many_losses_and_types_in_one_process_all_stay_compiled(monkeypatch):
+    # Dynamo counts variants and gives a function up past its limit, whatever the backend: this one takes no minutes.
+    monkeypatch.setattr(fused, "_compiled", cache(partial(torch.compile, dynamic=True, backend="eager")))
+    monkeypatch.setattr(fused, "_broken", [])
+    monkeypatch.setattr(fused, "COMPILED_FROM", 1)
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for name in ("ce", "focal", "ohem"):
+                check(name, batch(dtype=dtype))
+        for bins in range(2, 7):
+            value_and_grad(GHMC(bins=bins), *batch())
+        limit = torch._dynamo.config.recompile_limit
+    assert not fused._broken and limit == torch._dynamo.config.recompile_limit < 9  # the user's own is left alone
+    torch.compiler.reset()
 
 
 def test_without_a_compiler_the_losses_run_all_the_same(monkeypatch):

@@ -69,6 +69,16 @@ def test_ignored_rows_change_nothing(make, cells):
         assert torch.equal(buffer, second.state_dict()[name]), name
 
 
+@pytest.mark.parametrize("make", [QualityFocal, Varifocal])
+def test_quality_is_read_on_positives_alone(make, cells):
+    logits, labels, valid, num_pos = cells()
+    quality = torch.rand(len(labels), generator=torch.Generator().manual_seed(0))
+    dirty = torch.where(valid & (labels < 5), quality, torch.tensor([torch.nan, torch.inf]).repeat(len(labels) // 2))
+    value, grad = value_and_grad(make(), logits, labels, valid, num_pos, dirty)
+    clean, clean_grad = value_and_grad(make(), logits, labels, valid, num_pos, quality)
+    assert torch.equal(value, clean) and torch.equal(grad, clean_grad)
+
+
 @class_losses
 @pytest.mark.parametrize("rows, share_valid", [(0, 1), (6, 0)], ids=["no rows", "all ignored"])
 def test_nothing_to_learn_from_is_zero_with_a_gradient(make, rows, share_valid):
@@ -132,6 +142,21 @@ def test_half_precision_logits_give_the_float32_loss(make, cells, dtype):
     torch.testing.assert_close(grad, exact_grad.to(dtype))
     unrounded = make()(logits, labels, valid, num_pos)
     torch.testing.assert_close(value.double(), unrounded, rtol=float(torch.finfo(dtype).eps), atol=0)
+
+
+@class_losses
+@halves
+def test_half_precision_gradient_is_float64s_and_rounded_no_more_than_twice(make, cells, dtype):
+    # 1 / 255 in bfloat16 is 0.39% too large.
+    logits, labels, valid, _ = cells(rows=2000, spread=1.0)
+    rounded = logits.to(dtype)
+    _, grad = value_and_grad(make(), rounded, labels, valid, 255)
+    _, truth = value_and_grad(make(), rounded.double(), labels, valid, 255)
+    at_edge = (rounded.double().sigmoid() * 30).frac() < 1e-5  # of two of GHM's regions
+    grad, truth = grad.double().masked_fill(at_edge, 0), truth.masked_fill(at_edge, 0)
+    rounding = torch.finfo(dtype)
+    torch.testing.assert_close(grad, truth, rtol=rounding.eps, atol=2 * float(rounding.smallest_normal))
+    assert grad.sum().item() == pytest.approx(truth.sum().item(), rel=rounding.eps / 4)
 
 
 @pytest.mark.parametrize("name", sorted(CLASS_LOSSES.keys() - {"ohem_top_k"}))  # top_k is no mean
@@ -235,6 +260,26 @@ def test_no_box_loss_waits_for_the_device(make):
         deltas = torch.empty(7, 4, requires_grad=True)
         make()(deltas, torch.empty(7, 4), torch.empty(())).backward()
     assert deltas.grad.shape == (7, 4)
+
+
+@pytest.mark.parametrize("name", [name for name, make in BOX_LOSSES.items() if hasattr(make(), "takes_valid")])
+def test_rows_that_are_not_valid_change_nothing(name, boxes):
+    make = BOX_LOSSES[name]
+    deltas, targets, num_pos = boxes()
+    valid = torch.arange(len(deltas)) % 3 > 0
+    dirty, strange = deltas.clone(), targets.clone()
+    dirty[~valid] = torch.tensor([torch.nan, torch.inf, 1e30, 0.0], dtype=deltas.dtype)
+    strange[~valid] = torch.tensor([0.0, torch.inf, -torch.inf, torch.nan], dtype=deltas.dtype)
+
+    first, second = make(), make()
+    value, grad = value_and_grad(first, dirty, strange, num_pos, valid)
+    without, without_grad = value_and_grad(second, deltas[valid], targets[valid], num_pos)
+
+    torch.testing.assert_close(value, without)
+    torch.testing.assert_close(grad[valid], without_grad)
+    assert (grad[~valid] == 0).all()
+    for key, buffer in first.state_dict().items():
+        assert torch.equal(buffer, second.state_dict()[key]), key
 
 
 # ---- both
