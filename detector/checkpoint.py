@@ -25,7 +25,7 @@ from detector.errors import UserError
 from detector.model import RetinaNet
 from detector.solver import Solver
 
-FORMAT = 2
+FORMAT = 3  # of the run's state; 2: weight decay was of norms and biases too, and a run must not change that half-way
 LAST, PREVIOUS = "last.pt", "previous.pt"
 # Options that a resumed run may have otherwise, by the start of their keys.
 MAY_CHANGE = (
@@ -175,7 +175,10 @@ def resume(
     if "run" not in content:
         raise UserError(f"{path}: holds weights alone, no state to resume a run from; give it as model.weights")
     if content.get("format") != FORMAT:
-        raise UserError(f"{path}: was saved by another version of this code; start a run from it as model.weights")
+        raise UserError(
+            f"{path}: its run began with another version of this code (weight decay was once of norms and biases too); "
+            f"finish it with that version, or start another from its weights by --set run=NAME model.weights={path}"
+        )
     run = content["run"]
     before, now = (config.flat(values) for values in (content["config"], cfg.model_dump(mode="json")))
     before["the classes"], now["the classes"] = content["category_ids"], category_ids

@@ -16,6 +16,9 @@ class Solver:
     `lr` is meant for batches of `lr_batch_size` and scaled to `batch_size`: in proportion for SGD (Goyal et
     al., 2017), by the square root for AdamW (Malladi et al., 2022). Warm-up steps scale the other way, so
     that warm-up covers the same number of images. The schedule spans `total_steps`.
+
+    Weight decay is of the parameters with two dimensions or more, the weights of convolutions and linear layers: norms
+    and biases, which have one, are left out.
     """
 
     def __init__(
@@ -52,11 +55,15 @@ class Solver:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         # Fused: one pass over the weights instead of ten, on the CPU as on a GPU. Not in float16: there a first step
         # that overflows would leave fused SGD's momentum as it found the memory.
-        common = {"lr": self.lr, "weight_decay": weight_decay, "fused": precision != "float16"}
+        common = {"lr": self.lr, "fused": precision != "float16"}
+        groups = [
+            {"params": [p for p in self.parameters if p.ndim > 1], "weight_decay": weight_decay},
+            {"params": [p for p in self.parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ]
         if optimizer == "sgd":
-            self.optimizer: torch.optim.Optimizer = torch.optim.SGD(self.parameters, momentum=momentum, **common)
+            self.optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, momentum=momentum, **common)
         else:
-            self.optimizer = torch.optim.AdamW(self.parameters, **common)
+            self.optimizer = torch.optim.AdamW(groups, **common)
         self.clip_norm = clip_norm
         self.precision = PRECISIONS[precision]
         self.scaler = torch.amp.GradScaler(self.parameters[0].device.type, enabled=precision == "float16")

@@ -252,11 +252,23 @@ def test_all_changes_are_told_and_may_be_accepted(saved):
     assert sorted(kept["changes"]) == ["class_loss.weight 1.0, now 2.0", "solver.weight_decay 0.0001, now 0.5"]
 
 
-def test_another_version_is_not_resumed(saved):
-    path, cfg, _, criterion = saved
+def test_a_run_of_another_version_is_not_resumed_and_its_weights_are_of_use(saved, folder, same):
+    _, cfg, model, criterion = saved
     solver = make(class_loss={"name": "ghm_c"})[3]
-    with pytest.raises(UserError, match="another version"):
-        checkpoint.resume({**checkpoint.read(path), "format": 1}, path, cfg, solver, criterion, IDS)
+    before = {key: value.clone() for key, value in solver.model.state_dict().items()}
+    path = folder / "older.pt"
+    one_group = {"state": {}, "param_groups": [{**solver.optimizer.state_dict()["param_groups"][0]}]}
+    content = checkpoint.read(saved[0])
+    for number in (1, 2):  # 2 had one group of parameters
+        torch.save({**content, "format": number}, path)
+        content["run"]["solver"]["optimizer"] = one_group
+        with pytest.raises(UserError, match=rf"older.pt: .* norms and biases .*--set run=NAME model.weights={path}$"):
+            checkpoint.resume(checkpoint.read(path), path, cfg, solver, criterion, IDS)
+        assert same(before, dict(solver.model.state_dict()))
+        rebuilt, _ = checkpoint.build_model(checkpoint.read(path), path)
+        filled, _ = initial(path, norm="bn")
+        assert same(dict(rebuilt.state_dict()), dict(model.state_dict()))
+        assert same(dict(filled.state_dict()), dict(model.state_dict()))
 
 
 def test_other_classes_are_refused_and_a_longer_run_is_not(saved):

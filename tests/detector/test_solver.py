@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from detector import assemble
+from detector.config import Config
 from detector.solver import Solver
 
 
@@ -108,6 +110,50 @@ def test_clipping_bounds_the_update_and_the_norm_is_told_unclipped():
         assert solver.gradient_norm().item() == pytest.approx(50)
         solver.step()
         assert (model.weight - before).norm().item() == pytest.approx(moved, rel=1e-5)
+
+
+MODELS = [
+    ("resnet18", "frozen_bn", "none"),
+    ("resnet18", "gn", "gn"),
+    ("resnet50", "bn", "gn"),
+    ("resnext50_32x4d", "sync_bn", "none"),
+]
+
+
+@pytest.mark.parametrize(("backbone", "norm", "head_norm"), MODELS)
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_weight_decay_is_of_the_weights_of_convolutions_alone(backbone, norm, head_norm, optimizer):
+    options = {"backbone": backbone, "norm": norm, "weights": "none" if norm == "gn" else "imagenet"}
+    cfg = Config(model={**options, "head": {"norm": head_norm}}, class_loss={"name": "ce"}, box_loss={"name": "l1"})
+    model = assemble.build_model(assemble.complete(cfg, "test"), num_classes=3)
+    expected = {"decayed": set(), "not": set()}  # by the modules' types
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad:
+                kind = "decayed" if isinstance(module, nn.Conv2d) and name == "weight" else "not"
+                expected[kind].add(f"{path}.{name}")
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    solver = Solver(model, total_steps=9, optimizer=optimizer, weight_decay=0.3)
+    decayed, rest = ({names[id(p)] for p in group["params"]} for group in solver.optimizer.param_groups)
+    assert (decayed, rest) == (expected["decayed"], expected["not"])
+    assert len(decayed) > 20 and len(rest) > 10 and len(decayed) + len(rest) == len(solver.parameters)
+    assert [group["weight_decay"] for group in solver.optimizer.param_groups] == [0.3, 0]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_step_without_gradient_shrinks_weights_by_the_lr_of_that_step(optimizer):
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Conv1d(8, 8, 1), nn.GroupNorm(2, 8)).double()
+    solver = Solver(model, total_steps=4, optimizer=optimizer, lr=0.1, lr_batch_size=None, warmup_steps=2,
+                    warmup_factor=0.5, momentum=0, weight_decay=0.2)  # fmt: skip
+    for lr in (0.05, 0.075, 0.1):
+        before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        solver.backward(sum(parameter.sum() for parameter in model.parameters()) * 0)
+        solver.gradient_norm()
+        solver.step()
+        assert [group["lr"] for group in solver.optimizer.param_groups] == pytest.approx([lr, lr])
+        for name, parameter in model.named_parameters():
+            kept = 1 - lr * 0.2 if name in ("0.weight", "2.weight") else 1
+            torch.testing.assert_close(parameter.detach(), kept * before[name])
 
 
 def test_frozen_parameters_are_left_out():
