@@ -11,7 +11,7 @@ from detector import boxes as box_ops
 from detector import distributed
 from detector.criterion import Criterion
 from detector.gradients import Observation, observe
-from detector.postprocess import Postprocess
+from detector.postprocess import NonFiniteOutput, Postprocess
 from detector.solver import Solver
 from detector.stop import Stop
 from detector.stopwatch import Stopwatch
@@ -125,22 +125,30 @@ def predict(
     """Detections of every image, on the CPU, in pixels of the original image, keyed by image id.
 
     With several processes each predicts its share, and all get all. `watch` gets the seconds by stage.
+
+    Raises FloatingPointError, on all processes and with the images' ids, where the model's output is not finite.
     """
     model.eval()
     watch = watch or Stopwatch()
     found: dict[int, Detections] = {}
+    flawed: list[int] = []
     for batch in watch.each("loading", batches):
         with watch("network"), torch.autocast(device.type, precision, enabled=precision != torch.float32):
             predictions = model(batch.images.to(device, non_blocking=True), batch.sizes)
         with watch("postprocessing"):
-            detections = postprocess(predictions, batch.sizes)
+            try:
+                detections = postprocess(predictions, batch.sizes)
+            except NonFiniteOutput as error:  # raised further down, where no process is left waiting for this one
+                flawed = [batch.image_ids[index] for index in error.images]
+                break
             for image_id, one, size, original in zip(batch.image_ids, detections, batch.sizes, batch.original_sizes):
                 boxes = box_ops.rescale(one.boxes, size, original)
                 found[image_id] = Detections(boxes.cpu(), one.scores.cpu(), one.labels.cpu())
-    everywhere: dict[int, Detections] = {}
-    for share in distributed.gather(found):
-        everywhere.update(share)
-    return everywhere
+    shares, flaws = zip(*distributed.gather((found, flawed)))
+    if any(flaws):
+        told = [image_id for one in flaws for image_id in one]
+        raise FloatingPointError(f"images {told}: {NonFiniteOutput.reason}")
+    return {image_id: one for share in shares for image_id, one in share.items()}
 
 
 def _padded_alike(batch: Batch, device: torch.device) -> Batch:

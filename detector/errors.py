@@ -29,10 +29,11 @@ class Stopped(Exception):
 def run_main(main: Callable[[], None]) -> None:
     """Run an entry point and exit: 0 when done, 2 for a user's slip, 1 for a fault, 128 + its number for a signal.
 
+    Called only by the scripts that a user starts. A user's error, and a fault that we foresaw (a loss or a model's
+    output that is not finite), end in one line; anything else keeps its traceback, since it is ours to fix.
+
     Printing never fails for a letter that the terminal or the log file has no code for; it is printed as \\u7ec6. A `~`
     that starts an argument, or a value as in `--output=~/x`, is the home folder: not every shell expands it.
-    Called only by the scripts that a user starts. A slip, and a fault that we foresaw (a loss that is not
-    finite), end in one line; anything else keeps its traceback, since it is ours to mend.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a notebook's is none
@@ -40,12 +41,9 @@ def run_main(main: Callable[[], None]) -> None:
     sys.argv[1:] = map(_at_home, sys.argv[1:])
     try:
         main()
-    except UserError as error:
+    except (UserError, FloatingPointError) as error:
         print("error:", CONTROL.sub(lambda found: ascii(found[0])[1:-1], str(error)), file=sys.stderr)
-        sys.exit(2)
-    except FloatingPointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, UserError) else 1)
     except Stopped as stopped:
         print(f"{stopped}; go on with the same command and --resume", file=sys.stderr)
         sys.exit(128 + stopped.number)

@@ -67,7 +67,8 @@ class Detector:
     def detect(self, images: Sequence[np.ndarray]) -> list[Detections]:
         """All detections of images (h, w, 3) uint8 RGB, on the CPU and in each image's own pixels, computed at once.
 
-        As in evaluation: resized alike, with the same postprocessing; images padded to the largest of them.
+        As in evaluation: resized alike, with the same postprocessing; images padded to the largest of them. Raises
+        FloatingPointError where the model's output is not finite.
         """
         originals = [image.shape[:2] for image in images]
         sizes = [target_size(*size, self.short_side, self.long_side) for size in originals]

@@ -11,6 +11,19 @@ from detector.box_coder import BoxCoder
 from detector.structures import Detections, Predictions
 
 
+class NonFiniteOutput(FloatingPointError):
+    """A model's output is NaN or infinite; `images` says where in the batch."""
+
+    reason = (
+        "the model's output is not finite: it diverged in training (take an earlier checkpoint, or train with a lower "
+        "solver.lr or with solver.clip_norm), or half precision overflows (set precision=float32)"
+    )
+
+    def __init__(self, images: list[int]):
+        super().__init__(self.reason)
+        self.images = images
+
+
 class Postprocess:
     """What RetinaNet does with its outputs at test time.
 
@@ -35,7 +48,11 @@ class Postprocess:
 
     @torch.no_grad()
     def __call__(self, predictions: Predictions, sizes: list[tuple[int, int]]) -> list[Detections]:
-        """Sizes: (height, width) of each image inside its padding -> Detections of each, in input pixels."""
+        """Sizes: (height, width) of each image inside its padding -> Detections of each, in input pixels.
+
+        Raises NonFiniteOutput where a logit or delta is NaN or infinite. A NaN passes no threshold: without this check
+        a model that has diverged would find nothing, and nobody would know why.
+        """
         logits = predictions.logits.float()
         num_images, num_anchors, num_classes = logits.shape
         # The sigmoid is monotonous: compare logits, and take the sigmoid of the few that are left.
@@ -55,8 +72,17 @@ class Postprocess:
         # In float64: boxes of different groups are kept apart by large offsets, which would round a float32's pixels.
         keep = batched_nms(boxes.double(), scores.double(), image * num_classes + label, self.nms_iou)
         keep = keep[_best(scores[keep], image[keep], self.max_detections)]
-        counts = image[keep].bincount(minlength=num_images).tolist()
+        finite = _finite(logits) & _finite(predictions.deltas)
+        counts, finite = torch.stack([image[keep].bincount(minlength=num_images), finite]).tolist()  # one wait for both
+        if not all(finite):
+            raise NonFiniteOutput([index for index, one in enumerate(finite) if not one])
         return [Detections(*one) for one in zip(*(values[keep].split(counts) for values in (boxes, scores, label)))]
+
+
+def _finite(values: Tensor) -> Tensor:
+    """Which images' values (B, ...) are all finite, (B,) bool; without a copy of them, which isfinite() would take."""
+    values = values.flatten(1)
+    return values.amax(1).isfinite() & values.amin(1).isfinite()  # of values with a NaN both are NaN
 
 
 def _best(values: Tensor, groups: Tensor, count: int) -> Tensor:

@@ -78,6 +78,8 @@ def main(argv: list[str] | None = None) -> None:
                 raise  # nor what comes after
             except UserError as error:
                 flaws.append(error)
+            except FloatingPointError as error:
+                raise FloatingPointError(f"{source}: {error}") from None
     finally:  # also of what was done before Ctrl-C
         write(args.output / RESULTS, json.dumps(results).encode())
     seconds = time.perf_counter() - start

@@ -137,6 +137,16 @@ def test_slips_are_one_line_and_exit_code_2(learnt, rectangles, folder, command)
         assert expected in err
 
 
+def test_a_model_that_diverged_is_told_in_one_line_and_exit_code_1(learnt, folder, command):
+    content = checkpoint.read(learnt / "best.pt")
+    content["model"]["head.logits.weight"].fill_(torch.nan)
+    torch.save(content, folder / "nan.pt")
+    code, _, err = command(evaluation.main, "--checkpoint", folder / "nan.pt", "--output", folder / "out")
+    assert code == 1 and one_line(err)
+    assert "images [50, 51]" in err and "the model's output is not finite" in err
+    assert not (folder / "out").exists()
+
+
 def test_torchvisions_checkpoint_is_scored_as_it_is(rectangles, folder, command):
     torch.manual_seed(0)
     model = torchvision.models.detection.retinanet_resnet50_fpn(weights=None, weights_backbone=None, num_classes=91)

@@ -299,6 +299,17 @@ def test_the_batch_that_is_not_finite_is_kept_for_a_look(tiny, folder, command):
     assert kept["images"].dtype == torch.uint8 and len(kept["targets"]) == len(kept["image_ids"]) == len(kept["images"])
 
 
+def test_a_run_that_diverged_in_its_last_step_is_no_ap_of_0(tiny, folder, command):
+    settings = ["solver.lr=1e30", "solver.warmup_steps=0", "solver.schedule=cosine", "solver.max_steps=1"]
+    for more in ([], ["--resume"]):
+        code, _, err = command(train.main, "--config", tiny(folder), "--set", *settings, *more)
+        assert code == 1 and "Traceback" not in err
+        assert err.splitlines()[-1].startswith("error: images [") and "output is not finite" in err.splitlines()[-1]
+    run = folder / "runs" / "tiny"
+    assert not (run / "metrics.json").exists() and not (run / "best.pt").exists()
+    assert checkpoint.read(run / "last.pt")["run"]["solver"]["step"] == 1
+
+
 def test_resuming_a_finished_run_evaluates_and_changes_nothing(trained, tiny, command, same):
     folder, _ = trained
     before = {name: checkpoint.read(folder / name) for name in ("last.pt", "best.pt")}, metrics(folder)

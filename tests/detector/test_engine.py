@@ -236,8 +236,32 @@ def test_predict_gives_every_image_once_in_pixels_of_the_original():
 def test_predict_joins_the_shares_of_all_processes(monkeypatch):
     one = Batch(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), [None], [1], [(32, 32)], [(32, 32)])
     nothing = Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
-    monkeypatch.setattr(engine.distributed, "gather", lambda value: [value, {2: nothing, 1: nothing}])
+    monkeypatch.setattr(engine.distributed, "gather", lambda value: [value, ({2: nothing, 1: nothing}, [])])
     assert set(predict(Fixed(), [one], lambda p, sizes: [nothing], CPU)) == {1, 2}
+
+
+def test_predict_stops_where_the_output_is_not_finite_and_all_processes_say_on_which_images(monkeypatch):
+    model, _, _ = make()
+    postprocess = assemble.build_postprocess(Config())
+    seen, forward = [], model.forward
+
+    def broken(images, sizes):
+        predictions = forward(images, sizes)
+        seen.append(len(images))
+        if len(seen) == 2:
+            predictions.logits[1] = torch.nan
+        return predictions
+
+    model.forward = broken
+    batches = [batch(ids=(1, 2)), batch(ids=(3, 4)), batch(ids=(5, 6))]
+    with pytest.raises(FloatingPointError, match=r"^images \[4\]: the model's output is not finite"):
+        predict(model, batches, postprocess, CPU)
+    assert seen == [2, 2]
+    gathered = []
+    monkeypatch.setattr(engine.distributed, "gather", lambda value: gathered.append(value) or [value, ({}, [9])])
+    with pytest.raises(FloatingPointError, match=r"^images \[9\]: "):  # this process's own are sound
+        predict(model, batches, postprocess, CPU)
+    assert len(gathered) == 1 and set(gathered[0][0]) == {1, 2, 3, 4, 5, 6}
 
 
 def test_evaluation_leaves_statistics_and_the_losses_state_alone(same):

@@ -113,6 +113,16 @@ def test_what_is_no_image_is_refused(learnt, image):
         load(learnt, "cpu")(image)
 
 
+def test_a_model_that_diverged_does_not_find_nothing(learnt, val_set, folder):
+    content = checkpoint.read(learnt)
+    content["model"]["head.logits.bias"][1] = torch.nan
+    torch.save(content, folder / "nan.pt")
+    detector, images = load(folder / "nan.pt", "cpu"), pictures(val_set)
+    for call in (lambda: detector(images[0]), lambda: detector.detect(images)):
+        with pytest.raises(FloatingPointError, match="the model's output is not finite"):
+            call()
+
+
 def test_slips(tmp_path, learnt):
     with pytest.raises(UserError, match=r"none\.pt"):
         load(tmp_path / "none.pt")

@@ -7,7 +7,7 @@ from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 from detector.box_coder import BoxCoder
-from detector.postprocess import Postprocess
+from detector.postprocess import NonFiniteOutput, Postprocess
 from detector.structures import Predictions
 
 SIZE = (100, 160)
@@ -155,6 +155,27 @@ def test_half_precision_predictions_are_treated_in_float32(dtype):
     for ours, expected in zip(postprocess(half, [SIZE, SIZE]), postprocess(wide, [SIZE, SIZE])):
         assert ours.boxes.dtype == ours.scores.dtype == torch.float32 and len(ours.scores) > 0
         assert all(torch.equal(a, b) for a, b in zip(ours, expected))
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.05])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("output", ["logits", "deltas"])
+def test_outputs_that_are_not_finite_are_told_with_their_images(output, value, dtype, threshold):
+    predictions = random_predictions(images=3)
+    predictions = predictions._replace(logits=predictions.logits.to(dtype), deltas=predictions.deltas.to(dtype))
+    Postprocess(BoxCoder(), threshold)(predictions, [SIZE] * 3)
+    getattr(predictions, output)[1, 7, 2] = value
+    with pytest.raises(NonFiniteOutput, match=r"^the model's output is not finite: .*solver.lr.*precision") as error:
+        Postprocess(BoxCoder(), threshold)(predictions, [SIZE] * 3)
+    assert error.value.images == [1] and "\n" not in str(error.value)
+
+
+def test_the_largest_finite_outputs_are_finite():
+    predictions = random_predictions(images=1)
+    predictions.logits[0, :, 0] = torch.finfo(torch.float32).max
+    predictions.logits[0, :, 1] = torch.finfo(torch.float32).min
+    Postprocess(BoxCoder())(predictions, [SIZE])
 
 
 def test_the_coder_that_it_is_given_decodes():

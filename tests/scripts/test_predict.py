@@ -8,6 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from data.images import read_image
@@ -133,6 +134,18 @@ def test_slips_are_one_line(learnt, call, folder):
     }.items():
         code, _, err, _ = call(*arguments)
         assert code == 2 and one_line(err) and expected in err, (expected, err)
+
+
+def test_a_model_that_diverged_is_told_in_one_line_and_exit_code_1(learnt, folder, command):
+    content = checkpoint.read(learnt[0])
+    content["model"]["head.deltas.bias"].fill_(torch.inf)
+    torch.save(content, folder / "inf.pt")
+    arguments = ("--checkpoint", folder / "inf.pt", "--output", folder / "out", "--device", "cpu", learnt[1])
+    code, _, err = command(predict.main, *arguments)
+    first = sorted(learnt[1].iterdir())[0]
+    assert code == 1 and "Traceback" not in err
+    assert err.splitlines()[-1].startswith(f"error: {first}: the model's output is not finite")
+    assert [path.name for path in (folder / "out").iterdir()] == ["detections.json"]
 
 
 def test_no_original_is_written_over(learnt, folder, command):
