@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable
 from typing import Literal, get_args
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,6 +14,11 @@ from torch import Tensor, nn
 from detector.distributed import all_cat, all_sum, world_size
 from detector.losses import fused
 from detector.losses.cells import cross_entropy, logits_against_truth, sum_cells
+
+try:
+    import numpy as np
+except ImportError:  # torch runs without it, and so do the losses
+    np = None
 
 Density = Literal["unit_region", "near_exact", "exact"]
 Scope = Literal["batch", "level"]
@@ -193,7 +197,7 @@ def _without(values: Tensor, valid: Tensor | None, fill: float = 0) -> Tensor:
 def _sort(values: Tensor) -> tuple[Tensor, Tensor]:
     """Values (N,) not below 0, in ascending order, and where each was."""
     by_torch = values.device.type != "cpu" or values.dtype != torch.float32 or len(values) >= 2**32
-    if by_torch or torch.compiler.is_compiling():  # in a user's torch.compile, which has no NumPy integers
+    if by_torch or np is None or torch.compiler.is_compiling():  # in torch.compile there are no NumPy integers
         return values.sort()
     # The bits of floats that are not negative order as the floats do. With the index beneath them NumPy sorts both as
     # one integer, three times as fast as torch sorts floats.
