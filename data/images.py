@@ -1,6 +1,7 @@
 """Image files of any kind -> RGB of 8 bits, turned as their boxes are."""
 
 import io
+from functools import cache
 from pathlib import Path
 
 import cv2
@@ -11,6 +12,13 @@ from detector.errors import UserError
 
 # Larger images are refused before they are decoded, whatever the size of the file: 179 million, PIL's own limit.
 MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS
+# Of PIL's formats those that hold pictures and whose pixels read_image gives; AVIF only where PIL was built with it.
+FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP")
+# Suffixes of pictures that, unless PIL can after all, cannot be read: cameras' own formats and the like.
+OTHER_PICTURES = (
+    *(".arw", ".cr2", ".cr3", ".crw", ".dng", ".nef", ".orf", ".raf", ".raw", ".rw2"),
+    *(".avif", ".dcm", ".dicom", ".exr", ".hdr", ".heic", ".heif", ".hif", ".jxl", ".jxr", ".psd", ".svg", ".xcf"),
+)
 ORIENTATION = 0x0112  # the EXIF tag
 # What undoes each value of the tag; image (h, w, 3).
 UPRIGHT = {
@@ -26,6 +34,12 @@ UPRIGHT = {
 PNG_ORIENTATION = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
 # Complete files of these formats end so; OpenCV would fill up the rest of a truncated one with gray.
 END_MARK = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
+
+
+@cache
+def suffixes() -> frozenset[str]:
+    """The endings, such as ".jpg", of the image files that can be read; in lower case."""
+    return frozenset(suffix for suffix, form in Image.registered_extensions().items() if form in FORMATS)
 
 
 def read_image(path: str | Path, size: tuple[int, int] | None = None) -> np.ndarray:

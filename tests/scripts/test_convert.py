@@ -180,7 +180,7 @@ def test_a_list_may_say_paths_and_names_with_blanks(known, folder, command):
     code, out, err = command(convert.main, "yolo", folder / "src", folder / "dst")
     assert code == 0, err
     assert read(folder / "dst")[1]["val"] == {"images/b/1.jpg", "images/b/a photo.jpg", "images/b/v1.2.jpg"}
-    assert "lines of val.txt that name no image in use: 1 (gone.jpg)" in out
+    assert "lines of val.txt that name no image: 1 (gone.jpg)" in out
 
 
 def test_one_label_file_of_two_images_and_two_of_one(known, folder, command):

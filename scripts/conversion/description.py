@@ -1,0 +1,117 @@
+"""What a set says of itself: data.yaml, or Darknet's obj.data, and lists of the names of its classes."""
+
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import yaml
+
+from detector.errors import UserError
+from scripts.conversion.found_files import Index
+from scripts.conversion.label_formats import Classes, text_of
+
+MOST_CLASSES = 100_000
+
+
+class Described(NamedTuple):
+    """A file that describes a set: data.yaml, or Darknet's obj.data."""
+
+    name: str  # its path in the set
+    content: dict
+
+    def part(self, part: str) -> list[str]:
+        """What it says that "train", "val" or "test" is: folders and files, as its writer's machine calls them."""
+        entry = self.content.get(part) or (self.content.get("valid") if part == "val" else None)
+        return [one for one in (entry if isinstance(entry, list) else [entry]) if isinstance(one, str) and one.strip()]
+
+    @property
+    def root(self) -> str:
+        """The folder that its entries start from."""
+        root = self.content.get("path")
+        return root.replace("\\", "/") if isinstance(root, str) else ""
+
+
+def describe(source: Path, files: dict[str, Path]) -> Described | None:
+    """The only file that describes the set, or the one furthest up; UserError where there are several sets."""
+    found, broken = [], []
+    for name, path in files.items():
+        suffix = PurePosixPath(name).suffix.lower()
+        if suffix not in (".yaml", ".yml", ".data"):
+            continue
+        try:
+            content = darknet(text_of(path)) if suffix == ".data" else yaml.safe_load(text_of(path))
+        except (yaml.YAMLError, RecursionError, ValueError) as error:
+            broken.append(f"{path}: is not YAML ({' '.join(str(error).split())[:100]})")
+            continue
+        except UserError as error:
+            broken.append(str(error))
+            continue
+        described = Described(name, content if isinstance(content, dict) else {})
+        if "names" in described.content or (described.part("train") and described.part("val")):
+            found.append(described)
+    if not found and broken:
+        raise UserError(broken[0])
+    found = [one for one in found if not one.name.endswith(".data")] or found
+    depth = min((one.name.count("/") for one in found), default=0)
+    found = [one for one in found if one.name.count("/") == depth]
+    if any(one.content != found[0].content for one in found):
+        listed = ", ".join(one.name for one in found[:5]) + (", ..." if len(found) > 5 else "")
+        raise UserError(f"{source}: {len(found)} files in it describe a set: {listed}; give one of them in its place")
+    return found[0] if found else None
+
+
+def darknet(text: str) -> dict:
+    lines = (line.partition("=") for line in text.splitlines() if not line.lstrip().startswith(("#", ";")))
+    return {key.strip(): value.strip() for key, sign, value in lines if sign}
+
+
+def classes_of(source: Path, files: dict[str, Path], described: Described | None) -> Classes:
+    """The names that a YOLO set has for its numbers: data.yaml's, else those of classes.txt or *.names."""
+    content = described.content if described else {}
+    named, keypoints = content.get("names"), content.get("kpt_shape")
+    if isinstance(named, str):  # obj.data says the file
+        suffix = PurePosixPath(named).suffix
+        lists = Index(name for name in files if name.endswith(suffix)).find(named, described.name)
+        if not lists:
+            raise UserError(f"{files[described.name]}: names {named!r} is not in {source}; put it there")
+        named = lines_of(files[lists[0]])
+    elif isinstance(named, dict):
+        named = in_order(named, files[described.name])
+    elif named is None:
+        named = from_lists(source, {name: path for name, path in files.items() if is_names(name)})
+    if not isinstance(named, list) or len(set(map(str, named))) != len(named):
+        raise UserError(f"{source}: the names of its classes are not a list, or one is there twice")
+    if keypoints is not None and not (
+        isinstance(keypoints, list) and len(keypoints) == 2 and all(type(one) is int and one > 0 for one in keypoints)
+    ):
+        raise UserError(f"{files[described.name]}: kpt_shape is {keypoints}; give how many and 2 or 3, as [17, 3]")
+    return Classes(list(map(str, named)), tuple(keypoints) if keypoints else None)
+
+
+def is_names(name: str) -> bool:
+    return PurePosixPath(name).name.lower() == "classes.txt" or name.lower().endswith(".names")
+
+
+def from_lists(source: Path, files: dict[str, Path]) -> list[str]:
+    """Labelling tools leave one list in each folder, the later ones longer: one that the others begin."""
+    lists = {name: lines_of(path) for name, path in files.items()}
+    longest = max(lists.values(), key=len, default=[])
+    for name, own in lists.items():
+        if own != longest[: len(own)]:
+            other = next(one for one in lists if lists[one] is longest)
+            raise UserError(f"{source}: {name} and {other} number the classes differently; convert their folders apart")
+    return longest
+
+
+def lines_of(file: Path) -> list[str]:
+    return [line.strip() for line in text_of(file).split("\n") if line.strip()]
+
+
+def in_order(named: dict, file: Path) -> list:
+    """The names of {number: name}; those that are not there are called by their number."""
+    try:
+        by_number = {int(number): name for number, name in named.items()}
+    except (TypeError, ValueError):
+        raise UserError(f"{file}: names: each is to have its number, as in 0: cat") from None
+    if by_number and not 0 <= min(by_number) <= max(by_number) < MOST_CLASSES:
+        raise UserError(f"{file}: names: numbers go from 0 to {MOST_CLASSES}")
+    return [by_number.get(number, f"class {number}") for number in range(max(by_number, default=-1) + 1)]

@@ -1,0 +1,131 @@
+"""The images of a folder with their YOLO, VOC or labelme labels."""
+
+import base64
+import io
+from pathlib import Path, PurePosixPath
+
+from PIL import Image
+
+from data.images import suffixes
+from detector.errors import UserError
+from scripts.conversion.description import classes_of, describe, is_names
+from scripts.conversion.found_files import folder_of, kind_of, list_files, tell_unused
+from scripts.conversion.label_formats import (
+    READERS,
+    Classes,
+    Labels,
+    Notes,
+    as_pixels,
+    from_zero,
+    labelme_content,
+    name_inside,
+)
+from scripts.conversion.pairing import pair
+from scripts.conversion.source import Source
+from scripts.conversion.splits import is_list
+
+LABELS = {"yolo": ".txt", "voc": ".xml", "labelme": ".json"}
+
+
+def read_folder(form: str, source: Path, decoded: Path, notes: Notes) -> Source:
+    """The images below a folder and their labels. Images that are only inside label files are put into `decoded`."""
+    chosen = None
+    if source.is_file():
+        if form != "yolo" or source.suffix.lower() not in (".yaml", ".yml", ".data"):
+            raise UserError(f"{source}: is a file; give the folder of images and labels")
+        source, chosen = source.parent, source.name
+    files = list_files(source, notes)
+    described, classes = None, Classes([])
+    if form == "yolo":
+        described = describe(source, {chosen: files[chosen]} if chosen in files else files)
+        classes = classes_of(source, files, described)
+    images = {name: path for name, path in files.items() if kind_of(name) == "image"}
+    helpers = {name for name in files if is_list(name) or is_names(name)} | ({described.name} if described else set())
+    labels = {
+        name: path
+        for name, path in files.items()
+        if PurePosixPath(name).suffix.lower() == LABELS[form] and name not in helpers
+    }
+    pairs, doubtful = pair(images, labels, lambda file: name_inside(form, file), notes)
+    paired = {*pairs.values(), *(label for own in doubtful.values() for label in own)}
+    if form == "labelme":
+        for label in sorted(labels.keys() - paired):
+            if name := decode(label, labels[label], decoded, notes):
+                images[name], pairs[name] = decoded / name, label
+                paired.add(label)
+    tell_unused([name for name in files if name not in images.keys() | labels.keys() | helpers], notes)
+    for name in sorted(labels.keys() - paired):
+        kind = "text" if form == "yolo" else "labels"
+        notes[f"not used: {kind} without an image"].append(str(labels[name]))
+    about = f"{say_where(images, 'images')}, {say_where(labels, LABELS[form] + ' files')}, {len(pairs)} belong together"
+    if not images:
+        unread = {PurePosixPath(name).suffix.lower() for name in files if kind_of(name) == "picture"}
+        raise UserError(
+            f"{source}: no images in it that can be read ({' '.join(sorted(suffixes()))})"
+            + (f", but {' '.join(sorted(unread))}; save those as .jpg" if unread else "")
+        )
+    read = read_labels(form, images, labels, pairs, doubtful, classes, notes)
+    return Source(images, read, classes.names, about, files, described)
+
+
+def say_where(names: dict[str, Path], what: str) -> str:
+    folders = sorted({folder_of(name) or "SRC" for name in names})
+    return f"{len(names)} {what}" + (f" in {', '.join(folders[:4])}{', ...' * (len(folders) > 4)}" if folders else "")
+
+
+def read_labels(
+    form: str,
+    images: dict[str, Path],
+    labels: dict[str, Path],
+    pairs: dict[str, str],
+    doubtful: dict[str, list[str]],
+    classes: Classes,
+    notes: Notes,
+) -> dict[str, Labels]:
+    read: dict[str, Labels] = {}
+    used: dict[str, Labels] = {}
+    for name in sorted(images):
+        if name in doubtful:
+            rivals = ", ".join(doubtful[name][:3])
+            notes["left out: images that may or may not belong to a label file of their name"].append(
+                f"{name}: {rivals}"
+            )
+        elif name not in pairs and form == "yolo":
+            notes["images without a label file, taken as without boxes"].append(name)
+            read[name] = Labels([])
+        elif name not in pairs:
+            notes["left out: images without a label file"].append(name)
+        elif pairs[name] in used:
+            notes["images that share a label file with another"].append(name)
+            read[name] = used[pairs[name]]
+        else:
+            try:
+                read[name] = used[pairs[name]] = READERS[form](labels[pairs[name]], classes, notes)
+            except UserError as error:
+                notes["left out: images or labels that cannot be used"].append(str(error))
+    if form == "voc" and not from_zero(list(used.values()), notes):
+        read = {name: as_pixels(own) for name, own in read.items()}
+    return read
+
+
+def decode(label: str, file: Path, folder: Path, notes: Notes) -> str | None:
+    """Write the image that a labelme file holds into `folder`; its path in it."""
+    try:
+        data = labelme_content(file).get("imageData")
+        if not data:
+            return None
+        data = base64.b64decode(data.rpartition(",")[2])  # a data URL has its kind before the comma
+        with Image.open(io.BytesIO(data)) as image:
+            suffix = {"JPEG": ".jpg"}.get(image.format, f".{image.format.lower()}")
+    except UserError:
+        return None  # not labelme's
+    except Exception as error:  # decoders raise all kinds
+        notes["left out: images or labels that cannot be used"].append(
+            f"{file}: the image in it cannot be read ({type(error).__name__})"
+        )
+        return None
+    name = PurePosixPath(label).with_suffix(suffix).as_posix()
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(data)
+    notes["images that were only inside their label file"].append(name)
+    return name

@@ -1,0 +1,165 @@
+"""The files below a folder, and which of them is meant by a path that somebody wrote elsewhere."""
+
+import os
+import re
+from collections import defaultdict
+from pathlib import Path, PurePosixPath
+
+from data.images import OTHER_PICTURES, suffixes
+from data.spelling import spelling
+from detector.errors import CONTROL
+from scripts.conversion.label_formats import Notes
+
+# The words by which file and folder names say which part of a set they hold.
+PARTS = {
+    "train": ("train", "training", "trn", "trainval"),
+    "val": ("val", "valid", "validation", "dev", "eval", "evaluation"),
+    "test": ("test", "testing", "tst"),
+}
+
+
+def list_files(root: Path, notes: Notes) -> dict[str, Path]:
+    """Every file below `root` by its path relative to it, with /, sorted; links are followed.
+
+    Where a file is there under several names, those that are links stay: they say what the file is used as.
+    """
+    files: dict[str, Path] = {}
+    links = False
+    for folder, folders, names in os.walk(root, followlinks=True):
+        place = os.path.realpath(folder)
+        for name in sorted(folders):
+            inside = os.path.join(folder, name)
+            links |= os.path.islink(inside)
+            if name.startswith(".") or name == "__MACOSX":
+                notes["left out: hidden folders"].append(inside)
+            elif os.path.islink(inside) and f"{place}/".startswith(f"{os.path.realpath(inside)}/"):
+                notes["left out: links that lead back to a folder above them"].append(inside)
+            else:
+                continue
+            folders.remove(name)
+        folders.sort()
+        for name in sorted(names):
+            path = Path(folder) / name
+            key = path.relative_to(root).as_posix()
+            links |= path.is_symlink()
+            if CONTROL.search(key):
+                notes["left out: names with control characters"].append(repr(key))
+            elif name.startswith("."):  # also ._photo.jpg, which a Mac puts into its archives
+                notes["left out: hidden files"].append(key)
+            elif not path.is_file():
+                notes["left out: links that lead nowhere, and other things that are no files"].append(key)
+            else:
+                files[key] = path
+    if links:
+        drop_stores(root, files, notes)
+    return files
+
+
+def drop_stores(root: Path, files: dict[str, Path], notes: Notes) -> None:
+    """Take out of `files` those to which others are links."""
+    top = os.path.realpath(root)
+    real = {key: os.path.realpath(path) for key, path in files.items()}
+    linked = {place for key, place in real.items() if os.path.join(top, key) != place}
+    for key, place in real.items():
+        if place in linked and os.path.join(top, key) == place:
+            notes["left out: files that are used by way of a link to them"].append(key)
+            del files[key]
+
+
+def kind_of(name: str) -> str:
+    """ "image", "picture" for one that cannot be read here, or "other"."""
+    suffix = PurePosixPath(name).suffix.lower()
+    return "image" if suffix in suffixes() else "picture" if suffix in OTHER_PICTURES else "other"
+
+
+def tell_unused(names: list[str], notes: Notes) -> None:
+    """Name the files that nobody reads, by their kind."""
+    for name in names:
+        suffix = PurePosixPath(name).suffix.lower()
+        if kind_of(name) == "picture":
+            notes[f"left out: {suffix} pictures, which cannot be read here; save them as .jpg or .png"].append(name)
+        else:
+            notes[f"not used: {suffix} files" if suffix else "not used: files without a suffix"].append(name)
+
+
+def part_of(path: str) -> str | None:
+    """The part of a set, "train", "val" or "test", that the last name in a path that says one says.
+
+    >>> part_of("cells_test/valid2017/images"), part_of("train_and_val/images")
+    ('val', None)
+    """
+    for name in reversed(path.split("/")):
+        words = set(re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()))
+        parts = {part for part, known in PARTS.items() if words & set(known)}
+        if len(parts) == 1 or parts == {"val", "test"}:  # COCO's test-dev
+            return "test" if "test" in parts else parts.pop()
+    return None
+
+
+class Index:
+    """File names, to be found by the end of a path that somebody wrote: another machine's, Windows', encoded."""
+
+    def __init__(self, names):
+        self.by_name, self.by_stem = defaultdict(list), defaultdict(list)
+        for name in names:
+            last = spelling(name).rsplit("/", 1)[-1]
+            self.by_name[last].append(name)
+            self.by_stem[PurePosixPath(last).stem].append(name)
+
+    def find(self, text: str, near: str = "") -> list[str]:
+        """The names that `text` means: those of its last part which agree with it furthest to the front.
+
+        Of several that agree as far, those in the part of the set, and then in the folders, of `near`. A name in
+        another part of the set than the text's own folders is not meant.
+        """
+        text = text.strip().strip("\"'")
+        parts = pieces(text)
+        if not parts:
+            return []
+        alike = self.by_name.get(parts[-1]) or self._by_stem(parts[-1])
+        part = part_of("/".join(parts[-3:-1]))  # the folders further up are where somebody keeps his sets
+        alike = [name for name in alike if part is None or part_of(folder_of(name)) in (None, part)]
+        near_part, near = part_of(near), pieces(near)
+        plain = text.replace("\\", "/").split("/")
+
+        def agreement(name: str) -> tuple:
+            own = part_of(folder_of(name))
+            return (
+                common(reversed(pieces(name)), reversed(parts)),
+                common(reversed(name.split("/")), reversed(plain)),  # before another spelling
+                near_part is not None and own == near_part,
+                common(pieces(name), near),
+            )
+
+        best = max(map(agreement, alike), default=None)
+        return [name for name in alike if agreement(name) == best]
+
+    def _by_stem(self, last: str) -> list[str]:
+        """By a name without its suffix, with another image's, or with words behind it, as VOC's lists have."""
+        stem = PurePosixPath(last).stem
+        first = last.split()[0]
+        return (
+            self.by_stem.get(last)
+            or (self.by_stem.get(stem) if kind_of(last) != "other" else None)
+            or self.by_name.get(first)
+            or self.by_stem.get(first, [])
+        )
+
+
+def pieces(path: str) -> list[str]:
+    """The names in a path, spelled alike, without those that only lead around."""
+    return [name for name in spelling(path).split("/") if name not in ("", ".", "..")]
+
+
+def folder_of(name: str) -> str:
+    return name.rpartition("/")[0]
+
+
+def common(one, other) -> int:
+    """How many items two sequences have in common at their start."""
+    count = 0
+    for a, b in zip(one, other):
+        if a != b:
+            break
+        count += 1
+    return count

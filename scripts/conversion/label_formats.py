@@ -1,0 +1,238 @@
+"""Label files of YOLO, VOC and labelme -> boxes; see scripts/convert.py for what each format means.
+
+A reader takes a file, what a set says of its classes, and the notes, to which it adds what it leaves out. UserError for
+a file that it can make nothing of.
+"""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import NamedTuple
+from xml.etree import ElementTree
+
+from detector.errors import UserError
+
+Notes = dict[str, list[str]]  # kind of remark -> where
+
+# What labelme and the tools after it call an outline of an object. The bounds of its points are its box.
+OUTLINES = ("rectangle", "polygon", "mask", "rotation", "quadrilateral", "cuboid", "oriented_rectangle", "oriented_box")
+
+
+class Box(NamedTuple):
+    name: str
+    sides: tuple[float, float, float, float]  # x, y, width, height
+    crowd: bool = False
+    area: float | None = None  # of the object, where that is known and not its box's
+
+
+class Labels(NamedTuple):
+    """Of one image."""
+
+    boxes: list[Box]
+    size: tuple[int, int] | None = None  # (width, height) that the label file says
+    relative: bool = False  # sides are parts of the image, else pixels
+
+    def boxes_in(self, size: tuple[int, int]) -> list[Box]:
+        """In the pixels of an image of this (width, height)."""
+        if not self.relative:
+            return self.boxes
+        return [one._replace(sides=tuple(a * b for a, b in zip(one.sides, (*size, *size)))) for one in self.boxes]
+
+
+class Classes(NamedTuple):
+    """What a YOLO set says of its numbers."""
+
+    names: list[str]
+    keypoints: tuple[int, int] | None = None  # how many, and how many numbers each has
+
+
+def read_yolo(file: Path, classes: Classes, notes: Notes) -> Labels:
+    boxes = []
+    for number, line in enumerate(text_of(file).splitlines(), start=1):
+        values = line.split()
+        try:
+            label, numbers = float(values[0]), [float(value) for value in values[1:]]
+            if label < 0 or not label.is_integer():
+                raise ValueError
+            sides = sides_of(numbers, classes.keypoints)
+        except (ValueError, IndexError, OverflowError):
+            if values:
+                notes["left out: lines that are not class cx cy w h, a polygon or keypoints"].append(
+                    f"{file}:{number}: {line[:60]!r}"
+                )
+            continue
+        if classes.keypoints is None and len(numbers) > 5 and has_keypoints(numbers):
+            notes["lines read as a box with keypoints, by their 0, 1, 2 for hidden and visible"].append(
+                f"{file}:{number}"
+            )
+        label = int(label)
+        if label >= len(classes.names):
+            notes["classes without a name"].append(f"{file}:{number}: {label}")
+        boxes.append(Box(classes.names[label] if label < len(classes.names) else f"class {label}", sides))
+    return Labels(boxes, relative=True)
+
+
+def sides_of(numbers: list[float], keypoints: tuple[int, int] | None) -> tuple[float, float, float, float]:
+    """x, y, width, height of what follows a class in a line of YOLO's; ValueError where that cannot be said."""
+    count = len(numbers)
+    if keypoints is not None:
+        points = 4 + keypoints[0] * keypoints[1]
+        is_box = count in (4, 5, points, points + 1)  # there may be a confidence behind it
+    else:
+        is_box = count in (4, 5) or has_keypoints(numbers)
+    if is_box:
+        cx, cy, width, height = numbers[:4]
+        return cx - width / 2, cy - height / 2, width, height
+    if keypoints is not None or count < 6 or (count % 2 and count != 9):  # 9: an oriented box and a confidence
+        raise ValueError
+    count -= count % 2
+    return bounds(numbers[0:count:2], numbers[1:count:2])
+
+
+def has_keypoints(numbers: list[float]) -> bool:
+    """Whether four numbers are followed by points x, y, visible, and this cannot be a polygon."""
+    flags = numbers[6::3]
+    may_be = len(numbers) >= 7 and len(numbers) % 3 == 1 and all(flag in (0, 1, 2) for flag in flags)
+    return may_be and (len(numbers) % 2 == 1 or 2 in flags)
+
+
+def read_voc(file: Path, classes: Classes, notes: Notes) -> Labels:
+    """Corners as they are in the file: where their counting starts, `from_zero` tells of all files together."""
+    root = voc_root(file)
+    told = tuple(number(root.findtext(f"size/{side}")) or 0 for side in ("width", "height"))
+    told = told if all(map(math.isfinite, told)) else (0, 0)
+    boxes = []
+    for thing in root.iter("object"):
+        name = (thing.findtext("name") or "").strip()
+        edges = [number(thing.findtext(f"bndbox/{edge}")) for edge in ("xmin", "ymin", "xmax", "ymax")]
+        if not name or None in edges:
+            notes["left out: objects without a name or a box"].append(f"{file}: {name or 'no name'}")
+            continue
+        x1, y1, x2, y2 = edges
+        if x1 > x2 or y1 > y2:
+            notes["boxes whose corners were exchanged, now sorted"].append(f"{file}: {name}")
+        difficult = (thing.findtext("difficult") or "").strip().lower() in ("1", "true")
+        boxes.append(Box(name, bounds([x1, x2], [y1, y2]), difficult))
+        if difficult:
+            notes["difficult objects, neither taught nor scored"].append(f"{file}: {name}")
+    return Labels(boxes, (int(told[0]), int(told[1])) if all(told) else None)
+
+
+def from_zero(labels: list[Labels], notes: Notes) -> bool:
+    """Whether the corners of a VOC set are positions counted from 0, and not pixels counted from 1.
+
+    Most corners are fractions, or a 0 is among them; but a few of either, as VOC2012 has, are flaws of a set whose
+    boxes at the border start at 1.
+    """
+    boxes = [box.sides for one in labels for box in one.boxes if all(map(math.isfinite, box.sides))]
+    fractions = sum(not all(side.is_integer() for side in map(float, sides)) for sides in boxes)
+    zeros, ones = (sum(min(sides[:2]) == start for sides in boxes) for start in (0, 1))
+    if fractions * 2 > len(boxes) or zeros * 10 > ones:
+        notes["corners read as counted from 0, since some are 0 or most are fractions"].append(
+            f"{zeros} with a 0 and {fractions} with fractions among {len(boxes)} boxes"
+        )
+        return True
+    if fractions or zeros:
+        notes["corners read as pixels counted from 1, though some are 0 or fractions"].append(
+            f"{zeros} with a 0 and {fractions} with fractions among {len(boxes)} boxes, {ones} of which start at 1"
+        )
+    return False
+
+
+def as_pixels(labels: Labels) -> Labels:
+    """Of corners that are pixels counted from 1, both ends included."""
+    boxes = [box._replace(sides=(x - 1, y - 1, w + 1, h + 1)) for box in labels.boxes for x, y, w, h in (box.sides,)]
+    return labels._replace(boxes=boxes)
+
+
+def voc_root(file: Path) -> ElementTree.Element:
+    declared = re.match(rb"""\s*<\?xml[^>]*?encoding\s*=\s*["']([\w.:-]+)["']""", bytes_of(file)[:200])
+    encoding = declared[1].decode().lower() if declared else "utf-8"
+    text = text_of(file, "gb18030" if encoding in ("gb2312", "gbk") else encoding)  # which has all of theirs
+    if "<!DOCTYPE" in text or "<!ENTITY" in text:  # an entity may stand for more than memory holds
+        raise UserError(f"{file}: declares a document type; take that line out")
+    try:
+        return ElementTree.fromstring(re.sub(r"^\s*<\?xml.*?\?>", "", text, flags=re.DOTALL))
+    except (ElementTree.ParseError, ValueError) as error:
+        raise UserError(f"{file}: is not XML ({error})") from None
+
+
+def read_labelme(file: Path, classes: Classes, notes: Notes) -> Labels:
+    content = labelme_content(file)
+    boxes = []
+    for shape in content["shapes"]:
+        try:
+            name, kind = str(shape["label"] or "").strip(), shape.get("shape_type") or "polygon"
+        except (TypeError, KeyError, AttributeError):
+            notes["left out: shapes without a label"].append(f"{file}: {str(shape)[:60]}")
+            continue
+        try:
+            xs, ys = ([float(point[axis]) for point in shape["points"]] for axis in (0, 1))
+            if kind == "circle":
+                radius = math.hypot(xs[1] - xs[0], ys[1] - ys[0])
+                xs, ys = [xs[0] - radius, xs[0] + radius], [ys[0] - radius, ys[0] + radius]
+            if kind not in (*OUTLINES, "circle") or len(xs) < 2 or not name:
+                raise ValueError
+            boxes.append(Box(name, bounds(xs, ys)))
+        except (ValueError, TypeError, KeyError, IndexError):
+            notes["left out: shapes that outline nothing, such as points and lines"].append(f"{file}: {name} {kind}")
+    told = tuple(number(content.get(side)) or 0 for side in ("imageWidth", "imageHeight"))
+    return Labels(boxes, tuple(map(int, told)) if all(math.isfinite(one) and one > 0 for one in told) else None)
+
+
+def labelme_content(file: Path) -> dict:
+    try:
+        content = json.loads(text_of(file))
+        if not isinstance(content["shapes"], list):
+            raise TypeError("shapes is no list")
+        return content
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{file}: is not labelme's ({type(error).__name__} {str(error)[:60]})") from None
+
+
+def name_inside(form: str, file: Path) -> str | None:
+    """The image that a label file says it is of."""
+    try:
+        if form == "voc":
+            root = voc_root(file)
+            return (root.findtext("filename") or root.findtext("path") or "").strip() or None
+        if form == "labelme":
+            name = labelme_content(file).get("imagePath")
+            return name if isinstance(name, str) and name else None
+    except UserError:  # its reader says so where it is used
+        pass
+    return None
+
+
+def bounds(xs: list[float], ys: list[float]) -> tuple[float, float, float, float]:
+    return min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)
+
+
+def number(value: object) -> float | None:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def bytes_of(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+
+
+def text_of(file: Path, encoding: str = "utf-8") -> str:
+    """A text file's content; a mark at its start decides before `encoding`."""
+    data = bytes_of(file)
+    for mark, marked in ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16")):
+        if data.startswith(mark):
+            encoding = marked
+    try:
+        return data.decode(encoding)
+    except (UnicodeError, LookupError):
+        raise UserError(f"{file}: is not text in {encoding}; save it as UTF-8") from None
+
+
+READERS = {"yolo": read_yolo, "voc": read_voc, "labelme": read_labelme}

@@ -1,0 +1,151 @@
+"""Which label file belongs to which image."""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+
+from data.spelling import spelling
+from detector.errors import UserError
+from scripts.conversion.found_files import Index, folder_of, part_of
+from scripts.conversion.label_formats import Notes, bytes_of
+
+APART = ("images", "jpegimages", "labels", "annotations")  # folders that keep images and labels apart
+
+
+def pair(
+    images: dict[str, Path], labels: dict[str, Path], inside: Callable[[Path], str | None], notes: Notes
+) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """Image -> its label file; and image -> the label files of which it cannot be said whether one is its own.
+
+    Both have the same path but for the folders that keep them apart, maybe in another spelling; or the label file says
+    the image's name (`inside`); or their names are the same and no file in their folders is paired by its path.
+    """
+    doubtful: dict[str, list[str]] = {}
+    pairs = by_path(images, labels, doubtful, notes)
+    by_inside(images, labels, pairs, inside, notes)
+    by_stem([name for name in images if name not in doubtful], labels, pairs, doubtful, notes)
+    return pairs, doubtful
+
+
+def key_of(name: str) -> str:
+    """What an image and its label file have in common: the path without suffix and the folders that keep them apart."""
+    path = PurePosixPath(name)
+    return "/".join([*(part for part in path.parent.parts if part.lower() not in APART), path.stem])
+
+
+def by_path(
+    images: dict[str, Path], labels: dict[str, Path], doubtful: dict[str, list[str]], notes: Notes
+) -> dict[str, str]:
+    exact, spelled = defaultdict(list), defaultdict(list)
+    for name in labels:
+        exact[key_of(name)].append(name)
+        spelled[spelling(key_of(name))].append(name)
+    keys = {name: key_of(name) for name in images}
+    # photo.txt, or photo.jpg.txt
+    alike = {name: exact.get(key) or exact.get(key_of(f"{name}.txt")) for name, key in keys.items()}
+    used = {label for own in alike.values() for label in own or ()}
+    rivals = defaultdict(set)  # images that differ in spelling alone
+    for name, key in keys.items():
+        if not alike[name]:
+            rivals[spelling(key)].add(key)
+    pairs, second = {}, set()
+    for name, own in alike.items():
+        if not own:
+            key = spelling(keys[name])
+            own = [
+                one for one in spelled.get(key) or spelled.get(spelling(key_of(f"{name}.txt")), []) if one not in used
+            ]
+            if own:
+                notes["images whose label file is spelled otherwise"].append(name)
+            if own and len(rivals[key]) > 1:
+                doubtful[name] = own
+                continue
+        if own and len({bytes_of(labels[one]) for one in own}) > 1:
+            doubtful[name] = own
+        elif own:
+            pairs[name] = own[0]
+            second.update(own[1:])
+    for name in sorted(second):
+        notes["left out: a second label file of the same image"].append(name)
+    return pairs
+
+
+def by_inside(
+    images: dict[str, Path], labels: dict[str, Path], pairs: dict[str, str], inside: Callable, notes: Notes
+) -> None:
+    """Add to `pairs` by the name that a label file says; UserError where it says another image than its own name."""
+    index = Index(images)
+    own = defaultdict(list)
+    for image, label in pairs.items():
+        own[label].append(image)
+    said = {label: text for label, path in labels.items() if (text := inside(path))}
+    claims = {label: found[0] for label, text in said.items() if len(found := index.find(text, label)) == 1}
+    times = Counter(claims.values())
+    flaws = []
+    for label, image in claims.items():
+        if times[image] > 1:  # copies of one file, in which the name was left as it was
+            continue
+        if not own[label] and image not in pairs:
+            pairs[image] = label
+            notes["images found by the name inside their label file"].append(image)
+        elif own[label] and not {last_names(image)[1]} & {last_names(one)[1] for one in own[label]}:
+            flaws.append(f"{label} has the name of {own[label][0]}, and inside it is {image}")
+    if flaws:
+        raise UserError(
+            f"{len(flaws)} label files are named as one image and say inside that they are of another, the first: "
+            f"{flaws[0]}; correct either name"
+        )
+
+
+def by_stem(
+    images: list[str],
+    labels: dict[str, Path],
+    pairs: dict[str, str],
+    doubtful: dict[str, list[str]],
+    notes: Notes,
+) -> None:
+    """Add to `pairs` by the name alone, and to `doubtful` where that does not decide."""
+    used, done = set(pairs.values()), {folder_of(image) for image in pairs}
+    done_labels = {folder_of(label) for label in used}
+    free = defaultdict(list)
+    for label in labels:
+        if label not in used:
+            free[last_names(label)[1]].append(label)
+    rivals = defaultdict(list)
+    for image in images:
+        if image not in pairs:
+            rivals[last_names(image)[1]].append(image)
+    for image in images:
+        if image in pairs:
+            continue
+        alike = [label for label in free.get(last_names(image)[1], []) if may_belong(image, label)]
+        best = nearest(image, alike)
+        decided = len(best) == 1 and folder_of(image) not in done and folder_of(best[0]) not in done_labels
+        if decided and {key_of(one) for one in nearest(best[0], rivals[last_names(image)[1]])} == {key_of(image)}:
+            pairs[image] = best[0]
+            notes["images paired with a label file of another folder, by their name alone"].append(image)
+        elif alike:
+            doubtful[image] = alike
+
+
+def last_names(path: str) -> tuple[str, str]:
+    """The last name in a path, with its suffix and without, in one spelling."""
+    last = PurePosixPath(spelling(path))
+    return last.name, last.stem
+
+
+def may_belong(image: str, label: str) -> bool:
+    parts = {part_of(folder_of(image)), part_of(folder_of(label))} - {None}
+    return len(parts) < 2  # not one in train and one in val
+
+
+def nearest(name: str, others: list[str]) -> list[str]:
+    """Of `others` those whose folders' names have most words in common with that of `name`."""
+    words = [words_of(one) for one in others]
+    counts = [(one & words_of(name)).total() for one in words]
+    return [one for one, count in zip(others, counts) if count == max(counts)]
+
+
+def words_of(name: str) -> Counter:
+    folder = spelling(folder_of(name))
+    return Counter("".join(letter if letter.isalnum() else " " for letter in folder).split())

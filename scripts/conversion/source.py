@@ -1,0 +1,17 @@
+"""What the readers of all formats give."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from scripts.conversion.description import Described
+from scripts.conversion.label_formats import Labels
+
+
+class Source(NamedTuple):
+    images: dict[str, Path]  # by their paths in the new folder
+    labels: dict[str, Labels]  # of those that can be used
+    names: list[str]  # of the classes that may have no box
+    about: str  # what was found, to say where nothing can be used
+    files: dict[str, Path] = {}  # noqa: RUF012  among them lists of the split
+    described: Described | None = None
+    parts: dict[str, set[str]] = {}  # noqa: RUF012  part -> images whose annotation file is called so

@@ -1,0 +1,156 @@
+"""Which images of a set are to train on, to score on (val) and to be left out (test), as its owner has split it.
+
+Asked in turn: data.yaml or Darknet's obj.data, lists of images called train.txt, val.txt or the like, COCO files and
+folders of such names. A part that a file names and that is not found is an error: its images would end in another part.
+"""
+
+import posixpath
+import random
+import re
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from detector.errors import UserError
+from scripts.conversion.description import Described
+from scripts.conversion.found_files import PARTS, Index, common, folder_of, kind_of, part_of, pieces
+from scripts.conversion.label_formats import Notes, text_of
+
+FILLERS = {"set", "list", "files", "images", "split", "default"}  # words that a list may have in its name
+
+
+class Split(NamedTuple):
+    val: set[str]
+    left_out: dict[str, str]  # image -> why
+    how: str  # how val was chosen; empty where nobody has
+
+
+def own_split(
+    images: list[str],
+    files: dict[str, Path],
+    described: Described | None,
+    by_file: dict[str, set[str]],
+    notes: Notes,
+) -> Split:
+    """The split of a set of `images`; `files` may be its lists, `by_file` are the parts that COCO files hold."""
+    finder = Finder(images, files, described, notes)
+    train, _ = finder.named("train")
+    val, how = finder.named("val")
+    if not val:
+        val, how = by_file.get("val") or finder.by_folder("val"), "its files'" if by_file.get("val") else "its folders'"
+    test, _ = finder.named("test")
+    if not test:
+        test = (by_file.get("test") or finder.by_folder("test")) - (train or by_file.get("train", set()))
+    left_out = dict.fromkeys(sorted(test - val), "images to test on, which are neither to train nor to choose by")
+    if train:
+        rest = sorted(set(images) - train - val - test)
+        left_out |= dict.fromkeys(rest, "images that are in no part of the set's own split")
+    used = set(images) - left_out.keys()
+    if not used:
+        raise UserError(f"all {len(images)} images are in the test part; to draw from them, --split random")
+    if val and not used - val:
+        notes["the images to train on and to score on are the same, so that the latter are drawn from them"].append(how)
+        return Split(set(), left_out, "")
+    both = sorted(val & (train or by_file.get("train", set())))
+    if both:
+        notes["images in the parts to train and to score on, kept to score on"] += both
+    return Split(val, left_out, how if val else "")
+
+
+class Finder:
+    """Finds the parts of a set."""
+
+    def __init__(self, images: list[str], files: dict[str, Path], described: Described | None, notes: Notes):
+        self.images, self.files, self.described, self.notes = images, files, described, notes
+        self.index = Index(images)
+        self.folders = {"", *(parent.as_posix() for name in images for parent in PurePosixPath(name).parents)} - {"."}
+        lists = [name for name in files if is_list(name)]
+        main = [name for name in lists if folder_of(name).endswith("ImageSets/Main")]  # VOC has others for other tasks
+        self.lists = main or lists
+
+    def named(self, part: str) -> tuple[set[str], str]:
+        """The images of a part that a file names, and that file; UserError where they are not there."""
+        entry = self.described and self.described.part(part)
+        if entry:
+            hits = set().union(*(self.by_entry(one) for one in entry))
+            where, what = self.described.name, ", ".join(entry)
+        else:
+            lists = [name for name in self.lists if part_of(PurePosixPath(name).stem) == part]
+            hits = set().union(*(self.by_list(self.files[name], name) for name in lists))
+            where = what = ", ".join(lists)
+        if where and not hits:
+            if instead := self.by_folder(part):
+                self.notes[f"{where}: its part {part} is not there ({what}), folders of that name are taken"].append(
+                    what
+                )
+                return instead, "its folders'"
+            if part != "test":
+                raise UserError(
+                    f"{where}: no image of its part {part} is found ({what}); complete the set or correct the file, or "
+                    "give --split random to draw the images to score on"
+                )
+            self.notes[f"{where}: its part to test on is not there"].append(what)
+        return hits, f"{where}'s" if entry else where
+
+    def by_folder(self, part: str) -> set[str]:
+        return {name for name in self.images if part_of(folder_of(name)) == part}
+
+    def by_entry(self, entry: str) -> set[str]:
+        """The images of an entry of a description: a folder, a list, a pattern or an image, written on any machine."""
+        entry = entry.strip().replace("\\", "/")
+        last = PurePosixPath(entry)
+        if last.suffix.lower() == ".txt":
+            lists = Index(name for name in self.files if name.lower().endswith(".txt")).find(entry, self.described.name)
+            return set().union(*(self.by_list(self.files[name], name) for name in lists[:1]))
+        if kind_of(entry) == "image" and "*" not in entry:
+            return set(self.index.find(entry, self.described.name))
+        if "*" in last.name:
+            entry = last.parent.as_posix()
+        folder = self.folder_meant(entry)
+        return (
+            set() if folder is None else {name for name in self.images if not folder or name.startswith(f"{folder}/")}
+        )
+
+    def folder_meant(self, entry: str) -> str | None:
+        """The folder of the set: from the description on as it is written, else the only one that ends alike."""
+        place, root = folder_of(self.described.name), self.described.root
+        for start in (posixpath.join(place, root), place):
+            path = posixpath.normpath(posixpath.join(start, entry))
+            if path in self.folders or path == ".":
+                return "" if path == "." else path
+        wanted = pieces(f"{root}/{entry}")
+        part = part_of("/".join(wanted[-3:]))
+        depth = {folder: common(reversed(pieces(folder)), reversed(wanted)) for folder in self.folders}
+        # What says the part, as val in val/images, must be among what agrees.
+        depth = {one: count for one, count in depth.items() if count and part_of("/".join(wanted[-count:])) == part}
+        best = [one for one, count in depth.items() if count == max(depth.values())]
+        near = {one: common(pieces(one), pieces(place)) for one in best}
+        best = [one for one in best if near[one] == max(near.values())]
+        return best[0] if len(best) == 1 else None
+
+    def by_list(self, file: Path, name: str) -> set[str]:
+        """The images that a text file lists, a line each."""
+        chosen: set[str] = set()
+        for line in filter(None, map(str.strip, text_of(file).splitlines())):
+            hits = self.index.find(line, name)
+            if not hits:
+                self.notes[f"lines of {name} that name no image"].append(line)
+            elif len(hits) > 1:
+                self.notes[f"lines of {name} that name several images, all taken"].append(line)
+            chosen.update(hits)
+        return chosen
+
+
+def is_list(name: str) -> bool:
+    """Whether a text file's name is nothing but that of a part: train.txt, but not cat_train.txt, a class's list."""
+    path = PurePosixPath(name)
+    words = re.findall(r"[a-z]+", path.stem.lower())
+    known = {word for part in PARTS.values() for word in part}
+    return path.suffix.lower() == ".txt" and part_of(path.stem) is not None and {*words} <= known | FILLERS
+
+
+def at_random(names: list[str], share: float, seed: int) -> set[str]:
+    if len(names) < 2:
+        raise UserError(f"{len(names)} image can be used: one is needed to train on and another to score")
+    names = sorted(names)
+    random.Random(seed).shuffle(names)
+    return set(names[: min(max(1, round(share * len(names))), len(names) - 1)])
