@@ -9,9 +9,9 @@ Writes into the folder --output (predictions/)
                                            that each is of; image_id counts images and frames
 
 Shown is what scores at least --score, or, without it, what its class's best threshold in the run's last evaluation asks
-(the one of the best F1 at an IoU of 0.5; 0.3 where none is known). An image that cannot be read does not keep the
-others from being done; the exit code is then 2. A video that ends early is done as far as it goes, and that is said. No
-file that is given is written over.
+(the one of the best F1 at an IoU of 0.5; 0.3 where none is known). An image that cannot be read, or is of a kind that
+cannot, such as .heic, does not keep the others from being done; the exit code is then 2. Other files in a folder are
+counted. A video that ends early is done as far as it goes, and that is said. No file that is given is written over.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import json
 import os
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,13 +36,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from data.draw import annotate
-from data.images import read_image
+from data.images import read_image, suffixes
 from detector import load
 from detector.errors import UserError, run_main
 from detector.inference import Detector, Found
+from scripts.found_files import Notes, kind_of, tell_unused
+from scripts.found_files import list_files as files_below
 
-IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v")
+VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp")
 COLOURS = ("#ff7f0e", "#17becf", "#e377c2", "#bcbd22", "#2ca02c", "#9467bd", "#d62728", "#1f77b4")
 RESULTS = "detections.json"
 
@@ -59,7 +60,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--score {args.score}: give a number from 0 to 1")
     if (args.output / "config.yaml").exists():
         raise UserError(f"--output {args.output}: is a run's folder, whose files would be replaced; give another")
-    files = list_files(args.sources, args.output)
+    passed: Notes = defaultdict(list)
+    files, unread = list_files(args.sources, args.output, passed)
     detector = load(args.checkpoint, args.device)
     if args.score is not None:
         detector.thresholds.fill_(args.score)
@@ -87,26 +89,39 @@ def main(argv: list[str] | None = None) -> None:
     counts = ", ".join(f"{name} {count}" for name, count in found.most_common(20))
     print(f"{counted} images, {len(results)} boxes ({counts}) in {seconds:.1f} s, {counted / seconds:.1f} images/s")
     print(f"written: {args.output / RESULTS} and the pictures beside it")
+    for kind, where in passed.items():
+        print(f"{kind}: {len(where)} ({'; '.join(where[:3])}{'; ...' * (len(where) > 3)})")
+    flaws += [UserError(f"{path}: a picture of this kind cannot be read; save it as .jpg") for path in unread]
     for flaw in flaws:
         print(f"left out: {flaw}", file=sys.stderr)
     if flaws:
-        raise UserError(f"{len(flaws)} of {len(files)} files could not be used, the first: {flaws[0]}")
+        raise UserError(f"{len(flaws)} of {len(files) + len(unread)} files could not be used, the first: {flaws[0]}")
 
 
-def list_files(sources: list[Path], output: Path) -> list[tuple[Path, Path]]:
-    """Each image and video with where its picture goes; no two go to one place."""
+def list_files(sources: list[Path], output: Path, passed: Notes) -> tuple[list[tuple[Path, Path]], list[Path]]:
+    """Each image and video with where its picture goes, no two to one place; and the pictures that cannot be read.
+
+    What else is in the folders is added to `passed`.
+    """
     pairs: list[tuple[Path, Path]] = []
+    unread: list[Path] = []
+    known = {*suffixes(), *VIDEOS}
     for source in sources:
         if source.is_dir():
-            inside = sorted(path for path in source.rglob("*") if path.suffix.lower() in IMAGES + VIDEOS)
-            inside = [path for path in inside if output.resolve() not in path.resolve().parents]  # our own pictures
+            every = [*files_below(source, passed).values()]
+            every = [path for path in every if output.resolve() not in path.resolve().parents]  # our own pictures
+            inside = [path for path in every if path.suffix.lower() in known]
+            unread += [path for path in every if kind_of(path.name) == "picture"]
+            tell_unused([str(path) for path in sorted({*every} - {*inside, *unread})], passed)
             if not inside:
-                raise UserError(f"{source}: no image or video in it ({', '.join(IMAGES + VIDEOS)})")
+                there = "".join(f"; {kind}: {where[0]}" for kind, where in passed.items())
+                there += f"; {unread[0]} cannot be read, save it as .jpg" if unread else ""
+                raise UserError(f"{source}: no image or video in it ({' '.join(sorted(known))}){there}")
             pairs += [(path, Path(source.resolve().name) / path.relative_to(source)) for path in inside]
         elif not source.exists():
             raise UserError(f"{source}: no such file or folder")
-        elif source.suffix.lower() not in IMAGES + VIDEOS:
-            raise UserError(f"{source}: neither an image nor a video ({', '.join(IMAGES + VIDEOS)})")
+        elif source.suffix.lower() not in known:
+            raise UserError(f"{source}: neither an image nor a video ({' '.join(sorted(known))})")
         else:
             pairs.append((source, Path(source.name)))
     taken: set[Path] = set()
@@ -119,7 +134,7 @@ def list_files(sources: list[Path], output: Path) -> list[tuple[Path, Path]]:
             number, target = number + 1, output / name.with_stem(f"{name.stem}_{number}")
         taken.add(target)
         placed.append((source, target))
-    return placed
+    return placed, unread
 
 
 def picture(detector: Detector, source: Path, target: Path, number: int, results: list[dict[str, Any]]) -> int:

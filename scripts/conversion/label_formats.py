@@ -12,8 +12,7 @@ from typing import NamedTuple
 from xml.etree import ElementTree
 
 from detector.errors import UserError
-
-Notes = dict[str, list[str]]  # kind of remark -> where
+from scripts.found_files import Notes
 
 # What labelme and the tools after it call an outline of an object. The bounds of its points are its box.
 OUTLINES = ("rectangle", "polygon", "mask", "rotation", "quadrilateral", "cuboid", "oriented_rectangle", "oriented_box")
@@ -232,7 +231,9 @@ def text_of(file: Path, encoding: str = "utf-8") -> str:
     try:
         return data.decode(encoding)
     except (UnicodeError, LookupError):
-        raise UserError(f"{file}: is not text in {encoding}; save it as UTF-8") from None
+        raise UserError(
+            f"{file}: is not text in {encoding.upper()}; save it as UTF-8, as iconv -f GBK -t UTF-8 does"
+        ) from None
 
 
 READERS = {"yolo": read_yolo, "voc": read_voc, "labelme": read_labelme}

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from detector.errors import UserError
 from scripts.conversion.description import Described
-from scripts.conversion.found_files import PARTS, Index, common, folder_of, kind_of, part_of, pieces
 from scripts.conversion.label_formats import Notes, text_of
+from scripts.found_files import PARTS, Index, common, folder_of, kind_of, part_of, pieces
 
 FILLERS = {"set", "list", "files", "images", "split", "default"}  # words that a list may have in its name
 

@@ -8,7 +8,8 @@ from pathlib import Path, PurePosixPath
 from data.images import OTHER_PICTURES, suffixes
 from data.spelling import spelling
 from detector.errors import CONTROL
-from scripts.conversion.label_formats import Notes
+
+Notes = dict[str, list[str]]  # kind of remark -> where
 
 # The words by which file and folder names say which part of a set they hold.
 PARTS = {
