@@ -1,12 +1,13 @@
 """Label files of YOLO, VOC and labelme -> boxes; see scripts/convert.py for what each format means.
 
 A reader takes a file, what a set says of its classes, and the notes, to which it adds what it leaves out. UserError for
-a file that it can make nothing of.
+a file that it can make nothing of, also where it has objects and none of them is a box: its image is not empty.
 """
 
 import json
 import math
 import re
+from collections.abc import Sized
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -48,7 +49,8 @@ class Classes(NamedTuple):
 
 def read_yolo(file: Path, classes: Classes, notes: Notes) -> Labels:
     boxes = []
-    for number, line in enumerate(text_of(file).splitlines(), start=1):
+    text = text_of(file)
+    for number, line in enumerate(text.splitlines(), start=1):
         values = line.split()
         try:
             label, numbers = float(values[0]), [float(value) for value in values[1:]]
@@ -69,7 +71,7 @@ def read_yolo(file: Path, classes: Classes, notes: Notes) -> Labels:
         if label >= len(classes.names):
             notes["classes without a name"].append(f"{file}:{number}: {label}")
         boxes.append(Box(classes.names[label] if label < len(classes.names) else f"class {label}", sides))
-    return Labels(boxes, relative=True)
+    return Labels(some(boxes, text.strip(), file), relative=True)
 
 
 def sides_of(numbers: list[float], keypoints: tuple[int, int] | None) -> tuple[float, float, float, float]:
@@ -102,7 +104,8 @@ def read_voc(file: Path, classes: Classes, notes: Notes) -> Labels:
     told = tuple(number(root.findtext(f"size/{side}")) or 0 for side in ("width", "height"))
     told = told if all(map(math.isfinite, told)) else (0, 0)
     boxes = []
-    for thing in root.iter("object"):
+    objects = root.findall(".//object")
+    for thing in objects:
         name = (thing.findtext("name") or "").strip()
         edges = [number(thing.findtext(f"bndbox/{edge}")) for edge in ("xmin", "ymin", "xmax", "ymax")]
         if not name or None in edges:
@@ -115,7 +118,7 @@ def read_voc(file: Path, classes: Classes, notes: Notes) -> Labels:
         boxes.append(Box(name, bounds([x1, x2], [y1, y2]), difficult))
         if difficult:
             notes["difficult objects, neither taught nor scored"].append(f"{file}: {name}")
-    return Labels(boxes, (int(told[0]), int(told[1])) if all(told) else None)
+    return Labels(some(boxes, objects, file), (int(told[0]), int(told[1])) if all(told) else None)
 
 
 def from_zero(labels: list[Labels], notes: Notes) -> bool:
@@ -177,7 +180,10 @@ def read_labelme(file: Path, classes: Classes, notes: Notes) -> Labels:
         except (ValueError, TypeError, KeyError, IndexError):
             notes["left out: shapes that outline nothing, such as points and lines"].append(f"{file}: {name} {kind}")
     told = tuple(number(content.get(side)) or 0 for side in ("imageWidth", "imageHeight"))
-    return Labels(boxes, tuple(map(int, told)) if all(math.isfinite(one) and one > 0 for one in told) else None)
+    return Labels(
+        some(boxes, content["shapes"], file),
+        tuple(map(int, told)) if all(math.isfinite(one) and one > 0 for one in told) else None,
+    )
 
 
 def labelme_content(file: Path) -> dict:
@@ -202,6 +208,12 @@ def name_inside(form: str, file: Path) -> str | None:
     except UserError:  # its reader says so where it is used
         pass
     return None
+
+
+def some(boxes: list[Box], objects: Sized, file: Path) -> list[Box]:
+    if objects and not boxes:
+        raise UserError(f"{file}: none of what it holds is a box")
+    return boxes
 
 
 def bounds(xs: list[float], ys: list[float]) -> tuple[float, float, float, float]:
