@@ -4,6 +4,7 @@ import os
 import posixpath
 from collections import defaultdict
 from pathlib import Path
+from urllib.parse import unquote
 
 from data.coco import load_annotations, unique_names
 from detector.errors import UserError
@@ -34,7 +35,8 @@ def read_coco(sources: list[Path], notes: Notes) -> Source:
     for source in map(Path, map(os.path.abspath, sources)):
         if source.is_file():
             documents[str(source)] = coco_labels(source)
-            folders = {posixpath.dirname(name.replace("\\", "/")) for name, _ in documents[str(source)][1]}
+            inside = {posixpath.dirname(name.replace("\\", "/")) for name, _ in documents[str(source)][1]}
+            folders = inside | {unquote(one) for one in inside}
             beside = [path for place in places_of(source) for one in folders for path in files_in(place / one)]
             every |= {str(path): path for path in beside if kind_of(path.name) == "image"}
             continue
