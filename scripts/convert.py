@@ -104,7 +104,7 @@ def convert(args: argparse.Namespace, beside: Path) -> tuple[dict[str, Picture],
             raise UserError(f"{named}: a class is called {name!r}; give it a name of one line")
     split = Split(set(), {}, "")
     if args.split == "own":
-        split = own_split(list(source.images), source.files, source.described, source.parts, notes)
+        split = own_split(source, notes)
     for name, why in split.left_out.items():
         if name in source.labels:
             notes[f"left out: {why}"].append(name)
@@ -143,8 +143,11 @@ def look_at(source: Source, split: Split, notes: Notes) -> dict[str, Picture]:
         except UserError as error:
             notes["left out: images or labels that cannot be used"].append(str(error))
             continue
-        boxes = [cut(box, size, name, notes) for box in labels.boxes_in(size)]
-        found[name] = Picture(path, size, [box for box in boxes if box])
+        boxes = [box for one in labels.boxes_in(size) if (box := cut(one, size, name, notes))]
+        if labels.boxes and not boxes:
+            notes["left out: images none of whose boxes lies in them"].append(name)
+        else:
+            found[name] = Picture(path, size, boxes)
     return found
 
 

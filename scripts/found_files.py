@@ -3,6 +3,8 @@
 import os
 import re
 from collections import defaultdict
+from collections.abc import Iterable
+from functools import cache
 from pathlib import Path, PurePosixPath
 
 from data.images import OTHER_PICTURES, suffixes
@@ -83,6 +85,7 @@ def tell_unused(names: list[str], notes: Notes) -> None:
             notes[f"not used: {suffix} files" if suffix else "not used: files without a suffix"].append(name)
 
 
+@cache
 def part_of(path: str) -> str | None:
     """The part of a set, "train", "val" or "test", that the last name in a path that says one says.
 
@@ -100,7 +103,7 @@ def part_of(path: str) -> str | None:
 class Index:
     """File names, to be found by the end of a path that somebody wrote: another machine's, Windows', encoded."""
 
-    def __init__(self, names):
+    def __init__(self, names: Iterable[str]):
         self.by_name, self.by_stem = defaultdict(list), defaultdict(list)
         for name in names:
             last = spelling(name).rsplit("/", 1)[-1]
@@ -132,8 +135,9 @@ class Index:
                 common(pieces(name), near),
             )
 
-        best = max(map(agreement, alike), default=None)
-        return [name for name in alike if agreement(name) == best]
+        scores = {name: agreement(name) for name in alike}
+        best = max(scores.values(), default=None)
+        return [name for name in alike if scores[name] == best]
 
     def _by_stem(self, last: str) -> list[str]:
         """By a name without its suffix, with another image's, or with words behind it, as VOC's lists have."""
@@ -147,16 +151,17 @@ class Index:
         )
 
 
-def pieces(path: str) -> list[str]:
+@cache
+def pieces(path: str) -> tuple[str, ...]:
     """The names in a path, spelled alike, without those that only lead around."""
-    return [name for name in spelling(path).split("/") if name not in ("", ".", "..")]
+    return tuple(name for name in spelling(path).split("/") if name not in ("", ".", ".."))
 
 
 def folder_of(name: str) -> str:
     return name.rpartition("/")[0]
 
 
-def common(one, other) -> int:
+def common(one: Iterable[str], other: Iterable[str]) -> int:
     """How many items two sequences have in common at their start."""
     count = 0
     for a, b in zip(one, other):

@@ -28,24 +28,26 @@ def coco_labels(file: Path) -> tuple[list[str], list[tuple[str, Labels]]]:
     return [names[number] for number in sorted(names)], images
 
 
+Records = list[tuple[str, Labels]]  # file_name and labels of each image
+
+
 def read_coco(sources: list[Path], notes: Notes) -> Source:
     """The images that COCO files name. Of the same image in several, and of the same box, there will be one."""
-    every: dict[str, Path] = {}  # what may be an image, by its absolute path
-    documents: dict[str, tuple[list[str], list[tuple[str, Labels]]]] = {}
+    documents: dict[str, tuple[list[str], Records]] = {}
+    every: dict[str, Path] = {}  # files that may be their images
+    walked: set[str] = set()  # those of them in a folder that was given
     for source in map(Path, map(os.path.abspath, sources)):
         if source.is_file():
             documents[str(source)] = coco_labels(source)
-            inside = {posixpath.dirname(name.replace("\\", "/")) for name, _ in documents[str(source)][1]}
-            folders = inside | {unquote(one) for one in inside}
-            beside = [path for place in places_of(source) for one in folders for path in files_in(place / one)]
-            every |= {str(path): path for path in beside if kind_of(path.name) == "image"}
-            continue
-        files = {str(path): path for path in list_files(source, notes).values()}
-        found = {name: coco_labels(path) for name, path in files.items() if is_coco(path)}
-        if not found:
-            raise UserError(f"{source}: no COCO file in it, one with images, annotations and categories")
-        documents |= found
-        every |= files
+            every |= images_beside(source, documents[str(source)][1])
+        else:
+            files = {str(path): path for path in list_files(source, notes).values()}
+            found = {name: coco_labels(path) for name, path in files.items() if is_coco(path)}
+            if not found:
+                raise UserError(f"{source}: no COCO file in it, one with images, annotations and categories")
+            documents |= found
+            every |= files
+            walked |= files.keys() - found.keys()
     root = os.path.commonpath([*map(os.path.dirname, every), *map(os.path.dirname, documents)])
     key = {name: os.path.relpath(name, root).replace(os.sep, "/") for name in (*every, *documents)}
     pool = {key[name]: path for name, path in every.items() if kind_of(name) == "image"}
@@ -59,36 +61,41 @@ def read_coco(sources: list[Path], notes: Notes) -> Source:
             place = place_of(file_name, key[document], pool, index, notes)
             if place is not None:
                 labels[place] = merged(labels.get(place), own, place, notes)
-                parts[part].add(place)
+                if part:
+                    parts[part].add(place)
     if not labels:
         tried = ", ".join(sorted({folder_of(name) or "." for name in pool})[:6]) or "no images there"
-        first = next((name for _, records in documents.values() for name, _ in records), "")
+        first = next(name for _, records in documents.values() for name, _ in records)
         raise UserError(
             f"{', '.join(map(str, sources))}: none of the images is found, such as {first!r}; looked below {root} in: "
             f"{tried}; put them beside the file or into images/ beside it"
         )
-    names = list(dict.fromkeys(name for own, _ in documents.values() for name in own))
-    alike = defaultdict(list)
-    for name in names:
-        alike[name.strip().casefold()].append(name)
-    notes["classes whose names differ in case or blanks alone, kept apart"] += [
-        " and ".join(map(repr, own)) for own in alike.values() if len(own) > 1
-    ]
-    unnamed = {key[name] for source in sources if source.is_dir() for name in every} - labels.keys()
-    tell_unused([name for name in sorted(unnamed - pool.keys()) if name not in map(key.get, documents)], notes)
-    notes["not used: images that no annotation file names"] += sorted(unnamed & pool.keys())
-    for kind in [kind for kind, where in notes.items() if not where]:
-        del notes[kind]
+    unnamed = sorted({key[name] for name in walked} - labels.keys())
+    tell_unused([name for name in unnamed if name not in pool], notes)
+    for name in filter(pool.get, unnamed):
+        notes["not used: images that no annotation file names"].append(name)
     # Paths in the new folder begin where those of the images part.
     top = os.path.commonpath([folder_of(f"/{name}") for name in labels]).strip("/")
     short = {name: name[len(top) + 1 :] if top else name for name in labels}
     return Source(
         {short[name]: pool[name] for name in labels},
         {short[name]: own for name, own in labels.items()},
-        names,
+        joined([own for own, _ in documents.values()], notes),
         f"{len(labels)} images of {len(documents)} files",
-        parts={part: {short[name] for name in own} for part, own in parts.items() if part},
+        parts={part: {short[name] for name in own} for part, own in parts.items()},
     )
+
+
+def joined(names: list[list[str]], notes: Notes) -> list[str]:
+    """The names of the classes of all files, each once."""
+    every = list(dict.fromkeys(name for own in names for name in own))
+    alike = defaultdict(list)
+    for name in every:
+        alike[name.strip().casefold()].append(repr(name))
+    for own in alike.values():
+        if len(own) > 1:
+            notes["classes whose names differ in case or blanks alone, kept apart"].append(" and ".join(own))
+    return every
 
 
 def is_coco(path: Path) -> bool:
@@ -98,27 +105,21 @@ def is_coco(path: Path) -> bool:
     return all(f'"{key}"'.encode() in data for key in ("images", "annotations", "categories"))
 
 
-def places_of(file: Path) -> list[Path]:
-    """Where the images of a COCO file may be, according to the tools that write such files."""
+def images_beside(file: Path, records: Records) -> dict[str, Path]:
+    """What may be the images of a COCO file: those where the tools that write such files put them."""
     beside, above = file.parent, file.parent.parent
     places = [beside, beside / "images", above, above / "images"]
-    for place in (beside, beside / "images", above / "images"):
-        places += folders_in(place)
-    if beside.name.lower() in OF_ANNOTATIONS:
-        places += folders_in(above)
-    return list(dict.fromkeys(places))
+    for place in (beside, beside / "images", above / "images", *[above] * (beside.name.lower() in OF_ANNOTATIONS)):
+        places += [path for path in inside(place) if path.is_dir()]
+    folders = {posixpath.dirname(name.replace("\\", "/")) for name, _ in records}
+    folders |= set(map(unquote, folders))
+    files = [path for place in dict.fromkeys(places) for one in folders for path in inside(place / one)]
+    return {os.path.normpath(path): path for path in files if kind_of(path.name) == "image" and path.is_file()}
 
 
-def folders_in(folder: Path) -> list[Path]:
+def inside(folder: Path) -> list[Path]:
     try:
-        return sorted(path for path in folder.iterdir() if path.is_dir())
-    except OSError:
-        return []
-
-
-def files_in(folder: Path) -> list[Path]:
-    try:
-        return [path for path in folder.iterdir() if path.is_file()]
+        return sorted(folder.iterdir())
     except OSError:
         return []
 

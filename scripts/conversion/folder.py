@@ -2,6 +2,7 @@
 
 import base64
 import io
+from collections import defaultdict
 from pathlib import Path, PurePosixPath
 
 from PIL import Image
@@ -22,7 +23,7 @@ from scripts.conversion.label_formats import (
 from scripts.conversion.pairing import pair
 from scripts.conversion.source import Source
 from scripts.conversion.splits import is_list
-from scripts.found_files import folder_of, kind_of, list_files, tell_unused
+from scripts.found_files import folder_of, kind_of, list_files, part_of, tell_unused
 
 LABELS = {"yolo": ".txt", "voc": ".xml", "labelme": ".json"}
 
@@ -65,7 +66,10 @@ def read_folder(form: str, source: Path, decoded: Path, notes: Notes) -> Source:
             + (f", but {' '.join(sorted(unread))}; save those as .jpg" if unread else "")
         )
     read = read_labels(form, images, labels, pairs, doubtful, classes, notes)
-    return Source(images, read, classes.names, about, files, described)
+    parts = defaultdict(set)
+    for name, label in pairs.items():
+        parts[part_of(folder_of(label))].add(name)
+    return Source(images, read, classes.names, about, files, described, parts)
 
 
 def say_where(names: dict[str, Path], what: str) -> str:

@@ -11,11 +11,26 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from detector.errors import UserError
-from scripts.conversion.description import Described
 from scripts.conversion.label_formats import Notes, text_of
+from scripts.conversion.source import Source
 from scripts.found_files import PARTS, Index, common, folder_of, kind_of, part_of, pieces
 
-FILLERS = {"set", "list", "files", "images", "split", "default"}  # words that a list may have in its name
+# Words that a list may have in its name.
+FILLERS = {
+    "set",
+    "list",
+    "file",
+    "files",
+    "image",
+    "images",
+    "ids",
+    "names",
+    "split",
+    "autosplit",
+    "default",
+    "voc",
+    "yolo",
+}
 
 
 class Split(NamedTuple):
@@ -24,46 +39,41 @@ class Split(NamedTuple):
     how: str  # how val was chosen; empty where nobody has
 
 
-def own_split(
-    images: list[str],
-    files: dict[str, Path],
-    described: Described | None,
-    by_file: dict[str, set[str]],
-    notes: Notes,
-) -> Split:
-    """The split of a set of `images`; `files` may be its lists, `by_file` are the parts that COCO files hold."""
-    finder = Finder(images, files, described, notes)
-    train, _ = finder.named("train")
+def own_split(source: Source, notes: Notes) -> Split:
+    """The split that a set came with; UserError where a part that it names is not there."""
+    finder = Finder(source, notes)
+    listed, _ = finder.named("train")
+    train = listed or source.parts.get("train", set())
     val, how = finder.named("val")
     if not val:
-        val, how = by_file.get("val") or finder.by_folder("val"), "its files'" if by_file.get("val") else "its folders'"
+        val, how = source.parts.get("val") or finder.by_folder("val"), "that of its files and folders"
     test, _ = finder.named("test")
     if not test:
-        test = (by_file.get("test") or finder.by_folder("test")) - (train or by_file.get("train", set()))
+        test = (source.parts.get("test") or finder.by_folder("test")) - train
     left_out = dict.fromkeys(sorted(test - val), "images to test on, which are neither to train nor to choose by")
-    if train:
-        rest = sorted(set(images) - train - val - test)
+    if listed:
+        rest = sorted(source.images.keys() - train - val - test)
         left_out |= dict.fromkeys(rest, "images that are in no part of the set's own split")
-    used = set(images) - left_out.keys()
+    used = source.images.keys() - left_out.keys()
     if not used:
-        raise UserError(f"all {len(images)} images are in the test part; to draw from them, --split random")
+        raise UserError(f"all {len(source.images)} images are in the test part; to draw from them, --split random")
     if val and not used - val:
         notes["the images to train on and to score on are the same, so that the latter are drawn from them"].append(how)
         return Split(set(), left_out, "")
-    both = sorted(val & (train or by_file.get("train", set())))
-    if both:
-        notes["images in the parts to train and to score on, kept to score on"] += both
-    return Split(val, left_out, how if val else "")
+    for name in sorted(val & train):
+        notes["images in the parts to train and to score on, kept to score on"].append(name)
+    return Split(val, left_out, how)
 
 
 class Finder:
     """Finds the parts of a set."""
 
-    def __init__(self, images: list[str], files: dict[str, Path], described: Described | None, notes: Notes):
-        self.images, self.files, self.described, self.notes = images, files, described, notes
-        self.index = Index(images)
-        self.folders = {"", *(parent.as_posix() for name in images for parent in PurePosixPath(name).parents)} - {"."}
-        lists = [name for name in files if is_list(name)]
+    def __init__(self, source: Source, notes: Notes):
+        self.images, self.files, self.described, self.notes = source.images, source.files, source.described, notes
+        self.index = Index(self.images)
+        parents = (parent.as_posix() for name in self.images for parent in PurePosixPath(name).parents)
+        self.folders = {"", *parents} - {"."}
+        lists = [name for name in self.files if is_list(name)]
         main = [name for name in lists if folder_of(name).endswith("ImageSets/Main")]  # VOC has others for other tasks
         self.lists = main or lists
 
@@ -82,14 +92,14 @@ class Finder:
                 self.notes[f"{where}: its part {part} is not there ({what}), folders of that name are taken"].append(
                     what
                 )
-                return instead, "its folders'"
+                return instead, "that of its folders"
             if part != "test":
                 raise UserError(
                     f"{where}: no image of its part {part} is found ({what}); complete the set or correct the file, or "
                     "give --split random to draw the images to score on"
                 )
             self.notes[f"{where}: its part to test on is not there"].append(what)
-        return hits, f"{where}'s" if entry else where
+        return hits, f"that of {where}"
 
     def by_folder(self, part: str) -> set[str]:
         return {name for name in self.images if part_of(folder_of(name)) == part}

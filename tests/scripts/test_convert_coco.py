@@ -158,7 +158,7 @@ def test_the_own_split_is_kept(run, folder, layout, whole):
         if layout != "files":
             expected["same.jpg"] = boxes(20 + parts[part][0])
         assert {Path(name).name: own for name, own in splits[split].items()} == expected
-    assert "images to test on" in out and "the split is its files'" in out
+    assert "images to test on" in out and "the split is that of its files" in out
 
 
 def test_one_file_over_folders_of_parts_keeps_them(run, folder):

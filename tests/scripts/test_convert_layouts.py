@@ -211,6 +211,15 @@ def test_what_does_not_fit_says_where_was_looked(run, folder, kind):
     assert f"4 images in pics, 4 {KINDS[kind]} files in marks, 0 belong together" in err
 
 
+def test_boxes_that_lie_outside_of_their_image_do_not_make_it_background(run, folder):
+    make(folder / "src", "yolo", numbered("{}.jpg", "{}.txt"))
+    picture(folder / "src" / "x.jpg")
+    text(folder / "src" / "x.txt", "0 320 240 100 80\n")  # pixels
+    code, out, err, splits = run("yolo")
+    assert code == 0 and "images none of whose boxes lies in them: 1" in out, err
+    right(splits, 6)
+
+
 # --------------------------------------------------------------------------------------- suffixes, links, other files
 
 
@@ -338,6 +347,16 @@ def test_a_folder_says_that_it_is_to_score_on(run, folder, val):
     code, _, err, splits = run("yolo")
     assert code == 0, err
     assert names(splits["val"]) == {"6.jpg", "7.jpg"} and len(splits["train"]) == 6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_labels_folders_say_the_part_too(run, folder, kind):
+    parts = ["train"] * 4 + ["val"] * 2
+    make(folder / "src", kind, [(f"images/{n}.jpg", f"labels/{part}/{n}{KINDS[kind]}") for n, part in enumerate(parts)])
+    code, _, err, splits = run(kind)
+    assert code == 0, err
+    right(splits, 6)
+    assert names(splits["val"]) == {"4.jpg", "5.jpg"}
 
 
 @pytest.mark.parametrize(
