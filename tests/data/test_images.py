@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile, ImageOps, PngImagePlugin
 
-from data.images import MAX_PIXELS, UPRIGHT, read_image
+from data.images import MAX_PIXELS, OTHER_PICTURES, UPRIGHT, read_image, suffixes
 from detector.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -207,3 +207,15 @@ def test_what_has_not_its_records_size_is_not_decoded(tmp_path):
     *refusals, megabytes = result.stdout.splitlines()
     assert len(refusals) == 2 and all("13000 x 13000 pixels, its record says 36 x 24" in line for line in refusals)
     assert int(megabytes) < 100
+
+
+def test_every_suffix_that_is_listed_is_read(tmp_path):
+    Image.init()
+    for suffix in suffixes():
+        path = tmp_path / f"image{suffix}"
+        with path.open("wb") as file:
+            kind = Image.registered_extensions()[suffix]
+            Image.new("RGB", (8, 6), "red").save(file, kind)
+        assert read_image(path).shape == (6, 8, 3), suffix
+    assert {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".tif", ".tiff", ".webp"} <= suffixes()
+    assert ".heic" in OTHER_PICTURES and ".heic" not in suffixes()

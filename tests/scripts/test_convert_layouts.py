@@ -175,6 +175,34 @@ def test_what_cannot_be_told_apart_is_not_background(run, folder, kind):
     assert "may or may not belong to a label file of their name: 1" in out
 
 
+def test_two_label_files_that_say_different_boxes(run, folder):
+    make(folder / "src", "yolo", numbered("images/{}.jpg", "labels/{}.txt"))
+    picture(folder / "src" / "images" / "x.jpg")
+    text(folder / "src" / "labels" / "x.txt", label_of("yolo", 1))
+    text(folder / "src" / "x.txt", label_of("yolo", 2))
+    code, out, err, splits = run("yolo")
+    assert code == 0 and "may or may not belong to a label file of their name: 1" in out, err
+    right(splits, 6)
+
+
+def test_one_label_file_and_two_images_in_other_spellings(run, folder):
+    make(folder / "src", "yolo", numbered("images/{}.jpg", "labels/{}.txt"))
+    for name in ("Foto a.jpg", "foto%20A.jpg"):
+        picture(folder / "src" / "images" / name)
+    text(folder / "src" / "labels" / "foto a.txt", label_of("yolo", 1))
+    code, out, err, splits = run("yolo")
+    assert code == 0 and "may or may not belong to a label file of their name: 2" in out, err
+    right(splits, 6)
+
+
+def test_a_label_of_another_folder_is_not_an_images_whose_folder_has_its_own(run, folder):
+    make(folder / "src", "yolo", numbered("a/images/{}.jpg", "a/labels/{}.txt"))
+    make(folder / "src", "yolo", [("a/images/x.jpg", None), (None, "b/labels/x.txt")])
+    code, out, err, splits = run("yolo")
+    assert code == 0 and "may or may not belong to a label file of their name: 1" in out, err
+    right(splits, 6)
+
+
 def test_a_label_of_another_part_is_not_an_images(run, folder):
     """The first image of train is background; val's label of that name lost its image."""
     pairs = [(f"{part}/images/{n}.jpg", f"{part}/labels/{n}.txt") for n in range(1, 4) for part in ("train", "val")]
@@ -380,6 +408,21 @@ def test_a_split_that_is_not_there_stops(run, folder, entries, words):
     right(splits, 8)
 
 
+def test_a_part_is_not_found_by_a_name_that_does_not_say_it(run, folder):
+    make(folder / "src", "yolo", numbered("images/{}.jpg", "labels/{}.txt"))
+    picture(folder / "src" / "more" / "x.jpg")
+    yaml_of(folder / "src", val="/data/cells/val/images")
+    code, _, err, _ = run("yolo")
+    assert code == 2 and "no image of its part val is found" in err and "--split random" in err
+
+
+def test_a_list_does_not_mean_images_of_another_part(run, folder):
+    make(folder / "src", "yolo", numbered("train/images/{}.jpg", "train/labels/{}.txt"))  # val was not downloaded
+    text(folder / "src" / "val.txt", "/data/val/images/1.jpg\n/data/val/images/2.jpg\n")
+    code, _, err, _ = run("yolo")
+    assert code == 2 and "val.txt: no image of its part val is found" in err
+
+
 def test_a_list_of_which_no_line_is_there_stops(run, folder):
     yolo_parts(folder / "src", "a", "b")
     text(folder / "src" / "val.txt", "gone1.jpg\ngone2.jpg\n")
@@ -506,6 +549,15 @@ def test_what_may_follow_a_class(run, folder, shape, numbers):
     code, _, err, splits = run("yolo")
     assert code == 0, err
     assert [*splits["train"].values(), *splits["val"].values()] == [[(24, 12, 16, 24)]] * 2
+
+
+def test_a_polygon_at_the_border_is_no_box_with_keypoints(run, folder):
+    make(folder / "src", "yolo", [(f"{n}.jpg", None) for n in range(2)])
+    for n in range(2):
+        text(folder / "src" / f"{n}.txt", "0 0.5 0.5 0.75 0.25 0.75 0.25 1 0.5 0.75 1\n")
+    code, _, err, splits = run("yolo")
+    assert code == 0, err
+    assert [*splits["train"].values(), *splits["val"].values()] == [[(32, 12, 32, 36)]] * 2
 
 
 @pytest.mark.parametrize("line", ["0 .1 .2 .3 .4 .5 .6 .7", "1.5 .1 .2 .3 .4", "0 .1 .2 .3", "-1 .1 .2 .3 .4"])

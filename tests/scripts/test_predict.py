@@ -119,6 +119,24 @@ def test_a_broken_image_does_not_stop_the_others(learnt, call, folder):
     assert {Path(one["file_name"]).name for one in results} == {"0.png", "1.png"} and "2 images" in out
 
 
+def test_every_kind_of_picture_is_done_and_the_rest_is_named(learnt, call, folder):
+    (folder / "in").mkdir()
+    with Image.open(learnt[1] / "0.png") as image:
+        for suffix, kind in (("jfif", "JPEG"), ("JPE", "JPEG"), ("gif", "GIF"), ("avif", "AVIF"), ("webp", "WEBP")):
+            image.save(folder / "in" / f"{suffix}.{suffix}", kind)
+    (folder / "in" / "link.png").symlink_to(learnt[1] / "1.png")
+    (folder / "in" / "notes.txt").write_text("hello")
+    (folder / "in" / "._0.jpg").write_text("a Mac's")
+    code, out, err, results = call(folder / "in", "--score", "0")
+    assert code == 0, err
+    assert len({one["file_name"] for one in results}) == 6 and "6 images" in out
+    assert "not used: .txt files: 1" in out and "hidden files: 1" in out
+    (folder / "in" / "phone.HEIC").write_text("?")
+    code, out, err, _ = call(folder / "in")
+    assert code == 2 and "6 images" in out and one_line(err)
+    assert "1 of 7 files" in err and "phone.HEIC: a picture of this kind cannot be read; save it as .jpg" in err
+
+
 def test_slips_are_one_line(learnt, call, folder):
     (folder / "empty").mkdir()
     (folder / "text.txt").write_text("hello")
