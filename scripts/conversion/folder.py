@@ -22,7 +22,7 @@ from scripts.conversion.label_formats import (
 )
 from scripts.conversion.pairing import pair
 from scripts.conversion.source import Source
-from scripts.conversion.splits import is_list
+from scripts.conversion.splits import lists_among
 from scripts.found_files import folder_of, kind_of, list_files, part_of, tell_unused
 
 LABELS = {"yolo": ".txt", "voc": ".xml", "labelme": ".json"}
@@ -41,7 +41,8 @@ def read_folder(form: str, source: Path, decoded: Path, notes: Notes) -> Source:
         described = describe(source, {chosen: files[chosen]} if chosen in files else files)
         classes = classes_of(source, files, described)
     images = {name: path for name, path in files.items() if kind_of(name) == "image"}
-    helpers = {name for name in files if is_list(name) or is_names(name)} | ({described.name} if described else set())
+    lists = lists_among(files, images)
+    helpers = {*lists, *filter(is_names, files), *([described.name] if described else [])}
     labels = {
         name: path
         for name, path in files.items()
@@ -69,7 +70,7 @@ def read_folder(form: str, source: Path, decoded: Path, notes: Notes) -> Source:
     parts = defaultdict(set)
     for name, label in pairs.items():
         parts[part_of(folder_of(label))].add(name)
-    return Source(images, read, classes.names, about, files, described, parts)
+    return Source(images, read, classes.names, about, files, lists, described, parts)
 
 
 def say_where(names: dict[str, Path], what: str) -> str:

@@ -1,5 +1,6 @@
 """What the readers of all formats give."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ class Source(NamedTuple):
     labels: dict[str, Labels]  # of those that can be used
     names: list[str]  # of the classes that may have no box
     about: str  # what was found, to say where nothing can be used
-    files: dict[str, Path] = {}  # noqa: RUF012  among them lists of the split
+    files: dict[str, Path] = {}  # noqa: RUF012  all that there are
+    lists: Sequence[str] = ()  # those of them that list the images of a part
     described: Described | None = None
     parts: dict[str, set[str]] = {}  # noqa: RUF012  part -> images whose annotation file is called so

@@ -7,11 +7,12 @@ folders of such names. A part that a file names and that is not found is an erro
 import posixpath
 import random
 import re
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from detector.errors import UserError
-from scripts.conversion.label_formats import Notes, text_of
+from scripts.conversion.label_formats import Notes, number, text_of
 from scripts.conversion.source import Source
 from scripts.found_files import PARTS, Index, common, folder_of, kind_of, part_of, pieces
 
@@ -73,9 +74,10 @@ class Finder:
         self.index = Index(self.images)
         parents = (parent.as_posix() for name in self.images for parent in PurePosixPath(name).parents)
         self.folders = {"", *parents} - {"."}
-        lists = [name for name in self.files if is_list(name)]
-        main = [name for name in lists if folder_of(name).endswith("ImageSets/Main")]  # VOC has others for other tasks
-        self.lists = main or lists
+        main = [
+            name for name in source.lists if folder_of(name).endswith("ImageSets/Main")
+        ]  # VOC has others for other tasks
+        self.lists = main or source.lists
 
     def named(self, part: str) -> tuple[set[str], str]:
         """The images of a part that a file names, and that file; UserError where they are not there."""
@@ -150,12 +152,25 @@ class Finder:
         return chosen
 
 
+def lists_among(files: dict[str, Path], images: Iterable[str]) -> list[str]:
+    """The lists of images for a part among a set's files: those called so, unless they are an image's labels."""
+    stems = {PurePosixPath(name).stem for name in images}
+    called = [name for name in files if is_list(name) and PurePosixPath(name).stem not in stems]
+    return [name for name in called if not holds_boxes(text_of(files[name]))]
+
+
 def is_list(name: str) -> bool:
     """Whether a text file's name is nothing but that of a part: train.txt, but not cat_train.txt, a class's list."""
     path = PurePosixPath(name)
     words = re.findall(r"[a-z]+", path.stem.lower())
     known = {word for part in PARTS.values() for word in part}
     return path.suffix.lower() == ".txt" and part_of(path.stem) is not None and {*words} <= known | FILLERS
+
+
+def holds_boxes(content: str) -> bool:
+    """Whether a text is labels in YOLO's format, or empty as those of an image without any."""
+    first = content.split("\n", 1)[0].split() if content.strip() else []
+    return not content.strip() or (len(first) > 4 and all(number(one) is not None for one in first))
 
 
 def at_random(names: list[str], share: float, seed: int) -> set[str]:

@@ -80,6 +80,7 @@ def run(command, folder):
         ("result.json", "images"),
         ("labels/labels.json", "data"),
         ("set/annotations.json", "."),
+        ("test.json", "images"),  # of one file the name says nothing
     ],
 )
 @pytest.mark.parametrize("whole", [False, True])

@@ -416,6 +416,20 @@ def test_a_part_is_not_found_by_a_name_that_does_not_say_it(run, folder):
     assert code == 2 and "no image of its part val is found" in err and "--split random" in err
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_images_that_are_called_as_parts_are(run, folder, kind):
+    """Their labels are no lists, neither those of a lost image nor empty ones."""
+    pairs = [
+        (f"images/{part}_{n}.jpg", f"labels/{part}_{n}{KINDS[kind]}") for n, part in enumerate(["train", "val"] * 3)
+    ]
+    make(folder / "src", kind, [*pairs, ("images/test.jpg", f"labels/test{KINDS[kind]}")])
+    text(folder / "src" / "labels" / "val_99.txt", label_of("yolo", 9))
+    text(folder / "src" / "labels" / "val_98.txt", "")
+    code, out, err, splits = run(kind)
+    assert code == 0 and "drawn by --seed 0" in out, err
+    right(splits, 7, lambda name: 6 if "test" in name else int(Path(name).stem.split("_")[1]))
+
+
 def test_a_list_does_not_mean_images_of_another_part(run, folder):
     make(folder / "src", "yolo", numbered("train/images/{}.jpg", "train/labels/{}.txt"))  # val was not downloaded
     text(folder / "src" / "val.txt", "/data/val/images/1.jpg\n/data/val/images/2.jpg\n")
