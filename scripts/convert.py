@@ -23,7 +23,7 @@ SRC is a folder, or in its place a set's data.yaml or obj.data. It is not change
 
 An image and its labels have the same path, but for a folder images or JPEGImages in the place of labels or Annotations;
 or the label file says the image's name; or no other file has this name. With voc and labelme an image without labels is
-left out: nobody says that it is empty. Boxes are cut off at the image's border.
+left out: nobody says that it is empty. Boxes are cut off at the image's border, but for those of COCO files.
 
 The split is SRC's own where it has one: data.yaml's, obj.data's, lists called train.txt and val.txt, ImageSets/Main's,
 or files and folders with train and val (valid, validation, dev) in their names; its test part is left out. Else, and
@@ -143,7 +143,7 @@ def look_at(source: Source, split: Split, notes: Notes) -> dict[str, Picture]:
         except UserError as error:
             notes["left out: images or labels that cannot be used"].append(str(error))
             continue
-        boxes = [box for one in labels.boxes_in(size) if (box := cut(one, size, name, notes))]
+        boxes = [box for one in labels.boxes_in(size) if (box := cut(one, size, name, notes, source.as_is))]
         if labels.boxes and not boxes:
             notes["left out: images none of whose boxes lies in them"].append(name)
         else:
@@ -161,8 +161,8 @@ def sizes_of(path: Path) -> tuple[tuple[int, int], tuple[int, int]]:
     return stored, stored[::-1] if orientation in (5, 6, 7, 8) else stored
 
 
-def cut(box: Box, size: tuple[int, int], name: str, notes: Notes) -> Box | None:
-    """The part of a box that lies in its image; None where there is none."""
+def cut(box: Box, size: tuple[int, int], name: str, notes: Notes, as_is: bool) -> Box | None:
+    """The part of a box that lies in its image, or `as_is` the box itself; None where no part does."""
     x, y, width, height = box.sides
     if not all(map(math.isfinite, box.sides)):
         notes["left out: boxes that are not finite"].append(f"{name}: {box.name}")
@@ -174,6 +174,8 @@ def cut(box: Box, size: tuple[int, int], name: str, notes: Notes) -> Box | None:
             f"{name}: {box.name} {[round(v, 1) for v in box.sides]}"
         )
         return None
+    if as_is:
+        return box
     if max(abs(x1 - x), abs(y1 - y), abs(x2 - x - width), abs(y2 - y - height)) > CLIP_TOLERANCE:
         notes["boxes cut off at the border of their image"].append(f"{name}: {box.name}")
     return box._replace(sides=(round(x1, 3), round(y1, 3), round(x2 - x1, 3), round(y2 - y1, 3)))
@@ -214,7 +216,10 @@ def write(beside: Path, found: dict[str, Picture], val: set[str], names: list[st
     for split in ("train", "val"):
         chosen = [name for name in sorted(found) if (name in val) == (split == "val")]
         (beside / f"{split}.json").write_text(json.dumps(document(chosen, found, category)), encoding="utf-8")
-        CocoDataset(beside / f"{split}.json", beside / "images", EvalTransform(800, 1333))
+        try:
+            CocoDataset(beside / f"{split}.json", beside / "images", EvalTransform(800, 1333))
+        except UserError as error:
+            raise UserError(f"what would be written is not right: {str(error).replace(f'{beside}/', '')}") from None
     told = "".join(
         f"{kind}: {len(where)}\n" + "".join(f"    {one}\n" for one in where) for kind, where in notes.items()
     )

@@ -83,6 +83,7 @@ def read_coco(sources: list[Path], notes: Notes) -> Source:
         joined([own for own, _ in documents.values()], notes),
         f"{len(labels)} images of {len(documents)} files",
         parts={part: {short[name] for name in own} for part, own in parts.items()},
+        as_is=True,
     )
 
 

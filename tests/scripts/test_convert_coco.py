@@ -120,6 +120,15 @@ def test_crowds_and_areas_are_kept(run, folder):
     assert len(found) == 16
 
 
+def test_boxes_stay_as_they_are(run, folder):
+    """What cuts them off is the reader, which also sees when too many reach out of their images."""
+    write(folder / "a.json", {f"{n}.jpg": [("cat", 50, 40, 30, 30), ("dog", -2, 1, 9, 9)] for n in range(4)})
+    paint(*(folder / f"{n}.jpg" for n in range(4)))
+    code, out, err, splits = run(folder / "a.json")
+    assert code == 0 and "cut off" not in out, err
+    assert splits["val"] == {name: [("cat", 50, 40, 30, 30), ("dog", -2, 1, 9, 9)] for name in splits["val"]}
+
+
 def test_several_files_become_one_set(run, folder):
     """The same file names in two folders, other ids, other orders of the classes, a class more."""
     write(folder / "a" / "x.json", {f"{n}.jpg": boxes(n) for n in range(4)})
