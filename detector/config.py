@@ -63,7 +63,7 @@ class LossPart(Part):
 
 class Files(Options):
     annotations: str = ""  # a COCO annotation file
-    images: str = ""  # the folder its file names start from
+    images: str = ""  # the folder its file names start from; left out, it is looked for beside the annotation file
 
 
 class Data(Options):
@@ -78,6 +78,7 @@ class Data(Options):
     scale_jitter: tuple[float, float] = (1.0, 1.0)  # training images are resized by a factor drawn from this range
     strong: bool = False  # also colour, crops that keep boxes, affine maps
     cache: str = ""  # a folder to keep the images in, decoded and resized, for sets that fit on its disk
+    trust: bool = False  # take boxes as they stand that look like another format, and train without any box
 
     @model_validator(mode="after")
     def _ordered(self) -> "Data":

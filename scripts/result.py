@@ -20,7 +20,7 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from data.coco import load_annotations
+from data.annotations import load_annotations
 from data.matches import average_precision, calibration_error, draw_images, match
 from detector.errors import UserError
 
