@@ -164,21 +164,33 @@ def _plain_numbers(values: list) -> bool:
 
 def _corners_of_mask(segmentation: dict) -> Iterator[tuple[float, float, float, float]]:
     size, counts = segmentation.get("size"), segmentation.get("counts")
-    if not (isinstance(size, list) and len(size) == 2 and all(type(s) is int and 0 < s < 2**16 for s in size)):
+    if not (isinstance(size, list) and len(size) == 2 and all(type(s) is int and 0 < s < MAX_PIXELS for s in size)):
         raise ValueError("a mask has size: [height, width]")
-    if isinstance(counts, list) and all(type(count) is int and count >= 0 for count in counts):
-        if sum(counts) != size[0] * size[1]:
-            raise ValueError("a mask's counts add up to its height x width")
-        coded = mask.frPyObjects({"size": size, "counts": counts}, *size)
-    elif isinstance(counts, str) and MASK.fullmatch(counts):
-        coded = {"size": size, "counts": counts.encode()}
-    else:
+    if isinstance(counts, str) and MASK.fullmatch(counts):
+        counts = _runs(counts)
+    # pycocotools takes what it is given for sound.
+    if not (isinstance(counts, list) and all(type(count) is int and count >= 0 for count in counts)):
         raise ValueError("a mask's counts are a list or a compressed text")
-    x, y, width, height = mask.toBbox(coded).tolist()
-    if x < 0 or y < 0 or x + width > size[1] or y + height > size[0]:
-        raise ValueError("a mask's counts lead out of its size")
+    if sum(counts) != size[0] * size[1] or sum(counts) > MAX_PIXELS:
+        raise ValueError("a mask's counts add up to its height x width")
+    x, y, width, height = mask.toBbox(mask.frPyObjects({"size": size, "counts": counts}, *size)).tolist()
     if width and height:
         yield x, y, x + width, y + height
+
+
+def _runs(text: str) -> list[int]:
+    """The counts of a compressed mask, as pycocotools packs them: six bits a letter, differences from the third on."""
+    counts, value, bits = [], 0, 0
+    for letter in text.encode():
+        letter -= ord("0")
+        value |= (letter & 0x1F) << bits
+        bits += 5
+        if not letter & 0x20:
+            if letter & 0x10:  # negative
+                value -= 1 << bits
+            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+            value = bits = 0
+    return counts
 
 
 class _Flaw(Exception):

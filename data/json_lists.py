@@ -14,7 +14,7 @@ BLOCK = 2**22  # bytes that are looked at together
 STEP = np.zeros(256, np.int8)  # of the depth, at each character
 STEP[list(b"[{")], STEP[list(b"]}")] = 1, -1
 DIVIDES = bytes(character in b'[]{}"' for character in range(256))
-OPENING = re.compile(rb'"([^"\\]*)"\s*:\s*[\[{]$')  # of a value: its key
+OPENING = re.compile(rb'"((?:[^"\\]|\\.)*)"\s*:\s*[\[{]$', re.DOTALL)  # of a value: its key
 
 
 def read_lists(file: BinaryIO, names: Sequence[str], block: int = BLOCK) -> Iterator[tuple[str, bytes]]:
