@@ -82,8 +82,9 @@ class ImageFolder:
                 return []
         # Also "images/a.jpg" where the folder is images/ itself, and a whole path of another machine.
         forms = [] if PureWindowsPath(name).anchor else [posixpath.normpath(name), plain]
-        parts, own = plain.split("/"), spelling(os.path.basename(os.path.abspath(self.root)))
-        forms += ["/".join(parts[n + 1 :]) for n, part in enumerate(parts[:-1]) if spelling(part) == own]
+        own = spelling(os.path.basename(os.path.abspath(self.root)))
+        for parts in (plain.split("/"), posixpath.normpath(spelling(name)).split("/")):
+            forms += ["/".join(parts[n + 1 :]) for n, part in enumerate(parts[:-1]) if spelling(part) == own]
         return list(dict.fromkeys(forms))
 
     def _spellings(self, form: str) -> list[str]:
