@@ -75,8 +75,10 @@ def image_size(path: str | Path) -> tuple[int, int]:
     try:
         with Image.open(path) as file:
             _check_header(path, file.size, None)
+            # Of a TIFF, PIL has turned the size already, or has not: that depends on its version.
+            size = (file.tag_v2[256], file.tag_v2[257]) if file.format == "TIFF" else file.size
             turned = file.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
-            return file.size if turned else file.size[::-1]
+            return size if turned else size[::-1]
     except UserError:
         raise
     except Exception as error:
@@ -107,11 +109,13 @@ def _decode(file: Image.Image, data: bytes) -> np.ndarray:
             return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
     try:
         file.load()
+        whole = file.format != "PNG" or b"IEND" in data
     except OSError:
         if file.format != "JPEG" or not _is_nearly_whole(data):
             raise
-        warnings.warn(ImageRemark("a JPEG lacks its last bytes, and is read all the same"), stacklevel=3)
-        file = Image.open(io.BytesIO(data + END_MARK["JPEG"]))
+        file, whole = Image.open(io.BytesIO(data + END_MARK["JPEG"])), False
+    if not whole:
+        warnings.warn(ImageRemark("a file lacks its last bytes, and is read all the same"), stacklevel=3)
     if file.mode == "I" and file.format == "PPM":  # PIL has scaled it to 16 bits from the range that the file says
         return _upper_bits(np.asarray(file), 16)
     if file.mode in ("F", "I"):
