@@ -109,13 +109,13 @@ def _decode(file: Image.Image, data: bytes) -> np.ndarray:
             return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
     try:
         file.load()
-        whole = file.format != "PNG" or b"IEND" in data
+        whole = _has_end(data) if file.format == "JPEG" else file.format != "PNG" or b"IEND" in data
     except OSError:
         if file.format != "JPEG" or not _is_nearly_whole(data):
             raise
         file, whole = Image.open(io.BytesIO(data + END_MARK["JPEG"])), False
     if not whole:
-        warnings.warn(ImageRemark("a file lacks its last bytes, and is read all the same"), stacklevel=3)
+        warnings.warn(ImageRemark("a file lacks its last bytes, and is read all the same"), stacklevel=1)
     if file.mode == "I" and file.format == "PPM":  # PIL has scaled it to 16 bits from the range that the file says
         return _upper_bits(np.asarray(file), 16)
     if file.mode in ("F", "I"):
@@ -131,7 +131,7 @@ def _upper_bits(pixels: np.ndarray, bits: int) -> np.ndarray:
     used = max(int(pixels.max(initial=0)), 0).bit_length()
     if bits == 16 and used <= DARK_BITS:
         text = f"an image of 16 bits uses the lower {used} alone and is seen dark; scale such images to the whole range"
-        warnings.warn(ImageRemark(text), stacklevel=3)
+        warnings.warn(ImageRemark(text), stacklevel=1)
     return np.repeat(np.clip(pixels >> (bits - 8), 0, 255).astype(np.uint8)[:, :, None], 3, axis=2)
 
 
@@ -143,6 +143,14 @@ def _declared_bits(file: Image.Image) -> int:
     bits, most = (max(value) if isinstance(value, tuple) and value else value for value in (bits, most))
     found = min(bits or 16, int(most).bit_length() if most else 16)
     return found if 8 < found < 16 else 16
+
+
+def _has_end(data: bytes) -> bool:
+    """Whether the image of a JPEG file ends, be there more behind it; a thumbnail before it has an end of its own."""
+    at = 2
+    while data[at : at + 1] == b"\xff" and data[at + 1 : at + 2] != b"\xda":  # segments, up to the first scan
+        at += 1 if data[at + 1 : at + 2] == b"\xff" else 2 + int.from_bytes(data[at + 2 : at + 4])
+    return END_MARK["JPEG"] in data[at:]
 
 
 def _is_nearly_whole(data: bytes) -> bool:

@@ -72,6 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     page.refuse_folder(args.output)
     cfg = options(args)
+    warnings.simplefilter("ignore", ImageRemark)  # `look` counts them
 
     train = look(cfg, "train")
     val = look(cfg, "val", like=train.dataset) if cfg.data.val.annotations else None

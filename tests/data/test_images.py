@@ -1,3 +1,4 @@
+import io
 import struct
 import subprocess
 import sys
@@ -170,6 +171,20 @@ def test_a_jpeg_that_lacks_a_few_bytes_is_read_and_a_cut_one_is_not(tmp_path, op
         with pytest.raises(UserError) as excinfo:
             read_image(path)
         one_line(excinfo, "x.jpg", "truncated")
+
+
+@pytest.mark.parametrize("size", [(12, 9), (96, 96), (33, 50)])
+def test_small_jpegs_that_lack_a_few_bytes_are_remarked_on(tmp_path, size):
+    thumbnail = io.BytesIO()
+    Image.fromarray(SMOOTH[::8, ::8]).save(thumbnail, "JPEG")
+    exif = Image.Exif()
+    exif[0x9286] = thumbnail.getvalue()  # a comment with an image in it, which has an end
+    for seed in range(8):
+        picture = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8)
+        Image.fromarray(cv2.resize(picture, size)).save(tmp_path / "x.jpg", exif=exif)
+        (tmp_path / "x.jpg").write_bytes((tmp_path / "x.jpg").read_bytes()[:-2])
+        with pytest.warns(ImageRemark, match="lacks its last bytes"):
+            read_image(tmp_path / "x.jpg")
 
 
 @pytest.mark.filterwarnings("error")
