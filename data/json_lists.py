@@ -8,23 +8,23 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import BinaryIO
 
+import msgspec
 import numpy as np
 
 BLOCK = 2**22  # bytes that are looked at together
 STEP = np.zeros(256, np.int8)  # of the depth, at each character
 STEP[list(b"[{")], STEP[list(b"]}")] = 1, -1
 DIVIDES = bytes(character in b'[]{}"' for character in range(256))
-OPENING = re.compile(rb'"((?:[^"\\]|\\.)*)"\s*:\s*[\[{]$', re.DOTALL)  # of a value: its key
+OPENING = re.compile(rb'"((?:[^"\\]|\\.)*)"\s*:\s*\[$', re.DOTALL)  # of a list: its key
 
 
 def read_lists(file: BinaryIO, names: Sequence[str], block: int = BLOCK) -> Iterator[tuple[str, bytes]]:
     """Yield each top-level list of these names, in the order of the file, in parts: (name, JSON list of some records).
 
-    Only what divides the file is looked at, brackets and quotes: what is between them shows when a part is decoded.
-    Raises ValueError where they divide it into no such lists (it is broken, or not in UTF-8) or a name is there twice;
-    what was yielded before is void then.
+    What is inside a part shows when it is decoded. Raises ValueError, at the end at the latest, where all around the
+    lists is no JSON object in UTF-8, or a list is missing or there twice; what was yielded before is void then.
     """
-    depth, quoted, pending = 0, 0, b""
+    depth, quoted, pending, rest = 0, 0, b"", bytearray()  # rest: all that is not in one of the lists
     name, seen, first = "", set(), True  # the list that is read, if any; whether its next part is its first
     while text := file.read(block):
         plain = text
@@ -48,25 +48,27 @@ def read_lists(file: BinaryIO, names: Sequence[str], block: int = BLOCK) -> Iter
             end = int(places[cut]) + 1
             own, pending, start = pending + text[start:end], b"", end
             opens, level = steps[cut] > 0, depths[cut]
-            if level < 0 or (level == 1 and opens and (seen or own.strip() != b"{")):
-                raise ValueError("not one object")
-            if level == 2 and opens:
-                key = OPENING.search(own)
-                name = key[1].decode() if key and codes[cut] == ord("[") else ""
-                if key is None or name in seen:
-                    raise ValueError("a value without a key, or with one that is there already")
-                first, name = True, name if name in names else ""
-            elif name:
+            if name:
                 yield name, _list(own if level == 2 else own[:-1], first, last=level == 1)
                 first = False
                 if level == 1:
+                    rest += own[-1:]
                     seen.add(name)
                     name = ""
+                continue
+            rest += own
+            if opens and level == 2 and codes[cut] == ord("["):
+                key = OPENING.search(own)
+                name, first = key[1].decode() if key else "", True
+                if name in seen:
+                    raise ValueError("a list that is there twice")
+                name = name if name in names else ""
         pending += text[start:]
         if len(places):
             depth, quoted = int(depths[-1]), int(quotes[-1] & 1)
-    if depth or quoted or pending.strip() or seen != set(names):
-        raise ValueError("not one object with all of the lists")
+    msgspec.json.decode(rest + pending, type=dict[str, msgspec.Raw])
+    if seen != set(names):
+        raise ValueError("not all of the lists")
 
 
 def _list(text: bytes, first: bool, last: bool) -> bytes:

@@ -70,6 +70,10 @@ def test_a_large_list_comes_in_parts():
         '{"images": [{}]], "annotations": []}',
         '{"images": [], "annotations": ["]}',
         '{"images": [], "annot\\u0061tions": []}',
+        '{"info": {x}, "images": [], "annotations": []}',
+        '{"images": [] "annotations": []}',
+        '{"images": [], "annotations": [],}',
+        '{"images": [], "annotations": [}}',
     ],
 )
 @pytest.mark.parametrize("block", [1, 7, 4096])
