@@ -3,8 +3,9 @@
     python scripts/bench/coco_size.py [--images 118287] [--boxes 860001] [--repeats 3] [--beside CHECKOUT]
 
 Makes the annotation files in a temporary folder (473 MB with polygons, and 5,000 images for validation); the images are
-hard links to a few pictures. Each figure is measured in a process of its own. Memory is the most that such a process
-holds, PyTorch's 0.3 GB and the file itself included. `--beside` measures another checkout of this project in turns.
+hard links to a few pictures. Each row is a process of its own: seconds by the clock, seconds of the processor (which
+other work on the machine hardly changes), and the most memory that it held, PyTorch's own included. `--beside` measures
+another checkout of this project in turns.
 """
 
 import argparse
@@ -32,9 +33,11 @@ SIZE = (480, 640)  # height, width
 # Each prints its figures as JSON. STARTED is the time at which the process was asked for.
 HEAD = """
 import json, os, resource, time
-start = float(os.environ["STARTED"])
-def tell(**figures):
-    figures["GB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+def clock():
+    return time.time(), time.process_time()
+def tell(begin):
+    figures = [now - then for now, then in zip(clock(), begin)]
+    figures.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)
     print("FIGURES", json.dumps(figures), flush=True)
     os._exit(0)
 """
@@ -44,7 +47,7 @@ import train
 epoch = train.train_one_epoch
 def first_step(*args, **options):
     epoch(*args, **options | {"until": 1})
-    tell(seconds=time.time() - start)
+    tell((float(os.environ["STARTED"]), 0))
 train.train_one_epoch = first_step
 train.main()
 """,
@@ -52,17 +55,17 @@ train.main()
 import scripts.check_data
 from data.coco import CocoDataset
 from data.transforms import EvalTransform
-begin = time.time()
+begin = clock()
 CocoDataset(os.environ["TRAIN"], os.environ["IMAGES"], EvalTransform(96, 128))
-tell(seconds=time.time() - begin)
+tell(begin)
 """,
     "order of an epoch, batches of 16": """
 import numpy as np
 from data.loader import TrainSampler
 sampler = TrainSampler(np.ones(int(os.environ["COUNT"])), 16, seed=0)
-begin = time.time()
+begin = clock()
 assert len(list(sampler)) == len(sampler)
-tell(seconds=time.time() - begin)
+tell(begin)
 """,
     "scoring 5,000 images, 100 detections each": """
 import numpy as np, torch
@@ -77,18 +80,18 @@ def found():
     boxes = np.concatenate([corner, corner + rng.uniform(10, 150, (100, 2))], axis=1)
     return Detections(torch.tensor(boxes), torch.tensor(rng.random(100)), torch.tensor(rng.integers(0, 80, 100)))
 detections = {image: found() for image in data.image_ids}
-begin = time.time()
+begin = clock()
 score(data.annotations, detections, data.category_ids)
-tell(seconds=time.time() - begin)
+tell(begin)
 """,
     "a checkpoint of resnet50": """
 import train
 from detector import checkpoint
 save = checkpoint.save
 def saved(path, *args, **options):
-    begin = time.time()
+    begin = clock()
     save(path, *args, **options)
-    tell(seconds=time.time() - begin)
+    tell(begin)
 train.train_one_epoch = lambda *args, **options: None
 train.checkpoint.save = saved
 train.main()
@@ -112,22 +115,24 @@ def main() -> None:
         print(f"{args.images:,} images, {args.boxes:,} boxes, annotation file of {megabytes:,.0f} MB\n")
         rows = []
         for what, program in PROGRAMS.items():
-            figures: dict[str, list[dict]] = {key: [] for key in checkouts}
+            figures: dict[str, list[list[float]]] = {key: [] for key in checkouts}
             for _ in range(args.repeats):
                 for key, root in checkouts.items():
                     figures[key].append(run(program, root, folder, args.images))
-            cells = []
-            for own in figures.values():
-                cells += [f"{statistics.median(one[unit] for one in own):.2f}" for unit in ("seconds", "GB")]
-            rows.append([what, *cells])
-    print(measure.table(["", *(f"{unit}{key}" for key in checkouts for unit in ("s", "GB"))], rows))
+            rows.append([what, *(f"{statistics.median(one):.2f}" for own in figures.values() for one in zip(*own))])
+    print(measure.table(["", *(f"{unit}{key}" for key in checkouts for unit in ("s", "CPU s", "GB"))], rows))
 
 
-def run(program: str, root: Path, folder: Path, images: int) -> dict:
-    """The figures that a program of PROGRAMS prints, run in a checkout."""
+def run(program: str, root: Path, folder: Path, images: int) -> list[float]:
+    """Seconds, those of the processor, and GB that a program of PROGRAMS prints, run in a checkout."""
     with tempfile.TemporaryDirectory(dir=folder) as output:
         settings = ["run=t", f"output={output}", "device=cpu", "tensorboard.enabled=false", "data.workers=0"]
-        settings += ["model.backbone=resnet50", "model.weights=none", "model.norm=bn"]
+        settings += [
+            "model.weights=none",
+            "model.norm=bn",
+            f"model.backbone={'resnet50' if 'checkpoint.save' in program else 'resnet18'}",
+        ]
+        settings += ["model.fpn_channels=64", "model.head.width=64"]
         settings += ["data.short_side=96", "data.long_side=128", "solver.batch_size=2"]
         for split in ("train", "val"):
             settings += [f"data.{split}.annotations={folder / split}.json", f"data.{split}.images={folder / 'images'}"]
