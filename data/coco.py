@@ -132,17 +132,12 @@ class CocoDataset(Dataset):
         beyond = int((corner + extent > 1.05 * image).any(axis=1).sum())
         if beyond < 3 or beyond < 0.2 * len(sides):
             return None
+        ordered, turned = (corner > -1) & (extent > corner), image[:, ::-1]
+        inside = (corner >= extent / 2 - 1) & (corner + extent / 2 <= image + 1)
         for looks, fits, cure in (
-            (
-                "corners x1, y1, x2, y2",
-                (corner > -1) & (extent > corner) & (extent <= image + 1),
-                "write x, y, x2 - x1, y2 - y1",
-            ),
-            (
-                "a centre with width and height",
-                (corner >= extent / 2 - 1) & (corner + extent / 2 <= image + 1),
-                "take half of the width from x and half of the height from y",
-            ),
+            ("corners x1, y1, x2, y2", ordered & (extent <= image + 1), "write x1, y1, x2 - x1, y2 - y1"),
+            ("corners y1, x1, y2, x2", ordered & (extent <= turned + 1), "write x1, y1, x2 - x1, y2 - y1"),
+            ("a centre with width and height", inside, "take half of the width from x and half of the height from y"),
         ):
             if fits.all(axis=1).mean() > 0.99:
                 return (

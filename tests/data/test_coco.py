@@ -177,6 +177,7 @@ def boxes(folder, make, count=30, **options):
 
 OTHER_FORMATS = {
     "corners": (lambda x1, y1, x2, y2, w, h: (x1, y1, x2, y2), ["as corners x1, y1, x2, y2", "x2 - x1, y2 - y1"]),
+    "corners, y first": (lambda x1, y1, x2, y2, w, h: (y1, x1, y2, x2), ["as corners y1, x1, y2, x2"]),
     "in 0..1": (
         lambda x1, y1, x2, y2, w, h: (x1 / w, y1 / h, (x2 - x1) / w, (y2 - y1) / h),
         ["30 boxes all lie in 0..1", "multiply"],
