@@ -107,11 +107,12 @@ def speeds(watch: Stopwatch, images: int) -> str:
 def open_dataset(source: str, content: dict, cfg: Config, data: list[str] | None) -> CocoDataset:
     """`data`, an annotation file and an image folder, or the validation set that the checkpoint itself names."""
     annotations, images = data or (cfg.data.val.annotations, cfg.data.val.images)
-    if not annotations or not images:
+    if not annotations:
         raise UserError(f"{source} names no validation set; give one by --data ANNOTATIONS IMAGES")
     transform = EvalTransform(cfg.data.short_side, cfg.data.long_side)
     classes = {"category_ids": content["category_ids"], "class_names": content["class_names"] or None}
-    return CocoDataset(annotations, images, transform, **classes, cache="" if data else cfg.data.cache)
+    cache = "" if data else cfg.data.cache
+    return CocoDataset(annotations, images, transform, **classes, cache=cache, trust=cfg.data.trust)
 
 
 def write(folder: Path, metrics: dict, results: list[dict]) -> None:

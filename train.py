@@ -170,9 +170,9 @@ def seed_everything(seed: int) -> None:
 def build_datasets(cfg: Config) -> tuple[CocoDataset, CocoDataset]:
     """Training and validation set; the training set says which classes there are."""
     for split in ("train", "val"):
-        for key, value in getattr(cfg.data, split):
-            if not value:
-                raise UserError(f"data.{split}.{key}: not set; name it in the config or --set data.{split}.{key}=...")
+        if not getattr(cfg.data, split).annotations:
+            key = f"data.{split}.annotations"
+            raise UserError(f"{key}: not set; name it in the config or --set {key}=...")
     size = (cfg.data.short_side, cfg.data.long_side)
     augment = TrainTransform(
         *size,
@@ -181,10 +181,13 @@ def build_datasets(cfg: Config) -> tuple[CocoDataset, CocoDataset]:
         scale_jitter=cfg.data.scale_jitter,
         strong=cfg.data.strong,
     )
-    train_set = CocoDataset(cfg.data.train.annotations, cfg.data.train.images, augment, cache=cfg.data.cache)
-    val = cfg.data.val
+    train, val = cfg.data.train, cfg.data.val
+    common = {"cache": cfg.data.cache, "trust": cfg.data.trust}
+    train_set = CocoDataset(train.annotations, train.images, augment, **common)
+    if not cfg.data.trust:
+        train_set.refuse_without_boxes()
     classes = {"category_ids": train_set.category_ids, "class_names": train_set.class_names}
-    val_set = CocoDataset(val.annotations, val.images, EvalTransform(*size), **classes, cache=cfg.data.cache)
+    val_set = CocoDataset(val.annotations, val.images, EvalTransform(*size), **classes, **common)
     return train_set, val_set
 
 

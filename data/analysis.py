@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data.annotations import Annotations
+
 try:
     import hotcoco
 except ImportError:
@@ -81,7 +83,7 @@ def overlaps(boxes: list, others: list, *, of_first: bool = False) -> np.ndarray
     return shared / np.maximum(area if of_first else area + other_area - shared, 1e-12)
 
 
-def costs(annotations: dict, results: list[dict]) -> dict[str, float] | None:
+def costs(annotations: Annotations, results: list[dict]) -> dict[str, float] | None:
     """AP at an IoU of 0.5 (0..1) that each kind costs: how much is won where it is mended alone.
 
     None without hotcoco, whose analysis it is, and where there is nothing to analyse.
@@ -94,7 +96,7 @@ def costs(annotations: dict, results: list[dict]) -> dict[str, float] | None:
     return {kind: float(won[name]) for kind, name in THEIRS.items()}
 
 
-def confusion(annotations: dict, results: list[dict]) -> tuple[np.ndarray, list[str]] | None:
+def confusion(annotations: Annotations, results: list[dict]) -> tuple[np.ndarray, list[str]] | None:
     """How often a box of one class (row) is found as another (column), (K + 1, K + 1), and the classes' names.
 
     The last row is background: detections on no box; the last column boxes that are not found. None as `costs`.
@@ -105,18 +107,17 @@ def confusion(annotations: dict, results: list[dict]) -> tuple[np.ndarray, list[
     return found["matrix"].astype(np.int64), [*found["cat_names"], "background"]
 
 
-def _evaluation(annotations: dict, results: list[dict]) -> "hotcoco.COCOeval":
-    image = {one["id"]: place for place, one in enumerate(annotations["images"])}
-    category = {one["id"]: place for place, one in enumerate(annotations["categories"])}
-    truth = annotations["annotations"]
+def _evaluation(annotations: Annotations, results: list[dict]) -> "hotcoco.COCOeval":
+    image = {number: place for place, number in enumerate(annotations.image_ids.tolist())}
+    category = {number: place for place, number in enumerate(annotations.names)}
     expected = hotcoco.COCO.from_arrays(
         [{"id": place} for place in image.values()],
-        [{"id": category[one["id"]], "name": one["name"]} for one in annotations["categories"]],
-        np.array([image[one["image_id"]] for one in truth], np.int64),
-        np.array([category[one["category_id"]] for one in truth], np.int64),
-        np.array([one["bbox"] for one in truth], np.float64).reshape(-1, 4),
-        area=np.array([one["area"] for one in truth], np.float64),
-        iscrowd=np.array([bool(one.get("iscrowd")) for one in truth]),
+        [{"id": category[number], "name": name} for number, name in annotations.names.items()],
+        annotations.images,
+        np.array([category[number] for number in annotations.categories.tolist()], np.int64),
+        annotations.boxes,
+        area=annotations.areas,
+        iscrowd=annotations.crowds,
     )
     rows = [
         (image[one["image_id"]], *one["bbox"], one["score"], category[one["category_id"]])

@@ -5,25 +5,24 @@ Whatever is wrong with the file is found here and told in one line.
 """
 
 import hashlib
-import json
-import os
-from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path, PureWindowsPath
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from data.annotations import load_annotations, shortened
 from data.cache import Cache
-from data.images import MAX_PIXELS, read_image
+from data.image_folder import ImageFolder, find_folder
+from data.images import image_size, read_image
 from data.transforms import scale_boxes
-from detector.errors import CONTROL, UserError
+from detector.errors import UserError
 from detector.structures import Target
 
 MIN_SIDE = 1e-3  # pixels; a box thinner than this, after clipping, has no area
-MAX_ID = 2**63 - 1  # pycocotools puts ids in arrays
 CLIP_TOLERANCE = 0.1  # pixels; finer than this, a box outside its image is rounding in the file
 
 # A transform: image (h, w, 3) uint8 RGB, boxes (G, 4) float32, labels (G,) int64, seed -> the first three.
@@ -33,13 +32,15 @@ Transform = Callable[[np.ndarray, np.ndarray, np.ndarray, int], tuple[np.ndarray
 class CocoDataset(Dataset):
     """Samples of one annotation file.
 
-    A validation set is given the `category_ids` (and, to have them compared, the `class_names`) of the training
-    set, so that a label means the same class in both. `cache` is a folder to keep the images in, decoded and resized
-    for the transform, or empty; samples are the same to the bit where the transform neither jitters nor distorts.
+    Without `images`, the folder of the images is looked for where common exporters put it. A validation set is given
+    the `category_ids` (and, to have them compared, the `class_names`) of the training set, so that a label means the
+    same class in both. `cache` is a folder to keep the images in, decoded and resized for the transform, or empty;
+    samples are the same to the bit where the transform neither jitters nor distorts. With `trust`, boxes that look like
+    another format are taken as they stand.
 
-    Raises UserError for whatever is wrong with the annotation file, a missing image or one outside the folder, at
-    once; for an image that cannot be decoded or has another size than its record says, when it is read, which is at
-    once too where a cache is to be built.
+    Raises UserError for whatever is wrong with the annotation file or the boxes in it and for a missing image, at once;
+    for an image that cannot be decoded or has another size than its record says, when it is read, which is at once too
+    where a cache is to be built.
     """
 
     def __init__(
@@ -51,85 +52,132 @@ class CocoDataset(Dataset):
         category_ids: Sequence[int] | None = None,
         class_names: Sequence[str] | None = None,
         cache: str | Path = "",
+        trust: bool = False,
     ):
-        self.path, self.folder, self.transform = Path(annotations), Path(images), transform
+        self.path, self.transform = Path(annotations), transform
         self.annotations = load_annotations(self.path)
-        records = self.annotations["images"]
-        self.image_ids: list[int] = [record["id"] for record in records]
-        self.file_names: list[str] = [record["file_name"] for record in records]
-        self.sizes = [(record["height"], record["width"]) for record in records]
+        names = self.annotations.file_names
+        self.folder = Path(images) if images else find_folder(self.path, names)
+        try:
+            self.file_names, other = ImageFolder(self.folder).locate(names, self.path)
+        except UserError as error:
+            raise UserError(f"{error}{_elsewhere(self.path, names, self.folder)}") from None
+        self.remarks = [*self.annotations.remarks, *other]
+        self.image_ids: list[int] = self.annotations.image_ids.tolist()
+        self._complete_sizes()
+        self.sizes: list[tuple[int, int]] = list(map(tuple, self.annotations.sizes.tolist()))
         self.aspects: list[float] = [width / height for height, width in self.sizes]
         self._name_classes(category_ids, class_names)
+        if not trust and (flaw := self._suspicion()):
+            cure = "to take them as they stand, set data.trust=true (convert.py: --trust)"
+            raise UserError(f"{self.path}: {flaw}; {cure}")
         self._collect_boxes()
-        self.check_files()
         self.cache = None
         if cache:
             files = [self.folder / name for name in self.file_names]
             self.cache = Cache(cache, files, self.sizes, [transform.largest(*size) for size in self.sizes])
 
+    def _complete_sizes(self) -> None:
+        """Read the sizes that the file does not say from the images."""
+        sizes = self.annotations.sizes
+        unsaid = np.flatnonzero((sizes == 0).any(axis=1))
+        if len(unsaid):
+            with ThreadPoolExecutor() as pool:
+                files = [self.folder / self.file_names[place] for place in unsaid]
+                sizes[unsaid] = list(pool.map(image_size, files))
+            self.remarks.append(
+                f"{len(unsaid):,} images without width and height, which are read from the image "
+                f"(the first is image id {self.image_ids[unsaid[0]]})"
+            )
+
     def _name_classes(self, category_ids: Sequence[int] | None, class_names: Sequence[str] | None) -> None:
         """Set `category_ids`, whose positions are the labels, and `class_names`."""
-        names = unique_names(self.annotations["categories"])
+        names = self.annotations.names
         self.category_ids: list[int] = sorted(names) if category_ids is None else list(category_ids)
         expected = dict(zip(self.category_ids, class_names)) if class_names is not None else {}
         known = set(self.category_ids)
+        used = set(np.unique(self.annotations.categories).tolist())
         for category, name in names.items():
-            if category not in known:
+            if category not in known and category in used:
                 raise UserError(
-                    f"{self.path}: category {category} ({_shortened(name)}) is unknown to the model, whose category "
-                    f"ids are {_shortened(self.category_ids)}; take an annotation file of the same data set"
+                    f"{self.path}: category {category} ({shortened(name)}) is unknown to the model, whose category "
+                    f"ids are {shortened(self.category_ids)}; take an annotation file of the same data set"
                 )
             if expected.get(category, name) != name:
                 raise UserError(
-                    f"{self.path}: category {category} is {_shortened(name)} here and "
-                    f"{_shortened(expected[category])} in training; give both annotation files the same categories"
+                    f"{self.path}: category {category} is {shortened(name)} here and "
+                    f"{shortened(expected[category])} in training; give both annotation files the same categories"
                 )
+        if extra := [name for category, name in names.items() if category not in known]:
+            self.remarks.append(
+                f"{len(extra):,} categories that training does not have, without boxes (the first is {extra[0]!r})"
+            )
         names = {**names, **expected}
         self.class_names: list[str] = [names.get(category, f"category {category}") for category in self.category_ids]
+
+    def _suspicion(self) -> str | None:
+        """What the boxes look like where they are nearly certainly not x, y, width, height in pixels."""
+        sides = self.annotations.boxes[~self.annotations.crowds]
+        image = self.annotations.sizes[self.annotations.images[~self.annotations.crowds]][:, ::-1]  # width, height
+        with_area = (sides[:, 2:] > 0).all(axis=1)
+        sides, image = sides[with_area], image[with_area]
+        if not len(sides):
+            return None
+        corner, extent = sides[:, :2], sides[:, 2:]
+        if (sides >= 0).all() and (sides <= 1.01).all() and (image > 16).all():
+            return (
+                f"its {len(sides):,} boxes all lie in 0..1, as {shortened(sides[0].tolist())} does: they look divided "
+                "by the size of the image; multiply x and width by the image's width, y and height by its height"
+            )
+        # Boxes leave their image by rounding, or where objects do; not by a twentieth of it, one in five of them.
+        beyond = int((corner + extent > 1.05 * image).any(axis=1).sum())
+        if beyond < 3 or beyond < 0.2 * len(sides):
+            return None
+        ordered, turned = (corner > -1) & (extent > corner), image[:, ::-1]
+        inside = (corner >= extent / 2 - 1) & (corner + extent / 2 <= image + 1)
+        for looks, fits, cure in (
+            ("corners x1, y1, x2, y2", ordered & (extent <= image + 1), "write x1, y1, x2 - x1, y2 - y1"),
+            ("corners y1, x1, y2, x2", ordered & (extent <= turned + 1), "write x1, y1, x2 - x1, y2 - y1"),
+            ("a centre with width and height", inside, "take half of the width from x and half of the height from y"),
+        ):
+            if fits.all(axis=1).mean() > 0.99:
+                return (
+                    f"{beyond:,} of {len(sides):,} boxes reach out of their image, and as {looks} all would be inside "
+                    f"it, the first {shortened(sides[0].tolist())}; COCO's are x, y, width, height: {cure}"
+                )
+        return None
 
     def _collect_boxes(self) -> None:
         """Gather the boxes of all images in one array, image by image, and count what is left out of it.
 
         One array instead of an object per box: the worker processes share it without copying.
         """
-        index_of = {image_id: index for index, image_id in enumerate(self.image_ids)}
-        label_of = {category: label for label, category in enumerate(self.category_ids)}
-        every = self.annotations["annotations"]
-        records = [record for record in every if not record["iscrowd"]]
-        image = np.array([index_of[record["image_id"]] for record in records], np.int64)
-        labels = np.array([label_of[record["category_id"]] for record in records], np.int64)
-        raw = np.array([record["bbox"] for record in records], np.float64).reshape(-1, 4)
+        rows = np.flatnonzero(~self.annotations.crowds)
+        image = self.annotations.images[rows]
+        order = np.argsort(self.category_ids)
+        labels = order[np.searchsorted(self.category_ids, self.annotations.categories[rows], sorter=order)]
+        raw = self.annotations.boxes[rows]
         raw[:, 2:] += raw[:, :2]
-        boxes = np.clip(raw, 0, np.array(self.sizes)[image][:, [1, 0, 1, 0]]).astype(np.float32)
+        boxes = np.clip(raw, 0, self.annotations.sizes[image][:, [1, 0, 1, 0]]).astype(np.float32)
         has_area = (boxes[:, 2:] - boxes[:, :2] >= MIN_SIDE).all(axis=1)
 
-        self.num_crowd = len(every) - len(records)
+        self.num_crowd = len(self.annotations.ids) - len(rows)
         self.num_clipped = int((has_area & (np.abs(boxes - raw) > CLIP_TOLERANCE).any(axis=1)).sum())
-        self.dropped_ids = [records[i]["id"] for i in np.flatnonzero(~has_area)]
+        self.dropped_ids = self.annotations.ids[rows[~has_area]].tolist()
         order = np.flatnonzero(has_area)
         order = order[np.argsort(image[order], kind="stable")]
         self._boxes, self._labels = boxes[order], labels[order]
         self._starts = np.searchsorted(image[order], np.arange(len(self) + 1))  # image i owns starts[i]..starts[i+1]
 
-    def check_files(self) -> None:
-        """Raise UserError unless every image of the annotation file is in the image folder, links followed."""
-        found = {folder: _list_files(self.folder / folder) for folder in set(map(os.path.dirname, self.file_names))}
-        files = [found[os.path.dirname(name)].get(os.path.basename(name)) for name in self.file_names]
-        missing = [name for name, file in zip(self.file_names, files) if file is None]
-        if missing:
+    def refuse_without_boxes(self) -> None:
+        """UserError where there is nothing to learn."""
+        if not self.num_boxes:
+            left_out = "".join(f"; {remark}" for remark in self.annotations.remarks if "left out" in remark)
             raise UserError(
-                f"{self.folder}: {len(missing)} of {len(self)} images of {self.path} are not there, the first is "
-                f"{missing[0]!r}; correct the image folder or complete it"
+                f"{self.path}: no box to learn from: {self.num_crowd:,} boxes are crowds (iscrowd 1), "
+                f"{len(self.dropped_ids):,} have no area inside their image{left_out}; correct the file, or set "
+                "data.trust=true to train all the same"
             )
-        root = os.path.realpath(self.folder)
-        # Each folder is resolved once, and of the files only the links: there may be 100,000.
-        inside = {folder: _is_inside(self.folder / folder, root) for folder in found}
-        for name, file in zip(self.file_names, files):
-            if not inside[os.path.dirname(name)] or (file.is_symlink() and not _is_inside(file.path, root)):
-                raise UserError(
-                    f"{self.folder}: {name!r} of {self.path} is a link to {os.path.realpath(file)!r}, outside the "
-                    "image folder; put the file itself there, or give the folder that holds both"
-                )
 
     def summary(self) -> str:
         """One paragraph on what training sees of the file and what it does not."""
@@ -140,6 +188,7 @@ class CocoDataset(Dataset):
             f"{self.num_crowd:,} crowd boxes left out of training, {self.num_clipped:,} boxes clipped to their image, "
             f"{len(self.dropped_ids):,} boxes without area dropped"
             + (f" (annotation ids {examples})." if self.dropped_ids else ".")
+            + (f" Taken all the same: {'; '.join(self.remarks)}." if self.remarks else "")
             + (f" {self.cache.summary()}" if self.cache else "")
         )
 
@@ -159,7 +208,7 @@ class CocoDataset(Dataset):
         return len(self.image_ids)
 
     def __getstate__(self) -> dict:
-        # What goes to a worker process that is not forked: it needs no annotation file, which may be a gigabyte.
+        # What goes to a worker process that is not forked: it needs no annotations, which are all over again in _boxes.
         return {**self.__dict__, "annotations": None}
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Target, int, tuple[int, int]]:
@@ -179,132 +228,10 @@ class CocoDataset(Dataset):
         return torch.from_numpy(image).permute(2, 0, 1), target, self.image_ids[index], size
 
 
-def load_annotations(path: str | Path) -> dict:
-    """Read a COCO annotation file and check all that is later relied on.
-
-    Returns the file's object, with `area` and `iscrowd` filled in where they lack, and without `segmentation`:
-    only boxes are used, and the polygons are nine tenths of the memory. Raises UserError at the first flaw.
-    """
+def _elsewhere(path: Path, names: list[str], folder: Path) -> str:
+    """A hint at the folder that does hold the images, if there is one where it is looked for by default."""
     try:
-        document = json.loads(Path(path).read_bytes())
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the annotation file ({error.strerror}); correct its path") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}); export or download the file again") from None
-    if not isinstance(document, dict):
-        raise UserError(f"{path}: holds a {type(document).__name__}, not an object; give a COCO annotation file")
-    images = _records(path, document, "images")
-    categories = _records(path, document, "categories")
-    annotations = _records(path, document, "annotations")
-    for name, records in (("images", images), ("categories", categories)):
-        if not records:
-            raise UserError(f"{path}: the list {name!r} is empty; give a file that has at least one")
-
-    for index, record in enumerate(images):
-        if flaw := _image_flaw(record):
-            raise _at(path, "images", index, record, flaw)
-    for index, record in enumerate(categories):
-        name = record.get("name")
-        if not isinstance(name, str) or not name or CONTROL.search(name):
-            flaw = f"name is {_shortened(name)}; give the class a name, without control characters"
-            raise _at(path, "categories", index, record, flaw)
-    image_ids, category_ids = {record["id"] for record in images}, {record["id"] for record in categories}
-    for index, record in enumerate(annotations):
-        if flaw := _annotation_flaw(record, image_ids, category_ids):
-            raise _at(path, "annotations", index, record, flaw)
-        width, height = record["bbox"][2:]
-        record.setdefault("area", max(width, 0) * max(height, 0))
-        record.setdefault("iscrowd", 0)
-        record.pop("segmentation", None)
-    return document
-
-
-def unique_names(categories: list[dict]) -> dict[int, str]:
-    """Category id -> name; categories that share one, as in some exports, are told apart by their ids."""
-    count = Counter(category["name"] for category in categories)
-    names = {c["id"]: c["name"] if count[c["name"]] == 1 else f"{c['name']} (id {c['id']})" for c in categories}
-    if len(set(names.values())) == len(names):
-        return names
-    return {c["id"]: f"{c['name']} (id {c['id']})" for c in categories}  # one was called "cat (id 3)" already
-
-
-def _records(path: str | Path, document: dict, name: str) -> list[dict]:
-    """The list `name` of the document, all of it objects with ids of their own."""
-    records = document.get(name)
-    if not isinstance(records, list):
-        raise UserError(f"{path}: has no list {name!r}; give a COCO file with images, annotations and categories")
-    seen: set[int] = set()
-    for index, record in enumerate(records):
-        if not isinstance(record, dict):
-            raise UserError(f"{path}: {name}[{index}] is {_shortened(record)}, not an object; remove it")
-        number = record.get("id")
-        if type(number) is not int:  # not isinstance: True is an int to Python
-            raise UserError(f"{path}: {name}[{index}]: id is {_shortened(number)}; give it a whole number of its own")
-        if abs(number) > MAX_ID:
-            raise UserError(f"{path}: {name}[{index}]: id {_shortened(number)} exceeds 64 bits; give a smaller one")
-        if number in seen:
-            raise UserError(f"{path}: {name}[{index}]: id {number} is taken by an earlier record; make ids unique")
-        seen.add(number)
-    return records
-
-
-def _image_flaw(record: dict) -> str | None:
-    for key in ("width", "height"):
-        if type(record.get(key)) is not int or record[key] <= 0:
-            return f"{key} is {_shortened(record.get(key))}; give the image's {key} in pixels"
-    if record["width"] * record["height"] > MAX_PIXELS:
-        size = f"{_shortened(record['width'])} x {_shortened(record['height'])}"
-        return f"width x height is {size}, more than {MAX_PIXELS} pixels; correct it or make the image smaller"
-    name = record.get("file_name")
-    # The Windows flavour knows both separators and drives, so that it finds every way out of the folder.
-    file = PureWindowsPath(name) if isinstance(name, str) else None
-    if file is None or file.anchor or not file.parts or ".." in file.parts or CONTROL.search(name):
-        return f"file_name is {_shortened(name)}; give a path inside the image folder, relative to it"
-    return None
-
-
-def _annotation_flaw(record: dict, image_ids: set[int], category_ids: set[int]) -> str | None:
-    for key, known in (("image_id", image_ids), ("category_id", category_ids)):
-        if type(record.get(key)) is not int or record[key] not in known:
-            return f"{key} is {_shortened(record.get(key))}, which the file does not list; correct or remove it"
-    bbox = record.get("bbox")
-    # The comparison is false for NaN as well as for infinity.
-    if not (
-        isinstance(bbox, list)
-        and len(bbox) == 4
-        and all(type(value) in (int, float) and -1e9 < value < 1e9 for value in bbox)
-    ):
-        return f"bbox is {_shortened(bbox)}; give four finite numbers x, y, width, height in pixels, or remove it"
-    area = record.get("area", 0)
-    if not (type(area) in (int, float) and -1e18 < area < 1e18):
-        return f"area is {_shortened(area)}; give a finite number or leave it out"
-    if record.get("iscrowd", 0) not in (0, 1):
-        return f"iscrowd is {_shortened(record['iscrowd'])}; give 0 or 1 or leave it out"
-    return None
-
-
-def _at(path: str | Path, name: str, index: int, record: dict, flaw: str) -> UserError:
-    return UserError(f"{path}: {name}[{index}] (id {record['id']}): {flaw}")
-
-
-def _shortened(value: object) -> str:
-    try:
-        text = repr(value)
-    except RecursionError:
-        return f"a deeply nested {type(value).__name__}"
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _list_files(folder: Path) -> dict[str, os.DirEntry]:
-    """The folder's files by name; no folders, and none of what is read without an end, such as a pipe."""
-    try:
-        with os.scandir(folder) as entries:
-            # A link that leads round in a circle is no file to isfile, and an OSError to is_file.
-            return {e.name: e for e in entries if (os.path.isfile(e) if e.is_symlink() else e.is_file())}
-    except OSError as error:
-        raise UserError(f"{folder}: cannot read the image folder ({error.strerror}); correct its path") from None
-
-
-def _is_inside(path: str | Path, root: str) -> bool:
-    """Whether a path leads, links followed, into the folder `root`, itself free of links."""
-    return Path(os.path.realpath(path)).is_relative_to(root)
+        found = find_folder(path, names)
+    except UserError:
+        return ""
+    return f"; all are in {found}" if found.resolve() != folder.resolve() else ""

@@ -17,7 +17,7 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from data.coco import unique_names
+from data.annotations import Annotations
 from detector.errors import UserError
 from detector.structures import Detections
 
@@ -48,11 +48,11 @@ class GroundTruth(NamedTuple):
 
 
 def score(
-    annotations: dict, detections: dict[int, Detections], category_ids: list[int], *, engine: str | None = None
+    annotations: Annotations, detections: dict[int, Detections], category_ids: list[int], *, engine: str | None = None
 ) -> dict:
     """Score detections against a COCO annotation file, on exactly the images that `detections` holds.
 
-    annotations   the loaded file; `area` (then w * h) and `iscrowd` (then 0) may be missing. Not modified
+    annotations   the file as load_annotations reads it
     detections    by image id; boxes in pixels of the original image. An image without any counts as well
     category_ids  of each label; detections of a category that the file does not have are not counted
     engine        "pycocotools" or, where it is installed, "hotcoco"; None is the fastest
@@ -68,15 +68,15 @@ def score(
     Raises UserError for an image that the file does not have, FloatingPointError for a detection that is not
     finite.
     """
-    unknown = sorted(detections.keys() - {image["id"] for image in annotations["images"]})
+    unknown = sorted(detections.keys() - set(annotations.image_ids.tolist()))
     if unknown:
         raise UserError(
             f"detections of {len(unknown)} image(s) that are not in the annotation file, e.g. image id "
             f"{unknown[0]}: score with the file that the images were listed from"
         )
-    names = unique_names(annotations["categories"])
+    names = annotations.names
     place = {category_id: k for k, category_id in enumerate(sorted(names))}
-    truth = _ground_truth(annotations, sorted(detections), place)
+    truth = _ground_truth(annotations, sorted(detections), sorted(names))
     images, boxes, scores, labels = _found(detections)
     categories = np.array([place.get(category_id, -1) for category_id in category_ids], np.int64)[labels]
     # As an array that COCO.loadRes takes: floats, in which places are exact and ids might not be.
@@ -194,16 +194,16 @@ def explain_missing(metrics: dict) -> list[str]:
     return lines
 
 
-def _ground_truth(annotations: dict, image_ids: list[int], place: dict[int, int]) -> GroundTruth:
-    """What is scored of each annotation, in the order of the file."""
-    row = {image_id: i for i, image_id in enumerate(image_ids)}
-    kept = [a for a in annotations["annotations"] if a["image_id"] in row and a["category_id"] in place]
+def _ground_truth(annotations: Annotations, image_ids: list[int], category_ids: list[int]) -> GroundTruth:
+    """What is scored of each annotation, in the order of the file; both lists of ids are sorted."""
+    owners = annotations.image_ids[annotations.images]
+    kept = np.isin(owners, image_ids)
     return GroundTruth(
-        images=np.array([row[a["image_id"]] for a in kept], np.int64),
-        categories=np.array([place[a["category_id"]] for a in kept], np.int64),
-        boxes=np.array([a["bbox"] for a in kept], np.float64).reshape(-1, 4),
-        areas=np.array([a.get("area", a["bbox"][2] * a["bbox"][3]) for a in kept], np.float64),
-        crowds=np.array([a.get("iscrowd", 0) for a in kept], bool),
+        images=np.searchsorted(image_ids, owners[kept]),
+        categories=np.searchsorted(category_ids, annotations.categories[kept]),
+        boxes=annotations.boxes[kept],
+        areas=annotations.areas[kept],
+        crowds=annotations.crowds[kept],
     )
 
 

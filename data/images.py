@@ -1,6 +1,7 @@
 """Image files of any kind -> RGB of 8 bits, turned as their boxes are."""
 
 import io
+import warnings
 from functools import cache
 from pathlib import Path
 
@@ -34,6 +35,16 @@ UPRIGHT = {
 PNG_ORIENTATION = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
 # Complete files of these formats end so; OpenCV would fill up the rest of a truncated one with gray.
 END_MARK = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
+TAIL, LOST = 64, 0.01  # bytes whose absence shows how far a cut JPEG goes; share of its picture that it may lack
+BITS_PER_SAMPLE, MAX_SAMPLE_VALUE = 258, 281  # TIFF tags
+DARK_BITS = 14  # of 16: what is in so few or fewer is below a quarter of the range
+
+
+class ImageRemark(UserWarning):
+    """What is odd about an image that is read all the same. Of each kind, a process warns once.
+
+    scripts/check_data.py counts them.
+    """
 
 
 @cache
@@ -43,7 +54,7 @@ def suffixes() -> frozenset[str]:
 
 
 def read_image(path: str | Path, size: tuple[int, int] | None = None) -> np.ndarray:
-    """An image file as (h, w, 3) uint8 RGB; alpha is dropped, 16 bits become the upper 8.
+    """An image file as (h, w, 3) uint8 RGB; alpha is dropped, 16 bits become the upper 8 of those that it says it uses.
 
     `size` is the (height, width) of its record, which says in which frame the boxes are: if that is the stored
     one and not the one that the EXIF orientation asks for, the image is not turned. Raises UserError for a file
@@ -73,6 +84,21 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None) -> np.ndar
     return np.ascontiguousarray(image)
 
 
+def image_size(path: str | Path) -> tuple[int, int]:
+    """(height, width) of an image file, turned as its EXIF orientation asks; UserError where it has none."""
+    try:
+        with Image.open(path) as file:
+            _check_header(path, file.size, None)
+            # Of a TIFF, PIL has turned the size already, or has not: that depends on its version.
+            size = (file.tag_v2[256], file.tag_v2[257]) if file.format == "TIFF" else file.size
+            turned = file.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
+            return size if turned else size[::-1]
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{path}: cannot read the image's size ({error}); replace it or remove its record") from None
+
+
 def _check_header(path: str | Path, found: tuple[int, int], size: tuple[int, int] | None) -> None:
     """Raise UserError where the (width, height) that a file's header claims is too large or not the record's."""
     if found[0] * found[1] > MAX_PIXELS:  # PIL refuses it too, unless somebody has lifted its limit
@@ -95,9 +121,57 @@ def _decode(file: Image.Image, data: bytes) -> np.ndarray:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
         if image is not None:
             return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    try:
+        file.load()
+        whole = _has_end(data) if file.format == "JPEG" else file.format != "PNG" or b"IEND" in data
+    except OSError:
+        if file.format != "JPEG" or not _is_nearly_whole(data):
+            raise
+        file, whole = Image.open(io.BytesIO(data + END_MARK["JPEG"])), False
+    if not whole:
+        warnings.warn(ImageRemark("a file lacks its last bytes, and is read all the same"), stacklevel=1)
+    if file.mode == "I" and file.format == "PPM":  # PIL has scaled it to 16 bits from the range that the file says
+        return _upper_bits(np.asarray(file), 16)
     if file.mode in ("F", "I"):
         raise ValueError(f"its pixels, of PIL mode {file.mode!r}, have no fixed range; convert it to 8 or 16 bits")
     if file.mode.startswith("I;16"):  # PIL would clip it at 255
-        return np.repeat((np.asarray(file) >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
+        return _upper_bits(np.asarray(file), _declared_bits(file))
     # A palette by way of RGBA, since PIL warns where one has alpha and is to lose it.
     return np.array(file.convert("RGBA" if file.mode == "P" else "RGB"))[:, :, :3]
+
+
+def _upper_bits(pixels: np.ndarray, bits: int) -> np.ndarray:
+    """Gray (h, w) of so many bits as RGB of 8."""
+    used = max(int(pixels.max(initial=0)), 0).bit_length()
+    if bits == 16 and used <= DARK_BITS:
+        text = f"an image of 16 bits uses the lower {used} alone and is seen dark; scale such images to the whole range"
+        warnings.warn(ImageRemark(text), stacklevel=1)
+    return np.repeat(np.clip(pixels >> (bits - 8), 0, 255).astype(np.uint8)[:, :, None], 3, axis=2)
+
+
+def _declared_bits(file: Image.Image) -> int:
+    """How many of its 16 bits an image says that it uses: microscopes write 12 of them."""
+    if file.format != "TIFF":
+        return 16
+    bits, most = (file.tag_v2.get(tag, 0) for tag in (BITS_PER_SAMPLE, MAX_SAMPLE_VALUE))
+    bits, most = (max(value) if isinstance(value, tuple) and value else value for value in (bits, most))
+    found = min(bits or 16, int(most).bit_length() if most else 16)
+    return found if 8 < found < 16 else 16
+
+
+def _has_end(data: bytes) -> bool:
+    """Whether the image of a JPEG file ends, be there more behind it; a thumbnail before it has an end of its own."""
+    at = 2
+    while data[at : at + 1] == b"\xff" and data[at + 1 : at + 2] != b"\xda":  # segments, up to the first scan
+        at += 1 if data[at + 1 : at + 2] == b"\xff" else 2 + int.from_bytes(data[at + 2 : at + 4])
+    return END_MARK["JPEG"] in data[at:]
+
+
+def _is_nearly_whole(data: bytes) -> bool:
+    """Whether a JPEG that does not end lacks a few bytes alone: its last ones are of the picture's last blocks."""
+    ends = (data, data[:-TAIL])
+    with_tail, without = (np.asarray(Image.open(io.BytesIO(one + END_MARK["JPEG"])).convert("L")) for one in ends)
+    rows, columns = (-(-side // 16) for side in with_tail.shape)
+    y, x = np.nonzero(with_tail != without)
+    last = int((y // 16 * columns + x // 16).max(initial=-1)) + 1
+    return last >= min((1 - LOST) * rows * columns, rows * columns - 1)

@@ -16,6 +16,8 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from data.annotations import Annotations
+
 RECALLS = np.linspace(0, 1, 101)
 
 
@@ -34,16 +36,15 @@ class Matches(NamedTuple):
     classes: list[ClassMatches]
 
 
-def match(annotations: dict, results: list[dict]) -> Matches:
+def match(annotations: Annotations, results: list[dict]) -> Matches:
     """Detections in COCO's results format matched with a loaded annotation file, once for all draws.
 
-    All images of the file count, by the order of their ids; `area` and `iscrowd` are there, as load_annotations has
-    them.
+    All images of the file count, by the order of their ids.
     """
     with contextlib.redirect_stdout(io.StringIO()):  # COCOeval cannot be told to be quiet
         truth, found = COCO(), COCO()
-        truth.dataset = annotations
-        found.dataset = {key: annotations[key] for key in ("images", "categories")}
+        truth.dataset = annotations.document()
+        found.dataset = {key: truth.dataset[key] for key in ("images", "categories")}
         found.dataset["annotations"] = [
             {**one, "id": number, "area": one["bbox"][2] * one["bbox"][3], "iscrowd": 0}
             for number, one in enumerate(results, start=1)

@@ -11,4 +11,4 @@ def spelling(name: str) -> str:
     Unicode normal form (a Mac's archives) and upper or lower case (cameras). Look for the exact name first: two files
     may differ in case alone.
     """
-    return unicodedata.normalize("NFC", unquote(name.replace("\\", "/"))).casefold()
+    return unicodedata.normalize("NFC", unquote(name).replace("\\", "/")).casefold()

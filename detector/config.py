@@ -78,7 +78,7 @@ class LossPart(Part):
 
 class Files(Options):
     annotations: FilePath = ""  # a COCO annotation file
-    images: FilePath = ""  # the folder its file names start from
+    images: FilePath = ""  # the folder its file names start from; left out, it is looked for beside the annotation file
 
 
 class Data(Options):
@@ -93,6 +93,7 @@ class Data(Options):
     scale_jitter: tuple[float, float] = (1.0, 1.0)  # training images are resized by a factor drawn from this range
     strong: bool = False  # also colour, crops that keep boxes, affine maps
     cache: FilePath = ""  # a folder to keep the images in, decoded and resized, for sets that fit on its disk
+    trust: bool = False  # take boxes as they stand that look like another format, and train without any box
 
     @model_validator(mode="after")
     def _ordered(self) -> "Data":

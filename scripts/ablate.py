@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import yaml
 
-from data.coco import load_annotations
+from data.annotations import load_annotations
 from detector import assemble, config
 from detector.errors import UserError, run_main
 from scripts import result
@@ -163,14 +163,12 @@ class Study:
 
     def hold_out(self) -> None:
         """Divide the training set's annotation file in two, by its images, the same way each time."""
-        document = load_annotations(self.common.data.train.annotations)
-        images = list(document["images"])
-        random.Random(0).shuffle(images)
-        count = max(1, round(HELD_OUT * len(images)))
-        for split, part in (("val", images[:count]), ("train", images[count:])):
-            ids = {image["id"] for image in part}
-            own = [one for one in document["annotations"] if one["image_id"] in ids]
-            self.part(split).write_text(json.dumps({**document, "images": part, "annotations": own}), encoding="utf-8")
+        annotations = load_annotations(self.common.data.train.annotations)
+        places = list(range(len(annotations.image_ids)))
+        random.Random(0).shuffle(places)
+        count = max(1, round(HELD_OUT * len(places)))
+        for split, part in (("val", places[:count]), ("train", places[count:])):
+            self.part(split).write_text(json.dumps(annotations.document(part)), encoding="utf-8")
 
 
 def add_timing(runs: list[Run]) -> None:

@@ -1,7 +1,7 @@
 """A data set as the detector will see it: what is wrong with it, and which boxes no anchor fits.
 
     python scripts/check_data.py --config configs/bccd/focal.yaml [--set KEY=VALUE ...]
-    python scripts/check_data.py --train mine/train.json --val mine/val.json --images mine/images
+    python scripts/check_data.py --train mine/train.json --val mine/val.json [--images mine/images]
 
 Reads annotation files and images with the code that training reads them with, and refuses what training would refuse.
 On the page --output (data.html) are then the classes, the sizes and shapes of boxes at the size that the network is
@@ -12,6 +12,7 @@ that are in train and in val (equal, or nearly so by their perceptual hash); box
 import argparse
 import random
 import sys
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +30,7 @@ from tqdm import tqdm
 
 from data.coco import CocoDataset
 from data.draw import GROUND_TRUTH, draw_boxes
+from data.images import ImageRemark
 from data.transforms import EvalTransform
 from detector import assemble, config
 from detector import boxes as box_ops
@@ -56,6 +58,7 @@ class Seen(NamedTuple):
     image: np.ndarray  # (N,) which image each is in
     sizes: list[tuple[int, int]]  # (height, width) of each resized image
     hashes: np.ndarray  # (I, 8) uint8, perceptual
+    remarks: dict[str, list[str]]  # what is odd about images that are read all the same -> which
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -63,12 +66,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--config", metavar="FILE", help="whose data, image size and anchors are taken")
     parser.add_argument("--train", metavar="FILE", help="annotation file, in the place of the config's")
     parser.add_argument("--val", metavar="FILE")
-    parser.add_argument("--images", metavar="FOLDER", help="of both files")
+    parser.add_argument("--images", metavar="FOLDER", help="of both files; left out, it is looked for beside each")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="other options")
     parser.add_argument("--output", type=Path, default=Path("data.html"), metavar="FILE")
     args = parser.parse_args(argv)
     page.refuse_folder(args.output)
     cfg = options(args)
+    warnings.simplefilter("ignore", ImageRemark)  # `look` counts them
 
     train = look(cfg, "train")
     val = look(cfg, "val", like=train.dataset) if cfg.data.val.annotations else None
@@ -96,14 +100,14 @@ def main(argv: list[str] | None = None) -> None:
 def options(args: argparse.Namespace) -> Config:
     """The config, or the defaults, with the files that are named on top."""
     if not args.config and not args.train:
-        raise UserError("give --config FILE, or --train FILE and --images FOLDER")
+        raise UserError("give --config FILE, or --train FILE")
     if args.images and not (args.train or args.val):
         raise UserError(f"--images {args.images}: goes with --train or --val; of a config, --set data.train.images=...")
     files = {"train": {"annotations": args.train}, "val": {"annotations": args.val}}
     for split in files.values():
         if split["annotations"]:
-            split["images"] = args.images or str(Path(split["annotations"]).parent / "images")
-    named = {split: {key: value for key, value in one.items() if value} for split, one in files.items()}
+            split["images"] = args.images or ""
+    named = {split: one if one["annotations"] else {} for split, one in files.items()}
     if args.train and not args.val:
         named["val"] = {"annotations": "", "images": ""}
     source = args.config or "the defaults"
@@ -112,8 +116,8 @@ def options(args: argparse.Namespace) -> Config:
         values = assemble.configure(args.config)
     changed = config.merge(values.model_dump(mode="json"), {"data": named})
     cfg = assemble.resolve(changed, source, args.set)
-    if not cfg.data.train.annotations or not cfg.data.train.images:
-        raise UserError(f"{source}: names no training set; give --train FILE and --images FOLDER")
+    if not cfg.data.train.annotations:
+        raise UserError(f"{source}: names no training set; give --train FILE")
     return cfg
 
 
@@ -127,14 +131,21 @@ def look(cfg: Config, split: str, like: CocoDataset | None = None) -> Seen:
     files = getattr(cfg.data, split)
     given = {"category_ids": like.category_ids, "class_names": like.class_names} if like else {}
     size = EvalTransform(cfg.data.short_side, cfg.data.long_side)
-    dataset = CocoDataset(files.annotations, files.images, size, **given)
+    dataset = CocoDataset(files.annotations, files.images, size, **given, trust=cfg.data.trust)
+    if split == "train" and not cfg.data.trust:
+        dataset.refuse_without_boxes()
+    remarks: dict[str, list[str]] = {}
     boxes, labels, image, sizes, hashes, flaws = [], [], [], [], [], []
     for index in tqdm(range(len(dataset)), desc=f"reading {split}", unit="image"):
         try:
-            pixels, target, _, _ = dataset[index]
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", ImageRemark)
+                pixels, target, _, _ = dataset[index]
         except UserError as error:
             flaws.append(str(error))
             continue
+        for remark in (one.message for one in caught if isinstance(one.message, ImageRemark)):
+            remarks.setdefault(str(remark), []).append(dataset.file_names[index])
         boxes.append(target.boxes.numpy())
         labels.append(target.labels.numpy())
         image.append(np.full(len(target.labels), index))
@@ -147,7 +158,7 @@ def look(cfg: Config, split: str, like: CocoDataset | None = None) -> Seen:
         raise UserError(f"{files.annotations}: {count}, the first: {flaws[0]}")
     columns = (np.concatenate([np.zeros((0, 4), np.float32), *boxes]), np.concatenate([np.zeros(0, int), *labels]))
     hashed = np.stack(hashes) if hashes else np.zeros((0, 8), np.uint8)
-    return Seen(dataset, *columns, np.concatenate([np.zeros(0, int), *image]), sizes, hashed)
+    return Seen(dataset, *columns, np.concatenate([np.zeros(0, int), *image]), sizes, hashed, remarks)
 
 
 # ----------------------------------------------------------------------------------------------------------- anchors
@@ -259,6 +270,9 @@ def words(
     both: list[Seen], best: np.ndarray, advice: Advice | None, pairs: list, slips: dict[str, list[str]]
 ) -> list[str]:
     lines = [seen.dataset.summary() for seen in both]
+    for seen in both:
+        for remark, names in seen.remarks.items():
+            lines.append(f"{len(names):,} images of {seen.dataset.path}: {remark} (the first is {names[0]})")
     if len(both) == 2:
         names = both[0].dataset.class_names
         for split, seen in zip(("train", "val"), both):

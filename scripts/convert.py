@@ -76,6 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--split", choices=("own", "random"), default="own", help="SRC's own where it has one (own)")
     parser.add_argument("--val", type=float, default=0.2, metavar="SHARE", help="of the images, to score on (0.2)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="the same seed gives the same split (0)")
+    parser.add_argument("--trust", action="store_true", help="take boxes that look like another format as they stand")
     args = parser.parse_args(argv)
     if not 0 < args.val < 1:
         raise UserError(f"--val {args.val}: give a share between 0 and 1")
@@ -123,7 +124,7 @@ def convert(args: argparse.Namespace, beside: Path) -> tuple[dict[str, Picture],
             f"{named}: no image that can be used is left to {part} on, the split is {how}; --split random draws one"
             + "".join(f"; {kind}: {where[0]}" for kind, where in notes.items())
         )
-    write(beside, found, val, source.names, notes)
+    write(beside, found, val, source.names, notes, args.trust)
     return found, val, how, notes
 
 
@@ -199,7 +200,9 @@ def whole_or_not(target: Path) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def write(beside: Path, found: dict[str, Picture], val: set[str], names: list[str], notes: Notes) -> None:
+def write(
+    beside: Path, found: dict[str, Picture], val: set[str], names: list[str], notes: Notes, trust: bool = False
+) -> None:
     """The new folder, checked as training will check it."""
     used = {box.name for one in found.values() for box in one.boxes}
     classes = list(dict.fromkeys([*names, *sorted(used)]))
@@ -217,7 +220,7 @@ def write(beside: Path, found: dict[str, Picture], val: set[str], names: list[st
         chosen = [name for name in sorted(found) if (name in val) == (split == "val")]
         (beside / f"{split}.json").write_text(json.dumps(document(chosen, found, category)), encoding="utf-8")
         try:
-            CocoDataset(beside / f"{split}.json", beside / "images", EvalTransform(800, 1333))
+            CocoDataset(beside / f"{split}.json", beside / "images", EvalTransform(800, 1333), trust=trust)
         except UserError as error:
             raise UserError(f"what would be written is not right: {str(error).replace(f'{beside}/', '')}") from None
     told = "".join(

@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
     matches = match(dataset.annotations, results)
     lost = costs(dataset.annotations, results)
 
-    names = {one["id"]: one["name"] for one in dataset.annotations["categories"]}
+    names = dataset.annotations.names
     sections = [
         ("", [page.text(summary(dataset, metrics, matches))]),
         ("By class", [by_class(metrics)]),
@@ -115,7 +115,7 @@ def percent(value: float) -> str:
 
 def judge_all(dataset: CocoDataset, sure: list[dict]) -> dict[int, Judged]:
     """By image id, of detections that are shown."""
-    truth = by_image(dataset, dataset.annotations["annotations"])
+    truth = by_image(dataset, dataset.annotations.document()["annotations"])
     return {image: judge(truth[image], found) for image, found in by_image(dataset, sure).items()}
 
 
@@ -225,8 +225,8 @@ def pictures(dataset: CocoDataset, sure: list[dict], judged: dict[int, Judged], 
         for image, one in judged.items()
     }
     worst = sorted((image for image in errors if errors[image]), key=lambda image: -errors[image].total())[:count]
-    truth, found = by_image(dataset, dataset.annotations["annotations"]), by_image(dataset, sure)
-    names = {one["id"]: one["name"] for one in dataset.annotations["categories"]}
+    truth, found = by_image(dataset, dataset.annotations.document()["annotations"]), by_image(dataset, sure)
+    names = dataset.annotations.names
     place = {image: number for number, image in enumerate(dataset.image_ids)}
     shown = []
     for image in worst:

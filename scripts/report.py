@@ -255,6 +255,7 @@ def of_run(run: dict[str, Any]):
     found = result.parse(folder / "detections.json", json.loads, "no detections are kept", kind=list)
     data = config["data"]
     size = EvalTransform(data["short_side"], data["long_side"])
-    dataset = CocoDataset(data["val"]["annotations"], data["val"]["images"], size)
+    val = data["val"]
+    dataset = CocoDataset(val["annotations"], val["images"], size, trust=data.get("trust", False))
     detections = from_coco_results(found, dataset.image_ids, dataset.category_ids)
     return validation_pictures(dataset, detections, PICTURES)

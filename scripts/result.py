@@ -22,7 +22,7 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from data.coco import load_annotations
+from data.annotations import load_annotations
 from data.coco_eval import IOUS
 from data.matches import average_precision, calibration_error, draw_images, match
 from detector.errors import UserError

@@ -68,6 +68,13 @@ CONFIG = {
     "postprocess": {"top_k": 100, "nms_iou": 0.5},
 }  # fmt: skip
 
+QUIRKS = {  # of a number: how exporters write it otherwise
+    "in quotes": str,
+    "with a point": lambda value: value + 0.0 if abs(value) < 2**53 else value,
+    "in quotes, with a point": lambda value: f" {value}.0" if isinstance(value, int) else f"{value}",
+    "null": lambda value: None,
+    "empty": lambda value: "",
+}
 TEXTS = st.one_of(
     st.sampled_from(["", "a\nb", "\0", "\x1b[2J", "\u2028", "\ud800", "a" * 5000, "..", "/", ".", "a.png", "a.png/",
                      "./a.png", "sub\\a.png", "cat", "cat (id 5)", "ümlaut", "1", "nan", "1e-3", "none", "null", "no",
@@ -111,11 +118,13 @@ def changed(draw, document, at_most=3):
         inside = document
         for key in path:
             inside = inside[key]
-        kind = draw(st.sampled_from(["replace"] * 3 + ["nudge"] * 3 + ["drop", "repeat", "add", "empty"]))
+        kind = draw(st.sampled_from(["replace"] * 3 + ["nudge"] * 3 + ["quirk", "drop", "repeat", "add", "empty"]))
         if kind == "drop":
             del inside[last]
         elif kind == "nudge" and isinstance(inside[last], int | float):
             inside[last] = draw(st.one_of(st.integers(-9, 99), st.floats(-9, 99)))
+        elif kind == "quirk" and type(inside[last]) in (int, float):
+            inside[last] = QUIRKS[draw(st.sampled_from(list(QUIRKS)))](inside[last])
         elif kind == "repeat" and isinstance(inside, list):
             inside.append(copy.deepcopy(inside[last]))
             if isinstance(inside[-1], dict) and draw(st.booleans()):
@@ -145,7 +154,19 @@ def encoded(draw, text):
 
 @st.composite
 def annotation_files(draw):
-    return draw(encoded(json.dumps(draw(changed(GOOD)), ensure_ascii=draw(st.booleans()))))
+    document = draw(changed(GOOD))
+    if draw(st.integers(0, 3)) == 0:  # one key, written otherwise in all records
+        key, quirk = (
+            draw(st.sampled_from(["id", "image_id", "area", "width", "iscrowd"])),
+            draw(st.sampled_from(list(QUIRKS))),
+        )
+        for name in ("images", "annotations", "categories"):
+            for record in document[name] if isinstance(document.get(name), list) else ():
+                if isinstance(record, dict) and type(record.get(key)) in (int, float):
+                    record[key] = QUIRKS[quirk](record[key])
+    return draw(
+        encoded(json.dumps(document, ensure_ascii=draw(st.booleans()), indent=draw(st.sampled_from([None, None, 1]))))
+    )
 
 
 # What a changed value is not likely to hit: what YAML itself can do.
@@ -242,7 +263,7 @@ def try_annotations(folder, data):
             assert ((labels >= 0) & (labels < len(dataset.category_ids))).all()
             whole = torch.tensor([[0.0, 0.0, size[1], size[0]]])
             detections[image_id] = Detections(whole, torch.tensor([0.5]), torch.tensor([len(dataset.category_ids) - 1]))
-    check_untransformed(sets[0])
+    check_untransformed(sets[0], data)
     metrics = score(sets[0].annotations, detections, sets[0].category_ids)
     assert metrics["images"] == len(detections)
     assert all(-1 <= value <= 1 for key, value in metrics.items() if key.startswith(("AP", "AR")))
@@ -252,17 +273,59 @@ def try_annotations(folder, data):
     return "accepted" if not refusals else "refused"
 
 
-def check_untransformed(dataset):
-    """Nothing but the file says which boxes there are: those that are no crowd and have area inside their image."""
-    sizes = {record["id"]: (record["width"], record["height"]) for record in dataset.annotations["images"]}
-    expected = Counter()
-    for record in dataset.annotations["annotations"]:
-        (x, y, w, h), (width, height) = record["bbox"], sizes[record["image_id"]]
+def number(value):
+    """What a number in a file stands for, in quotes or not; None for none. Not as the reader does it."""
+    if value is None or value == "" or value != value:
+        return None
+    if isinstance(value, str):
+        return int(value) if value.strip().lstrip("+-").isdigit() else float(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def expected_boxes(document):
+    """(image id, category id, crowd, x, y, w, h, area) of all annotations of a file that is accepted."""
+    rows = []
+    for record in document["annotations"]:
+        box = record.get("bbox") or None
+        if box is None and record.get("segmentation"):
+            polygons = record["segmentation"]
+            assert isinstance(polygons, list)  # the fuzz makes no mask that is sound
+            flat = [value for polygon in polygons for value in (polygon if isinstance(polygon, list) else [polygon])]
+            flat = [value for value in flat if not isinstance(value, list)]
+            x, y = flat[0::2], flat[1::2]
+            box = flat and [min(x), min(y), max(x) - min(x), max(y) - min(y)]
+        if box:
+            x, y, w, h = map(number, box)
+            area, full = number(record.get("area")), max(w, 0) * max(h, 0)
+            area = full if area is None or (area <= 0 < full) else area
+            ids = number(record["image_id"]), number(record["category_id"]), bool(number(record.get("iscrowd")))
+            rows.append((*ids, x, y, w, h, area))
+    return rows
+
+
+def check_untransformed(dataset, data):
+    """Nothing but the file says which boxes there are, and what they are; Python's own parser reads it."""
+    found = dataset.annotations
+    try:
+        document = json.loads(data)
+    except UnicodeDecodeError:  # in a text of which nothing is used
+        document = json.loads(data.decode("utf-8", "replace"))
+    columns = (found.image_ids[found.images], found.categories, found.crowds, *found.boxes.T, found.areas)
+    rows = list(zip(*(column.tolist() for column in columns)))
+    assert rows == expected_boxes(document)
+    assert found.image_ids.tolist() == [number(record["id"]) for record in document["images"]]
+    assert sorted(found.names) == sorted(number(record["id"]) for record in document["categories"])
+    for record, (height, width), name in zip(document["images"], dataset.sizes, dataset.file_names):
+        sides = number(record.get("width")), number(record.get("height"))
+        assert (width, height) == (sides if all(sides) else SIZES[os.path.basename(name)])
+    sizes = dict(zip(dataset.image_ids, dataset.sizes))
+    expected = 0
+    for image, _, crowd, x, y, w, h, _ in rows:
+        height, width = sizes[image]
         x1, y1, x2, y2 = max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)
-        if not record["iscrowd"] and x2 - x1 > 1.1e-3 and y2 - y1 > 1.1e-3:
-            expected[record["image_id"]] += 1
-    assert dataset.num_boxes >= expected.total()
-    assert dataset.num_boxes + dataset.num_crowd + len(dataset.dropped_ids) == len(dataset.annotations["annotations"])
+        expected += not crowd and x2 - x1 > 1.1e-3 and y2 - y1 > 1.1e-3
+    assert dataset.num_boxes >= expected
+    assert dataset.num_boxes + dataset.num_crowd + len(dataset.dropped_ids) == len(rows)
 
 
 def try_config(folder, data, arguments=()):

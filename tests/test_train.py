@@ -128,6 +128,21 @@ def test_a_slip_is_one_line_and_exit_code_2(tiny, folder, command, settings, exp
     assert expected in err
 
 
+def test_training_without_a_box_is_refused(rectangles, tiny, folder, command):
+    annotations, images = rectangles(folder, [[], []], classes=2)
+    files = [f"data.train.annotations={annotations}", f"data.train.images={images}"]
+    code, _, err = command(train.main, "--config", tiny(folder), "--set", *files)
+    assert code == 2 and one_line(err), err
+    assert f"{annotations}: no box to learn from: 0 boxes are crowds (iscrowd 1), 0 have no area" in err
+
+
+def test_the_image_folder_may_be_left_out(tiny, folder):
+    cfg = assemble.configure(tiny(folder), ["data.train.images=", "data.val.images="])
+    named = assemble.configure(tiny(folder))
+    for found, given in zip(train.build_datasets(cfg), train.build_datasets(named)):
+        assert found.folder == given.folder and found.fingerprint() == given.fingerprint()
+
+
 def test_a_missing_set_is_asked_for(tmp_path, command):
     (tmp_path / "x.yaml").write_text("device: cpu")
     code, _, err = command(train.main, "--config", tmp_path / "x.yaml")
@@ -344,7 +359,8 @@ def test_images_without_boxes_are_trained_on(
     files = {"annotations": annotations, "images": images}
     losses = {"class_loss": {"name": class_loss}, "box_loss": {"name": box_loss}}
     solver = {"batch_size": 2, "epochs": 1}
-    cfg = assemble.configure(tiny(folder, data={"train": files, "val": files}, solver=solver, **losses))
+    data = {"train": files, "val": files, "trust": not with_boxes}
+    cfg = assemble.configure(tiny(folder, data=data, solver=solver, **losses))
     monkeypatch.setattr(checkpoint, "save", lambda *a, **k: None)  # of no interest here, and large
     found = train.train(cfg, CPU)
     assert found["step"] == 1

@@ -22,6 +22,7 @@ SECTIONS = {  # title, and what is run
     "inference": ("Inference", "scripts/bench/inference.py"),
     "evaluation": ("Evaluation", "scripts/bench/evaluation.py"),
     "start": ("Start", "scripts/bench/start.py"),
+    "coco_size": ("COCO's size", "scripts/bench/coco_size.py"),
     "growth": ("Growth", "scripts/bench/growth.py --plot docs/growth.png"),
     "verdicts": ("Verdicts", "scripts/bench/verdicts.py --simulations 4000"),
 }

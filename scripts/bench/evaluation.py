@@ -26,6 +26,7 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from data.annotations import Annotations, parse_annotations
 from data.coco_eval import score
 from detector.structures import Detections
 from scripts.bench import measure
@@ -33,7 +34,7 @@ from scripts.bench import measure
 NUMBERS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 CLASSES = 80
 
-Case = tuple[dict, dict[int, Detections], list[int]]
+Case = tuple[Annotations, dict[int, Detections], list[int]]
 
 
 def main() -> None:
@@ -86,7 +87,7 @@ def make_case(images: int, detections: int, seed: int) -> Case:
     }
     rows = zip(*(column.tolist() for column in columns.values()))
     annotations = {
-        "images": [{"id": i} for i in range(images)],
+        "images": [{"id": i, "file_name": f"{i}.jpg"} for i in range(images)],
         "categories": [{"id": k, "name": f"class {k}"} for k in range(1, CLASSES + 1)],
         "annotations": [{"id": number, **dict(zip(columns, row))} for number, row in enumerate(rows, start=1)],
     }
@@ -101,7 +102,8 @@ def make_case(images: int, detections: int, seed: int) -> Case:
     scores = rng.random(len(image)).round(3)  # some are tied
     parts = (torch.from_numpy(boxes).float(), torch.from_numpy(scores).float(), torch.from_numpy(classes))
     each = zip(*(part.split(detections) for part in parts))
-    return annotations, {i: Detections(*own) for i, own in enumerate(each)}, list(range(1, CLASSES + 1))
+    found = {i: Detections(*own) for i, own in enumerate(each)}
+    return parse_annotations(annotations), found, list(range(1, CLASSES + 1))
 
 
 def random_boxes(rng: np.random.Generator, count: int) -> np.ndarray:
@@ -117,7 +119,7 @@ def ours(case: Case) -> Callable[[], dict]:
 def pycocotools(case: Case) -> Callable[[], dict]:
     annotations, detections, category_ids = case
     truth = COCO()
-    truth.dataset = annotations
+    truth.dataset = annotations.document()
 
     def call() -> dict:
         results = []

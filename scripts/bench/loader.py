@@ -148,10 +148,11 @@ class Peer:
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, dict]:
         index, _ = key
         image = Image.open(self.dataset.folder / self.dataset.file_names[index]).convert("RGB")
-        records = self.dataset.annotations["annotations"][index * BOXES : (index + 1) * BOXES]
-        corners = [[x, y, x + width, y + height] for x, y, width, height in (record["bbox"] for record in records)]
+        own = slice(index * BOXES, (index + 1) * BOXES)
+        annotations = self.dataset.annotations
+        corners = [[x, y, x + width, y + height] for x, y, width, height in annotations.boxes[own].tolist()]
         boxes = tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=(HEIGHT, WIDTH), dtype=torch.float32)
-        labels = torch.tensor([record["category_id"] for record in records])
+        labels = torch.tensor(annotations.categories[own])
         return self.transform(image, {"boxes": boxes, "labels": labels})
 
 

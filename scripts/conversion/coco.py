@@ -6,7 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 from urllib.parse import unquote
 
-from data.coco import load_annotations, unique_names
+from data.annotations import load_annotations
 from detector.errors import UserError
 from scripts.conversion.label_formats import Box, Labels, Notes, bytes_of
 from scripts.conversion.source import Source
@@ -16,16 +16,18 @@ from scripts.found_files import Index, folder_of, kind_of, list_files, part_of, 
 OF_ANNOTATIONS = ("annotations", "annotation", "labels", "json", "jsons")
 
 
-def coco_labels(file: Path) -> tuple[list[str], list[tuple[str, Labels]]]:
+def coco_labels(file: Path, notes: Notes) -> tuple[list[str], list[tuple[str, Labels]]]:
     """The classes' names of a COCO file, and of each image its file_name and labels."""
-    document = load_annotations(file)
-    names = unique_names(document["categories"])
-    boxes = defaultdict(list)
-    for one in document["annotations"]:
-        box = Box(names[one["category_id"]], tuple(map(float, one["bbox"])), bool(one["iscrowd"]), one["area"])
-        boxes[one["image_id"]].append(box)
-    images = [(one["file_name"], Labels(boxes[one["id"]], (one["width"], one["height"]))) for one in document["images"]]
-    return [names[number] for number in sorted(names)], images
+    read = load_annotations(file)
+    boxes: list[list[Box]] = [[] for _ in read.file_names]
+    columns = (read.images, read.categories, read.boxes, read.crowds, read.areas)
+    for image, category, sides, crowd, area in zip(*(column.tolist() for column in columns)):
+        boxes[image].append(Box(read.names[category], tuple(sides), crowd, area))
+    for remark in read.remarks:
+        notes["remarks on COCO files"].append(f"{file}: {remark}")
+    sizes = [(width, height) if width and height else None for height, width in read.sizes.tolist()]
+    images = [(name, Labels(own, size)) for name, own, size in zip(read.file_names, boxes, sizes)]
+    return [read.names[number] for number in sorted(read.names)], images
 
 
 Records = list[tuple[str, Labels]]  # file_name and labels of each image
@@ -38,11 +40,11 @@ def read_coco(sources: list[Path], notes: Notes) -> Source:
     walked: set[str] = set()  # those of them in a folder that was given
     for source in map(Path, map(os.path.abspath, sources)):
         if source.is_file():
-            documents[str(source)] = coco_labels(source)
+            documents[str(source)] = coco_labels(source, notes)
             every |= images_beside(source, documents[str(source)][1])
         else:
             files = {str(path): path for path in list_files(source, notes).values()}
-            found = {name: coco_labels(path) for name, path in files.items() if is_coco(path)}
+            found = {name: coco_labels(path, notes) for name, path in files.items() if is_coco(path)}
             if not found:
                 raise UserError(f"{source}: no COCO file in it, one with images, annotations and categories")
             documents |= found

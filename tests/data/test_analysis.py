@@ -12,6 +12,7 @@ from torchvision.ops import box_iou
 
 from data import analysis
 from data.analysis import IGNORED, RIGHT, costs, judge, overlaps
+from data.annotations import parse_annotations
 
 
 def truth(*boxes, crowd=False):
@@ -60,7 +61,10 @@ def test_overlaps_are_torchvisions():
 def scenes(seed, images=12, classes=3):
     """Boxes, and detections near them, of other classes, twice and elsewhere."""
     rng = np.random.default_rng(seed)
-    document = {"images": [{"id": 5 + i, "width": 100, "height": 100} for i in range(images)], "annotations": []}
+    document = {
+        "images": [{"id": 5 + i, "file_name": f"{i}.jpg", "width": 100, "height": 100} for i in range(images)],
+        "annotations": [],
+    }
     document["categories"] = [{"id": 2 + 3 * c, "name": f"class {c}"} for c in range(classes)]
     results = []
     for image in document["images"]:
@@ -109,7 +113,7 @@ def ap50(document, results):
 def test_counts_are_hotcocos(seed):
     pytest.importorskip("hotcoco")
     document, results = scenes(seed)
-    evaluation = analysis._evaluation(document, results)
+    evaluation = analysis._evaluation(parse_annotations(document), results)
     evaluation.evaluate()
     theirs = evaluation.tide_errors()["counts"]
     kinds, missed = judged(document, results)
@@ -123,7 +127,7 @@ def test_a_kind_costs_what_pycocotools_gives_more_without_it(seed):
     pytest.importorskip("hotcoco")
     document, results = scenes(seed)
     kinds, missed = judged(document, results)
-    cost, base = costs(document, results), ap50(document, results)
+    cost, base = costs(parse_annotations(document), results), ap50(document, results)
     for kind in ("background", "duplicate"):
         rest = [one for one, own in zip(results, kinds) if own != kind]
         assert cost[kind] == pytest.approx(ap50(document, rest) - base, abs=1e-6), kind
@@ -134,7 +138,7 @@ def test_a_kind_costs_what_pycocotools_gives_more_without_it(seed):
 def test_confusion_counts_each_box_and_each_detection():
     pytest.importorskip("hotcoco")
     document, results = scenes(3)
-    matrix, names = analysis.confusion(document, results)
+    matrix, names = analysis.confusion(parse_annotations(document), results)
     assert names == ["class 0", "class 1", "class 2", "background"]
     truth_counts = [sum(one["category_id"] == 2 + 3 * c for one in document["annotations"]) for c in range(3)]
     found_counts = [sum(one["category_id"] == 2 + 3 * c for one in results) for c in range(3)]
@@ -144,6 +148,11 @@ def test_confusion_counts_each_box_and_each_detection():
 
 def test_nothing_to_analyse(monkeypatch):
     document, results = scenes(0)
-    assert costs(document, []) is None and analysis.confusion(document, []) is None
+    assert (
+        costs(parse_annotations(document), []) is None and analysis.confusion(parse_annotations(document), []) is None
+    )
     monkeypatch.setattr(analysis, "hotcoco", None)
-    assert costs(document, results) is None and analysis.confusion(document, results) is None
+    assert (
+        costs(parse_annotations(document), results) is None
+        and analysis.confusion(parse_annotations(document), results) is None
+    )

@@ -1,13 +1,12 @@
 import copy
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from data.coco import CocoDataset, load_annotations
+from data.coco import CocoDataset
 from data.images import read_image
 from data.transforms import EvalTransform
 from detector.errors import UserError
@@ -104,13 +103,6 @@ def test_pixels_are_those_of_the_file(folder):
     assert np.array_equal(dataset(folder)[0][0].permute(1, 2, 0).numpy(), expected)
 
 
-def test_only_what_the_scorer_needs_is_filled_in(folder):
-    records = load_annotations(folder / "annotations.json")["annotations"]
-    assert [record["area"] for record in records] == [12, 1.0, 1200, 0, 25, 1002.5]
-    assert [record["iscrowd"] for record in records] == [0, 0, 1, 0, 0, 0]
-    assert not any("segmentation" in record for record in records)
-
-
 def test_validation_takes_the_label_space_of_training(folder):
     data = dataset(folder, category_ids=[5, 8, 90], class_names=["cat", "bird", "dog"])
     assert data[1][1].labels.tolist() == [2, 0] and data.class_names == ["cat", "bird", "dog"]
@@ -122,152 +114,118 @@ def test_validation_takes_the_label_space_of_training(folder):
     one_line(excinfo, "category 90 is 'dog' here and 'horse' in training")
 
 
-def test_missing_images_are_counted_at_once(folder):
-    (folder / "images" / "sub" / "b.png").unlink()
-    (folder / "images" / "c.png").unlink()
+def test_an_extra_class_of_validation_may_have_no_boxes(folder):
+    document = copy.deepcopy(GOOD)
+    document["categories"].append({"id": 6, "name": "bird"})
+    write(folder, document)
+    data = dataset(folder, category_ids=[5, 90], class_names=["cat", "dog"])
+    assert data[1][1].labels.tolist() == [1, 0] and data.class_names == ["cat", "dog"]
+    assert "1 categories that training does not have, without boxes (the first is 'bird')" in data.summary()
+    document["annotations"][0]["category_id"] = 6
+    write(folder, document)
+    with pytest.raises(UserError) as excinfo:
+        dataset(folder, category_ids=[5, 90], class_names=["cat", "dog"])
+    one_line(excinfo, "category 6 ('bird') is unknown to the model")
+
+
+@pytest.mark.parametrize("sides", [{}, {"width": 0, "height": 0}, {"width": None, "height": None}, {"width": 16}])
+def test_missing_sizes_are_the_images_own(folder, sides):
+    document, expected = copy.deepcopy(GOOD), dataset(folder)
+    for record in document["images"]:
+        del record["width"], record["height"]
+        record |= sides
+    write(folder, document)
+    data = dataset(folder)
+    assert data.sizes == expected.sizes and data.fingerprint() == expected.fingerprint()
+    assert (
+        "3 images without width and height, which are read from the image (the first is image id 7)" in data.summary()
+    )
+    (folder / "images" / "c.png").write_bytes(b"no image")
     with pytest.raises(UserError) as excinfo:
         dataset(folder)
-    one_line(excinfo, "2 of 3", "'sub/b.png'", str(folder / "images"))
-    with pytest.raises(UserError) as excinfo:
-        CocoDataset(folder / "annotations.json", folder / "nowhere", keep)
-    one_line(excinfo, "nowhere")
+    one_line(excinfo, "c.png: cannot read the image's size")
 
 
-def test_a_folder_is_listed_once_however_many_images_it_has(folder, monkeypatch):
-    listed = []
-    scandir = os.scandir
-    monkeypatch.setattr(os, "scandir", lambda path: listed.append(path) or scandir(path))
-    dataset(folder)
-    assert sorted(listed) == [folder / "images", folder / "images" / "sub"]
+def test_a_missing_size_is_that_of_the_upright_image(folder):
+    pixels = np.zeros((10, 30, 3), np.uint8)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.fromarray(pixels).save(folder / "images" / "a.jpg", exif=turned)
+    document = copy.deepcopy(GOOD) | {"images": [{"id": 7, "file_name": "a.jpg"}], "annotations": []}
+    write(folder, document)
+    assert dataset(folder)[0][3] == (30, 10) and dataset(folder)[0][0].shape == (3, 30, 10)
 
 
-@pytest.mark.parametrize("outside", ["file", "folder", "by way of a link"])
-def test_links_out_of_the_image_folder_are_refused(folder, outside):
-    images, elsewhere = folder / "images", folder / "images of others"
-    elsewhere.mkdir()
-    if outside == "folder":
-        (images / "sub").rename(elsewhere / "sub")
-        (images / "sub").symlink_to(elsewhere / "sub")
-    else:
-        (images / "sub" / "b.png").rename(elsewhere / "b.png")
-        (folder / "link").symlink_to(elsewhere)
-        (images / "sub" / "b.png").symlink_to((folder / "link" if "link" in outside else elsewhere) / "b.png")
-    with pytest.raises(UserError) as excinfo:
-        dataset(folder)
-    one_line(excinfo, str(images), "'sub/b.png'", str(elsewhere), "put the file itself there")
+# --------------------------------------------------------------------- boxes that look like another format
 
 
-def test_links_that_stay_inside_are_followed(folder):
-    images = folder / "images"
-    (images / "c.png").rename(images / "real c.png")
-    (images / "c.png").symlink_to("real c.png")
-    (images / "sub").rename(images / "real")
-    (images / "sub").symlink_to(images / "real")
-    images.rename(folder / "store")
-    images.symlink_to(folder / "store")  # the image folder may itself be a link
-    (images / "sub").unlink()
-    (images / "sub").symlink_to("real")
-    (images / "not an image").symlink_to("/")  # and what no record names may lead anywhere
-    (images / "circle").symlink_to("circle")
-    assert len(list(dataset(folder))) == 3
+def boxes(folder, make, count=30, **options):
+    """A data set whose boxes (x1, y1, x2, y2 by chance) are written as `make` has them in an image of (w, h)."""
+    rng = np.random.default_rng(0)
+    document = copy.deepcopy(GOOD) | {"images": GOOD["images"][:2], "annotations": []}
+    for number in range(count):
+        record = GOOD["images"][number % 2]
+        size = np.array([record["width"], record["height"]], float)
+        low, high = np.sort(rng.uniform(0, 1, (2, 2)), axis=0)
+        low, high = low * (size - 4), low * (size - 4) + 3 + (high - low) * (size - 4)
+        own = make(*low, *high, *size)
+        entry = {"id": number + 1, "image_id": record["id"], "category_id": 5}
+        document["annotations"].append(entry | {"bbox": [round(float(value), 4) for value in own]})
+    write(folder, document)
+    return dataset(folder, **options)
 
 
-@pytest.mark.parametrize("kind", ["folder", "dangling link", "link to itself", "pipe"])
-def test_what_is_no_file_is_missing(folder, kind):
-    path = folder / "images" / "c.png"
-    path.unlink()
-    if kind == "folder":
-        path.mkdir()
-    elif kind == "pipe":
-        os.mkfifo(path)  # reading it would wait for ever
-    else:
-        path.symlink_to("c.png" if kind == "link to itself" else "nowhere.png")
-    with pytest.raises(UserError) as excinfo:
-        dataset(folder)
-    one_line(excinfo, "1 of 3", "'c.png'")
-
-
-# --------------------------------------------------------------------------------- flaws of annotation files
-
-
-def changed(*path_and_value):
-    *path, last, value = path_and_value
-
-    def change(document):
-        for key in path:
-            document = document[key]
-        if value is KeyError:
-            del document[last]
-        else:
-            document[last] = value
-
-    return change
-
-
-FLAWS = {
-    "no images list": (changed("images", KeyError), ["'images'"]),
-    "no annotations list": (changed("annotations", KeyError), ["'annotations'"]),
-    "categories no list": (changed("categories", {}), ["'categories'"]),
-    "no images": (changed("images", []), ["'images' is empty"]),
-    "no categories": (changed("categories", []), ["'categories' is empty"]),
-    "record no object": (changed("annotations", 2, 5), ["annotations[2] is 5"]),
-    "id absent": (changed("images", 1, "id", KeyError), ["images[1]", "id is None"]),
-    "id text": (changed("annotations", 1, "id", "x"), ["annotations[1]", "id is 'x'"]),
-    "id bool": (changed("categories", 1, "id", True), ["categories[1]", "id is True"]),
-    "id of 65 bits": (changed("images", 1, "id", 2**63), ["images[1]", "9223372036854775808 exceeds 64 bits"]),
-    "too many pixels": (changed("images", 0, "width", 6_000_000), ["images[0] (id 7)", "6000000 x 30", "178956970"]),
-    "file name of two lines": (changed("images", 2, "file_name", "a\nb.png"), ["images[2] (id 9)", r"'a\nb.png'"]),
-    "category name of two lines": (changed("categories", 0, "name", "a\nb"), ["categories[0] (id 90)", r"'a\nb'"]),
-    "half a character": (changed("categories", 0, "name", "\ud800"), ["categories[0] (id 90)", r"'\ud800'"]),
-    "image id twice": (changed("images", 1, "id", 7), ["images[1]", "id 7"]),
-    "annotation id twice": (changed("annotations", 1, "id", 1), ["annotations[1]", "id 1"]),
-    "category id twice": (changed("categories", 1, "id", 90), ["categories[1]", "id 90"]),
-    "category without name": (changed("categories", 0, "name", KeyError), ["categories[0] (id 90)", "name is None"]),
-    "no width": (changed("images", 0, "width", KeyError), ["images[0] (id 7)", "width is None"]),
-    "height zero": (changed("images", 0, "height", 0), ["images[0] (id 7)", "height is 0"]),
-    "width fraction": (changed("images", 0, "width", 40.5), ["images[0] (id 7)", "width is 40.5"]),
-    "width bool": (changed("images", 0, "width", True), ["images[0] (id 7)", "width is True"]),
-    "no file name": (changed("images", 2, "file_name", KeyError), ["images[2] (id 9)", "file_name is None"]),
-    "empty file name": (changed("images", 2, "file_name", ""), ["images[2] (id 9)", "file_name is ''"]),
-    "absolute": (changed("images", 2, "file_name", "/etc/x.png"), ["images[2] (id 9)", "/etc/x.png"]),
-    "outside": (changed("images", 2, "file_name", "s/../../x.png"), ["images[2] (id 9)", "../x.png"]),
-    "windows drive": (changed("images", 2, "file_name", "C:\\x.png"), ["images[2] (id 9)", "file_name"]),
-    "unknown image": (changed("annotations", 0, "image_id", 8), ["annotations[0] (id 1)", "image_id is 8"]),
-    "unhashable image": (changed("annotations", 0, "image_id", [3]), ["annotations[0] (id 1)", "image_id is [3]"]),
-    "unknown category": (changed("annotations", 0, "category_id", 6), ["annotations[0] (id 1)", "category_id is 6"]),
-    "no bbox": (changed("annotations", 4, "bbox", KeyError), ["annotations[4] (id 5)", "bbox is None"]),
-    "bbox of three": (changed("annotations", 4, "bbox", [1, 2, 3]), ["annotations[4] (id 5)", "[1, 2, 3]"]),
-    "bbox text": (changed("annotations", 4, "bbox", [1, 2, 3, "4"]), ["annotations[4] (id 5)", "'4'"]),
-    "bbox NaN": (changed("annotations", 4, "bbox", [1, 2, float("nan"), 4]), ["annotations[4] (id 5)", "nan"]),
-    "bbox infinite": (changed("annotations", 4, "bbox", [1, 2, 3, float("inf")]), ["annotations[4] (id 5)", "inf"]),
-    "area NaN": (changed("annotations", 4, "area", float("nan")), ["annotations[4] (id 5)", "area is nan"]),
-    "iscrowd": (changed("annotations", 4, "iscrowd", "no"), ["annotations[4] (id 5)", "iscrowd is 'no'"]),
+OTHER_FORMATS = {
+    "corners": (lambda x1, y1, x2, y2, w, h: (x1, y1, x2, y2), ["as corners x1, y1, x2, y2", "x2 - x1, y2 - y1"]),
+    "corners, y first": (lambda x1, y1, x2, y2, w, h: (y1, x1, y2, x2), ["as corners y1, x1, y2, x2"]),
+    "in 0..1": (
+        lambda x1, y1, x2, y2, w, h: (x1 / w, y1 / h, (x2 - x1) / w, (y2 - y1) / h),
+        ["30 boxes all lie in 0..1", "multiply"],
+    ),
+    "corners in 0..1": (lambda x1, y1, x2, y2, w, h: (x1 / w, y1 / h, x2 / w, y2 / h), ["all lie in 0..1"]),
+    "centres": (
+        lambda x1, y1, x2, y2, w, h: ((x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1),
+        ["as a centre with width and height", "take half"],
+    ),
 }
 
 
-@pytest.mark.parametrize("flaw", FLAWS)
-def test_each_flaw_of_a_record_is_one_line(tmp_path, flaw):
-    change, parts = FLAWS[flaw]
+@pytest.mark.parametrize("kind", OTHER_FORMATS)
+def test_boxes_of_another_format_are_refused_until_they_are_trusted(folder, kind):
+    make, parts = OTHER_FORMATS[kind]
+    with pytest.raises(UserError) as excinfo:
+        boxes(folder, make)
+    one_line(excinfo, "annotations.json", "data.trust=true", *parts)
+    assert len(boxes(folder, make, trust=True).annotations.boxes) == 30
+
+
+def test_boxes_as_they_should_be_are_not_suspected(folder):
+    def right(x1, y1, x2, y2, w, h):
+        return x1, y1, x2 - x1, y2 - y1
+
+    assert boxes(folder, right).num_boxes == 30
+    shifted = boxes(folder, lambda x1, y1, x2, y2, w, h: (x1 - w / 2, y1 - h / 2, w, h))  # as after augmentation
+    assert shifted.num_clipped > 20
+    assert boxes(folder, lambda x1, y1, x2, y2, w, h: (0, 0, w, h)).num_clipped == 0  # each the whole image
+    assert boxes(folder, lambda x1, y1, x2, y2, w, h: (1, 1, w, h)).num_clipped > 20  # and a pixel too far
+    assert boxes(folder, lambda x1, y1, x2, y2, w, h: (x1, y1, 0, 0)).num_boxes == 0
+    assert boxes(folder, OTHER_FORMATS["corners"][0], count=2).num_boxes == 2  # too few to be sure
+
+
+@pytest.mark.parametrize("kind", ["none", "crowds", "without area", "without place"])
+def test_nothing_to_learn_from_says_why(folder, kind):
     document = copy.deepcopy(GOOD)
-    change(document)
+    for record in document["annotations"]:
+        record |= {"crowds": {"iscrowd": 1}, "without area": {"bbox": [1, 1, 0, 5]}, "without place": {"bbox": []},
+                   "none": {}}[kind] | {"segmentation": []}  # fmt: skip
+    document["annotations"] = [] if kind == "none" else document["annotations"]
+    write(folder, document)
     with pytest.raises(UserError) as excinfo:
-        load_annotations(write(tmp_path, document))
-    one_line(excinfo, "annotations.json", *parts)
-
-
-@pytest.mark.parametrize("text", ["", "{", "[1, 2]", "null", "[" * 100_000, '{"images": "\\'], ids=repr)
-def test_each_flaw_of_a_file_is_one_line(tmp_path, text):
-    with pytest.raises(UserError) as excinfo:
-        load_annotations(write(tmp_path, text))
-    one_line(excinfo, "annotations.json")
-
-
-def test_unreadable_files_are_one_line(tmp_path):
-    (tmp_path / "latin.json").write_bytes(b'{"images": "caf\xe9"}')
-    for name in ("absent.json", ".", "latin.json"):
-        with pytest.raises(UserError) as excinfo:
-            load_annotations(tmp_path / name)
-        one_line(excinfo, str(tmp_path))
+        dataset(folder).refuse_without_boxes()
+    crowds, flat = {"none": (0, 0), "crowds": (6, 0), "without area": (1, 5), "without place": (0, 0)}[kind]
+    parts = [f"{crowds} boxes are crowds", f"{flat} have no area"]
+    parts += ["6 annotations with neither bbox nor segmentation left out"] if kind == "without place" else []
+    one_line(excinfo, "no box to learn from", *parts, "data.trust=true")
 
 
 # ---------------------------------------------------------------------------------------------- real images

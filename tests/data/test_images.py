@@ -1,3 +1,4 @@
+import io
 import struct
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile, ImageOps, PngImagePlugin
 
-from data.images import MAX_PIXELS, OTHER_PICTURES, UPRIGHT, read_image, suffixes
+from data.images import MAX_PIXELS, OTHER_PICTURES, UPRIGHT, ImageRemark, image_size, read_image, suffixes
 from detector.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -149,6 +150,104 @@ def test_broken_files_are_one_line(tmp_path, name):
     with pytest.raises(UserError) as excinfo:
         read_image(path)
     one_line(excinfo, name)
+
+
+SMOOTH = cv2.resize(np.random.default_rng(3).integers(0, 256, (9, 12, 3), np.uint8), (360, 240))
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"quality": 95}], ids=str)
+def test_a_jpeg_that_lacks_a_few_bytes_is_read_and_a_cut_one_is_not(tmp_path, options):
+    path = tmp_path / "x.jpg"
+    Image.fromarray(SMOOTH).save(path, **options)
+    data, expected = path.read_bytes(), read_image(path).astype(int)
+    for lost in (1, 2, 3, 5, 10):
+        path.write_bytes(data[:-lost])
+        with pytest.warns(ImageRemark, match="lacks its last bytes"):
+            found = read_image(path, (240, 360))
+        other = np.abs(found - expected).max(axis=2) > 8
+        assert other.mean() < 0.01 and not other[:200].any() and (lost > 2 or not other.any())
+    for share in (0.8, 0.5, 0.2):
+        path.write_bytes(data[: int(len(data) * share)])
+        with pytest.raises(UserError) as excinfo:
+            read_image(path)
+        one_line(excinfo, "x.jpg", "truncated")
+
+
+@pytest.mark.parametrize("size", [(12, 9), (96, 96), (33, 50)])
+def test_small_jpegs_that_lack_a_few_bytes_are_remarked_on(tmp_path, size):
+    thumbnail = io.BytesIO()
+    Image.fromarray(SMOOTH[::8, ::8]).save(thumbnail, "JPEG")
+    exif = Image.Exif()
+    exif[0x9286] = thumbnail.getvalue()  # a comment with an image in it, which has an end
+    for seed in range(8):
+        picture = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8)
+        Image.fromarray(cv2.resize(picture, size)).save(tmp_path / "x.jpg", exif=exif)
+        (tmp_path / "x.jpg").write_bytes((tmp_path / "x.jpg").read_bytes()[:-2])
+        with pytest.warns(ImageRemark, match="lacks its last bytes"):
+            read_image(tmp_path / "x.jpg")
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_follows_a_jpeg_does_not_matter(tmp_path):
+    Image.fromarray(SMOOTH).save(tmp_path / "x.jpg")
+    data, expected = (tmp_path / "x.jpg").read_bytes(), read_image(tmp_path / "x.jpg")
+    for more in (b"\0", b"\0" * 100, b"appended", data):
+        (tmp_path / "x.jpg").write_bytes(data + more)
+        assert np.array_equal(read_image(tmp_path / "x.jpg"), expected)
+
+
+def test_a_png_without_its_end_is_read(tmp_path):
+    Image.fromarray(RGB).save(tmp_path / "x.png")
+    (tmp_path / "x.png").write_bytes((tmp_path / "x.png").read_bytes()[:-12])
+    with pytest.warns(ImageRemark, match="lacks its last bytes"):
+        assert np.array_equal(read_image(tmp_path / "x.png"), RGB)
+
+
+TWELVE = WIDE[:, :, 0] >> 4  # values of 12 bits
+SEEN = np.dstack([(TWELVE >> 4).astype(np.uint8)] * 3)
+
+
+def tiff(path, pixels, bits, **tags):
+    """A gray TIFF of 12 bits, packed, or 16, with other tags by their numbers."""
+    height, width = pixels.shape
+    data = pixels.astype("<u2").tobytes()
+    if bits == 12:
+        unpacked = np.unpackbits(pixels.astype(">u2").view(np.uint8).reshape(-1, 2), axis=1)[:, 4:]
+        data = np.packbits(unpacked.reshape(-1)).tobytes()
+    entries = {256: width, 257: height, 258: bits, 259: 1, 262: 1, 273: 0, 277: 1, 278: height, 279: len(data)}
+    entries |= {int(tag[1:]): value for tag, value in tags.items()}
+    entries[273] = 8 + 2 + 12 * len(entries) + 4
+    table = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(entries.items()))
+    path.write_bytes(b"II*\0" + struct.pack("<IH", 8, len(entries)) + table + struct.pack("<I", 0) + data)
+
+
+@pytest.mark.filterwarnings("error")
+def test_12_bits_are_scaled_where_the_file_says_so(tmp_path):
+    tiff(tmp_path / "packed.tif", TWELVE, 12)
+    tiff(tmp_path / "said.tif", TWELVE, 16, t281=4095)
+    tiff(tmp_path / "more.tif", WIDE[:, :, 0], 16, t281=65535)
+    (tmp_path / "x.pgm").write_bytes(b"P5\n36 24\n4095\n" + TWELVE.astype(">u2").tobytes())
+    assert np.array_equal(read_image(tmp_path / "packed.tif"), SEEN)
+    assert np.array_equal(read_image(tmp_path / "said.tif"), SEEN)
+    assert np.array_equal(read_image(tmp_path / "more.tif")[:, :, 0], WIDE[:, :, 0] >> 8)
+    assert np.abs(read_image(tmp_path / "x.pgm").astype(int) - SEEN).max() <= 1
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.tif"])
+def test_12_bits_that_the_file_does_not_declare_are_remarked_on(tmp_path, name):
+    cv2.imwrite(str(tmp_path / name), TWELVE)
+    with pytest.warns(ImageRemark, match="16 bits uses the lower 12 alone"):
+        assert np.array_equal(read_image(tmp_path / name)[:, :, 0], TWELVE >> 8)
+
+
+@pytest.mark.parametrize("orientation", [None, 1, 3, 6, 8])
+@pytest.mark.parametrize("name", ["x.png", "x.jpg", "x.tif"])
+def test_the_size_is_that_of_the_upright_image(tmp_path, name, orientation):
+    exif = Image.Exif()
+    if orientation:
+        exif[0x0112] = orientation
+    Image.fromarray(RGB).save(tmp_path / name, exif=exif)
+    assert image_size(tmp_path / name) == read_image(tmp_path / name).shape[:2]
 
 
 def png(path, width, height, depth, pixels):

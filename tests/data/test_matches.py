@@ -1,11 +1,10 @@
 """AP of images drawn anew, and calibration."""
 
-import copy
-
 import numpy as np
 import pytest
 import torch
 
+from data.annotations import parse_annotations
 from data.coco_eval import score
 from data.matches import average_precision, calibration_error, draw_images, match
 from detector.structures import Detections
@@ -65,8 +64,8 @@ def repeated(annotations, detections, draw):
 @pytest.mark.parametrize("seed", range(4))
 def test_each_image_once_is_the_ap_itself(seed):
     annotations, detections = case(seed)
-    expected = score(annotations, detections, [5, 6, 7])
-    matches = match(copy.deepcopy(annotations), results(detections))
+    expected = score(parse_annotations(annotations), detections, [5, 6, 7])
+    matches = match(parse_annotations(annotations), results(detections))
     found = average_precision(matches, np.ones(12, np.int64))
     assert found == pytest.approx(expected["by_iou"], abs=1e-12)
     assert found.mean() == pytest.approx(expected["AP"], abs=1e-12)
@@ -78,9 +77,10 @@ def test_a_draw_is_scored_as_the_data_set_that_holds_it(seed):
     for found in detections.values():  # without ties, whose order a repeated image may change
         found.scores.copy_(torch.rand(len(found.scores), generator=torch.Generator().manual_seed(seed)))
         seed += 10
-    matches = match(annotations, results(detections))
+    matches = match(parse_annotations(annotations), results(detections))
     for draw in draw_images(12, 5, seed):
-        expected = score(*repeated(annotations, detections, draw), [5, 6, 7])["AP"]
+        document, found = repeated(annotations, detections, draw)
+        expected = score(parse_annotations(document), found, [5, 6, 7])["AP"]
         # Repeated detections tie with themselves: precision is read between two equal ones.
         assert average_precision(matches, draw).mean() == pytest.approx(expected, abs=0.02)
     assert (average_precision(matches, np.zeros(12, np.int64)) == -1).all()
@@ -101,9 +101,13 @@ def test_spread_of_the_draws_is_that_of_the_mean():
         {"id": i + 1, "image_id": i, "category_id": 1, "bbox": [0, 0, 9, 9], "area": 81, "iscrowd": 0}
         for i in range(200)
     ]
-    file = {"images": [{"id": i} for i in range(200)], "categories": [{"id": 1, "name": "a"}], "annotations": boxes}
+    file = {
+        "images": [{"id": i, "file_name": str(i)} for i in range(200)],
+        "categories": [{"id": 1, "name": "a"}],
+        "annotations": boxes,
+    }
     found = [{"image_id": int(i), "category_id": 1, "bbox": [0, 0, 9, 9], "score": 0.5} for i in np.flatnonzero(hit)]
-    matches = match(file, found)
+    matches = match(parse_annotations(file), found)
     values = [average_precision(matches, draw).mean() for draw in draw_images(200, 400)]
     assert np.std(values) == pytest.approx(np.sqrt(hit.mean() * (1 - hit.mean()) / 200), rel=0.15)
 
@@ -118,10 +122,10 @@ def test_calibration_error_by_hand():
     rows = [(0, 0, 0.95), (10, 200, 0.95), (20, 200, 0.35), (30, 0, 0.75)]  # the last on a crowd: it does not count
     found = [{"image_id": i, "category_id": 5, "bbox": [x, 0, 50, 50], "score": s} for i, x, s in rows]
     expected = (abs(0.95 - 0.5) * 2 + 0.35) / 3
-    assert calibration_error(match(annotations, found)) == pytest.approx(expected)
-    assert calibration_error(match(annotations, [])) == -1
+    assert calibration_error(match(parse_annotations(annotations), found)) == pytest.approx(expected)
+    assert calibration_error(match(parse_annotations(annotations), [])) == -1
 
 
 def test_nothing_found_is_zero():
     annotations, _ = case(0)
-    assert (average_precision(match(annotations, []), np.ones(12, np.int64)) == 0).all()
+    assert (average_precision(match(parse_annotations(annotations), []), np.ones(12, np.int64)) == 0).all()

@@ -146,6 +146,53 @@ def test_the_config_s_own_files_and_options(tiny, folder, call):
     assert "8 images" in out and "4 images" in out and "no anchor with IoU 0.5" in told
 
 
+def test_images_are_looked_for_beside_each_file(folder, call):
+    for split, name in (("train", "a.png"), ("valid", "b.png")):
+        (folder / split).mkdir()
+        noise(folder / split, [name])
+        annotations(folder / split / "_annotations.coco.json", {name: [(1, 10, 10, 40, 40)]})
+    files = [folder / split / "_annotations.coco.json" for split in ("train", "valid")]
+    small = ("--set", "data.short_side=96", "data.long_side=96")
+    code, out, err, _ = call("--train", files[0], "--val", files[1], *small)
+    assert code == 0, err
+    assert out.count("1 images, 1 boxes") == 2
+    code, _, err, _ = call("--train", files[0], "--val", files[1], "--images", folder / "train", *small)
+    assert code == 2 and f"1 of 1 images of {files[1]} are not there" in err and f"all are in {folder / 'valid'}" in err
+
+
+def test_what_is_taken_all_the_same_is_counted(folder, call):
+    (folder / "images").mkdir()
+    names = ["a.jpg", "b.jpg", "c.png", "d.png"]
+    noise(folder / "images", names)
+    for name in names[:2]:
+        path = folder / "images" / name
+        path.write_bytes(path.read_bytes()[:-2])
+    for name in names[2:]:
+        dark = np.asarray(Image.open(folder / "images" / name).convert("L")).astype(np.uint16) << 4
+        Image.fromarray(dark).save(folder / "images" / name)
+    boxes = {name: [("1", 10, 10, 40, 40)] for name in names}
+    train = annotations(folder / "train.json", boxes)
+    code, out, err, told = call("--train", train, "--set", "data.short_side=96", "data.long_side=96")
+    assert code == 0, err
+    for line in (
+        "Taken all the same: 4 numbers in quotes (the first in annotations[0]).",
+        f"2 images of {train}: a file lacks its last bytes, and is read all the same (the first is a.jpg)",
+        f"2 images of {train}: an image of 16 bits uses the lower 12 alone and is seen dark",
+    ):
+        assert line in out and line in told
+
+
+def test_nothing_to_learn_is_refused(folder, call):
+    (folder / "images").mkdir()
+    noise(folder / "images", ["a.png"])
+    train = annotations(folder / "train.json", {"a.png": []})
+    small = ("--train", train, "--set", "data.short_side=96", "data.long_side=96")
+    code, _, err, _ = call(*small)
+    assert code == 2 and "no box to learn from" in err
+    code, _, err, _ = call(*small, "data.trust=true")
+    assert code == 0, err
+
+
 def test_slips_are_one_line(planted, call, folder, tiny):
     (folder / "images" / "3.png").write_bytes(b"no image")
     (folder / "broken.json").write_text("{")

@@ -237,3 +237,14 @@ def test_slips_are_one_line(run, folder):
         code, _, err, _ = run(*sources)
         assert code == 2 and err.startswith("error: ") and expected in err, (expected, err)
         assert not (folder / "dst").exists()
+
+
+def test_boxes_that_look_like_corners_are_refused_unless_trusted(run, folder):
+    corners = {f"{n}.png": [("cat", 30 + n, 20, 50 + n, 40), ("dog", 20, 25, 45, 44)] for n in range(8)}
+    write(folder / "src" / "all.json", corners)
+    paint(*(folder / "src" / name for name in corners))
+    code, _, err, _ = run(folder / "src" / "all.json")
+    assert code == 2 and "as corners x1, y1, x2, y2 all would be inside" in err
+    assert "--trust" in err and not (folder / "dst").exists()
+    code, _, err, made = run(folder / "src" / "all.json", options=["--trust"])
+    assert code == 0 and len(made["train"]) + len(made["val"]) == 8, err

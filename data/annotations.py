@@ -1,0 +1,424 @@
+"""A COCO annotation file as columns: its images, classes and boxes in arrays, whatever tool wrote it.
+
+A file that is as the format says is decoded straight into typed records. Where it is not, its records are looked at
+one by one: what has one plain meaning is taken and counted in a remark, the rest is refused in one line. The polygons,
+nine tenths of a file, are only read where a box is missing.
+"""
+
+import json
+import math
+import posixpath
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import numpy as np
+
+from data.images import MAX_PIXELS
+from data.json_lists import read_lists
+from data.segmentation import bounds
+from detector.errors import CONTROL, UserError
+
+MAX_ID = 2**63 - 1  # pycocotools puts ids in arrays
+NO_ID = -(2**63)  # stands for an id that is yet to be given
+MAX_BOX, MAX_AREA = 1e9, 1e18
+LISTS = ("images", "categories", "annotations")
+# A file name that leads nowhere but down: neither absolute nor with a drive, backslash, dots or control characters.
+PLAIN_NAME = re.compile(r"(?![./\\])(?!.*(?:/[./]|[\\:\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]))[^/](?:.*[^/])?")
+WHOLE = re.compile(r"\s*([+-]?\d{1,40})(?:\.0*)?\s*", re.ASCII)  # a number in quotes
+NUMBER = re.compile(r"\s*[+-]?(?:\d{1,40}\.?\d{0,40}|\.\d{1,40})(?:[eE][+-]?\d{1,3})?\s*", re.ASCII)
+
+Whole = Annotated[int, msgspec.Meta(ge=-MAX_ID, le=MAX_ID)]
+
+
+class Image(msgspec.Struct, gc=False):
+    id: Whole
+    file_name: str
+    width: Whole  # 0 where the file does not say
+    height: Whole
+
+
+class Category(msgspec.Struct, gc=False):
+    id: Whole
+    name: str
+
+
+class Box(msgspec.Struct, gc=False):
+    id: Whole
+    image_id: Whole
+    category_id: Whole
+    bbox: tuple[float, float, float, float]  # NaN where the record has none
+    area: float | None = None
+    iscrowd: Whole = 0
+
+
+@dataclass
+class Annotations:
+    """I images, K classes, N boxes, in the order of the file."""
+
+    path: str
+    image_ids: np.ndarray  # (I,) int64
+    file_names: list[str]  # as the file writes them
+    sizes: np.ndarray  # (I, 2) int64 height, width; 0 where the file does not say
+    names: dict[int, str]  # category id -> name; no two are the same
+    ids: np.ndarray  # (N,) int64
+    images: np.ndarray  # (N,) int64, places of their images
+    categories: np.ndarray  # (N,) int64, ids
+    boxes: np.ndarray  # (N, 4) float64 x, y, width, height
+    areas: np.ndarray  # (N,) float64, in COCO the mask's
+    crowds: np.ndarray  # (N,) bool
+    remarks: list[str]  # what was taken although it is not as the format says, a line a kind
+
+    def document(self, places: Sequence[int] | None = None) -> dict:
+        """What a COCO file of it holds; of the images at these places alone, if any are given."""
+        chosen = np.arange(len(self.image_ids)) if places is None else np.asarray(places, np.int64)
+        rows = np.flatnonzero(np.isin(self.images, chosen))
+        columns = (self.ids, self.image_ids[self.images], self.categories, self.boxes, self.areas, self.crowds)
+        each = zip(*(column[rows].tolist() for column in columns))
+        sides = zip(self.image_ids[chosen].tolist(), chosen.tolist(), self.sizes[chosen].tolist())
+        return {
+            "images": [
+                {"id": number, "file_name": self.file_names[place], "width": width, "height": height}
+                for number, place, (height, width) in sides
+            ],
+            "annotations": [
+                {"id": number, "image_id": image, "category_id": k, "bbox": box, "area": area, "iscrowd": int(crowd)}
+                for number, image, k, box, area, crowd in each
+            ],
+            "categories": [{"id": number, "name": name} for number, name in self.names.items()],
+        }
+
+
+def load_annotations(path: str | Path) -> Annotations:
+    """Read a COCO annotation file. UserError, with record, value and cure, for what has no one plain meaning."""
+    try:
+        with open(path, "rb") as file:
+            reader = _Reader(path)
+            for name, part in read_lists(file, LISTS):
+                reader.add(name, part)
+            return reader.result()
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the annotation file ({error.strerror}); correct its path") from None
+    except (ValueError, RecursionError):
+        pass  # another encoding, or broken: Python's own parser takes it, or says why not
+    try:
+        document = json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({error}); export or download the file again") from None
+    return parse_annotations(document, path)
+
+
+def parse_annotations(document: object, path: str | Path = "annotations") -> Annotations:
+    """What `load_annotations` makes of a file that holds this document."""
+    if not isinstance(document, dict):
+        raise UserError(f"{path}: holds a {type(document).__name__}, not an object; give a COCO annotation file")
+    reader = _Reader(path)
+    for name in LISTS:
+        if not isinstance(document.get(name), list):
+            raise UserError(f"{path}: has no list {name!r}; give a COCO file with images, annotations and categories")
+        reader.add(name, document[name])
+    return reader.result()
+
+
+class _Flaw(Exception):
+    """What is wrong with a record, and what to do about it."""
+
+
+class _Reader:
+    """Makes columns of records, and counts what it takes although it is not as the format says."""
+
+    def __init__(self, path: str | Path):
+        self.path, self.counts, self.first = str(path), Counter(), {}
+        self.where = ""  # the record that is looked at
+        self.read = dict.fromkeys(LISTS, 0)  # records
+        self.columns: dict[str, list[tuple]] = {name: [] for name in LISTS}  # of each part that was added
+
+    def add(self, name: str, part: bytes | list) -> None:
+        """Add records of a list, decoded or not. ValueError where they are no JSON."""
+        kind, columns_of, repair = {
+            "images": (Image, _image_columns, self.image),
+            "categories": (Category, _category_columns, self.category),
+            "annotations": (Box, _box_columns, self.box),
+        }[name]
+        columns = _decoded(part, kind, columns_of) if isinstance(part, bytes) else None
+        if columns is None:
+            records = json.loads(part) if isinstance(part, bytes) else part
+            columns = columns_of(
+                [self.repaired(name, self.read[name] + n, one, repair) for n, one in enumerate(records)]
+            )
+        self.read[name] += len(columns[0])
+        self.columns[name].append(columns)
+
+    def result(self) -> Annotations:
+        for name in ("images", "categories"):
+            if not self.read[name]:
+                raise UserError(f"{self.path}: the list {name!r} is empty; give a file that has at least one")
+        image_ids, file_names, sizes = _joined(self.columns["images"])
+        category_ids, names = _joined(self.columns["categories"])
+        ids, owners, kinds, crowds, boxes, areas = _joined(self.columns["annotations"])
+        self.unique("images", image_ids)
+        self.unique("categories", category_ids)
+        self.number(ids)
+        self.unique("annotations", ids)
+        places = self.known("image_id", owners, image_ids, ids)
+        self.known("category_id", kinds, category_ids, ids)
+
+        there = ~np.isnan(boxes[:, 0])
+        full = np.maximum(boxes[:, 2], 0) * np.maximum(boxes[:, 3], 0)
+        unsaid = np.isnan(areas) | (areas <= 0) & (full > 0)
+        areas = np.where(unsaid, full, areas)
+        self.note("boxes without an area, which is taken as width x height", unsaid & (full > 0), ids)
+        self.note("annotations with neither bbox nor segmentation left out", ~there, ids)
+        columns = (ids, places, kinds, boxes, areas, crowds > 0)
+        if not there.all():
+            columns = tuple(column[there] for column in columns)
+        return Annotations(
+            self.path,
+            image_ids,
+            file_names,
+            sizes,
+            _unique_names(category_ids.tolist(), names),
+            *columns,
+            remarks=[f"{count:,} {kind} ({self.first[kind]})" for kind, count in self.counts.items()],
+        )
+
+    # ------------------------------------------------------------------------ records that are not as they should be
+
+    def repaired(self, name: str, index: int, record: object, repair: Callable[[dict], Any]) -> Any:
+        self.where = f"{name}[{index}]"
+        if not isinstance(record, dict):
+            raise UserError(f"{self.path}: {self.where} is {shortened(record)}, not an object; remove it")
+        try:
+            return repair(record)
+        except _Flaw as flaw:
+            number = record.get("id")
+            of = "" if number is None or str(flaw).startswith("id ") else f" (id {shortened(number)})"
+            raise UserError(f"{self.path}: {self.where}{of}: {flaw}") from None
+
+    def image(self, record: dict) -> Image:
+        number = self.id(record)
+        sides = []
+        for key in ("width", "height"):
+            side = self.whole(record.get(key), f"{key} is {{}}; give the image's {key} in pixels or leave it out") or 0
+            if side < 0:
+                raise _Flaw(f"{key} is {side}; give the image's {key} in pixels or leave it out")
+            sides.append(side)
+        if sides[0] * sides[1] > MAX_PIXELS:
+            size = f"{shortened(sides[0])} x {shortened(sides[1])}"
+            raise _Flaw(
+                f"width x height is {size}, more than {MAX_PIXELS} pixels; correct it or make the image smaller"
+            )
+        name = record.get("file_name")
+        if not isinstance(name, str) or not name.strip("./\\ ") or CONTROL.search(name) or leads_out(name):
+            raise _Flaw(f"file_name is {shortened(name)}; give a path inside the image folder, relative to it")
+        return Image(number, name, *(sides if all(sides) else (0, 0)))
+
+    def category(self, record: dict) -> Category:
+        number, name = self.id(record), record.get("name")
+        if type(name) is int and abs(name) <= MAX_ID:
+            self.count("class names that are numbers")
+            name = str(name)
+        if not isinstance(name, str) or not name or CONTROL.search(name):
+            raise _Flaw(f"name is {shortened(name)}; give the class a name, without control characters")
+        return Category(number, name)
+
+    def box(self, record: dict) -> Box:
+        number = NO_ID if self.is_empty(record.get("id")) else self.id(record)
+        unknown = "{key} is {{}}, which the file does not list; correct or remove it"
+        owners = []
+        for key in ("image_id", "category_id"):
+            owner = self.whole(record.get(key), unknown.format(key=key))
+            if owner is None or abs(owner) > MAX_ID:
+                raise _Flaw(unknown.format(key=key).format(shortened(record.get(key))))
+            owners.append(owner)
+        area = self.finite(record.get("area"), MAX_AREA, "area is {}; give a finite number or leave it out")
+        crowd = record.get("iscrowd", 0)
+        flaw = "iscrowd is {}; give 0 or 1 or leave it out"
+        if self.is_empty(crowd):
+            self.count("empty iscrowd taken as 0")
+            crowd = 0
+        crowd = int(crowd) if isinstance(crowd, bool) else self.whole(crowd, flaw)
+        if crowd not in (0, 1):
+            raise _Flaw(flaw.format(shortened(crowd)))
+        return Box(number, *owners, self.sides(record), area, crowd)
+
+    def sides(self, record: dict) -> tuple[float, ...]:
+        bbox, segmentation = record.get("bbox"), record.get("segmentation")
+        if bbox is not None and bbox != []:
+            flaw = f"bbox is {shortened(bbox)}; give four finite numbers x, y, width, height in pixels, or remove it"
+            if not isinstance(bbox, list) or len(bbox) != 4:
+                raise _Flaw(flaw)
+            sides = tuple(self.finite(value, MAX_BOX, flaw.replace("{", "{{").replace("}", "}}")) for value in bbox)
+            if None in sides:
+                raise _Flaw(flaw)
+            return sides
+        try:
+            found = bounds(segmentation)
+        except (ValueError, RecursionError) as error:
+            raise _Flaw(
+                f"bbox is {shortened(bbox)} and segmentation {shortened(segmentation)} ({error}); give four numbers x, "
+                "y, width, height, or polygons or a mask, or remove it"
+            ) from None
+        if found is None:
+            return (math.nan,) * 4
+        self.count("boxes taken as the bounds of their segmentation")
+        return found
+
+    # --------------------------------------------------------------------------------------------- values to numbers
+
+    def id(self, record: dict) -> int:
+        number = self.whole(record.get("id"), "id is {}; give it a whole number of its own")
+        if number is None:
+            raise _Flaw("id is None; give it a whole number of its own")
+        if abs(number) > MAX_ID:
+            raise _Flaw(f"id {shortened(number)} exceeds 64 bits; give a smaller one")
+        return number
+
+    def is_empty(self, value: object) -> bool:
+        """Whether a value is there to say that there is none: null, an empty text, or the NaN of pandas."""
+        return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
+
+    def value(self, value: object, flaw: str) -> int | float | None:
+        """A number, also one in quotes; None for none."""
+        if self.is_empty(value):
+            return None
+        if isinstance(value, str) and ((whole := WHOLE.fullmatch(value)) or NUMBER.fullmatch(value)):
+            self.count("numbers in quotes")
+            return int(whole[1]) if whole else float(value)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise _Flaw(flaw.format(shortened(value)))
+        return value
+
+    def whole(self, value: object, flaw: str) -> int | None:
+        number = self.value(value, flaw)
+        if isinstance(number, float):
+            if not number.is_integer():  # nor is infinity
+                raise _Flaw(flaw.format(shortened(value)))
+            if isinstance(value, float):
+                self.count("whole numbers with a decimal point")
+            number = int(number)
+        return number
+
+    def finite(self, value: object, limit: float, flaw: str) -> float | None:
+        number = self.value(value, flaw)
+        if number is not None and not abs(number) < limit:
+            raise _Flaw(flaw.format(shortened(value)))
+        return None if number is None else float(number)
+
+    # ---------------------------------------------------------------------------------------- what all have together
+
+    def number(self, ids: np.ndarray) -> None:
+        """Give ids to those that have none."""
+        without = np.flatnonzero(ids == NO_ID)
+        if len(without):
+            ids[without] = np.setdiff1d(np.arange(1, 2 * len(ids) + 1), ids)[: len(without)]
+            self.note("annotations without an id numbered", np.isin(np.arange(len(ids)), without), ids)
+
+    def unique(self, name: str, ids: np.ndarray) -> None:
+        _, first = np.unique(ids, return_index=True)
+        if len(first) < len(ids):
+            index = int(np.setdiff1d(np.arange(len(ids)), first)[0])
+            raise UserError(
+                f"{self.path}: {name}[{index}]: id {ids[index]} is taken by an earlier record; make ids unique"
+            )
+
+    def known(self, key: str, wanted: np.ndarray, ids: np.ndarray, of: np.ndarray) -> np.ndarray:
+        """The places of `wanted` among `ids`."""
+        order = np.argsort(ids)
+        places = order[np.minimum(np.searchsorted(ids, wanted, sorter=order), len(ids) - 1)]
+        wrong = np.flatnonzero(ids[places] != wanted)
+        if len(wrong):
+            index = int(wrong[0])
+            raise UserError(
+                f"{self.path}: annotations[{index}] (id {of[index]}): {key} is {wanted[index]}, which the file does "
+                "not list; correct or remove it"
+            )
+        return places
+
+    def count(self, kind: str) -> None:
+        self.counts[kind] += 1
+        self.first.setdefault(kind, f"the first in {self.where}")
+
+    def note(self, kind: str, which: np.ndarray, ids: np.ndarray) -> None:
+        places = np.flatnonzero(which)
+        if len(places):
+            self.counts[kind] = len(places)
+            self.first[kind] = f"the first is annotation id {ids[places[0]]}"
+
+
+def leads_out(name: str) -> bool:
+    """Whether the dots of a file name lead out of the folder that it starts from."""
+    return posixpath.normpath(name.replace("\\", "/")).split("/")[0] == ".."
+
+
+def shortened(value: object) -> str:
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # a whole number of more than 4,300 digits
+        return f"a deeply nested or huge {type(value).__name__}"
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _unique_names(ids: list[int], names: list[str]) -> dict[int, str]:
+    """Category id -> name; categories that share one, as in some exports, are told apart by their ids."""
+    count = Counter(names)
+    found = {id: name if count[name] == 1 else f"{name} (id {id})" for id, name in zip(ids, names)}
+    if len(set(found.values())) == len(found):
+        return found
+    return {id: f"{name} (id {id})" for id, name in zip(ids, names)}  # one was called "cat (id 3)" already
+
+
+def _decoded(part: bytes, kind: type, columns_of: Callable[[list], tuple]) -> tuple | None:
+    """Columns of records that are `kind` and sound as they are; None where one of them is not."""
+    try:
+        columns = columns_of(msgspec.json.decode(part, type=list[kind]))
+    except (msgspec.MsgspecError, RecursionError):
+        return None
+    return columns if SOUND[kind](*columns) else None
+
+
+def _joined(parts: list[tuple]) -> list:
+    """Columns of all parts: arrays are joined to arrays, lists to lists."""
+    return [
+        np.concatenate(column) if isinstance(column[0], np.ndarray) else [value for own in column for value in own]
+        for column in zip(*parts)
+    ]
+
+
+def _image_columns(images: list[Image]) -> tuple[np.ndarray, list[str], np.ndarray]:
+    sizes = np.array([(one.height, one.width) for one in images], np.int64).reshape(-1, 2)
+    return np.array([one.id for one in images], np.int64), [one.file_name for one in images], sizes
+
+
+def _category_columns(categories: list[Category]) -> tuple[np.ndarray, list[str]]:
+    return np.array([one.id for one in categories], np.int64), [one.name for one in categories]
+
+
+def _box_columns(boxes: list[Box]) -> tuple[np.ndarray, ...]:
+    whole = [(one.id, one.image_id, one.category_id, one.iscrowd) for one in boxes]
+    ids, images, categories, crowds = np.array(whole, np.int64).reshape(-1, 4).T
+    sides = np.array([one.bbox for one in boxes], np.float64).reshape(-1, 4)
+    return ids, images, categories, crowds, sides, np.array([one.area for one in boxes], np.float64)
+
+
+def _sound_images(ids: np.ndarray, names: list[str], sizes: np.ndarray) -> bool:
+    # The product of two sides that are in bounds themselves is in bounds.
+    return bool(((sizes > 0) & (sizes <= MAX_PIXELS)).all() and (sizes.prod(axis=1) <= MAX_PIXELS).all()) and all(
+        map(PLAIN_NAME.fullmatch, names)
+    )
+
+
+def _sound_categories(ids: np.ndarray, names: list[str]) -> bool:
+    return all(name and not CONTROL.search(name) for name in names)
+
+
+def _sound_boxes(ids, images, categories, crowds: np.ndarray, sides: np.ndarray, areas: np.ndarray) -> bool:
+    in_bounds = (np.abs(sides) < MAX_BOX).all() and not (np.abs(areas) >= MAX_AREA).any()
+    return bool(in_bounds and ((crowds == 0) | (crowds == 1)).all())
+
+
+SOUND = {Image: _sound_images, Category: _sound_categories, Box: _sound_boxes}

@@ -1,0 +1,168 @@
+"""Where the images of an annotation file are: their folder, and each file in it, however its name is written."""
+
+import os
+import posixpath
+from collections.abc import Sequence
+from pathlib import Path, PureWindowsPath
+
+from data.annotations import leads_out
+from data.spelling import spelling
+from detector.errors import UserError
+
+SAMPLE = 50  # names by which a folder is known to be the right one
+
+
+class ImageFolder:
+    """A folder of images, each of its folders listed at most once."""
+
+    def __init__(self, root: str | Path):
+        self.root = Path(root)
+        self._entries: dict[str, tuple[set[str], set[str]]] = {}  # folder -> its files, its folders
+        self._spelled: dict[str, tuple[dict[str, list[str]], dict[str, list[str]]]] = {}  # the same by spelling
+
+    def locate(self, names: Sequence[str], source: str | Path) -> tuple[list[str], list[str]]:
+        """The paths in the folder of the images that `source` names so, and remarks on those written otherwise.
+
+        The name as it stands comes first, then what may stand for it: with a backslash for a separator, an absolute
+        path into the folder, what follows the folder's own name in it; at last other spellings of these. UserError for
+        an image that is not there, or may be either of two, and for a name that leads out of the folder.
+        """
+        self._list("")  # a UserError where there is no such folder
+        found = {name: name for name in names if self._has(name)}
+        other = list(dict.fromkeys(name for name in names if name not in found))
+        owners = {path: path for path in found}
+        missing = []
+        for name in other:
+            forms = self._forms(name)
+            paths = next((paths for form in forms if (paths := self._spellings(form))), [])
+            if len(paths) > 1:
+                raise UserError(
+                    f"{self.root}: {name!r} of {source} may be {paths[0]!r} or {paths[1]!r}; write the right one there"
+                )
+            if not paths:
+                if not forms:
+                    raise UserError(
+                        f"{source}: file_name is {name!r}, which leads out of the image folder {self.root}; give a "
+                        "path inside it, relative to it"
+                    )
+                missing.append(name)
+            elif owners.setdefault(paths[0], name) != name:
+                raise UserError(
+                    f"{self.root}: {name!r} and {owners[paths[0]]!r} of {source} would both be {paths[0]!r}; complete "
+                    "the folder or correct the names"
+                )
+            else:
+                found[name] = paths[0]
+        if missing:
+            gone = set(missing)
+            raise UserError(
+                f"{self.root}: {sum(name in gone for name in names)} of {len(names)} images of {source} are not there, "
+                f"the first is {missing[0]!r}; correct the image folder or complete it"
+            )
+        remarks = [f"{len(other):,} images found under another spelling (the first is {other[0]!r})"] if other else []
+        return [found[name] for name in names], remarks
+
+    def files(self, names: Sequence[str]) -> tuple[str, ...] | None:
+        """The files themselves, links followed, if all images of these names are there."""
+        try:
+            return tuple(os.path.realpath(self.root / path) for path in self.locate(names, "")[0])
+        except UserError:
+            return None
+
+    def _forms(self, name: str) -> list[str]:
+        """Paths in the folder that a name may stand for."""
+        plain = posixpath.normpath(name.replace("\\", "/"))
+        if leads_out(name):
+            return []
+        if os.path.isabs(name):
+            roots = {os.path.abspath(self.root), os.path.realpath(self.root)}
+            if forms := [plain[len(root) :].strip("/") for root in roots if Path(plain).is_relative_to(root)]:
+                return forms
+            if os.path.exists(name):  # a file of this machine, which is elsewhere
+                return []
+        # Also "images/a.jpg" where the folder is images/ itself, and a whole path of another machine.
+        forms = [] if PureWindowsPath(name).anchor else [posixpath.normpath(name), plain]
+        own = spelling(os.path.basename(os.path.abspath(self.root)))
+        for parts in (plain.split("/"), posixpath.normpath(spelling(name)).split("/")):
+            forms += ["/".join(parts[n + 1 :]) for n, part in enumerate(parts[:-1]) if spelling(part) == own]
+        return list(dict.fromkeys(forms))
+
+    def _spellings(self, form: str) -> list[str]:
+        return [form] if self._has(form) else self._search("", posixpath.normpath(spelling(form)).split("/"))
+
+    def _search(self, below: str, parts: list[str]) -> list[str]:
+        """Files whose path below a folder has these parts, all as `spelling` has them."""
+        if below not in self._spelled:
+            self._spelled[below] = tuple(_by_spelling(names) for names in self._list(below))
+        files, folders = self._spelled[below]
+        found = [posixpath.join(below, name) for name in files.get("/".join(parts), [])]
+        for count in range(1, len(parts)):
+            for folder in folders.get("/".join(parts[:count]), []):
+                found += self._search(posixpath.join(below, folder), parts[count:])
+        return found
+
+    def _has(self, name: str) -> bool:
+        folder, _, file = name.rpartition("/")
+        # Dots behind a link would lead out of the folder.
+        return not name.startswith("/") and ".." not in folder.split("/") and file in self._list(folder)[0]
+
+    def _list(self, below: str) -> tuple[set[str], set[str]]:
+        """Names of the files and of the folders in a folder; a pipe, which is read without an end, is neither."""
+        if below not in self._entries:
+            files, folders = set(), set()
+            try:
+                with os.scandir(self.root / below) as entries:
+                    for entry in entries:
+                        # A link is what it leads to; one that leads round in a circle leads nowhere.
+                        path = entry.path if entry.is_symlink() else None
+                        if os.path.isfile(path) if path else entry.is_file():
+                            files.add(entry.name)
+                        elif os.path.isdir(path) if path else entry.is_dir():
+                            folders.add(entry.name)
+            except OSError as error:
+                if not below:
+                    raise UserError(
+                        f"{self.root}: cannot read the image folder ({error.strerror}); correct its path"
+                    ) from None
+            except ValueError:  # a name that the system cannot have
+                pass
+            self._entries[below] = files, folders
+        return self._entries[below]
+
+
+def _by_spelling(names: set[str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name in sorted(names):
+        found.setdefault(spelling(name), []).append(name)
+    return found
+
+
+def find_folder(annotations: str | Path, names: Sequence[str]) -> Path:
+    """The folder that holds the images of an annotation file, looked for where common exporters put it.
+
+    That is beside the file, or beside its folder: there, in images/ and the like, or in a folder named after the file.
+    UserError where there is none, or one has them as well as another.
+    """
+    path = Path(annotations)
+    sample = [names[place] for place in sorted({len(names) * n // SAMPLE for n in range(SAMPLE)})]
+    # instances_train2017.json is of train2017
+    own = dict.fromkeys([path.stem, path.stem.rpartition("_")[2] or path.stem])
+    usual = ["images", "data", "img", "imgs"]
+    below = [*own, *(f"{folder}/{split}" for folder in usual for split in own), "", *usual]
+    tried = []
+    for home in (path.parent, Path(os.path.abspath(path.parent)).parent):
+        folders = [home / name for name in below]
+        tried += folders
+        holding: dict[tuple[str, ...], Path] = {}
+        for folder in folders:
+            if folder.is_dir() and (files := ImageFolder(folder).files(sample)):
+                holding.setdefault(files, folder)
+        if len(holding) > 1:
+            one, other = list(holding.values())[:2]
+            raise UserError(f"{path}: its images may be in {one} or in {other}; name the right one as image folder")
+        if holding:
+            return next(iter(holding.values()))
+    raise UserError(
+        f"{path}: its images, such as {names[0]!r}, are neither beside it nor in {tried[-len(usual)]}/ and the like; "
+        "name their folder"
+    )
