@@ -159,7 +159,7 @@ class _Reader:
                 raise UserError(f"{self.path}: the list {name!r} is empty; give a file that has at least one")
         image_ids, file_names, sizes = _joined(self.columns["images"])
         category_ids, names = _joined(self.columns["categories"])
-        ids, owners, kinds, crowds, boxes, areas = _joined(self.columns["annotations"])
+        ids, owners, kinds, crowds, boxes, areas = _joined(self.columns.pop("annotations"))
         self.unique("images", image_ids)
         self.unique("categories", category_ids)
         self.number(ids)

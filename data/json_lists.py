@@ -11,7 +11,7 @@ from typing import BinaryIO
 import msgspec
 import numpy as np
 
-BLOCK = 2**22  # bytes that are looked at together
+BLOCK = 2**20  # bytes that are looked at together
 STEP = np.zeros(256, np.int8)  # of the depth, at each character
 STEP[list(b"[{")], STEP[list(b"]}")] = 1, -1
 DIVIDES = bytes(character in b'[]{}"' for character in range(256))
