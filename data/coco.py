@@ -195,7 +195,7 @@ class CocoDataset(Dataset):
             f"{self.num_crowd:,} crowd boxes left out of training, {self.num_clipped:,} boxes clipped to their image, "
             f"{len(self.dropped_ids):,} boxes without area dropped"
             + (f" (annotation ids {examples})." if self.dropped_ids else ".")
-            + (f" Taken all the same: {'; '.join(self.remarks)}." if self.remarks else "")
+            + (f" Accepted: {'; '.join(self.remarks)}." if self.remarks else "")
             + (f" {self.cache.summary()}" if self.cache else "")
         )
 

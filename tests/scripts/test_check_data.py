@@ -175,7 +175,7 @@ def test_what_is_taken_all_the_same_is_counted(folder, call):
     code, out, err, told = call("--train", train, "--set", "data.short_side=96", "data.long_side=96")
     assert code == 0, err
     for line in (
-        "Taken all the same: 4 numbers in quotes (the first in annotations[0]).",
+        "Accepted: 4 numbers in quotes (the first in annotations[0]).",
         f"2 images of {train}: a file lacks its last bytes, and is read all the same (the first is a.jpg)",
         f"2 images of {train}: an image of 16 bits uses the lower 12 alone and is seen dark",
     ):
