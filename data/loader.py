@@ -4,10 +4,10 @@ The order and the augmentation of training depend on (seed, epoch) and the posit
 run that is stopped and resumed, has other workers, or is spread over processes, sees the same images.
 """
 
-import atexit
 import contextlib
 import errno
 import multiprocessing.queues
+import multiprocessing.util
 import os
 import shutil
 import signal
@@ -26,6 +26,11 @@ from torch.utils.data import DataLoader, Sampler
 from data.coco import CocoDataset
 from detector.errors import SIGNALS, UserError
 from detector.structures import Batch, Target
+
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None
 
 STRIDE = 32  # of C5: the padded sides are multiples of it
 
@@ -169,7 +174,10 @@ class _Loader(DataLoader):
         """Start the worker processes, or have those of the epoch before go on."""
         if self._iterator is not None:
             return super().__iter__()
-        atexit.register(_end_workers)
+        multiprocessing.util.Finalize(None, _end_workers, exitpriority=0)
+        if resource is not None:  # each tensor that is sent is a file: many workers pass the usual limit of 1024
+            most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         # What is blocked here is blocked in them, too: no signal may meet one before it ignores them.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS) if hasattr(signal, "pthread_sigmask") else None
         try:
@@ -230,7 +238,7 @@ def _cause(error: Exception) -> str | None:
 
 
 def _end_workers() -> None:
-    """At exit Python sends its children SIGTERM and waits for them, and ours ignore it."""
+    """At exit, before Python sends its children SIGTERM and waits for them: ours ignore it."""
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from detector.errors import LostProcess, Stopped, UserError
+from detector.errors import SIGNALS, LostProcess, Stopped, UserError, listen
 
 # What gloo, NCCL and torchrun's store say when another process is gone.
 GONE = re.compile(
@@ -55,10 +55,13 @@ def setup(device: torch.device) -> torch.device:
         torch.cuda.set_device(device)
     if sys.platform == "linux":  # a launcher that is killed would leave us behind, training on
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    before = listen(signal.SIG_DFL, *SIGNALS)  # Python hears no signal while it waits for the others: end by it
     store, rank, world_size = next(rendezvous("env://"))
     store = _unused(store, rank, world_size)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    for number, handler in before.items():
+        signal.signal(number, handler)
     return device
 
 
@@ -71,9 +74,7 @@ def _unused(store: dist.Store, rank: int, world_size: int) -> dist.Store:
     if rank > 0:
         question = uuid.uuid4().hex
         store.set(f"question/{rank}", question)
-        while not store.check([f"answer/{question}"]):  # for process 0, of this start; `get` would hear no signal
-            time.sleep(0.01)
-        name = store.get(f"answer/{question}").decode()
+        name = store.get(f"answer/{question}").decode()  # waits for process 0, of this start
         store.set(f"{name}/{rank}", "taken")
         return dist.PrefixStore(name, store)
     name = uuid.uuid4().hex

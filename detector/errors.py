@@ -6,7 +6,9 @@ import re
 import signal
 import stat
 import sys
+import threading
 from collections.abc import Callable
+from typing import Any
 
 # In a name or a message these would break the line it is told in, and what draws and logs it.
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -60,6 +62,7 @@ def run_main(main: Callable[[], None], *, after_stop: str = "") -> None:
     finite), end in one line; anything else keeps its traceback, because it is a bug. `after_stop` says how to go on
     after a signal.
     """
+    sys.unraisablehook = _again
     try:
         listen(_stop, *SIGNALS[1:])  # Python raises KeyboardInterrupt for the first
         try:
@@ -85,6 +88,15 @@ def _stop(number: int, _frame: object) -> None:
     listen(_ignore, *SIGNALS[1:])  # the first counts: torchrun passes on what the whole group has got already
     leave_terminal()
     raise Stopped(number)
+
+
+def _again(unraisable: Any) -> None:
+    """For sys.unraisablehook: if Python cannot pass a Stopped on, out of a destructor, have it raised a moment later."""
+    if not isinstance(unraisable.exc_value, Stopped):
+        return sys.__unraisablehook__(unraisable)
+    if signal.getsignal(signal.SIGTERM) is _ignore:
+        listen(_stop, *SIGNALS[1:])
+    threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGTERM)).start()
 
 
 def _ignore(_number: int, _frame: object) -> None:

@@ -55,9 +55,8 @@ class Stop:
 
     def _note(self, number: int, _frame: object) -> None:
         leave_terminal()
-        if self.number is not None:
-            return
-        self.number = number
-        signal.signal(signal.SIGINT, self._before[signal.SIGINT])
+        if self.number is None:
+            self.number = number
+            signal.signal(signal.SIGINT, self._before[signal.SIGINT])
         if self._idle:
-            raise Stopped(number)
+            raise Stopped(self.number)
