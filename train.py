@@ -124,8 +124,7 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False, accept_cha
                 detections = predict(solver.evaluated_model, watched, postprocess, device, solver.precision)
                 with distributed.together():
                     if distributed.is_main():
-                        with stop.at_once():
-                            metrics = score(val_set.annotations, detections, val_set.category_ids)
+                        metrics = score(val_set.annotations, detections, val_set.category_ids)
                         metrics |= {"step": solver.step_count, "epoch": -(-solver.step_count // len(batches))}
                         metrics |= {"seconds_per_step": logger.seconds_per_step, "peak_memory": memory}
                         report(cfg, metrics, val_set, detections, logger)

@@ -55,6 +55,9 @@ def leave_terminal() -> None:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
 
 
+_stopped: Stopped | None = None  # kept, since a library may make another error of what is raised in its callbacks
+
+
 def run_main(main: Callable[[], None], *, after_stop: str = "") -> None:
     """Run an entry point and exit: 0 when done, 2 for a user's error, 1 for a fault, 128 + its number for a signal.
 
@@ -62,7 +65,8 @@ def run_main(main: Callable[[], None], *, after_stop: str = "") -> None:
     finite), end in one line; anything else keeps its traceback, because it is a bug. `after_stop` says how to go on
     after a signal.
     """
-    sys.unraisablehook = _again
+    global _stopped
+    sys.unraisablehook, _stopped = _again, None
     try:
         listen(_stop, *SIGNALS[1:])  # Python raises KeyboardInterrupt for the first
         try:
@@ -75,8 +79,10 @@ def run_main(main: Callable[[], None], *, after_stop: str = "") -> None:
     except (FloatingPointError, LostProcess) as error:
         print(f"error: {error}", file=sys.stderr)
         code = 1
-    except (Stopped, KeyboardInterrupt) as error:
-        stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
+    except BaseException as error:
+        stopped = Stopped(signal.SIGINT) if isinstance(error, KeyboardInterrupt) else _stopped or error
+        if not isinstance(stopped, Stopped):
+            raise
         print(f"{stopped}{after_stop}", file=sys.stderr)
         code = 128 + stopped.number
     else:
@@ -87,11 +93,13 @@ def run_main(main: Callable[[], None], *, after_stop: str = "") -> None:
 def _stop(number: int, _frame: object) -> None:
     listen(_ignore, *SIGNALS[1:])  # the first counts: torchrun passes on what the whole group has got already
     leave_terminal()
-    raise Stopped(number)
+    global _stopped
+    _stopped = Stopped(number)
+    raise _stopped
 
 
 def _again(unraisable: Any) -> None:
-    """For sys.unraisablehook: if Python cannot pass a Stopped on, out of a destructor, have it raised a moment later."""
+    """For sys.unraisablehook: a Stopped that Python cannot pass on, out of a destructor, is raised a moment later."""
     if not isinstance(unraisable.exc_value, Stopped):
         return sys.__unraisablehook__(unraisable)
     if signal.getsignal(signal.SIGTERM) is _ignore:

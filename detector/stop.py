@@ -1,6 +1,5 @@
 """Graceful shutdown: a signal ends a run between two steps, once it is saved."""
 
-import contextlib
 import signal
 import threading
 from collections.abc import Iterable, Iterator
@@ -12,7 +11,7 @@ Item = TypeVar("Item")
 
 
 class Stop:
-    """A context in which the first of SIGNALS is noted in `number`, and raises Stopped only where nothing gets lost.
+    """A context in which the first of SIGNALS is noted in `number`, and raises Stopped only in `between`.
 
     A second Ctrl-C ends the process at once, as it would without us. SIGTERM and SIGHUP may come any number of times:
     torchrun passes on what the whole group has got already.
@@ -21,7 +20,7 @@ class Stop:
     def __init__(self) -> None:
         self.number: int | None = None  # of the signal that came
         self._before: dict[int, object] = {}
-        self._idle = False
+        self._waiting = False
 
     def __enter__(self) -> "Stop":
         if threading.current_thread() is threading.main_thread():  # nowhere else can a handler be set
@@ -32,23 +31,17 @@ class Stop:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    @contextlib.contextmanager
-    def at_once(self) -> Iterator[None]:
-        """Where there is nothing to lose: Stopped as soon as a signal comes, or at the start if one has come."""
-        self._idle = True
-        try:
-            if self.number is not None:
-                raise Stopped(self.number)
-            yield
-        finally:
-            self._idle = False
-
     def between(self, items: Iterable[Item]) -> Iterator[Item]:
         """The items; Stopped instead of the next one, even while waiting for it."""
         items, end = iter(items), object()
         while True:
-            with self.at_once():
+            self._waiting = True
+            try:
+                if self.number is not None:
+                    raise Stopped(self.number)
                 item = next(items, end)
+            finally:
+                self._waiting = False
             if item is end:
                 return
             yield item
@@ -58,5 +51,5 @@ class Stop:
         if self.number is None:
             self.number = number
             signal.signal(signal.SIGINT, self._before[signal.SIGINT])
-        if self._idle:
+        if self._waiting:
             raise Stopped(self.number)

@@ -138,7 +138,7 @@ def test_a_signal_to_all_saves_and_ends_all(runs):
     _, err = process.communicate(timeout=120)
     assert process.returncode != 0
     assert err.count("stopped by SIGTERM; go on with the same command and --resume") == 2, err
-    assert "train.py" not in err.partition("Traceback")[2]  # torchrun's own is there
+    assert 'train.py", line' not in err  # the traceback that is there is torchrun's
     assert checkpoint.read(last)["run"]["solver"]["step"] > 0
 
 
@@ -149,7 +149,7 @@ def test_an_image_that_one_process_cannot_read_saves_and_ends_all(runs, rectangl
     _, err = process.communicate(timeout=120)
     assert process.returncode != 0
     assert err.count("7.png: cannot read the image") == 2 and err.count("go on with --resume") == 2, err
-    assert "train.py" not in err.partition("Traceback")[2]
+    assert 'train.py", line' not in err
     assert checkpoint.read(runs / "broken" / "last.pt")["run"]["solver"]["step"] in (0, 1, 2)
 
 
@@ -188,7 +188,8 @@ def test_the_slurm_script_saves_and_asks_for_its_requeue(runs, tmp_path):
     assert (tmp_path / "requeued").read_text() == "requeue 77\n"
     step = checkpoint.read(last)["run"]["solver"]["step"]
 
-    job = submit(f"solver.max_steps={step + 1}")  # Slurm starts it again, and it is not asked for again
+    # Slurm starts it again, and as it ends by itself it is not asked for again.
+    job = submit(f"solver.epochs=500 solver.max_steps={step + 1}")
     _, err = job.communicate(timeout=120)
     assert job.returncode == 0, err
     assert checkpoint.read(last)["run"]["solver"]["step"] == step + 1

@@ -31,9 +31,15 @@ def test_it_is_noted_and_leaves_between_two_items(number):
                     ask(number)
                 taken.append(item)
         assert taken == [0, 1, 2] and stop.number == stopped.value.number == number
-        with pytest.raises(Stopped), stop.at_once():
-            taken.append("never")
+        with pytest.raises(Stopped):
+            taken.extend(stop.between(range(5)))
     assert taken == [0, 1, 2]
+
+
+def test_it_is_noted_after_the_last_item_too():
+    with Stop() as stop, pytest.raises(Stopped):
+        for _ in stop.between(range(1)):
+            ask()
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -70,6 +76,22 @@ def test_the_exit_code_and_the_line_say_what_happened(command):
             ask(signal.SIGTERM)  # again, while it leaves
 
     assert command(main) == (128 + signal.SIGTERM, "", "stopped by SIGTERM\n")
+
+
+class Panic(BaseException):
+    """As that of libraries in Rust."""
+
+
+def test_a_library_that_makes_another_error_of_it_does_not_hide_it(command):
+    def main():
+        try:
+            ask()
+        except BaseException:
+            raise Panic from None
+
+    assert command(main) == (128 + signal.SIGTERM, "", "stopped by SIGTERM\n")
+    with pytest.raises(Panic):
+        command(lambda: (_ for _ in ()).throw(Panic))
 
 
 def test_a_signal_is_not_taken_for_an_error_of_what_was_going_on(command):
