@@ -74,19 +74,17 @@ def run_main(main: Callable[[], None], *, after_stop: str = "") -> None:
         finally:
             listen(_ignore, *SIGNALS[1:])  # it is ending already
     except UserError as error:
-        print("error:", CONTROL.sub(lambda found: ascii(found[0])[1:-1], str(error)), file=sys.stderr)
-        code = 2
+        line, code = "error: " + CONTROL.sub(lambda found: ascii(found[0])[1:-1], str(error)), 2
     except (FloatingPointError, LostProcess) as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 1
+        line, code = f"error: {error}", 1
     except BaseException as error:
         stopped = Stopped(signal.SIGINT) if isinstance(error, KeyboardInterrupt) else _stopped or error
         if not isinstance(stopped, Stopped):
             raise
-        print(f"{stopped}{after_stop}", file=sys.stderr)
-        code = 128 + stopped.number
+        line, code = f"{stopped}{after_stop}", 128 + stopped.number
     else:
         return
+    sys.stderr.write(f"{line}\n")  # in one piece: print's parts may mix with those of other processes
     sys.exit(code)
 
 

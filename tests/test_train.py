@@ -317,12 +317,15 @@ def test_a_full_shared_memory_ends_the_run_and_loses_no_step(tiny, folder, monke
                 resource.setrlimit(resource.RLIMIT_FSIZE, (16, 16))
         return read_sample(dataset, key)
 
+    step, done = Solver.step, []
+    monkeypatch.setattr(Solver, "step", lambda solver: done.append(step(solver)))
     monkeypatch.setattr(CocoDataset, "__getitem__", fill)
     code, _, err = command(train.main, "--config", tiny(folder, data={"workers": 1}))
     assert code == 2 and "Traceback" not in err
     last = err.splitlines()[-1]
     assert last.startswith("error: shared memory is full") and "--shm-size" in last and "--resume" in last
-    assert checkpoint.read(folder / "runs/tiny/last.pt")["run"]["solver"]["step"] == 3
+    # The batch before may still be on its way, and be caught by it, too.
+    assert checkpoint.read(folder / "runs/tiny/last.pt")["run"]["solver"]["step"] == len(done) in (2, 3)
 
 
 def test_an_image_that_fails_in_the_second_epoch_loses_no_step(tiny, trained, folder, monkeypatch, same):
