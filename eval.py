@@ -44,14 +44,11 @@ def main() -> None:
     folder = Path(args.checkpoint).parent
     if args.data:  # the run's own metrics.json stays
         folder /= Path(args.data[0]).stem
-    device = distributed.setup(pick_device(cfg.device))
-    if device.type == "cpu":
-        keep_freed_memory()
-    try:
+    with distributed.group(pick_device(cfg.device)) as device:
+        if device.type == "cpu":
+            keep_freed_memory()
         watch = Stopwatch(device) if args.benchmark else None
         evaluate(args.checkpoint, content, model, cfg, args.data, Path(args.output or folder), device, watch)
-    finally:
-        distributed.shutdown()
 
 
 def evaluate(

@@ -27,7 +27,7 @@ from detector import assemble, checkpoint, config, distributed
 from detector.config import Config
 from detector.device import keep_freed_memory, peak_memory, pick_device, pick_precision
 from detector.engine import NonFiniteLoss, predict, train_one_epoch
-from detector.errors import UserError, run_main
+from detector.errors import Stopped, UserError, run_main
 from detector.logger import Logger
 from detector.stop import Stop
 from detector.structures import Batch
@@ -41,13 +41,10 @@ def main() -> None:
     parser.add_argument("--accept-changes", action="store_true", help="with --resume, even if the config has changed")
     args = parser.parse_args()
     cfg = assemble.configure(args.config, args.set)
-    device = distributed.setup(pick_device(cfg.device))
-    if device.type == "cpu":
-        keep_freed_memory()
-    try:
+    with distributed.group(pick_device(cfg.device)) as device:
+        if device.type == "cpu":
+            keep_freed_memory()
         train(cfg, device, resume=args.resume, accept_changes=args.accept_changes)
-    finally:
-        distributed.shutdown()
 
 
 def train(cfg: Config, device: torch.device, *, resume: bool = False, accept_changes: bool = False) -> dict:
@@ -100,22 +97,22 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False, accept_cha
         thresholds = kept["score_thresholds"] or [-1.0] * len(train_set.class_names)
 
         def save(name: str) -> None:
-            if distributed.is_main():
-                checkpoint.save(
-                    cfg.folder / name,
-                    cfg,
-                    solver,
-                    criterion,
-                    category_ids=train_set.category_ids,
-                    class_names=train_set.class_names,
-                    score_thresholds=thresholds,
-                    epoch=-(-solver.step_count // len(batches)),
-                    evaluated=evaluated,
-                    best=best,
-                    seconds_per_step=logger.seconds_per_step,
-                    peak_memory=memory,
-                )
-            distributed.barrier()
+            with distributed.together():
+                if distributed.is_main():
+                    checkpoint.save(
+                        cfg.folder / name,
+                        cfg,
+                        solver,
+                        criterion,
+                        category_ids=train_set.category_ids,
+                        class_names=train_set.class_names,
+                        score_thresholds=thresholds,
+                        epoch=-(-solver.step_count // len(batches)),
+                        evaluated=evaluated,
+                        best=best,
+                        seconds_per_step=logger.seconds_per_step,
+                        peak_memory=memory,
+                    )
 
         while not solver.done or evaluated != solver.step_count or not metrics:
             epoch, batch = divmod(solver.step_count, len(batches))
@@ -125,11 +122,12 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False, accept_cha
                 distributed.share_buffers(solver.evaluated_model)
                 watched = stop.between(val_batches)
                 detections = predict(solver.evaluated_model, watched, postprocess, device, solver.precision)
-                if distributed.is_main():
-                    metrics = score(val_set.annotations, detections, val_set.category_ids)
-                    metrics |= {"step": solver.step_count, "epoch": -(-solver.step_count // len(batches))}
-                    metrics |= {"seconds_per_step": logger.seconds_per_step, "peak_memory": memory}
-                    report(cfg, metrics, val_set, detections, logger)
+                with distributed.together():
+                    if distributed.is_main():
+                        metrics = score(val_set.annotations, detections, val_set.category_ids)
+                        metrics |= {"step": solver.step_count, "epoch": -(-solver.step_count // len(batches))}
+                        metrics |= {"seconds_per_step": logger.seconds_per_step, "peak_memory": memory}
+                        report(cfg, metrics, val_set, detections, logger)
                 metrics = distributed.from_main(metrics)
                 evaluated = solver.step_count
                 of_class = metrics["per_class"]
@@ -144,17 +142,17 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False, accept_cha
             next_save = (solver.step_count // cfg.checkpoint.every + 1) * cfg.checkpoint.every
             until = min((epoch + 1) * len(batches), next_save)
             try:
-                train_one_epoch(replica, criterion, batches, solver, logger, device, until=until, stop=stop)
+                train_one_epoch(replica, criterion, stop.between(batches), solver, logger, device, until=until)
                 memory = max(memory, peak_memory(device))
-            except UserError:  # an image that cannot be read: between two steps
-                if distributed.world_size() == 1:
-                    save("last.pt")
+            except UserError as error:  # between two steps: an image that cannot be read, a loading process that died
+                save("last.pt")
+                raise UserError(f"{error}; go on with --resume") from None
+            except Stopped:  # between two steps, too
+                save("last.pt")
                 raise
             except NonFiniteLoss as error:
                 raise FloatingPointError(f"{error}; {keep_batch(cfg, error.batch)}") from None
             save("last.pt")
-            stop.number = max(distributed.gather(stop.number or 0)) or None  # all leave where one was asked to
-            stop.leave()
     logger.say(metrics_table(metrics))
     files = "last.pt, best.pt, metrics.json, detections.json, detections.png"
     logger.say(f"in {cfg.folder}: {files}; tensorboard --logdir {cfg.output}")
@@ -209,13 +207,13 @@ def keep_batch(cfg: Config, batch: Batch) -> str:
 
 def open_folder(cfg: Config) -> None:
     """Make the run folder and write its config."""
-    if distributed.is_main():
-        try:
-            cfg.folder.mkdir(parents=True, exist_ok=True)
-            (cfg.folder / "config.yaml").write_text(config.dump(cfg), encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"output: the run folder {cfg.folder} cannot be written ({error.strerror})") from None
-    distributed.barrier()
+    with distributed.together():
+        if distributed.is_main():
+            try:
+                cfg.folder.mkdir(parents=True, exist_ok=True)
+                (cfg.folder / "config.yaml").write_text(config.dump(cfg), encoding="utf-8")
+            except OSError as error:
+                raise UserError(f"output: the run folder {cfg.folder} cannot be written ({error.strerror})") from None
 
 
 def report(cfg: Config, metrics: dict, val_set: CocoDataset, detections: dict, logger: Logger) -> None:
@@ -236,4 +234,4 @@ def report(cfg: Config, metrics: dict, val_set: CocoDataset, detections: dict, l
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, after_stop="; go on with the same command and --resume")

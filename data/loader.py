@@ -4,6 +4,12 @@ The order and the augmentation of training depend on (seed, epoch) and the posit
 run that is stopped and resumed, has other workers, or is spread over processes, sees the same images.
 """
 
+import contextlib
+import errno
+import multiprocessing.queues
+import multiprocessing.util
+import os
+import shutil
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -13,11 +19,18 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor
+from torch._C import _error_if_any_worker_fails
+from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, Sampler
 
 from data.coco import CocoDataset
-from detector.errors import UserError
+from detector.errors import SIGNALS, UserError
 from detector.structures import Batch, Target
+
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None
 
 STRIDE = 32  # of C5: the padded sides are multiples of it
 
@@ -132,70 +145,103 @@ def collate(samples: Sequence[tuple[Tensor, Target, int, tuple[int, int]]], pad_
 
 
 class _Loader(DataLoader):
-    """A DataLoader out of which a worker's UserError, or its death, comes between two batches and in one line."""
+    """A DataLoader that never falls silent: all that goes wrong with its processes comes between two batches.
+
+    It is one line where it is a UserError, a process that has died, or what its batches are sent through.
+    """
 
     def __iter__(self) -> Iterator[Batch]:
         batches = None
         while True:
             try:
-                with _deaths:
+                with _deaths_told():
                     if batches is None:
-                        batches = super().__iter__()  # starts the workers
-                        _deaths.watch()
+                        batches = self._start()
                     batch = next(batches)
             except StopIteration:
                 return
             except UserError as error:
                 # From a worker it comes as a whole traceback, whose last line has the message behind the class name.
                 raise UserError(str(error).rstrip().rpartition("UserError: ")[2]) from None
-            except RuntimeError as error:
-                if not str(error).startswith("DataLoader worker (pid"):
+            except (RuntimeError, OSError, EOFError) as error:
+                cause = _cause(error) if self.num_workers else None
+                if cause is None:
                     raise
-                how = str(error).rpartition(") ")[2].partition(". ")[0].rstrip(".")
-                raise UserError(
-                    f"a process that loads images {how}, most often for lack of memory or of /dev/shm; lower "
-                    "data.workers or data.short_side, and go on with --resume"
-                ) from None
+                raise UserError(cause) from None
             yield batch
 
-
-class _Deaths:
-    """Lets the death of a worker be raised only while a batch is waited for: `with _deaths: next(batches)`.
-
-    torch raises it from a signal handler, wherever the main thread is: in the middle of an optimizer step, too.
-    """
-
-    def __init__(self):
-        self._waiting, self._noted = False, None
-
-    def __enter__(self) -> None:
-        self._waiting = True
-        if self._noted:
-            error, self._noted, self._waiting = self._noted, None, False
-            raise error
-
-    def __exit__(self, *error: object) -> None:
-        self._waiting = False
-
-    def watch(self) -> None:
-        """Stand before the handler that torch sets with its first workers."""
-        if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
-            return
-        theirs = signal.getsignal(signal.SIGCHLD)
-        if callable(theirs) and getattr(theirs, "__self__", None) is not self:
-            self._theirs = theirs
-            signal.signal(signal.SIGCHLD, self._child_ended)
-
-    def _child_ended(self, number: int, frame: object) -> None:
+    def _start(self) -> Iterator[Batch]:
+        """Start the worker processes, or have those of the epoch before go on."""
+        if self._iterator is not None:
+            return super().__iter__()
+        multiprocessing.util.Finalize(None, _end_workers, exitpriority=0)
+        if resource is not None:  # each tensor that is sent is a file: many workers pass the usual limit of 1024
+            most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        # What is blocked here is blocked in them, too: no signal may meet one before it ignores them.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS) if hasattr(signal, "pthread_sigmask") else None
         try:
-            self._theirs(number, frame)
-        except RuntimeError as error:
-            if self._waiting:
-                raise
-            self._noted = error
+            batches = super().__iter__()
+        finally:
+            if blocked is not None:
+                signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+            # torch's handler raises wherever the main thread is: in the middle of an optimizer step, too.
+            signal.signal(signal.SIGCHLD, _child_ended)
+        return batches
 
 
-_deaths = _Deaths()
+_waiting = False
+
+
+@contextlib.contextmanager
+def _deaths_told() -> Iterator[None]:
+    """Raises RuntimeError where a worker dies in this block, or has died before it."""
+    global _waiting
+    _waiting = True
+    try:
+        _error_if_any_worker_fails()
+        yield
+    finally:
+        _waiting = False
+
+
+def _child_ended(_number: int, _frame: object) -> None:
+    if _waiting:
+        _error_if_any_worker_fails()
+
+
+def _cause(error: Exception) -> str | None:
+    """Why the workers' batches do not come, and what to do about it; None where the error is another's."""
+    text = str(error)
+    if "Too many open files" in text or "ancdata" in text:  # the file descriptors that a message should bring
+        return "too many open files: raise the limit (ulimit -n 65536), or lower data.workers"
+    if "shared memory" in text or "</torch_" in text:
+        with contextlib.suppress(OSError):
+            size = shutil.disk_usage("/dev/shm").total / 1e6
+            text = f" (/dev/shm has {size:,.0f} MB)"
+        return (
+            f"shared memory is full{text}, through which loading processes send their images; in Docker give it more "
+            "(--shm-size=8g, or --ipc=host), or set data.workers=0"
+        )
+    if text.startswith("Caught "):  # in a worker, by what it called
+        return None
+    if text.startswith("DataLoader worker (pid"):
+        how = text.rpartition(") ")[2].partition(". ")[0].rstrip(".")
+    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.ENOMEM, errno.EAGAIN):
+        how = f"cannot be started ({error.strerror})"
+    elif isinstance(error, (ConnectionError, FileNotFoundError, EOFError)) or text.startswith("Pin memory thread"):
+        how = "has ended"  # while its batch was on the way
+    else:
+        return None
+    return f"a process that loads images {how}, most often for lack of memory; lower data.workers or data.short_side"
+
+
+def _end_workers() -> None:
+    """At exit, before Python sends its children SIGTERM and waits for them: ours ignore it."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def _loader(dataset: CocoDataset, sampler: Sampler, workers: int, pad_to: int, pin_memory: bool) -> DataLoader:
@@ -213,8 +259,23 @@ def _loader(dataset: CocoDataset, sampler: Sampler, workers: int, pad_to: int, p
 
 
 def _start_worker(worker: int) -> None:
-    # Ctrl-C goes to the whole group; the training process ends its step with the batches that it has asked for.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A signal to the whole group is for the training process, which finishes its step and saves.
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    multiprocessing.queues.Queue._on_queue_feeder_error = _send_error
     # The processes are the parallelism: threads inside them would only contend.
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _send_error(queue: multiprocessing.queues.Queue, error: Exception, message: object) -> None:
+    """In a worker: instead of a batch that cannot be sent, for which the parent would wait for ever, say why."""
+    if not isinstance(message, tuple):  # it was on the way already
+        os._exit(1)
+    queue.put((message[0], ExceptionWrapper(where="in a process that loads images")))

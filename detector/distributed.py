@@ -1,8 +1,14 @@
 """The only file that imports torch.distributed. Every function is a no-op in a single process."""
 
+import contextlib
+import ctypes
 import os
+import re
+import signal
+import sys
 import time
 import uuid
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,7 +16,29 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from detector.errors import UserError
+from detector.errors import SIGNALS, LostProcess, Stopped, UserError, listen
+
+# What gloo, NCCL and torchrun's store say when another process is gone.
+GONE = re.compile(
+    r"closed by peer|reset by peer|Broken pipe|remote process exited|Connection was likely closed|recv, got 0"
+)
+PR_SET_PDEATHSIG = 1
+
+
+@contextlib.contextmanager
+def group(device: torch.device) -> Iterator[torch.device]:
+    """Join the group that torchrun announces in the environment, if any; gives this process's device.
+
+    LostProcess where another process of the group has ended.
+    """
+    try:
+        yield setup(device)
+    except RuntimeError as error:
+        if "RANK" in os.environ and GONE.search(str(error)):
+            raise LostProcess(f"process {os.environ['RANK']} has lost another one, whose message says why") from None
+        raise
+    finally:
+        shutdown()
 
 
 def setup(device: torch.device) -> torch.device:
@@ -25,10 +53,15 @@ def setup(device: torch.device) -> torch.device:
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+    if sys.platform == "linux":  # a launcher that is killed would leave us behind, training on
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    before = listen(signal.SIG_DFL, *SIGNALS)  # Python hears no signal while it waits for the others: end by it
     store, rank, world_size = next(rendezvous("env://"))
     store = _unused(store, rank, world_size)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    for number, handler in before.items():
+        signal.signal(number, handler)
     return device
 
 
@@ -70,9 +103,20 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def barrier() -> None:
-    if world_size() > 1:
-        dist.barrier()
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """A block after which all processes raise the UserError or Stopped that one of them met in it.
+
+    In the block they must not wait for each other.
+    """
+    error = None
+    try:
+        yield
+    except (UserError, Stopped) as own:
+        error = own
+    for one in gather(error):
+        if one is not None:
+            raise one
 
 
 def all_sum(tensor: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The two loops: train_one_epoch and predict."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from detector import boxes as box_ops
 from detector import distributed
 from detector.criterion import Criterion
+from detector.errors import Stopped, UserError
 from detector.gradients import Observation, observe
 from detector.postprocess import NonFiniteOutput, Postprocess
 from detector.solver import Solver
-from detector.stop import Stop
 from detector.stopwatch import Stopwatch
 from detector.structures import Batch, Detections, Losses, Predictions
 
@@ -38,30 +38,25 @@ def train_one_epoch(
     device: torch.device,
     *,
     until: int | None = None,
-    stop: Stop | None = None,
 ) -> None:
-    """Train on every batch, or up to step `until`, or until the solver is done or any process is asked to stop.
+    """Train on every batch, or up to step `until`, or until the solver is done.
 
     Raises NonFiniteLoss, before the weights are touched, where the loss or its gradient is not finite, and the solver
-    may not skip the step.
+    may not skip the step. UserError and Stopped of the batches come between two steps, the same two in all processes.
     """
     model.train()
     criterion.train()
     until = min(until or solver.total_steps, solver.total_steps)
     if solver.step_count >= until:
         return
-    for batch in logger.progress(batches, solver):
+    for batch in _alike(logger.progress(batches, solver), device):
         step = solver.step_count + 1
-        batch = _padded_alike(batch, device)
         losses, observed = _backward(model, criterion, batch, solver, device, logger.wants_gradients(step))
         if observed is not None:
             logger.gradients(observed, step)
         sums = {name: value.detach() for name, value in (losses.terms | losses.diagnostics).items()}
         sums["gradient_norm"] = solver.gradient_norm()
-        asked = stop is not None and stop.number is not None
-        sums["stop"] = torch.full((), float(asked), device=device)  # what one is asked, all do after the same step
         values = _to_numbers(sums, losses.terms.keys())
-        stopped = values.pop("stop") > 0
         if bad := _not_finite(values, losses.terms.keys(), solver):
             message = _complaint(bad, step, batch)
             if solver.skipped >= solver.may_skip:
@@ -72,7 +67,7 @@ def train_one_epoch(
             lr = solver.lr_at(solver.step_count)
             solver.step()
             logger.step(values, losses.terms.keys(), lr, len(batch.images) * distributed.world_size(), step)
-        if stopped or solver.step_count >= until:
+        if solver.step_count >= until:
             break
 
 
@@ -126,36 +121,59 @@ def predict(
 
     With several processes each predicts its share, and all get all. `watch` gets the seconds by stage.
 
-    Raises FloatingPointError, on all processes and with the images' ids, where the model's output is not finite.
+    Raises, on all processes: UserError and Stopped of the batches; FloatingPointError, with the images' ids, where the
+    model's output is not finite.
     """
     model.eval()
     watch = watch or Stopwatch()
     found: dict[int, Detections] = {}
     flawed: list[int] = []
-    for batch in watch.each("loading", batches):
-        with watch("network"), torch.autocast(device.type, precision, enabled=precision != torch.float32):
-            predictions = model(batch.images.to(device, non_blocking=True), batch.sizes)
-        with watch("postprocessing"):
-            try:
-                detections = postprocess(predictions, batch.sizes)
-            except NonFiniteOutput as error:  # raised further down, where no process is left waiting for this one
-                flawed = [batch.image_ids[index] for index in error.images]
-                break
-            for image_id, one, size, original in zip(batch.image_ids, detections, batch.sizes, batch.original_sizes):
-                boxes = box_ops.rescale(one.boxes, size, original)
-                found[image_id] = Detections(boxes.cpu(), one.scores.cpu(), one.labels.cpu())
+    with distributed.together():
+        for batch in watch.each("loading", batches):
+            with watch("network"), torch.autocast(device.type, precision, enabled=precision != torch.float32):
+                predictions = model(batch.images.to(device, non_blocking=True), batch.sizes)
+            with watch("postprocessing"):
+                try:
+                    detections = postprocess(predictions, batch.sizes)
+                except NonFiniteOutput as error:  # raised further down, where no process is left waiting for this one
+                    flawed = [batch.image_ids[index] for index in error.images]
+                    break
+                each = zip(batch.image_ids, detections, batch.sizes, batch.original_sizes)
+                for image_id, one, size, original in each:
+                    boxes = box_ops.rescale(one.boxes, size, original)
+                    found[image_id] = Detections(boxes.cpu(), one.scores.cpu(), one.labels.cpu())
     shares, flaws = zip(*distributed.gather((found, flawed)))
     if any(flaws):
-        told = [image_id for one in flaws for image_id in one]
-        raise FloatingPointError(f"images {told}: {NonFiniteOutput.reason}")
+        ids = [image_id for one in flaws for image_id in one]
+        raise FloatingPointError(f"images {ids}: {NonFiniteOutput.reason}")
     return {image_id: one for share in shares for image_id, one in share.items()}
 
 
-def _padded_alike(batch: Batch, device: torch.device) -> Batch:
-    """Padded to the largest images of all processes' shares, as one process would: padding is background to learn."""
-    own = torch.tensor(batch.images.shape[-2:], device=device)
-    height, width = (now - then for now, then in zip(distributed.all_max(own).tolist(), own.tolist()))
-    return batch._replace(images=F.pad(batch.images, (0, width, 0, height))) if height or width else batch
+def _alike(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """The batches, padded to the largest images of all processes' shares, as one process would: padding is background.
+
+    Where a process cannot have its next batch (UserError, Stopped), none goes on: all raise its error.
+    """
+    if distributed.world_size() == 1:
+        yield from batches
+        return
+    batches = iter(batches)
+    while True:
+        batch = error = None
+        try:
+            batch = next(batches, None)
+        except (UserError, Stopped) as own:
+            error = own
+        shape = batch.images.shape[-2:] if batch else (0, 0)
+        height, width, failed = distributed.all_max(torch.tensor([*shape, error is not None], device=device)).tolist()
+        if failed:
+            with distributed.together():
+                if error is not None:
+                    raise error
+        if batch is None:
+            return
+        bottom, right = height - shape[0], width - shape[1]
+        yield batch._replace(images=F.pad(batch.images, (0, right, 0, bottom))) if bottom or right else batch
 
 
 def _split(batch: Batch, parts: int) -> list[Batch]:

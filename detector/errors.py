@@ -1,55 +1,119 @@
-"""What a user can mend, told in one line."""
+"""How a command ends: a user's error in one line, a signal, a fault."""
 
+import contextlib
 import io
 import os
 import re
 import signal
+import stat
 import sys
+import threading
 from collections.abc import Callable
+from typing import Any
 
 # In a name or a message these would break the line it is told in, and what draws and logs it.
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 class UserError(Exception):
-    """A slip in a config, annotation file, image, checkpoint or flag.
+    """An error in a config, annotation file, image, checkpoint or flag.
 
     The message is one line: what was found, where, and what to do about it.
     """
 
 
-class Stopped(Exception):
-    """A signal asked the process to end, and what there is to save is saved."""
+class LostProcess(Exception):
+    """Another process of the group has ended, so this one cannot go on."""
+
+
+class Stopped(BaseException):
+    """A signal asked the process to end. No Exception, as KeyboardInterrupt: nobody shall catch it by chance."""
 
     def __init__(self, number: int):
-        super().__init__(f"stopped by {signal.Signals(number).name}")
+        super().__init__(number)
         self.number = number
 
+    def __str__(self) -> str:
+        return f"stopped by {signal.Signals(self.number).name}"
 
-def run_main(main: Callable[[], None]) -> None:
-    """Run an entry point and exit: 0 when done, 2 for a user's slip, 1 for a fault, 128 + its number for a signal.
+
+# What asks a process to end: Ctrl-C; scancel, timeout, systemd, torchrun; a terminal that is closed.
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+def listen(handler: Callable[[int, object], None], *signals: int) -> dict[int, object]:
+    """Have the handler called on these signals; returns the handlers before. What nohup ignores stays ignored."""
+    hang_up = getattr(signal, "SIGHUP", None)
+    heard = [number for number in signals if number != hang_up or signal.getsignal(number) != signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in heard}
+
+
+def leave_terminal() -> None:
+    """If the terminal was closed, write to nowhere instead: each line would be an error."""
+    for stream in (1, 2):
+        with contextlib.suppress(OSError):
+            if stat.S_ISCHR(os.fstat(stream).st_mode) and not os.isatty(stream):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+
+
+_stopped: Stopped | None = None  # kept, since a library may make another error of what is raised in its callbacks
+
+
+def run_main(main: Callable[[], None], *, after_stop: str = "") -> None:
+    """Run an entry point and exit: 0 when done, 2 for a user's error, 1 for a fault, 128 + its number for a signal.
 
     Called only by the scripts that a user starts. A user's error, and a fault that we foresaw (a loss or a model's
-    output that is not finite), end in one line; anything else keeps its traceback, since it is ours to fix.
+    output that is not finite), end in one line; anything else keeps its traceback, because it is a bug. `after_stop`
+    says how to go on after a signal.
 
     Printing never fails for a letter that the terminal or the log file has no code for; it is printed as \\u7ec6. A `~`
     that starts an argument, or a value as in `--output=~/x`, is the home folder: not every shell expands it.
     """
+    global _stopped
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a notebook's is none
             stream.reconfigure(errors="backslashreplace")
     sys.argv[1:] = map(_at_home, sys.argv[1:])
+    sys.unraisablehook, _stopped = _again, None
     try:
-        main()
-    except (UserError, FloatingPointError) as error:
-        print("error:", CONTROL.sub(lambda found: ascii(found[0])[1:-1], str(error)), file=sys.stderr)
-        sys.exit(2 if isinstance(error, UserError) else 1)
-    except Stopped as stopped:
-        print(f"{stopped}; go on with the same command and --resume", file=sys.stderr)
-        sys.exit(128 + stopped.number)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(1)
+        listen(_stop, *SIGNALS[1:])  # Python raises KeyboardInterrupt for the first
+        try:
+            main()
+        finally:
+            listen(_ignore, *SIGNALS[1:])  # it is ending already
+    except (UserError, FloatingPointError, LostProcess) as error:
+        line = "error: " + CONTROL.sub(lambda found: ascii(found[0])[1:-1], str(error))
+        code = 2 if isinstance(error, UserError) else 1
+    except BaseException as error:
+        stopped = Stopped(signal.SIGINT) if isinstance(error, KeyboardInterrupt) else _stopped or error
+        if not isinstance(stopped, Stopped):
+            raise
+        line, code = f"{stopped}{after_stop}", 128 + stopped.number
+    else:
+        return
+    sys.stderr.write(f"{line}\n")  # in one piece: print's parts may mix with those of other processes
+    sys.exit(code)
+
+
+def _stop(number: int, _frame: object) -> None:
+    listen(_ignore, *SIGNALS[1:])  # the first counts: torchrun passes on what the whole group has got already
+    leave_terminal()
+    global _stopped
+    _stopped = Stopped(number)
+    raise _stopped
+
+
+def _again(unraisable: Any) -> None:
+    """For sys.unraisablehook: a Stopped that Python cannot pass on, out of a destructor, is raised a moment later."""
+    if not isinstance(unraisable.exc_value, Stopped):
+        return sys.__unraisablehook__(unraisable)
+    if signal.getsignal(signal.SIGTERM) is _ignore:
+        listen(_stop, *SIGNALS[1:])
+    threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+
+def _ignore(_number: int, _frame: object) -> None:
+    """SIG_IGN would be inherited by programs that we start."""
 
 
 def _at_home(argument: str) -> str:

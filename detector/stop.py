@@ -1,46 +1,55 @@
-"""SIGINT and SIGTERM as a wish: finish the step, save, leave."""
+"""Graceful shutdown: a signal ends a run between two steps, once it is saved."""
 
 import signal
 import threading
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
-from detector.errors import Stopped
+from detector.errors import SIGNALS, Stopped, leave_terminal, listen
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 Item = TypeVar("Item")
 
 
 class Stop:
-    """A context in which the first of these signals is only noted, for those who look at `number` or call `leave`.
+    """A context in which the first of SIGNALS is noted in `number`, and raises Stopped only in `between`.
 
-    The second ends the process at once, as it would without us.
+    A second Ctrl-C ends the process at once, as it would without us. SIGTERM and SIGHUP may come any number of times:
+    torchrun passes on what the whole group has got already.
     """
 
     def __init__(self) -> None:
         self.number: int | None = None  # of the signal that came
         self._before: dict[int, object] = {}
+        self._waiting = False
 
     def __enter__(self) -> "Stop":
         if threading.current_thread() is threading.main_thread():  # nowhere else can a handler be set
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            self._before = listen(self._note, *SIGNALS)
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def leave(self) -> None:
-        """Raise Stopped if a signal came."""
-        if self.number is not None:
-            raise Stopped(self.number)
-
     def between(self, items: Iterable[Item]) -> Iterator[Item]:
-        """The items, and `leave` before each."""
-        for item in items:
-            self.leave()
+        """The items; Stopped instead of the next one, even while waiting for it."""
+        items, end = iter(items), object()
+        while True:
+            self._waiting = True
+            try:
+                if self.number is not None:
+                    raise Stopped(self.number)
+                item = next(items, end)
+            finally:
+                self._waiting = False
+            if item is end:
+                return
             yield item
 
     def _note(self, number: int, _frame: object) -> None:
-        self.number = number
-        self.__exit__()
+        leave_terminal()
+        if self.number is None:
+            self.number = number
+            signal.signal(signal.SIGINT, self._before[signal.SIGINT])
+        if self._waiting:
+            raise Stopped(self.number)

@@ -7,6 +7,7 @@ os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # before data.transforms is import
 import json
 import resource
 import shutil
+import signal
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +25,7 @@ import train
 from data import fonts
 from data.demo import write_demo
 from detector import assemble, config
-from detector.errors import run_main
+from detector.errors import SIGNALS, run_main
 
 COLOURS = ((255, 60, 60), (60, 255, 60), (90, 90, 255))
 
@@ -35,6 +36,37 @@ def demo(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("demo")
     write_demo(folder, train_images=8, val_images=4)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """A command that was stopped hears no signal any more; the tests' process does."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    hook = sys.unraisablehook
+    yield
+    sys.unraisablehook = hook
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def within():
+    """A context that fails after so many seconds, for what would hang for ever."""
+
+    def late(*_):
+        raise AssertionError("it hangs")
+
+    @contextmanager
+    def limit(seconds: float):
+        before = signal.signal(signal.SIGALRM, late)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+
+    return limit
 
 
 @pytest.fixture

@@ -168,7 +168,7 @@ def test_the_checker_of_encodings_finds_what_has_none():
 # Its own, since it runs where nothing but onnxruntime is.
 @pytest.mark.parametrize("module", [name for name in SOURCES if "__main__" in SOURCES[name]])
 def test_entry_points_can_print_anywhere(module):
-    assert module.startswith("scripts.bench.") or "    run_main(main)" in SOURCES[module].partition("__main__")[2]
+    assert module.startswith("scripts.bench.") or "    run_main(main" in SOURCES[module].partition("__main__")[2]
 
 
 def test_tests_have_no_packages():

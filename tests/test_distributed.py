@@ -114,3 +114,83 @@ def test_a_killed_process_is_started_again_and_goes_on(runs):
     assert process.returncode == 0
     assert ", from step " in output
     assert checkpoint.read(runs / "killed" / "last.pt")["run"]["solver"]["step"] == 8
+
+
+def begin(*settings: object, folder: Path, processes: int = 2) -> subprocess.Popen:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    words = [sys.executable, *launcher, "train.py", "--config", folder / "config.yaml", "--set", *settings]
+    environment = {**os.environ, "NO_ALBUMENTATIONS_UPDATE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(list(map(str, words)), cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True,
+                            start_new_session=True)  # fmt: skip
+
+
+def test_a_signal_to_all_saves_and_ends_all(runs):
+    """torchrun and its processes get it, and these from torchrun again."""
+    process = begin("run=asked", "solver.epochs=500", "checkpoint.every=1", "data.workers=2", folder=runs)
+    last = runs / "asked" / "last.pt"
+    while not last.exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    if Path("/proc/self/task").exists():
+        for rank in children(process.pid):
+            os.killpg(os.getpgid(rank), signal.SIGTERM)  # their groups are not torchrun's
+    os.killpg(process.pid, signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert err.count("stopped by SIGTERM; go on with the same command and --resume") == 2, err
+    assert 'train.py", line' not in err  # the traceback that is there is torchrun's
+    assert checkpoint.read(last)["run"]["solver"]["step"] > 0
+
+
+def test_an_image_that_one_process_cannot_read_saves_and_ends_all(runs, rectangles):
+    annotations, images = rectangles(runs / "broken", [[(0, [6, 10, 20, 30])]] * 12, classes=2)
+    (Path(images) / "7.png").write_bytes(b"broken")
+    process = begin("run=broken", f"data.train.annotations={annotations}", f"data.train.images={images}", folder=runs)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert err.count("7.png: cannot read the image") == 2 and err.count("go on with --resume") == 2, err
+    assert 'train.py", line' not in err
+    assert checkpoint.read(runs / "broken" / "last.pt")["run"]["solver"]["step"] in (0, 1, 2)
+
+
+def test_the_slurm_script_saves_and_asks_for_its_requeue(runs, tmp_path):
+    """docs/distributed.md's, with stand-ins for Slurm's commands and torchrun, signalled as Slurm does."""
+    document = (ROOT / "docs/distributed.md").read_text(encoding="utf-8")
+    script = next(block for block in document.split("```") if "#SBATCH" in block).removeprefix("bash\n")
+    (tmp_path / "job.sh").write_text(script)
+    programs = {
+        "scontrol": f'[ "$1" = show ] && echo node0 || echo "$@" >> {tmp_path}/requeued',
+        "srun": 'while [ "${1#-}" != "$1" ]; do shift; done; exec "$@"',
+        "torchrun": 'while [ "$1" != train.py ]; do shift; done\n'
+        '[ "$*" = "train.py --config configs/coco/focal.yaml --resume" ] || exit 9\n'
+        f"cd {ROOT}; exec {sys.executable} train.py --config {runs}/config.yaml --resume --set run=slurm $SETTINGS",
+        ".venv/bin/activate": f"PATH={tmp_path}:$PATH",
+    }
+    for name, content in programs.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"#!/bin/bash\n{content}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "node[0-1]",
+             "SLURM_NNODES": "2", "OMP_NUM_THREADS": "1", "NO_ALBUMENTATIONS_UPDATE": "1"}  # fmt: skip
+
+    def submit(settings: str) -> subprocess.Popen:
+        environment = {**os.environ, **slurm, "SETTINGS": settings}
+        return subprocess.Popen(["bash", tmp_path / "job.sh"], env=environment, stderr=subprocess.PIPE, text=True)
+
+    job = submit("checkpoint.every=1 solver.epochs=500")
+    last = runs / "slurm" / "last.pt"
+    while not last.exists():
+        assert job.poll() is None, job.stderr.read()
+        time.sleep(0.05)
+    job.send_signal(signal.SIGUSR1)
+    _, err = job.communicate(timeout=120)
+    assert job.returncode == 0 and "stopped by SIGTERM" in err, err
+    assert (tmp_path / "requeued").read_text() == "requeue 77\n"
+    step = checkpoint.read(last)["run"]["solver"]["step"]
+
+    # Slurm starts it again, and as it ends by itself it is not asked for again.
+    job = submit(f"solver.epochs=500 solver.max_steps={step + 1}")
+    _, err = job.communicate(timeout=120)
+    assert job.returncode == 0, err
+    assert checkpoint.read(last)["run"]["solver"]["step"] == step + 1
+    assert (tmp_path / "requeued").read_text() == "requeue 77\n"

@@ -1,7 +1,9 @@
 """Whole runs: what is in the folder, how it ends, how it goes on, and that it learns."""
 
 import json
+import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -219,7 +221,7 @@ def test_an_interrupted_and_resumed_run_equals_the_whole(tiny, trained, folder, 
 def test_a_run_resumed_within_an_epoch_sees_the_images_it_had_not_seen(tiny, folder, monkeypatch):
     seen = []
 
-    def look(model, criterion, batches, solver, logger, device, until, stop):
+    def look(model, criterion, batches, solver, logger, device, until):
         for batch in batches:
             seen.append(batch.image_ids)
             solver.step_count += 1
@@ -263,19 +265,82 @@ def test_a_signal_ends_the_run_after_its_step_and_nothing_is_lost(tiny, trained,
 def test_a_stopped_process_says_how_to_go_on(tiny, folder):
     path = tiny(folder, solver={"epochs": 500})
     environment = {**os.environ, "NO_ALBUMENTATIONS_UPDATE": "1"}
-    words = [sys.executable, "train.py", "--config", str(path), "--set", "data.workers=1"]
+    words = [sys.executable, "train.py", "--config", str(path), "--set", "data.workers=2"]
     process = subprocess.Popen(
-        words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
     last = folder / "runs" / "tiny" / "last.pt"
     while not last.exists():
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)  # and its loading processes, as scancel and timeout do
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM
+    assert process.returncode == 128 + signal.SIGTERM, err
     assert err.splitlines()[-1] == "stopped by SIGTERM; go on with the same command and --resume"
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_signal_in_evaluation_leaves_it_at_once(tiny, folder, monkeypatch, workers):
+    """Within a batch that is waited for and, without workers, within a call that takes errors for a broken image."""
+    cfg = assemble.configure(tiny(folder, data={"workers": workers}, evaluation={"batch_size": 1}))
+    predict = train.predict
+
+    def asked(model, batches, *rest):
+        def some():
+            for batch in batches:
+                yield batch
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        return predict(model, some(), *rest)
+
+    monkeypatch.setattr(train, "predict", asked)
+    with pytest.raises(Stopped):
+        train.train(cfg, CPU)
+    assert checkpoint.read(cfg.folder / "last.pt")["run"]["solver"]["step"] == 2
+    assert not (cfg.folder / "metrics.json").exists()
+
+
+def test_a_loading_process_that_is_killed_in_evaluation_is_one_line(tiny, folder, monkeypatch, command):
+    predict, killed = train.predict, []
+
+    def cut(model, batches, *rest):
+        def some():
+            for batch in batches:
+                yield batch
+                killed.extend(child.kill() for child in multiprocessing.active_children())
+
+        return predict(model, some(), *rest)
+
+    monkeypatch.setattr(train, "predict", cut)
+    path = tiny(folder, data={"workers": 1}, evaluation={"batch_size": 1})
+    code, _, err = command(train.main, "--config", path)
+    assert killed and code == 2 and "Traceback" not in err
+    assert err.splitlines()[-1].startswith("error: a process that loads images "), err
+    assert checkpoint.read(folder / "runs/tiny/last.pt")["run"]["solver"]["step"] == 2
+
+
+def test_a_full_shared_memory_ends_the_run_and_loses_no_step(tiny, folder, monkeypatch, command):
+    read_sample = CocoDataset.__getitem__
+    begun = torch.multiprocessing.Value("i", 0)
+
+    def fill(dataset, key):
+        with begun.get_lock():
+            begun.value += isinstance(key, tuple)  # those of training
+            if begun.value == 13:  # an epoch, and a step of the next; a file may not grow beyond this
+                resource.setrlimit(resource.RLIMIT_FSIZE, (16, 16))
+        return read_sample(dataset, key)
+
+    step, done = Solver.step, []
+    monkeypatch.setattr(Solver, "step", lambda solver: done.append(step(solver)))
+    monkeypatch.setattr(CocoDataset, "__getitem__", fill)
+    code, _, err = command(train.main, "--config", tiny(folder, data={"workers": 1}))
+    assert code == 2 and "Traceback" not in err
+    last = err.splitlines()[-1]
+    assert last.startswith("error: shared memory is full") and "--shm-size" in last and "--resume" in last
+    # The batch before may still be on its way, and be caught by it, too.
+    assert checkpoint.read(folder / "runs/tiny/last.pt")["run"]["solver"]["step"] == len(done) in (2, 3)
 
 
 def test_an_image_that_fails_in_the_second_epoch_loses_no_step(tiny, trained, folder, monkeypatch, same):

@@ -38,7 +38,7 @@ def clock():
 def tell(begin):
     figures = [now - then for now, then in zip(clock(), begin)]
     # Not getrusage's: that starts with what the process that started this one held.
-    peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    peak = next(line for line in open("/proc/self/status", encoding="utf-8") if line.startswith("VmHWM"))
     figures.append(int(peak.split()[1]) * 1024 / 1e9)
     print("FIGURES", json.dumps(figures), flush=True)
     os._exit(0)
@@ -164,7 +164,7 @@ def write_set(folder: Path, images: int, boxes: int) -> None:
         names = [f"{split}{number:012}.jpg" for number in range(count)]
         for number, name in enumerate(names):
             os.link(originals[number % PICTURES], folder / "images" / name)
-        with (folder / f"{split}.json").open("w") as file:
+        with (folder / f"{split}.json").open("w", encoding="utf-8") as file:
             file.write('{"info": {"year": 2017}, "images": [')
             file.write(", ".join(json.dumps(about_image(number, name)) for number, name in enumerate(names)))
             file.write('], "annotations": [')

@@ -1,113 +1,340 @@
-"""Kill a training at random instants, resume it, and compare with one that was left alone.
+"""Interrupt trainings at random, go on with them, and compare their ends with those of trainings left alone.
 
-    python scripts/bench/faults.py [--kills 50] [--steps 60] [--seed 0] [--folder FOLDER]
+    python scripts/bench/faults.py [--faults 200] [--steps 12] [--seed 0] [--folder FOLDER]
 
-Each life of the run gets SIGKILL after a random time, while it starts, trains, saves (every step), or evaluates, and
-is started again with --resume; runs follow one another until there were enough kills. Then every last.pt must hold, to
-the bit, what the run that was left alone ended with: anything else is a loss, and the exit code is 1.
+A run has one process or two, and lives several times. Each life has 0 or 2 loading processes for each process, is
+struck once (SIGKILL or SIGTERM to one process, or SIGTERM to the whole group with its loading processes) while it
+starts, trains, evaluates or writes a checkpoint, and the next goes on with --resume. Counted as wrong:
+
+- lost: last.pt of a finished run is not, to the bit, that of the run left alone, or SIGTERM did not save the last step;
+- exit: SIGTERM must end all processes with 143 and one line, SIGKILL the others with 1 and one line; no traceback;
+- left: a process, or a loading process, outlives its life by 10 s.
+
+The processes are forked from this one, so that each life is short: how Python starts is not struck.
 """
 
-import argparse
 import os
+
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+
+import argparse
+import atexit
+import contextlib
 import random
+import shutil
 import signal
-import subprocess
+import socket
 import sys
 import tempfile
 import time
+import traceback
+from collections import Counter
+from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's packages, wherever this is started
 
+import cv2
 import torch
 import yaml
-from tqdm import tqdm
 
+import train
 from data.demo import write_demo
 from detector import checkpoint
+from detector.errors import run_main
+from detector.solver import Solver
 
-ROOT = Path(__file__).resolve().parents[2]
+STRIKES = ("KILL a process", "TERM a process", "TERM the group")
+PHASES = {"b": "start-up", "t": "training", "e": "evaluation", "s": "checkpoint"}
+PATIENCE = 60  # seconds; a process that takes longer hangs
+
+
+@dataclass
+class Life:
+    """The processes of a run from one start to its end, and what they have marked: (time, mark) of process 0."""
+
+    processes: list[int]
+    log: Path
+    pipe: int
+    marks: list[tuple[float, str]] = field(default_factory=list)
+    codes: dict[int, int] = field(default_factory=dict)
+
+    def look(self) -> None:
+        """Read the marks, and the exit codes of those that have ended."""
+        with contextlib.suppress(BlockingIOError):
+            self.marks += [(time.monotonic(), mark) for mark in os.read(self.pipe, 4096).decode()]
+        for process in set(self.processes) - self.codes.keys():
+            ended, status = os.waitpid(process, os.WNOHANG)
+            if ended:
+                self.codes[process] = os.waitstatus_to_exitcode(status)
+
+    def count(self, mark: str) -> int:
+        return sum(own == mark for _, own in self.marks)
+
+    @property
+    def phase(self) -> str:
+        return next((mark for _, mark in reversed(self.marks) if mark in PHASES), "b")
+
+    @property
+    def over(self) -> bool:
+        return len(self.codes) == len(self.processes)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--steps", type=int, default=60, help="of a run")
+    parser.add_argument("--faults", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=12, help="of a run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="for the runs (default: a temporary one)")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = args.folder or Path(temporary)
-        lost = faults(folder, args.kills, args.steps, random.Random(args.seed))
-    sys.exit(1 if lost else 0)
+    torch.set_num_threads(1)  # threads would not survive a fork
+    cv2.setNumThreads(0)
+    folder = args.folder or Path(tempfile.mkdtemp())
+    try:
+        wrong = faults(folder, args.faults, args.steps, random.Random(args.seed))
+    finally:
+        if args.folder is None:
+            shutil.rmtree(folder)
+    sys.exit(1 if wrong else 0)
 
 
-def faults(folder: Path, kills: int, steps: int, rng: random.Random) -> int:
-    """How many runs did not end as the one left alone."""
+def faults(folder: Path, wanted: int, steps: int, rng: random.Random) -> int:
+    """Strike so many times, and print how often and how it ended; returns how often it was wrong."""
     config = write_config(folder, steps)
-    start = time.perf_counter()
-    finish(config, "alone")
-    life = time.perf_counter() - start
-    print(f"left alone: {steps} steps in {life:.1f} s", flush=True)
-    truth = state(folder / "runs/alone/last.pt")
+    truth: dict[int, dict] = {}
+    lasts: dict[int, dict[str, float]] = {}  # seconds of each phase, by the number of processes
+    struck, wrong, runs, lives = Counter(), [], 0, 0
+    while struck.total() < wanted:
+        processes, name = rng.choice((1, 2)), f"run{runs}"
+        if processes not in truth:
+            life = start(config, f"alone{processes}", processes, workers=0, every=1)
+            finish(life)
+            if any(life.codes.values()):
+                sys.exit(life.log.read_text(encoding="utf-8"))
+            truth[processes], lasts[processes] = state(folder / f"runs/alone{processes}/last.pt"), durations(life)
+            print(f"left alone, {processes} process(es): {lasts[processes]}", flush=True)
+        done = False
+        while not done:
+            workers, every = rng.choice((0, 2)), rng.choice((1, 1000))
+            how, phase = rng.choice(STRIKES), rng.choice("btes")
+            before = saved(folder / "runs" / name)
+            life = start(config, name, processes, workers, every)
+            lives += 1
+            hit = strike(life, how, phase, lasts[processes], rng)
+            finish(life)
+            done = not any(life.codes.values())
+            label = f"{name}: {how} in {PHASES.get(hit, 'none')}, {processes} process(es), {workers} workers"
+            complaints = [*left_behind(life)]
+            if hit:
+                struck[how, PHASES[hit]] += 1
+                complaints += judge(life, how, hit, done, before, saved(folder / "runs" / name))
+            elif not done:
+                complaints.append("exit: ended by itself")
+            for complaint in complaints:
+                wrong.append(complaint)
+                log = life.log.read_text(encoding="utf-8")
+                print(f"WRONG {label}: {complaint}, codes {list(life.codes.values())}\n{log}")
+            print(f"{struck.total()} {label}: {list(life.codes.values())}", flush=True)
+            os.close(life.pipe)
+        if not equal(state(folder / "runs" / name / "last.pt"), truth[processes]):
+            wrong.append("lost: another end")
+            print(f"WRONG {name}: it ends otherwise than the run left alone", flush=True)
+        shutil.rmtree(folder / "runs" / name)
+        runs += 1
+    print(f"\n| | {' | '.join(PHASES.values())} |\n| --- |{' ---: |' * len(PHASES)}")
+    for how in STRIKES:
+        print(f"| {how} | {' | '.join(str(struck[how, phase]) for phase in PHASES.values())} |")
+    kinds = Counter(complaint.partition(":")[0] for complaint in wrong)
+    told = ", ".join(f"{kinds[kind]} {kind}" for kind in ("lost", "exit", "left"))
+    print(f"\n{struck.total()} faults, {lives} lives, {runs} runs; wrong: {told}")
+    return len(wrong)
 
-    killed, lives, runs, lost, saving = 0, 0, 0, 0, 0
-    with tqdm(total=kills, unit="kill") as line:
-        while killed < kills:
-            run = folder / f"runs/run{runs}"
-            while True:
-                process = launch(config, run.name)
-                lives += 1
-                try:
-                    code = process.wait(timeout=rng.uniform(0, life))
-                except subprocess.TimeoutExpired:
-                    process.send_signal(signal.SIGKILL)
-                    process.wait()
-                    killed += 1
-                    saving += (run / "last.tmp").exists()
-                    line.update()
-                    continue
-                if code:
-                    sys.exit(f"{run} ended with {code}:\n{(folder / 'log.txt').read_text(encoding='utf-8')[-2000:]}")
-                break
-            same = equal(state(run / "last.pt"), truth)
-            lost += not same
-            runs += 1
-    print(f"{killed} kills ({saving} while a checkpoint was written), {lives} lives, {runs} runs, {lost} lost")
-    return lost
+
+def strike(life: Life, how: str, phase: str, lasts: dict[str, float], rng: random.Random) -> str:
+    """Send the signal at a random instant of a phase; returns the phase in which it came, "" if the life was over."""
+    wanted = {"b": 0, "t": rng.randint(1, 4), "e": 1, "s": rng.randint(1, 3)}[phase]
+    until(life, lambda: life.count(phase) >= wanted)
+    at = time.monotonic() + rng.uniform(0, lasts[phase])
+    until(life, lambda: time.monotonic() >= at)
+    if life.codes:
+        return ""
+    number = signal.SIGKILL if how.startswith("KILL") else signal.SIGTERM
+    if how.endswith("group"):
+        os.killpg(life.processes[0], number)
+    else:
+        os.kill(rng.choice(life.processes), number)
+    life.look()
+    return life.phase
+
+
+def judge(life: Life, how: str, hit: str, done: bool, before: int, after: int) -> list[str]:
+    """What is wrong with how a life ended that was struck."""
+    log, codes = life.log.read_text(encoding="utf-8"), set(life.codes.values())
+    found = []
+    if "Traceback" in log or (how.startswith("TERM") and "memory" in log):
+        found.append("exit: stray words")
+    early = hit == "b"  # before there are handlers, and before all have met
+    if how == "KILL a process":
+        fine = {-signal.SIGKILL, 1, 128 + signal.SIGTERM, -signal.SIGTERM} if early else {-signal.SIGKILL, 1}
+    else:
+        fine = {128 + signal.SIGTERM, *({1, -signal.SIGTERM} if early else ())}
+        fine |= {0} if "tensorboard --logdir" in log else set()  # process 0 had finished
+    if not done and not codes <= fine:
+        found.append(f"exit: not of {sorted(fine)}")
+    if how.startswith("TERM") and 128 + signal.SIGTERM in codes:
+        if "stopped by SIGTERM" not in log:
+            found.append("exit: no line")
+        if not early and after != before + life.count("."):
+            found.append(f"lost: step {after} is saved, {before} + {life.count('.')} were done")
+    return found
+
+
+def finish(life: Life) -> None:
+    """Wait for the end; as torchrun does, end the others where one has ended by a fault."""
+    told = None
+    while not life.over:
+        life.look()
+        now = time.monotonic()
+        if told is None and any(life.codes.values()):
+            told = now
+        for process in set(life.processes) - life.codes.keys():
+            if told and now - told > PATIENCE:
+                os.kill(process, signal.SIGKILL)
+            elif told and now - told > 5:
+                os.kill(process, signal.SIGTERM)
+        time.sleep(0.01)
+    life.look()
+
+
+def left_behind(life: Life) -> list[str]:
+    """One complaint where processes of the group live on; they are ended."""
+    end = time.monotonic() + 10
+    while members(life.processes[0]):
+        if time.monotonic() > end:
+            os.killpg(life.processes[0], signal.SIGKILL)
+            return ["left: processes that live on"]
+        time.sleep(0.02)
+    return []
+
+
+def members(group: int) -> list[str]:
+    """Processes of a group that run (Linux)."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, own = path.read_text(encoding="utf-8").rpartition(") ")[2].split()[:3]
+            if int(own) == group and state != "Z":
+                found.append(path.parent.name)
+    return found
+
+
+def until(life: Life, reached: object) -> None:
+    while not life.codes and not reached():
+        time.sleep(0.002)
+        life.look()
+
+
+def durations(life: Life) -> dict[str, float]:
+    """Mean seconds of each phase, of a life left alone."""
+    spent, times = Counter(), Counter()
+    turns = [(moment, mark) for moment, mark in life.marks if mark in PHASES]
+    for (begin, mark), (end, _) in pairwise(turns):
+        spent[mark] += end - begin
+        times[mark] += 1
+    return {mark: round(spent[mark] / times[mark], 3) for mark in PHASES}
 
 
 def write_config(folder: Path, steps: int) -> Path:
-    """Tiny images and a tiny model, with everything that has state: GHM, averaged weights, momentum, workers."""
+    """Tiny images and a tiny model, with everything that has state: GHM, averaged weights, momentum."""
     write_demo(folder / "data", train_images=12, val_images=4)
     values = {
         "output": str(folder / "runs"),
         "device": "cpu",
         "data": {split: {"annotations": str(folder / f"data/{split}.json"), "images": str(folder / f"data/{split}")}
-                 for split in ("train", "val")} | {"short_side": 96, "long_side": 128, "workers": 1},
+                 for split in ("train", "val")} | {"short_side": 96, "long_side": 128},
         "model": {"backbone": "resnet18", "weights": "none", "norm": "bn", "fpn_channels": 32,
                   "head": {"width": 32, "depth": 1}},
         "class_loss": {"name": "ghm_c"},
         "box_loss": {"name": "ghm_r"},
         "solver": {"batch_size": 2, "lr_batch_size": None, "epochs": 100, "max_steps": steps, "ema": 0.9},
-        "evaluation": {"every": 3},
-        "checkpoint": {"every": 1},
+        "evaluation": {"batch_size": 1},
     }  # fmt: skip
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(values), encoding="utf-8")
     return path
 
 
-def launch(config: Path, run: str) -> subprocess.Popen:
-    words = [sys.executable, ROOT / "train.py", "--config", config, "--resume", "--set", f"run={run}"]
-    environment = {**os.environ, "NO_ALBUMENTATIONS_UPDATE": "1"}
-    with (config.parent / "log.txt").open("w", encoding="utf-8") as log:
-        return subprocess.Popen(list(map(str, words)), env=environment, stdout=log, stderr=log)
+def start(config: Path, run: str, processes: int, workers: int, every: int) -> Life:
+    words = ["train.py", "--config", str(config), "--resume"]
+    words += ["--set", f"run={run}", f"data.workers={workers}", f"checkpoint.every={every}"]
+    environment = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "localhost"}
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        environment["MASTER_PORT"] = str(free.getsockname()[1])
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
+    log = config.parent / "log.txt"
+    log.write_text("", encoding="utf-8")
+    born: list[int] = []
+    for rank in range(processes):
+        process = os.fork()
+        if not process:
+            live(words, environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, born, log, writing)
+        with contextlib.suppress(OSError):  # it may have done so itself
+            os.setpgid(process, (born or [process])[0])
+        born.append(process)
+    os.close(writing)
+    return Life(born, log, reading)
 
 
-def finish(config: Path, run: str) -> None:
-    if launch(config, run).wait():
-        sys.exit((config.parent / "log.txt").read_text(encoding="utf-8")[-2000:])
+def live(words: list[str], environment: dict[str, str], born: list[int], log: Path, pipe: int) -> None:
+    """In the new process: train.py as the command line has it, marking what it does; never returns."""
+    code = 1
+    try:
+        os.setpgid(0, born[0] if born else 0)
+        output = os.open(log, os.O_WRONLY | os.O_APPEND)
+        for stream in (1, 2):
+            os.dup2(output, stream)
+        os.environ.update(environment)
+        sys.argv = words
+        if not born:
+            mark_calls(pipe)
+        run_main(train.main)
+        code = 0
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        atexit._run_exitfuncs()
+        os._exit(code)
+
+
+def mark_calls(pipe: int) -> None:
+    """Write a letter at each start of a phase, and a point after each step."""
+
+    def marking(call, before: bytes, after: bytes = b""):
+        def marked(*arguments, **named):
+            os.write(pipe, before)
+            result = call(*arguments, **named)
+            os.write(pipe, after)
+            return result
+
+        return marked
+
+    os.write(pipe, b"b")
+    train.train_one_epoch = marking(train.train_one_epoch, b"t")
+    train.predict = marking(train.predict, b"e")
+    checkpoint.save = marking(checkpoint.save, b"s")
+    Solver.step = marking(Solver.step, b"", b".")
+
+
+def saved(run: Path) -> int:
+    """The step of the newest checkpoint that is whole; 0 without any."""
+    newest = checkpoint.newest(run)
+    return newest[1]["run"]["solver"]["step"] if newest else 0
 
 
 def state(path: Path) -> dict:

@@ -9,16 +9,16 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
-from detector import assemble, distributed
+from detector import assemble, distributed, engine
 from detector.anchors import Anchors
 from detector.backbone import Backbone
 from detector.config import Config
-from detector.errors import UserError
+from detector.errors import Stopped, UserError
 from detector.fpn import FPN
 from detector.head import Head
 from detector.model import RetinaNet
 from detector.solver import Solver
-from detector.structures import Target
+from detector.structures import Batch, Target
 
 STEPS, BATCH, SIDE, CLASSES = 4, 4, 128, 3
 CASES = {name: {"class_loss": {"name": name}} for name in assemble.CLASS_LOSSES}
@@ -143,9 +143,41 @@ def process(rank, folder):
         "missing": error_of(distributed.same_everywhere, {"images": 3} if rank else {}),
         "sync_bn": error_of(distributed.replicate, Backbone("resnet18", "sync_bn", 0), torch.device("cpu")),
     }
+    errors |= ended_together(rank)
     together = {case: run(case, [rank], 2) for case in CASES}
     torch.save((errors, together, alone), folder / f"out{rank}.pt")
     dist.destroy_process_group()
+
+
+def ended_together(rank):
+    """What both meet where one of them, or each, has an error of its own."""
+
+    def block(error):
+        with distributed.together():
+            if error is not None:
+                raise error
+
+    def batches(error):
+        for height in range(32, 128, 32):
+            if error is not None and height == 96:
+                raise error
+            yield Batch(torch.zeros(1, 3, height, 64 - 32 * rank), [], [], [], [])
+
+    def seen(error):
+        shapes = []
+        try:
+            for batch in engine._alike(batches(error), torch.device("cpu")):
+                shapes.append(batch.images.shape)
+        except Stopped as stopped:
+            shapes.append(stopped.number)
+        return shapes
+
+    return {
+        "block": error_of(block, UserError("x.png: broken") if rank == 1 else None),
+        "each": error_of(block, UserError(f"of {rank}")),
+        "stopped": seen(Stopped(15) if rank == 1 else None),
+        "whole": seen(None),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +226,27 @@ def test_what_differs_between_processes_is_named_on_each(two_processes):
     assert "lr: 0yyy" in errors[0]["long"] and "lr: 1yyy" in errors[0]["long"] and len(errors[0]["long"]) < 300
     assert errors[0]["missing"].startswith("images differs between processes: 'None' on rank 0, '3' on rank 1")
     assert errors[0]["sync_bn"].startswith("model.norm: sync_bn needs a GPU for each process, these 2 are on cpu; use")
+
+
+def test_what_one_meets_ends_both_after_the_same_batch(two_processes):
+    errors = two_processes[0]
+    assert errors[0] == errors[1]
+    assert errors[0]["block"] == "x.png: broken" and errors[0]["each"] == "of 0"
+    assert errors[0]["whole"] == [(1, 3, height, 64) for height in (32, 64, 96)]
+    assert errors[0]["stopped"] == [*errors[0]["whole"][:2], 15]
+
+
+@pytest.mark.parametrize("message", ["[..pair.cc:544] Connection closed by peer [127.0.0.1]:1", "Broken pipe"])
+def test_the_end_of_another_process_is_one_line(monkeypatch, command, message):
+    def main():
+        with distributed.group(torch.device("cpu")):
+            raise RuntimeError(message)
+
+    with pytest.raises(RuntimeError, match=r"peer|pipe"):  # alone it is something else
+        command(main)
+    monkeypatch.setattr(distributed, "setup", lambda device: device)
+    monkeypatch.setenv("RANK", "3")
+    assert command(main) == (1, "", "error: process 3 has lost another one, whose message says why\n")
 
 
 def test_equal_values_are_told_together(monkeypatch):

@@ -11,6 +11,7 @@ from torch import nn
 from detector import assemble, engine
 from detector.config import Config
 from detector.engine import predict, train_one_epoch
+from detector.errors import Stopped
 from detector.stop import Stop
 from detector.structures import Batch, Detections, Losses, Predictions, Target
 
@@ -196,13 +197,19 @@ def test_a_step_that_is_not_finite_may_be_skipped():
     assert solver.step_count == 2 and any(not torch.equal(before[k], v) for k, v in model.named_parameters())
 
 
-def test_it_ends_at_the_step_it_is_told_and_where_it_is_asked_to():
+def test_it_ends_at_the_step_it_is_told_and_between_two_where_it_is_asked_to():
     model, criterion, solver = make()
     train_one_epoch(model, criterion, [batch()] * 5, solver, Recorder(), CPU, until=2)
     assert solver.step_count == 2
-    with Stop() as stop:
+    backward = solver.backward
+
+    def ask(loss):
         os.kill(os.getpid(), signal.SIGTERM)
-        train_one_epoch(model, criterion, [batch()] * 5, solver, Recorder(), CPU, stop=stop)
+        backward(loss)
+
+    solver.backward = ask
+    with Stop() as stop, pytest.raises(Stopped):
+        train_one_epoch(model, criterion, stop.between([batch()] * 5), solver, Recorder(), CPU)
     assert solver.step_count == 3
 
 
@@ -236,7 +243,8 @@ def test_predict_gives_every_image_once_in_pixels_of_the_original():
 def test_predict_joins_the_shares_of_all_processes(monkeypatch):
     one = Batch(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), [None], [1], [(32, 32)], [(32, 32)])
     nothing = Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
-    monkeypatch.setattr(engine.distributed, "gather", lambda value: [value, ({2: nothing, 1: nothing}, [])])
+    other = {tuple: ({2: nothing, 1: nothing}, []), type(None): None}  # its share, and that it met no error
+    monkeypatch.setattr(engine.distributed, "gather", lambda value: [value, other[type(value)]])
     assert set(predict(Fixed(), [one], lambda p, sizes: [nothing], CPU)) == {1, 2}
 
 
@@ -258,10 +266,13 @@ def test_predict_stops_where_the_output_is_not_finite_and_all_processes_say_on_w
         predict(model, batches, postprocess, CPU)
     assert seen == [2, 2]
     gathered = []
-    monkeypatch.setattr(engine.distributed, "gather", lambda value: gathered.append(value) or [value, ({}, [9])])
+    other = {tuple: ({}, [9]), type(None): None}  # its share, and that it met no error
+    monkeypatch.setattr(
+        engine.distributed, "gather", lambda value: gathered.append(value) or [value, other[type(value)]]
+    )
     with pytest.raises(FloatingPointError, match=r"^images \[9\]: "):  # this process's own are sound
         predict(model, batches, postprocess, CPU)
-    assert len(gathered) == 1 and set(gathered[0][0]) == {1, 2, 3, 4, 5, 6}
+    assert gathered[0] is None and set(gathered[1][0]) == {1, 2, 3, 4, 5, 6}
 
 
 def test_evaluation_leaves_statistics_and_the_losses_state_alone(same):

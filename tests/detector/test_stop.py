@@ -1,47 +1,174 @@
-"""What a signal does to a run."""
+"""What a signal does to a command and to a run."""
 
+import contextlib
 import os
+import pty
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
-from detector.errors import Stopped, run_main
-from detector.stop import SIGNALS, Stop
+from detector.errors import SIGNALS, Stopped
+from detector.stop import Stop
+
+ROOT = Path(__file__).parents[2]
+
+
+def ask(number=signal.SIGTERM):
+    os.kill(os.getpid(), number)
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_it_is_noted_and_leaves_where_it_may(number):
+def test_it_is_noted_and_leaves_between_two_items(number):
+    taken = []
     with Stop() as stop:
-        stop.leave()  # nobody asked
-        taken = []
-        with pytest.raises(Stopped):
+        with pytest.raises(Stopped) as stopped:
             for item in stop.between(range(5)):
-                taken.append(item)
                 if item == 2:
-                    os.kill(os.getpid(), number)
-        assert taken == [0, 1, 2] and stop.number == number
+                    ask(number)
+                taken.append(item)
+        assert taken == [0, 1, 2] and stop.number == stopped.value.number == number
         with pytest.raises(Stopped):
-            stop.leave()
+            taken.extend(stop.between(range(5)))
+    assert taken == [0, 1, 2]
 
 
-def test_the_second_signal_is_as_if_nobody_listened():
-    ours = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what is behind & without one
+def test_it_is_noted_after_the_last_item_too():
+    with Stop() as stop, pytest.raises(Stopped):
+        for _ in stop.between(range(1)):
+            ask()
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_wait_is_broken_off(number):
+    taken = []
+
+    def slow():
+        yield 1
+        ask(number)
+        taken.append("the next item")  # which, from a disk that is gone, would never come
+
+    with Stop() as stop, pytest.raises(Stopped):
+        taken.extend(stop.between(slow()))
+    assert taken == [1]
+
+
+def test_what_comes_twice_breaks_nothing_off_but_a_second_ctrl_c_does():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what is behind & without one
     before = [signal.getsignal(number) for number in SIGNALS]
-    with Stop():
-        assert [signal.getsignal(number) for number in SIGNALS] != before
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert [signal.getsignal(number) for number in SIGNALS] == before
+    with Stop() as stop:
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGHUP):  # the group's, torchrun's, the shell's
+            ask(number)
+        assert stop.number == signal.SIGTERM
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
+            ask(signal.SIGINT)
     assert [signal.getsignal(number) for number in SIGNALS] == before
-    signal.signal(signal.SIGINT, ours)
 
 
-def test_the_exit_code_and_the_line_say_what_happened(capsys):
+def test_the_exit_code_and_the_line_say_what_happened(command):
     def main():
-        raise Stopped(signal.SIGTERM)
+        try:
+            ask(signal.SIGTERM)
+        finally:
+            ask(signal.SIGTERM)  # again, while it leaves
 
-    with pytest.raises(SystemExit) as left:
-        run_main(main)
-    assert left.value.code == 128 + signal.SIGTERM
-    assert capsys.readouterr().err == "stopped by SIGTERM; go on with the same command and --resume\n"
+    assert command(main) == (128 + signal.SIGTERM, "", "stopped by SIGTERM\n")
+
+
+class Panic(BaseException):
+    """As that of libraries in Rust."""
+
+
+def test_a_library_that_makes_another_error_of_it_does_not_hide_it(command):
+    def main():
+        try:
+            ask()
+        except BaseException:
+            raise Panic from None
+
+    assert command(main) == (128 + signal.SIGTERM, "", "stopped by SIGTERM\n")
+    with pytest.raises(Panic):
+        command(lambda: (_ for _ in ()).throw(Panic))
+
+
+def test_a_signal_is_not_taken_for_an_error_of_what_was_going_on(command):
+    def main():
+        try:
+            ask(signal.SIGHUP)
+        except Exception:  # as decoders' errors are
+            raise AssertionError from None
+
+    assert command(main) == (128 + signal.SIGHUP, "", "stopped by SIGHUP\n")
+
+
+class Destructed:
+    def __del__(self):
+        ask()
+        for _ in range(10):  # Python hears it here, and cannot raise it
+            pass
+
+
+@pytest.mark.parametrize("running", [False, True])
+def test_a_signal_in_a_destructor_is_not_lost(command, within, running):
+    def wait():
+        Destructed()
+        while True:
+            time.sleep(0.001)
+            yield
+
+    def main():
+        with Stop() if running else contextlib.nullcontext() as stop, within(10):
+            list(stop.between(wait()) if running else wait())
+
+    assert command(main) == (128 + signal.SIGTERM, "", "stopped by SIGTERM\n")
+
+
+def test_ctrl_c_before_a_run_begins(command):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert command(lambda: ask(signal.SIGINT)) == (128 + signal.SIGINT, "", "stopped by SIGINT\n")
+
+
+def test_nohup_is_heeded(command):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    def main():
+        with Stop() as stop:
+            ask(signal.SIGHUP)
+            assert stop.number is None
+
+    assert command(main) == (0, "", "")
+
+
+PRINTS = """
+import fcntl, sys, termios
+from detector.errors import run_main
+from detector.stop import Stop
+
+def main():
+    with Stop() as stop:
+        try:
+            for number in stop.between(iter(int, 1)):
+                print("step", file=sys.stderr, flush=True)
+        finally:
+            print("saving", flush=True)
+            open(sys.argv[1], "w").write("saved")
+
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # as in a shell: the terminal is that of the process
+run_main(main)
+"""
+
+
+def test_a_closed_terminal_does_not_keep_a_run_from_saving(tmp_path, within):
+    """What is printed to a terminal that is gone is an error."""
+    terminal, its_end = pty.openpty()
+    words = [sys.executable, "-c", PRINTS, tmp_path / "x"]
+    process = subprocess.Popen(words, cwd=ROOT, stdin=its_end, stdout=its_end, stderr=its_end, start_new_session=True)
+    os.close(its_end)
+    with within(60):
+        assert b"step" in os.read(terminal, 100)
+        os.close(terminal)
+        assert process.wait() == 128 + signal.SIGHUP
+    assert (tmp_path / "x").read_text() == "saved"

@@ -1,6 +1,7 @@
 """Every benchmark at a tiny size: that it runs, and that its table has its rows. What it says is not judged here."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -77,3 +78,10 @@ def test_the_page_keeps_its_other_sections_and_their_order(folder):
     assert {command.split()[0] for _, command in every.SECTIONS.values()} <= {
         str(path.relative_to(ROOT)) for path in (ROOT / "scripts/bench").glob("*.py")
     }
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks its trainings")
+def test_a_struck_run_loses_nothing(folder):
+    text = run("scripts/bench/faults.py", "--faults", "1", "--steps", "2", "--seed", "3", "--folder", folder)
+    assert text.splitlines()[-1].endswith("1 runs; wrong: 0 lost, 0 exit, 0 left")
+    assert {"KILL a process", "TERM a process", "TERM the group"} <= rows(text).keys()
