@@ -9,6 +9,7 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -44,6 +45,9 @@ def handlers():
     before = {number: signal.getsignal(number) for number in SIGNALS}
     hook = sys.unraisablehook
     yield
+    for timer in threading.enumerate():
+        if isinstance(timer, threading.Timer):  # it sends a signal once more
+            timer.join()
     sys.unraisablehook = hook
     for number, handler in before.items():
         signal.signal(number, handler)
