@@ -1,11 +1,10 @@
 """How a command ends: a user's error in one line, a signal, a fault."""
 
-import contextlib
+import errno
 import io
 import os
 import re
 import signal
-import stat
 import sys
 import threading
 from collections.abc import Callable
@@ -48,12 +47,28 @@ def listen(handler: Callable[[int, object], None], *signals: int) -> dict[int, o
     return {number: signal.signal(number, handler) for number in heard}
 
 
-def leave_terminal() -> None:
-    """If the terminal was closed, write to nowhere instead: each line would be an error."""
-    for stream in (1, 2):
-        with contextlib.suppress(OSError):
-            if stat.S_ISCHR(os.fstat(stream).st_mode) and not os.isatty(stream):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+class _Terminal(io.FileIO):
+    """A terminal that may be closed: then nobody reads on, and a run that is saving must not fail for what it says."""
+
+    def write(self, data: bytes) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            return len(data)
+
+
+def _robust(stream: Any) -> Any:
+    """Standard output or error that raises neither for a letter it has no code for nor for a terminal that is gone."""
+    if not isinstance(stream, io.TextIOWrapper):  # a notebook's is none
+        return stream
+    if stream.isatty():
+        stream.flush()
+        buffer = io.BufferedWriter(_Terminal(stream.fileno(), "w", closefd=False))
+        return io.TextIOWrapper(buffer, stream.encoding, errors="backslashreplace", line_buffering=True)
+    stream.reconfigure(errors="backslashreplace")
+    return stream
 
 
 _stopped: Stopped | None = None  # kept, since a library may make another error of what is raised in its callbacks
@@ -70,9 +85,7 @@ def run_main(main: Callable[[], None], *, after_stop: str = "") -> None:
     that starts an argument, or a value as in `--output=~/x`, is the home folder: not every shell expands it.
     """
     global _stopped
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a notebook's is none
-            stream.reconfigure(errors="backslashreplace")
+    sys.stdout, sys.stderr = _robust(sys.stdout), _robust(sys.stderr)
     sys.argv[1:] = map(_at_home, sys.argv[1:])
     sys.unraisablehook, _stopped = _again, None
     try:
@@ -97,7 +110,6 @@ def run_main(main: Callable[[], None], *, after_stop: str = "") -> None:
 
 def _stop(number: int, _frame: object) -> None:
     listen(_ignore, *SIGNALS[1:])  # the first counts: torchrun passes on what the whole group has got already
-    leave_terminal()
     global _stopped
     _stopped = Stopped(number)
     raise _stopped

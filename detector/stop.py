@@ -5,7 +5,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
-from detector.errors import SIGNALS, Stopped, leave_terminal, listen
+from detector.errors import SIGNALS, Stopped, listen
 
 Item = TypeVar("Item")
 
@@ -47,7 +47,6 @@ class Stop:
             yield item
 
     def _note(self, number: int, _frame: object) -> None:
-        leave_terminal()
         if self.number is None:
             self.number = number
             signal.signal(signal.SIGINT, self._before[signal.SIGINT])
