@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
         with opened("--markdown", args.markdown) as file:
             file.write(text)
     if args.csv:
-        write_csv(args.csv, rows, cost, found)
+        write_csv(args.csv, rows, cost, found, args.metric)
     print("\n".join(sections(aligned(table, marked), judged, told, notes)))
 
 
@@ -154,15 +154,16 @@ def markdown(table: list[list[str]], best: set[tuple[int, int]]) -> list[str]:
     return ["| " + " | ".join(line) + " |" for line in escaped]
 
 
-def write_csv(path: str, rows: list[Row], cost: Costs, found: list[Difference]) -> None:
+def write_csv(path: str, rows: list[Row], cost: Costs, found: list[Difference], metric: str) -> None:
     """A line for each run; what is known of its row stands in each of them."""
-    judged = {one.name: [one.mean, one.low, one.high, one.p, one.verdict] for one in found}
+    judged = {one.name: [metric, one.mean, one.low, one.high, one.p, one.verdict, one.reason] for one in found}
     with opened("--csv", path) as file:
         writer = csv.writer(file)
-        header = ["variant", "seed", *HEADER[1:], "difference", "low", "high", "p", "verdict", "failure"]
+        header = ["variant", "seed", *HEADER[1:], "compared", "difference", "low", "high", "p, corrected"]
+        header += ["verdict", "reason", "failure"]
         writer.writerow(header)
         for row in rows:
-            of_row = [*judged.get(row.name, [""] * 5)]
+            of_row = [*judged.get(row.name, [""] * 7)]
             taken = [cost.seconds.get(row.name, ""), cost.memory.get(row.name, 0) / 1e9 or ""]
             for run in row.runs:
                 config, known = run["config"], numbers(run)

@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ class Difference(NamedTuple):
     """Of a row from the baseline, in percent."""
 
     name: str
-    mean: float
+    mean: float | None  # None where it cannot be computed
     low: float | None  # of the 95% interval; None where it cannot be computed
     high: float | None
     p: float | None  # corrected for the number of comparisons; None where there is no verdict
@@ -53,11 +54,13 @@ def _difference(row: Row, base: Row, metric: str) -> Difference:
     """Its p is not corrected yet."""
     try:
         one, other = runs_of(row, metric), runs_of(base, metric)
-        if (one.images, one.draws.shape[1]) != (other.images, other.draws.shape[1]):
+        if _scored_on(row) != _scored_on(base) or one.draws.shape[1] != other.draws.shape[1]:
             raise ValueError(f"{row.name} and {base.name} were scored on other images")
     except ValueError as error:
-        values = [[run["metrics"].get(metric) or 0.0 for run in side.runs] for side in (row, base)]
-        mean = 100 * (statistics.fmean(values[0]) - statistics.fmean(values[1]))
+        values = [
+            [known for run in side.runs if (known := known_value(run, metric)) is not None] for side in (row, base)
+        ]
+        mean = statistics.fmean(values[0]) - statistics.fmean(values[1]) if all(values) else None
         return Difference(row.name, mean, None, None, None, str(error))
     found = verdict.difference(one, other)
     reason = ""
@@ -68,24 +71,46 @@ def _difference(row: Row, base: Row, metric: str) -> Difference:
 
 
 def runs_of(row: Row, metric: str) -> verdict.Runs:
-    """A row's numbers; ValueError where the draws of images are not known of each run."""
+    """A row's numbers; ValueError, with the reason, where they cannot be judged."""
+    aps = [known_value(run, metric) for run in row.runs]
+    if None in aps:
+        raise ValueError(f"{metric} of {row.name} is not known of each run")
     draws = [result.draws(run, metric) for run in row.runs]
-    images = {run["metrics"].get("images", 0) for run in row.runs}
-    if not all(draws) or len(images) > 1 or len(set(map(len, draws))) > 1:
-        raise ValueError(f"{metric} of {row.name} on other draws of the same images is not known")
-    aps = np.array([run["metrics"][metric] for run in row.runs])
-    return verdict.Runs(100 * aps, 100 * np.array(draws), images.pop())
+    if not all(draws):
+        kept = "; its results keep draws of AP alone" if metric != "AP" and result.draws(row.runs[0], "AP") else ""
+        raise ValueError(f"{metric} of {row.name} on other draws of the images is not known{kept}")
+    if len(set(map(len, draws))) > 1 or len({run["metrics"].get("images") for run in row.runs}) > 1:
+        raise ValueError(f"the runs of {row.name} were scored on other images")
+    array = np.array(draws, dtype=float)
+    if array.shape[1] < 2 or not (array >= 0).all():  # -1 and NaN: nothing to measure it on
+        raise ValueError(f"{metric} of {row.name} on other draws of the images is not known of each draw")
+    images = row.runs[0]["metrics"].get("images") or 0
+    if images < 2:
+        raise ValueError(f"{row.name} was not scored on several images")
+    return verdict.Runs(np.array(aps), 100 * array, images)
+
+
+def known_value(run: dict, metric: str) -> float | None:
+    """In percent; None where it is absent, null, NaN or -1."""
+    value = run["metrics"].get(metric)
+    return 100 * value if isinstance(value, int | float) and value >= 0 else None
+
+
+def _known_values(row: Row, metric: str) -> list[float]:
+    return [known for run in row.runs if (known := known_value(run, metric)) is not None]
+
+
+def _scored_on(row: Row) -> set[tuple]:
+    """The number of images and the name of their file: its folder may differ from machine to machine."""
+    files = (run["config"].get("data", {}).get("val", {}).get("annotations", "") for run in row.runs)
+    return {(run["metrics"].get("images"), Path(file).name) for run, file in zip(row.runs, files)}
 
 
 def best_rows(rows: Sequence[Row]) -> dict[str, str]:
     """{metric: the row that is better than each other row beyond chance}, of those metrics where there is one."""
     best = {}
     for metric in METRICS:
-        means = {
-            row.name: statistics.fmean(values)
-            for row in rows
-            if (values := [run["metrics"][metric] for run in row.runs if isinstance(run["metrics"].get(metric), float)])
-        }
+        means = {row.name: statistics.fmean(values) for row in rows if (values := _known_values(row, metric))}
         if len(means) > 1:
             top = max(means, key=means.__getitem__)
             others = differences(rows, top, metric)
@@ -105,6 +130,8 @@ def in_words(found: Sequence[Difference], baseline: str, metric: str = "AP") -> 
 
 def _line(one: Difference) -> str:
     interval = "" if one.low is None else f" [{one.low:+.1f}, {one.high:+.1f}]"
+    if one.mean is None:
+        return f"- {one.name}: no verdict: {one.reason}"
     if one.p is None:
         images = " from the images alone" if interval else ""
         return f"- {one.name}: {one.mean:+.1f}{interval}{images}; no verdict: {one.reason}"
@@ -127,10 +154,11 @@ def what_they_tell(rows: Sequence[Row], found: Sequence[Difference], metric: str
         return []
     seeds = min(len(runs.aps) for runs in judged)
     alone = verdict.detectable(known, seeds, comparisons)
-    only = f" ({alone:.1f} where only one of these {comparisons} rows differs)" if comparisons > 1 else ""
+    only = f" ({alone:.1f} if only one of these {comparisons} rows differs, because of the correction)"
     lines = [
         f"With {seeds} seeds a row and these {known.images:,} images, a difference of "
-        f"{verdict.detectable(known, seeds):.1f} {metric} is seen in 4 of 5 studies{only}, at these rows' mean spread."
+        f"{verdict.detectable(known, seeds):.1f} {metric} between two rows is seen in 4 of 5 studies"
+        f"{only if comparisons > 1 else ''}, at these rows' mean spread."
     ]
     for wanted in WANTED:
         needed = verdict.seeds_needed(known, wanted)

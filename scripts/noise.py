@@ -20,7 +20,7 @@ from matplotlib import pyplot as plt
 
 from detector.errors import UserError, run_main
 from scripts import page
-from scripts.differences import differences
+from scripts.differences import differences, known_value
 from scripts.rows import Row, read_rows
 
 Curve = dict[int, Row]  # by the share of wrong labels in percent
@@ -32,11 +32,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("noise.png"), metavar="FILE")
     args = parser.parse_args(argv)
     curves = read(args.folder)
+    shares = sorted({share for curve in curves.values() for share in curve})
+    if len(shares) < 2:
+        raise UserError(f"{args.folder}: what is lost shows between two shares at least, there is {shares or 'none'}")
     try:
         page.save(draw(curves), args.output, dpi=150)
     except (OSError, ValueError) as error:
         raise UserError(f"--output {args.output}: cannot be written ({error})") from None
-    shares = sorted({share for curve in curves.values() for share in curve})
     print("| run | " + " | ".join(f"{share}%" for share in shares) + f" | lost at {shares[-1]}% |")
     print("| --- |" + " ---: |" * (len(shares) + 1))
     for name, curve in curves.items():
@@ -57,20 +59,25 @@ def read(folder: Path) -> dict[str, Curve]:
         if not files:
             raise UserError(f"{folder / str(share)}: no result files in it")
         for row in read_rows(files):
-            if row.runs:  # else all have failed
+            for failure in row.failures:
+                print(f"failed: {row.name} at {share}%, {failure}", file=sys.stderr)
+            if aps(row):  # else all have failed
                 curves.setdefault(row.name, {})[share] = row
     return curves
 
 
 def aps(row: Row) -> list[float]:
     """Of each seed, in percent."""
-    return [100 * run["metrics"]["AP"] for run in row.runs]
+    return [known for run in row.runs if (known := known_value(run, "AP")) is not None]
 
 
 def what_is_lost(first: Row, last: Row) -> str:
     (found,) = differences([first._replace(name="first"), last._replace(name="last")])
-    interval = "" if found.p is None else f" [{-found.high:.1f}, {-found.low:.1f}]"  # one seed: of the images alone
-    return f"{-found.mean:.1f}{interval}, {-found.mean / statistics.fmean(aps(first)):.0%}"
+    if found.low is None:
+        return f"{-found.mean:.1f}, no interval"
+    alone = " from the images alone" if found.p is None else ""  # one seed
+    interval = f"[{-found.high:.1f}, {-found.low:.1f}]{alone}"
+    return f"{-found.mean:.1f} {interval}, {-found.mean / statistics.fmean(aps(first)):.0%}"
 
 
 def mean_and_spread(values: list[float]) -> str:

@@ -86,7 +86,7 @@ def differences(found: list[Difference], heading: str, told: list[str]) -> list[
         (
             one.name,
             one.verdict + (f": {one.reason}" if one.reason else ""),
-            f"{one.mean:+.1f}",
+            "-" if one.mean is None else f"{one.mean:+.1f}",
             *("-" if end is None else f"{end:+.1f}" for end in (one.low, one.high)),
             "-" if one.p is None else in_digits(one.p),
         )
@@ -94,8 +94,8 @@ def differences(found: list[Difference], heading: str, told: list[str]) -> list[
     ]
     table = page.table(("run", "verdict", "difference", "from", "to", "p"), lines, left=2)
     words = (
-        "Difference from the baseline and its 95% interval, over other seeds and other images. In colour: better or "
-        "worse after the correction."
+        "Difference from the baseline and its 95% interval, over other seeds and other images (over images alone where "
+        "a row has one seed). In colour: better or worse after the correction."
     )
     picture = [page.figure(plot, words)] if drawn else []
     if not drawn:

@@ -102,9 +102,13 @@ def write(path: Path, result: dict[str, Any]) -> None:
 def read(path: str | Path) -> dict[str, Any]:
     """A result file; UserError for anything else."""
     result = parse(Path(path), json.loads, "give a run folder or a result file")
-    if "config" not in result or not ("metrics" in result or "failure" in result):
+    config, about = result.get("config"), result.get("metrics", result.get("failure"))
+    losses = isinstance(config, dict) and all(
+        isinstance(config.get(key), dict) and "name" in config[key] for key in ("class_loss", "box_loss")
+    )
+    if not losses or not isinstance(about, dict if "metrics" in result else str):
         raise UserError(f"{path}: no result of a run; give a file that scripts/ablate.py wrote, or a run folder")
-    return result
+    return {key: value for key, value in result.items() if value is not None}  # what is null is not known
 
 
 def parse(path: Path, load: Any, if_missing: str, kind: type = dict) -> Any:

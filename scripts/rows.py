@@ -45,11 +45,23 @@ def read_rows(paths: list[str]) -> list[Row]:
         raise UserError("these are runs that tuned something, and no others; give the results of whole runs")
     rows = []
     for name, runs in by_name.items():
+        if all("variant" in run for _, run in runs):
+            _refuse_twice(name, runs)
         if len(runs) > 1 and not all("variant" in run for _, run in runs):  # a name in common says nothing
             rows += [_row(f"{name} ({path})", [run]) for path, run in runs]
         else:
             rows.append(_row(name, [run for _, run in runs]))
     return rows
+
+
+def _refuse_twice(name: str, runs: list[tuple[str, Result]]) -> None:
+    """UserError where a seed is there twice: seeds that agree because they are one would make a sure verdict."""
+    files: dict[int, str] = {}
+    for path, run in runs:
+        seed = run["config"].get("seed", 0)
+        if seed in files:
+            raise UserError(f"{path}: is seed {seed} of {name}, as {files[seed]} is; give each run once")
+        files[seed] = path
 
 
 def _row(name: str, runs: list[Result]) -> Row:
@@ -73,14 +85,18 @@ def costs(rows: list[Row]) -> Costs:
     Runs that share a machine slow each other down, and one machine is slower than another: then nothing is shown.
     """
     runs = [run for row in rows for run in row.runs]
+    if not runs:
+        return Costs({}, {}, "")
     timings = [run.get("timing") for run in runs]
-    timed = bool(runs) and all(timings) and len({timing["started"] for timing in timings}) == 1
+    timed = all(timings) and len({timing["started"] for timing in timings}) == 1
     jobs = {run.get("jobs") for run in runs}
     machines = {str(run.get("machine", {}).get("device")) for run in runs}
     if None in jobs:
         reason = "nothing says that each run had the machine to itself"
     elif jobs != {1}:
         reason = f"runs shared the machine (--jobs {max(jobs)})"
+    elif all(timings) and not timed:
+        reason = "their steps were timed on different occasions"
     elif len(machines) > 1:
         reason = "the runs are of different machines"
     else:

@@ -62,6 +62,8 @@ def main() -> None:
     parser.add_argument("--results", nargs="+", default=RESULTS, metavar="FOLDER", help="to fit variances to")
     parser.add_argument("--simulations", type=int, default=2000, metavar="N", help="of each number (2000)")
     args = parser.parse_args()
+    if args.simulations < 1:
+        raise UserError("--simulations: give at least 1")
     settings = [fit(folder) for folder in args.results]
     settings += [like_coco(settings[0]), own_spreads(args.results[min(1, len(args.results) - 1)])]
     lines, random = [], np.random.default_rng(0)
@@ -102,7 +104,10 @@ def _rows(folder: str) -> list[verdict.Runs]:
     files = sorted(map(str, Path(folder).glob("*.json")))
     if not files:
         raise UserError(f"{folder}: no result files in it")
-    return [runs_of(row, "AP") for row in read_rows(files) if len(row.runs) > 1]
+    try:
+        return [runs_of(row, "AP") for row in read_rows(files) if len(row.runs) > 1]
+    except ValueError as error:
+        raise UserError(f"{folder}: {error}") from None
 
 
 def simulate(setting: Setting, seeds: int, simulations: int, random: np.random.Generator) -> dict[str, str]:

@@ -25,7 +25,8 @@ def test_means_and_what_is_lost(folder, command):
     assert code == 0, err
     # By hand: Student's t for 4 degrees of freedom, 2.776 sqrt(1/3 + 1/3).
     assert "| ce | 51.0±1.0 | 46.0±1.0 | 31.0±1.0 | 20.0 [17.7, 22.3], 39% |" in out
-    assert "| single | 50.0 | - | 30.0 | 20.0, 40% |" in out  # one seed: no interval
+    assert "| single | 50.0 | - | 30.0 | 20.0 [20.0, 20.0] from the images alone, 40% |" in out  # one seed
+    assert "failed: ghm at 0%, seed 0: loss inf" in err
     assert "| focal | 60.0±0.0 | - | - | - |" in out
     assert "ghm" not in out
     assert (folder / "plot.png").stat().st_size > 5000
@@ -35,9 +36,12 @@ def test_errors_are_one_line(folder, command):
     (folder / "empty").mkdir()
     (folder / "10").mkdir()
     write(folder / "good", 0, "ce", 0, 0.5)
+    write(folder / "good", 10, "ce", 0, 0.4)
+    write(folder / "one", 0, "ce", 0, 0.5)
     for expected, arguments in {
         "holds no folders": (folder / "empty",),
         "no result files": (folder,),
+        "between two shares": (folder / "one",),
         "cannot be written": (folder / "good", "--output", "/dev/null/x.png"),
     }.items():
         code, _, err = command(noise.main, *arguments)
