@@ -181,14 +181,13 @@ class _Loader(DataLoader):
         # What is blocked here is blocked in them, too: no signal may meet one before it ignores them.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS) if hasattr(signal, "pthread_sigmask") else None
         try:
-            batches = super().__iter__()
+            return super().__iter__()
         finally:
+            if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+                # torch's handler raises wherever the main thread is: in the middle of an optimizer step, or at exit.
+                signal.signal(signal.SIGCHLD, _child_ended)
             if blocked is not None:
                 signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
-            # torch's handler raises wherever the main thread is: in the middle of an optimizer step, too.
-            signal.signal(signal.SIGCHLD, _child_ended)
-        return batches
 
 
 _waiting = False

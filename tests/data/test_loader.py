@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from data import loader
 from data.coco import CocoDataset
 from data.loader import EvalSampler, TrainSampler, collate, eval_loader, train_loader
 from data.transforms import EvalTransform, TrainTransform
-from detector.errors import SIGNALS, UserError
+from detector.errors import SIGNALS, Stopped, UserError
 from detector.structures import Target
 
 ASPECTS = np.random.default_rng(0).uniform(0.5, 1.8, 53).tolist()
@@ -320,6 +321,24 @@ def test_workers_live_through_a_signal_to_the_group(folder, number):
     for worker in loader._iterator._workers:
         os.kill(worker.pid, number)
     assert len(list(batches)) == 9
+
+
+def test_a_signal_while_workers_start_leaves_no_handler_of_torch(folder, monkeypatch):
+    """At exit they are killed, and torch's would raise there."""
+    start = DataLoader.__iter__
+
+    def interrupted(self):
+        start(self)
+        raise Stopped(signal.SIGTERM)
+
+    monkeypatch.setattr(DataLoader, "__iter__", interrupted)
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        with pytest.raises(Stopped):
+            next(iter(eval_loader(dataset(folder, EvalTransform(32, 64)), 1, workers=1)))
+        assert signal.getsignal(signal.SIGCHLD) is loader._child_ended
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 def signal_mask(pid: int) -> int:
