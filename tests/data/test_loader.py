@@ -388,14 +388,20 @@ def test_workers_end_with_their_parent(folder, within, how):
 
     process = multiprocessing.get_context("fork").Process(target=parent)
     process.start()
-    with within(60):
-        workers = [int(pid) for pid in os.read(reading, 100).split()]
-        assert len(workers) == 2
-        if how == "killed":
-            process.kill()
-        process.join()
-        while any(map(running, workers)):
-            time.sleep(0.02)
+    workers = []
+    try:
+        with within(60):
+            workers = [int(pid) for pid in os.read(reading, 100).split()]
+            assert len(workers) == 2
+            if how == "killed":
+                process.kill()
+            process.join()
+            while any(map(running, workers)):
+                time.sleep(0.02)
+    finally:
+        process.kill()
+        for worker in filter(running, workers):
+            os.kill(worker, signal.SIGKILL)
 
 
 def test_padded_sides_are_multiples_of_what_is_asked():
