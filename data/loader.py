@@ -11,9 +11,11 @@ import multiprocessing.util
 import os
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from functools import partial
+from types import TracebackType
 
 import cv2
 import numpy as np
@@ -263,6 +265,7 @@ def _start_worker(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     multiprocessing.queues.Queue._on_queue_feeder_error = _send_error
+    sys.excepthook = _unless_parent_left
     # The processes are the parallelism: threads inside them would only contend.
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
@@ -271,6 +274,12 @@ def _start_worker(worker: int) -> None:
 def _end_with_parent() -> None:
     multiprocessing.parent_process().join()
     os._exit(1)
+
+
+def _unless_parent_left(kind: type, error: BaseException, trace: TracebackType | None) -> None:
+    """For sys.excepthook in a worker: the thread that hands out what was sent need not tell that nobody takes it."""
+    if not isinstance(error, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _send_error(queue: multiprocessing.queues.Queue, error: Exception, message: object) -> None:

@@ -281,6 +281,14 @@ def test_the_limit_of_open_files_is_raised(folder):
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
+def test_a_worker_whose_parent_left_in_the_middle_says_nothing(capsys):
+    for error in (BrokenPipeError(), ConnectionResetError(), EOFError()):
+        loader._unless_parent_left(type(error), error, None)
+    assert capsys.readouterr().err == ""
+    loader._unless_parent_left(ValueError, ValueError("a fault"), None)
+    assert "ValueError: a fault" in capsys.readouterr().err
+
+
 def test_a_fault_of_ours_in_sending_keeps_its_traceback(folder, within):
     with within(30), pytest.raises(Exception, match="Original Traceback") as caught:
         list(unsendable(folder, "bug"))
