@@ -11,9 +11,11 @@ import multiprocessing.util
 import os
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from functools import partial
+from types import TracebackType
 
 import cv2
 import numpy as np
@@ -181,14 +183,13 @@ class _Loader(DataLoader):
         # What is blocked here is blocked in them, too: no signal may meet one before it ignores them.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS) if hasattr(signal, "pthread_sigmask") else None
         try:
-            batches = super().__iter__()
+            return super().__iter__()
         finally:
+            if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+                # torch's handler raises wherever the main thread is: in the middle of an optimizer step, or at exit.
+                signal.signal(signal.SIGCHLD, _child_ended)
             if blocked is not None:
                 signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
-            # torch's handler raises wherever the main thread is: in the middle of an optimizer step, too.
-            signal.signal(signal.SIGCHLD, _child_ended)
-        return batches
 
 
 _waiting = False
@@ -264,6 +265,7 @@ def _start_worker(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     multiprocessing.queues.Queue._on_queue_feeder_error = _send_error
+    sys.excepthook = _unless_parent_left
     # The processes are the parallelism: threads inside them would only contend.
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
@@ -272,6 +274,12 @@ def _start_worker(worker: int) -> None:
 def _end_with_parent() -> None:
     multiprocessing.parent_process().join()
     os._exit(1)
+
+
+def _unless_parent_left(kind: type, error: BaseException, trace: TracebackType | None) -> None:
+    """For sys.excepthook in a worker: the thread that hands out what was sent need not tell that nobody takes it."""
+    if not isinstance(error, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _send_error(queue: multiprocessing.queues.Queue, error: Exception, message: object) -> None:

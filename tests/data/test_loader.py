@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from data import loader
 from data.coco import CocoDataset
 from data.loader import EvalSampler, TrainSampler, collate, eval_loader, train_loader
 from data.transforms import EvalTransform, TrainTransform
-from detector.errors import SIGNALS, UserError
+from detector.errors import SIGNALS, Stopped, UserError
 from detector.structures import Target
 
 ASPECTS = np.random.default_rng(0).uniform(0.5, 1.8, 53).tolist()
@@ -280,6 +281,14 @@ def test_the_limit_of_open_files_is_raised(folder):
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
+def test_a_worker_whose_parent_left_in_the_middle_says_nothing(capsys):
+    for error in (BrokenPipeError(), ConnectionResetError(), EOFError()):
+        loader._unless_parent_left(type(error), error, None)
+    assert capsys.readouterr().err == ""
+    loader._unless_parent_left(ValueError, ValueError("a fault"), None)
+    assert "ValueError: a fault" in capsys.readouterr().err
+
+
 def test_a_fault_of_ours_in_sending_keeps_its_traceback(folder, within):
     with within(30), pytest.raises(Exception, match="Original Traceback") as caught:
         list(unsendable(folder, "bug"))
@@ -320,6 +329,24 @@ def test_workers_live_through_a_signal_to_the_group(folder, number):
     for worker in loader._iterator._workers:
         os.kill(worker.pid, number)
     assert len(list(batches)) == 9
+
+
+def test_a_signal_while_workers_start_leaves_no_handler_of_torch(folder, monkeypatch):
+    """At exit they are killed, and torch's would raise there."""
+    start = DataLoader.__iter__
+
+    def interrupted(self):
+        start(self)
+        raise Stopped(signal.SIGTERM)
+
+    monkeypatch.setattr(DataLoader, "__iter__", interrupted)
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        with pytest.raises(Stopped):
+            next(iter(eval_loader(dataset(folder, EvalTransform(32, 64)), 1, workers=1)))
+        assert signal.getsignal(signal.SIGCHLD) is loader._child_ended
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 def signal_mask(pid: int) -> int:
@@ -369,14 +396,20 @@ def test_workers_end_with_their_parent(folder, within, how):
 
     process = multiprocessing.get_context("fork").Process(target=parent)
     process.start()
-    with within(60):
-        workers = [int(pid) for pid in os.read(reading, 100).split()]
-        assert len(workers) == 2
-        if how == "killed":
-            process.kill()
-        process.join()
-        while any(map(running, workers)):
-            time.sleep(0.02)
+    workers = []
+    try:
+        with within(60):
+            workers = [int(pid) for pid in os.read(reading, 100).split()]
+            assert len(workers) == 2
+            if how == "killed":
+                process.kill()
+            process.join()
+            while any(map(running, workers)):
+                time.sleep(0.02)
+    finally:
+        process.kill()
+        for worker in filter(running, workers):
+            os.kill(worker, signal.SIGKILL)
 
 
 def test_padded_sides_are_multiples_of_what_is_asked():

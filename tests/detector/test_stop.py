@@ -99,7 +99,7 @@ def test_a_signal_is_not_taken_for_an_error_of_what_was_going_on(command):
         try:
             ask(signal.SIGHUP)
         except Exception:  # as decoders' errors are
-            raise AssertionError from None
+            print("caught")
 
     assert command(main) == (128 + signal.SIGHUP, "", "stopped by SIGHUP\n")
 
@@ -120,8 +120,11 @@ def test_a_signal_in_a_destructor_is_not_lost(command, within, running):
             yield
 
     def main():
-        with Stop() if running else contextlib.nullcontext() as stop, within(10):
-            list(stop.between(wait()) if running else wait())
+        try:
+            with Stop() if running else contextlib.nullcontext() as stop, within(10):
+                list(stop.between(wait()) if running else wait())
+        except AssertionError:
+            print("it came too late")
 
     assert command(main) == (128 + signal.SIGTERM, "", "stopped by SIGTERM\n")
 
