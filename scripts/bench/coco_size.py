@@ -143,9 +143,8 @@ def run(program: str, root: Path, folder: Path, images: int) -> list[float]:
         files = {"TRAIN": str(folder / "train.json"), "VAL": str(folder / "val.json"), "COUNT": str(images)}
         shell = 'STARTED=$(date +%s.%N) exec "$@"'  # the clock starts before Python does
         environment = os.environ | files | {"IMAGES": str(folder / "images"), "PYTHONPATH": str(root)}
-        done = subprocess.run(
-            ["bash", "-c", shell, "bash", *command], cwd=root, env=environment, capture_output=True, text=True
-        )
+        words = ["bash", "-c", shell, "bash", *command]
+        done = subprocess.run(words, cwd=root, env=environment, capture_output=True, text=True, encoding="utf-8")
     lines = [line for line in done.stdout.splitlines() if line.startswith("FIGURES ")]
     if not lines:
         sys.exit(f"{root}: {(done.stderr.strip() or 'it printed no figures').splitlines()[-1]}")
