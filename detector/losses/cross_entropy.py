@@ -33,8 +33,8 @@ class CrossEntropy(nn.Module):
         """logits (N, C), labels (N,) int64 with C = background, valid (N,) bool -> scalar."""
         alpha = 0.5 if self.alpha is None else self.alpha
         scale = 2 if self.alpha is None else 1
-        total = cell_sum(_curve, logits, labels, valid, negative=scale * (1 - alpha), positive=scale * alpha)
-        return total / num_pos
+        weights = {"negative": scale * (1 - alpha), "positive": scale * alpha}
+        return cell_sum(_curve, logits, labels, valid, num_pos=num_pos, **weights)
 
     def definition(self, logits: Tensor, labels: Tensor, valid: Tensor, num_pos: Tensor | float) -> Tensor:
         """The same in its plain form, by which the fast one is tested."""

@@ -36,7 +36,7 @@ class Focal(nn.Module):
     def forward(self, logits: Tensor, labels: Tensor, valid: Tensor, num_pos: Tensor | float) -> Tensor:
         """logits (N, C), labels (N,) int64 with C = background, valid (N,) bool -> scalar."""
         weights = {"negative": 1 - self.alpha, "positive": self.alpha}
-        return cell_sum(_curve, logits, labels, valid, self.gamma, **weights) / num_pos
+        return cell_sum(_curve, logits, labels, valid, self.gamma, num_pos=num_pos, **weights)
 
     def definition(self, logits: Tensor, labels: Tensor, valid: Tensor, num_pos: Tensor | float) -> Tensor:
         """The same in its plain form, by which the fast one is tested."""

@@ -35,16 +35,20 @@ def cell_sum(
     labels: Tensor,
     valid: Tensor,
     *params: Any,
+    num_pos: Tensor | float = 1.0,
     negative: float = 1.0,
     positive: float = 1.0,
 ) -> Tensor:
-    """Sum over all valid cells of the curve's value, times `negative` or `positive` -> scalar, at least float32.
+    """Sum over all valid cells of the curve's value, times `negative` or `positive`, / num_pos -> at least float32.
 
     curve: (z, positive, *params) -> (value, slope), cell by cell; positive says which cells are, None where none is;
         params, tensors or numbers, get no gradient
     logits (N, C) of any float type, labels (N,) int64 with C = background, valid (N,) bool
     """
-    return _CellSum.apply(logits, labels, valid, curve, (negative, positive), params)
+    # Dividing each cell and not their sum rounds a gradient in half precision once. The scale is a tensor because each
+    # new number would compile again; full() fills it on the device, without a copy that would wait.
+    scale = torch.full((), 1.0, dtype=accumulator(logits), device=logits.device) / num_pos
+    return _CellSum.apply(logits, labels, valid, curve, (negative * scale, positive * scale), params)
 
 
 class _CellSum(torch.autograd.Function):
@@ -71,7 +75,7 @@ class _CellSum(torch.autograd.Function):
 
 
 def _value_and_gradient(
-    curve: Curve, logits: Tensor, labels: Tensor, valid: Tensor, weights: tuple[float, float], params: tuple
+    curve: Curve, logits: Tensor, labels: Tensor, valid: Tensor, weights: tuple[Tensor, Tensor], params: tuple
 ) -> tuple[Tensor, Tensor]:
     if logits.device.type != "cpu":
         # Which rows have a positive is not known here; telling its cell apart in every row costs a GPU nothing.
@@ -93,7 +97,7 @@ def _value_and_gradient(
 
 
 def _sweep(
-    curve: Curve, logits: Tensor, counted: Tensor, labels: Tensor | None, weights: tuple[float, float], params: tuple
+    curve: Curve, logits: Tensor, counted: Tensor, labels: Tensor | None, weights: tuple[Tensor, Tensor], params: tuple
 ) -> tuple[Tensor, Tensor]:
     """Sum over the rows that are `counted` (), and its gradient (N, C); without labels all cells are background."""
     negative, positive = weights

@@ -40,7 +40,7 @@ class OHEM(nn.Module):
     def forward(self, logits: Tensor, labels: Tensor, valid: Tensor, num_pos: Tensor | float) -> Tensor:
         """logits (N, C), labels (N,) int64 with C = background, valid (N,) bool -> scalar."""
         threshold, tied = kth_largest(logits, labels, valid, self._places(logits, labels, valid), self.top_k is None)
-        return cell_sum(_curve, logits, labels, valid, threshold, tied, self.top_k is None) / num_pos
+        return cell_sum(_curve, logits, labels, valid, threshold, tied, self.top_k is None, num_pos=num_pos)
 
     def definition(self, logits: Tensor, labels: Tensor, valid: Tensor, num_pos: Tensor | float) -> Tensor:
         """The same in its plain form, by which the fast one is tested."""
