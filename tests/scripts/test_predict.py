@@ -226,4 +226,4 @@ def test_what_was_done_before_ctrl_c_is_kept(learnt, call, folder, monkeypatch):
     whole = predict.picture
     monkeypatch.setattr(predict, "picture", interrupted)
     code, _, _, results = call(learnt[1])
-    assert code == 1 and {one["image_id"] for one in results} == {0}
+    assert code == 130 and {one["image_id"] for one in results} == {0}
