@@ -17,7 +17,8 @@ CONFIG_READERS = {
 }
 SEPARATE = {"detector.anchors", "detector.assigner", "detector.box_coder"}
 FROM_DATA = {"detector.structures", "detector.errors", "detector.boxes", "detector.resize"}
-FROM_LOSSES = {"detector.distributed", "detector.losses.cells", "detector.losses.fused", "detector.losses.overlap"}
+SHARED_BY_LOSSES = ("cells", "density", "dispatch", "fused", "kernels", "regions")  # files of losses/ that are no loss
+FROM_LOSSES = {"detector.distributed", *(f"detector.losses.{name}" for name in SHARED_BY_LOSSES)}
 
 
 def module_name(path):
