@@ -1,6 +1,8 @@
 """What every class loss, and every box loss, must obey."""
 
 import inspect
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,8 +10,18 @@ import torch
 from detector import losses
 from detector.losses import GHMC, GHMR, OHEM, CrossEntropy, Focal
 
+
+def example():
+    """The loss of docs/new_loss.md."""
+    text = (Path(__file__).parents[3] / "docs" / "new_loss.md").read_text(encoding="utf-8")
+    names = {"__name__": "generalized"}
+    exec(re.search(r"```python\n(.*?)```", text, re.S)[1], names)
+    return names["GeneralizedCrossEntropy"]
+
+
 # Every loss of the menu passes through these laws, and settings of it that take another way.
 CLASS_LOSSES = losses.CLASS_LOSSES | {
+    "gce": example(),
     "ce_balanced": lambda: CrossEntropy(alpha=0.25),
     "ohem_top_k": lambda: OHEM(top_k=17),
     "focal_gamma_half": lambda: Focal(gamma=0.5),
