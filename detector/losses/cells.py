@@ -65,8 +65,8 @@ def sigmoid_softplus_in_one_sweep(z: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(z >= 0, larger, e * larger), torch.relu(z) + log1p
 
 
-def power(base: Tensor, exponent: float) -> Tensor:
-    """base ** exponent for base in [0, 1]."""
+def power(base: Tensor, exponent: float, log: Tensor | None = None) -> Tensor:
+    """base ** exponent for base in [0, 1]; `log` is its logarithm, where that is known."""
     if exponent == 0:
         return base * 0 + 1
     if exponent == 1:
@@ -74,7 +74,7 @@ def power(base: Tensor, exponent: float) -> Tensor:
     if exponent == 2:
         return base * base
     # Not torch.pow: compiled by torch 2.14 it may run with the exponent of an earlier call, cached on the disk.
-    return torch.exp(exponent * torch.log(base))
+    return torch.exp(exponent * (torch.log(base) if log is None else log))
 
 
 def region_of(norms: Tensor, bins: int) -> Tensor:

@@ -40,5 +40,5 @@ class Focal(nn.Module):
 def _curve(z: Tensor, is_positive: Tensor | None, gamma: float) -> tuple[Tensor, Tensor]:
     """p^gamma softplus(z) and its derivative, with p = sigmoid(z) = 1 - p_t."""
     p, softplus = sigmoid_softplus(z)
-    modulator = power(p, gamma)
+    modulator = power(p, gamma, z - softplus)
     return modulator * softplus, modulator * (gamma * (1 - p) * softplus + p)

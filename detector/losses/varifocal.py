@@ -54,7 +54,7 @@ def _curve(
 ) -> tuple[Tensor, Tensor]:
     """Background: alpha p^gamma softplus(z). Positives: q (softplus(z) - (1 - q) z). And their derivatives."""
     p, softplus = sigmoid_softplus(z)
-    modulator = alpha * power(p, gamma)
+    modulator = alpha * power(p, gamma, z - softplus)
     value, slope = modulator * softplus, modulator * (gamma * (1 - p) * softplus + p)
     if is_positive is not None:
         value = torch.where(is_positive, quality * (softplus - (1 - quality) * z), value)
