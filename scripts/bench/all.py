@@ -28,8 +28,8 @@ SECTIONS = {  # title, and what is run
 }
 HEAD = """# Benchmarks
 
-Ours beside its peers, each section one run in which both took turns: only ratios within a section compare. What each
-script measures, and how, its first lines say. Written by `python scripts/bench/all.py`.
+This project beside its peers. In each section both took turns in one run, so compare numbers only within a section. The
+first lines of each script say what it measures and how. Written by `python scripts/bench/all.py`.
 """
 
 
