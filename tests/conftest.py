@@ -1,8 +1,11 @@
 """What the tests of whole runs share: a small demo set, drawn rectangles, and a config that trains in seconds."""
 
 import os
+from pathlib import Path
 
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # before data.transforms is imported: it would ask the network
+# Commands that tests start import this checkout too, even if another one is installed in the environment.
+os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
 
 import json
 import resource
@@ -11,7 +14,6 @@ import signal
 import sys
 import threading
 from contextlib import contextmanager
-from pathlib import Path
 
 import cv2
 import numpy as np
