@@ -38,9 +38,9 @@ import yaml
 from data.annotations import load_annotations
 from detector import assemble, config
 from detector.errors import UserError, run_main
-from scripts import result
-from scripts.supervise import Run, train_all
-from scripts.timing import time_steps
+from scripts.comparison import result
+from scripts.comparison.supervise import Run, train_all
+from scripts.comparison.timing import time_steps
 
 VARIES = ("class_loss", "box_loss", "model.head.prior")  # what a variant may say, by the start of its keys
 HELD_OUT = 0.25  # of the training images, to tune on

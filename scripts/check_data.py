@@ -38,7 +38,7 @@ from detector.anchors import Anchors
 from detector.config import Config
 from detector.errors import UserError, run_main
 from detector.inference import MULTIPLE
-from scripts import page
+from scripts.comparison import page
 
 FITS = 0.5  # IoU from which an anchor is taught a box
 BITS = 4  # of 64, in which the perceptual hashes of two pictures of one scene may differ

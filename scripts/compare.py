@@ -11,7 +11,7 @@ other row beyond chance.
 Below stand the differences in AP (--metric) from the first row, or --baseline, each with its 95% interval over other
 seeds and other validation images. "better" and "worse" are corrected for the number of rows: at most one study in 20
 has any false one among them. A row with one seed gets no verdict. The last line says how large a difference these runs
-can tell, and how many seeds a smaller one takes. scripts/verdict.py has the formulas.
+can tell, and how many seeds a smaller one takes. scripts/comparison/verdict.py has the formulas.
 
 A run on COCO is shown the number that others report of its config, from results/published.yaml. A warning is given
 for whatever the runs differ in besides the losses, the seed and the head's prior.
@@ -31,9 +31,9 @@ import yaml
 
 from detector.config import flat
 from detector.errors import UserError, run_main
-from scripts import result
-from scripts.differences import Difference, best_rows, differences, in_words, named, what_they_tell
-from scripts.rows import AP, METRICS, Costs, Row, costs, numbers, read_rows
+from scripts.comparison import result
+from scripts.comparison.differences import Difference, best_rows, differences, in_words, named, what_they_tell
+from scripts.comparison.rows import AP, METRICS, Costs, Row, costs, numbers, read_rows
 
 HEADER = ("run", "class loss", "box loss", *AP, "ECE", "s/step", "GB")
 LEFT = 3  # the first columns are text, aligned left
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     told = what_they_tell(rows, found, args.metric)
     notes = [f"- {cost.remark}"] * bool(cost.remark) + published(rows) + warn(rows)
     if args.html:
-        from scripts import report  # matplotlib, for those who ask for it
+        from scripts.comparison import report  # matplotlib, for those who ask for it
 
         heading = judged[0] if judged else ""
         report.write(Path(args.html), rows, HEADER, table, found, heading, told, cost, notes)

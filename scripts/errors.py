@@ -36,7 +36,7 @@ from detector.device import keep_freed_memory, pick_device
 from detector.errors import UserError, run_main
 from detector.inference import UNKNOWN_THRESHOLD
 from eval import detect, open_dataset
-from scripts import page, result
+from scripts.comparison import page, result
 
 COLOURS = {RIGHT: "#2ca02c", IGNORED: "#7f7f7f", "classification": "#e377c2", "localisation": "#ff7f0e"}
 COLOURS |= {"both": "#8c564b", "duplicate": "#17becf", "background": "#d62728", MISSED: "#1f77b4"}

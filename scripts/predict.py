@@ -40,8 +40,8 @@ from data.images import read_image, suffixes
 from detector import load
 from detector.errors import UserError, run_main
 from detector.inference import Detector, Found
-from scripts.found_files import Notes, kind_of, tell_unused
-from scripts.found_files import list_files as files_below
+from scripts.conversion.found_files import Notes, kind_of, tell_unused
+from scripts.conversion.found_files import list_files as files_below
 
 VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp")
 COLOURS = ("#ff7f0e", "#17becf", "#e377c2", "#bcbd22", "#2ca02c", "#9467bd", "#d62728", "#1f77b4")

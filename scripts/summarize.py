@@ -21,9 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from matplotlib import pyplot as plt
 
 from detector.errors import UserError, run_main
-from scripts import page
-from scripts.differences import Difference, differences, known_value, named
-from scripts.rows import Row, read_rows
+from scripts.comparison import page
+from scripts.comparison.differences import Difference, differences, known_value, named
+from scripts.comparison.rows import Row, read_rows
 
 METRICS = ("AP", "AP50", "AP75")
 VERDICT_COLOURS = {"better": "#1a7f37", "worse": "#cf222e"}

@@ -35,7 +35,7 @@ from detector.device import keep_freed_memory, pick_device, pick_precision
 from detector.model import RetinaNet
 from detector.structures import Target
 from scripts.bench import measure
-from scripts.timing import training_step
+from scripts.comparison.timing import training_step
 
 COCO = Path(__file__).resolve().parents[2] / "configs/coco/base.yaml"
 CLASSES = 80

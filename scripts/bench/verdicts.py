@@ -32,10 +32,10 @@ import numpy as np
 from scipy import special
 
 from detector.errors import UserError, run_main
-from scripts import verdict
 from scripts.bench import measure
-from scripts.differences import runs_of
-from scripts.rows import read_rows
+from scripts.comparison import verdict
+from scripts.comparison.differences import runs_of
+from scripts.comparison.rows import read_rows
 
 RESULTS = ["results/bccd", "results/switches", "results/noise/0", "results/noise/20"]
 SEEDS = (1, 2, 3, 5, 10)

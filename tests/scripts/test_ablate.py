@@ -13,7 +13,8 @@ import yaml
 
 from detector import config
 from detector.errors import UserError
-from scripts import ablate, compare, result, supervise, timing
+from scripts import ablate, compare
+from scripts.comparison import result, supervise, timing
 
 
 @pytest.fixture

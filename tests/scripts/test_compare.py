@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from detector.errors import UserError
-from scripts import result
 from scripts.compare import main
+from scripts.comparison import result
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "compare.py"
 

@@ -2,8 +2,9 @@
 
 import pytest
 
-from scripts import result, summarize
-from scripts.rows import read_rows
+from scripts import summarize
+from scripts.comparison import result
+from scripts.comparison.rows import read_rows
 
 LOSSES = {"class_loss": {"name": "ce"}, "box_loss": {"name": "smooth_l1"}}
 SHARES = ({"step": 200, "class_easy": 0.2, "class_medium": 0.5, "class_outlier": 0.3}, {"step": 400, "box_easy": 0.1})

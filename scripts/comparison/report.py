@@ -17,9 +17,9 @@ from data.coco_eval import from_coco_results
 from data.draw import WIDTH, validation_pictures
 from data.transforms import EvalTransform
 from detector.errors import UserError
-from scripts import page, result
-from scripts.differences import Difference, in_digits
-from scripts.rows import Costs, Row
+from scripts.comparison import page, result
+from scripts.comparison.differences import Difference, in_digits
+from scripts.comparison.rows import Costs, Row
 
 PICTURES = 4  # validation images
 COLUMNS = 3  # of a legend

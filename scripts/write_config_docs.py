@@ -1,6 +1,6 @@
 """Write docs/configuration.md, every option of a config file, from the code that checks them.
 
-    python scripts/reference.py [--check]
+    python scripts/write_config_docs.py [--check]
 
 Names, types, defaults and bounds are those of detector/config.py, and so are the words: the comment beside or above an
 option. The swappable parts and their options are those of detector/assemble.py. --check writes nothing, and ends with
@@ -27,7 +27,7 @@ from detector.errors import UserError, run_main
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 HEAD = """# Every option
 
-Written by `python scripts/reference.py` from `detector/config.py` and `detector/assemble.py`.
+Written by `python scripts/write_config_docs.py` from `detector/config.py` and `detector/assemble.py`.
 
 A config is a YAML file that says what differs from these defaults, and may start from another by `base: other.yaml`;
 `--set solver.lr=0.02` on the command line comes last. An option that is not here is refused, with the name that it may
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     text = render()
     if args.check:
         if not PAGE.exists() or PAGE.read_text(encoding="utf-8") != text:
-            raise UserError(f"{PAGE}: is not current; python scripts/reference.py writes it")
+            raise UserError(f"{PAGE}: is not current; python scripts/write_config_docs.py writes it")
         print(f"{PAGE} is current")
         return
     PAGE.write_text(text, encoding="utf-8")

@@ -21,9 +21,9 @@ from detector import checkpoint, config
 from detector.config import Config
 from detector.errors import UserError
 from detector.stop import Stop
-from scripts import result
+from scripts.comparison import result
 
-TRAIN = Path(__file__).resolve().parent.parent / "train.py"
+TRAIN = Path(__file__).resolve().parents[2] / "train.py"
 ELSEWHERE = (
     "run",
     "output",

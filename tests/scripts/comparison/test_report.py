@@ -7,8 +7,9 @@ from html import unescape
 
 import pytest
 
-from scripts import compare, report, result
-from scripts.rows import Row
+from scripts import compare
+from scripts.comparison import report, result
+from scripts.comparison.rows import Row
 
 METRICS = ("AP", "AP50", "AP75", "AP80", "AP90", "APs", "APm", "APl")
 

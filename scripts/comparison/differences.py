@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from detector.errors import UserError
-from scripts import result, verdict
-from scripts.rows import METRICS, Row
+from scripts.comparison import result, verdict
+from scripts.comparison.rows import METRICS, Row
 
 SEEDS = 3  # what a user is advised to train at least
 WANTED = (1.0, 0.2)  # differences in percent of which it is said how many seeds they take

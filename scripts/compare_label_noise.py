@@ -1,11 +1,11 @@
-"""How AP falls as labels of the training set are made wrong: one line for each loss.
+"""Compare losses under label noise: how AP falls with the share of wrong training labels, one line for each loss.
 
-    python scripts/noise.py results/noise --output docs/noise.png
+    python scripts/compare_label_noise.py results/noise --output docs/noise.png
 
-The folder holds one folder of result files (scripts/ablate.py) for each share of wrong labels, named by the share in
-percent: results/noise/0, 10, 20. The validation set is clean. Prints the mean and standard deviation over seeds; what
-is lost from the first share to the last, with its 95% interval (scripts/verdict.py); and that loss as a part of the AP
-at the first share. The plot shows mean and standard deviation.
+FOLDER holds a folder of result files (scripts/ablate.py) for each share, named by the share in percent:
+results/noise/0, 10, 20. The validation set is clean. Prints the mean and standard deviation over seeds, and the loss of
+AP from the first share to the last, with its 95% interval (scripts/comparison/verdict.py) and as a part of the AP at
+the first share. The plot shows mean and standard deviation.
 """
 
 import argparse
@@ -19,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from matplotlib import pyplot as plt
 
 from detector.errors import UserError, run_main
-from scripts import page
-from scripts.differences import differences, known_value
-from scripts.rows import Row, read_rows
+from scripts.comparison import page
+from scripts.comparison.differences import differences, known_value
+from scripts.comparison.rows import Row, read_rows
 
 Curve = dict[int, Row]  # by the share of wrong labels in percent
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from detector.errors import UserError
-from scripts import result
+from scripts.comparison import result
 
 METRICS = ("AP", "AP50", "AP75", "AP80", "AP90")  # kept on each draw of images: what can be judged
 AP = (*METRICS, "APs", "APm", "APl")
