@@ -69,7 +69,7 @@ def test_one_seed_gets_no_verdict(folder, command):
 
 def test_errors_are_one_line(files, command):
     for expected, arguments in {
-        "there is no such row": (*files, "--baseline", "ghm"),
+        "no such row": (*files, "--baseline", "ghm"),
         "cannot be written": (*files, "--output", "/dev/null/x.png"),
         "no such file": ("nothing.json",),
     }.items():
