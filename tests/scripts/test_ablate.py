@@ -1,4 +1,4 @@
-"""scripts/ablate.py: what a variant may say, what is refused, and that every run gets a result once."""
+"""scripts/ablate.py: what a variant may set, what is refused, and that every run gets a result once."""
 
 import json
 import re
@@ -40,7 +40,7 @@ def test_a_plus_takes_the_second_file_s_box_loss(base):
 
 def test_a_variant_that_changes_more_than_the_loss_is_refused(base):
     (base.parent / "cheat.yaml").write_text("base: base.yaml\nclass_loss: {name: ce}\nsolver: {epochs: 99}\n")
-    with pytest.raises(UserError, match=r"cheat\.yaml: solver\.epochs: a variant may say"):
+    with pytest.raises(UserError, match=r"cheat\.yaml: solver\.epochs: a variant may set only"):
         ablate.read_variant(base, "cheat")
 
 
@@ -166,7 +166,7 @@ def test_other_numbers_of_processes_are_another_run(base, tmp_path, command):
     result.write(kept, {"config": run.cfg.model_dump(mode="json"), "failure": "none", **run.notes})
     arguments = ["--config", base, "--variants", "focal", "--seeds", 1, "--output", tmp_path / "out"]
     code, out, _ = command(ablate.main, *arguments)
-    assert code == 0 and "1 of 1 runs are finished" in out
+    assert code == 0 and "1 of 1 runs are already finished" in out
     code, _, err = command(ablate.main, *arguments, "--processes", 2)
     assert code == 2 and "processes 1, now 2" in err
 
