@@ -69,7 +69,7 @@ def test_tuned_runs_end_as_results_which_a_second_start_keeps(base, tmp_path, co
     arguments += ["--tune", "box_loss.weight=x1,x2"]
     code, out, err = command(ablate.main, *arguments)
     assert code == 0, err
-    assert re.search(r"^focal: box_loss.weight x[12], at an end of what was tried", out, re.M)
+    assert re.search(r"^focal: box_loss.weight x[12], at an end of the range", out, re.M)
     results = tmp_path / "out" / "results"
     assert sorted(path.stem for path in results.iterdir()) == ["focal-s0", "tune-focal-x1", "tune-focal-x2"]
     whole, tried = result.read(results / "focal-s0.json"), result.read(results / "tune-focal-x2.json")

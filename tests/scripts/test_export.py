@@ -67,14 +67,16 @@ def test_the_file_says_what_pytorch_says(learnt, folder, command, preprocessing,
     one = exported(learnt, preprocessing, nms)
     for size, count in (((64, 64), 1), ((96, 32), 3), ((352, 288), 2)):
         images = pixels(size, count, preprocessing == "inside")
-        pairs = zip(export.reference(one, images), export.found_by(one, session, images), strict=True)
+        pairs = zip(export.reference(one, images), export.onnx_detections(one, session, images), strict=True)
         for theirs, ours in pairs:
             export.compare(theirs, ours, one.postprocess, worst)
             assert (np.diff(ours[1]) <= 0).all()  # best first
     assert worst["boxes"] > 20 and worst["pixels"] < export.PIXELS and worst["score"] < export.SCORE
     if preprocessing == "inside":  # sides that are no multiples of 32
         images = pixels((75, 61), 2, True)
-        for theirs, ours in zip(export.reference(one, images), export.found_by(one, session, images), strict=True):
+        for theirs, ours in zip(
+            export.reference(one, images), export.onnx_detections(one, session, images), strict=True
+        ):
             export.compare(theirs, ours, one.postprocess, worst)
 
 
