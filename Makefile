@@ -5,7 +5,7 @@ export NO_ALBUMENTATIONS_UPDATE := 1
 
 .PHONY: demo test clean
 
-.venv/user: requirements.txt
+.venv/user: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --requirement requirements.txt
 	touch $@

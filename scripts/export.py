@@ -1,21 +1,20 @@
-"""A trained model as one ONNX file, checked against PyTorch before it is called done.
+"""Export a trained model as one ONNX file, and check it against PyTorch.
 
     python scripts/export.py --checkpoint runs/mine/best.pt --format onnx [--output mine.onnx]
-    python scripts/run_onnx.py mine.onnx photo.jpg        uses it, without torch
+    python scripts/run_onnx.py mine.onnx photo.jpg        runs it without torch
 
-Any number of images, all of one size, and any size. Images are resized before: the rule is in the file's metadata, and
-scripts/run_onnx.py has it in two lines. By choice are inside or outside
+The model takes any number of images of one size, which may be any size. Resize them first: the rule is in the file's
+metadata, and takes two lines in scripts/run_onnx.py. You choose what is inside the graph:
 
     --preprocessing  inside: images (B, H, W, 3) uint8 RGB, normalised and padded in the graph
                      outside: images (B, 3, H, W) float32, normalised by the metadata's mean and std, H and W multiples
                      of 32
     --nms            inside: boxes (D, 4) x1, y1, x2, y2 in pixels of the input, scores (D,), labels (D,) and
-                     image (D,), which image each is of, best first; as evaluation has them
+                     image (D,), the index of its image; best first, as in evaluation
                      outside: boxes (B, A, 4) and scores (B, A, C) of all anchors
 
 The check runs PyTorch and onnxruntime, both in float32, on --images real images (20) of the checkpoint's validation
-set, or of --data, and asks for the same boxes within 0.05 pixels and the same scores within 0.0001. A file that fails
-it is not kept.
+set or of --data. Boxes must agree within 0.05 pixels and scores within 0.0001, otherwise the file is not kept.
 """
 
 import argparse
@@ -47,9 +46,9 @@ from detector.postprocess import Postprocess
 from detector.structures import Predictions
 from eval import open_dataset
 
-PIXELS, SCORE = 0.05, 1e-4  # how far a box and a score may differ
+PIXELS, SCORE = 0.05, 1e-4  # tolerances of boxes and scores
 TIMED = 10  # images
-# What follows the network where NMS is inside. `kept` is where a detection's rank in its image is below the limit.
+# Follows the network if NMS is inside. `kept` are the detections whose rank in their image is below the limit.
 TAIL = """
 <ir_version: {ir}, opset_import: ["" : {opset}]>
 tail (float[B, A, C] all_scores, float[B, A, 4] all_boxes)
@@ -105,8 +104,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: beside the checkpoint, .onnx")
     parser.add_argument("--preprocessing", choices=["inside", "outside"], default="inside")
     parser.add_argument("--nms", choices=["inside", "outside"], default="inside")
-    parser.add_argument("--data", nargs=2, metavar=("ANNOTATIONS", "IMAGES"), help="to check it on")
-    parser.add_argument("--images", type=int, default=20, metavar="N", help="to check it on (20)")
+    parser.add_argument(
+        "--data",
+        nargs=2,
+        metavar=("ANNOTATIONS", "IMAGES"),
+        help="check on this data instead of the run's validation set",
+    )
+    parser.add_argument("--images", type=int, default=20, metavar="N", help="number of images to check (default: 20)")
     args = parser.parse_args(argv)
     if args.images < 1:
         raise UserError(f"--images {args.images}: give at least 1")
@@ -127,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     thresholds = content.get("score_thresholds") or [-1.0] * len(content["category_ids"])
     about = {
-        "class_names": content["class_names"] or [f"category {one}" for one in content["category_ids"]],
+        "class_names": content["class_names"] or [f"category {number}" for number in content["category_ids"]],
         "category_ids": content["category_ids"],
         "score_thresholds": thresholds,
         "short_side": cfg.data.short_side,
@@ -144,7 +148,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"exporting {args.checkpoint}, which takes a minute", flush=True)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        beside.touch()  # where it cannot be written, that is said before the minute
+        beside.touch()  # fails now, not after a minute, if it cannot be written
         graph = to_onnx(exported, about)
         onnx.save(graph, beside)
         session = onnxruntime.InferenceSession(str(beside), providers=["CPUExecutionProvider"])
@@ -157,8 +161,8 @@ def main(argv: list[str] | None = None) -> None:
             beside.unlink()
     print(
         f"{target}: {target.stat().st_size / 1e6:.1f} MB, opset {graph.opset_import[0].version}; {worst['boxes']} "
-        f"boxes of {worst['images']} images as PyTorch has them, the worst {worst['pixels']:.4f} pixels and "
-        f"{worst['score']:.6f} in score off"
+        f"boxes of {worst['images']} images agree with PyTorch, at worst within {worst['pixels']:.4f} pixels and a "
+        f"score of {worst['score']:.6f}"
     )
     speed(exported, session, dataset)
 
@@ -166,7 +170,7 @@ def main(argv: list[str] | None = None) -> None:
 class Exported(nn.Module):
     """The detector as one function of tensors; returns (boxes (B, A, 4), scores (B, A, C)).
 
-    With `nms` scores are 0 in cells that evaluation would not give to NMS: all but the `top_k` best of each level.
+    With `nms`, scores are 0 in cells that evaluation would not pass to NMS: all but the `top_k` best of each level.
     """
 
     def __init__(self, model: RetinaNet, postprocess: Postprocess, *, preprocessing: bool, nms: bool):
@@ -191,7 +195,7 @@ class Exported(nn.Module):
         return boxes, scores
 
     def predictions(self, images: Tensor) -> Predictions:
-        """As RetinaNet.forward, of normalised images and with anchors that are part of the graph."""
+        """Like RetinaNet.forward, but for normalised images and with the anchors inside the graph."""
         levels = self.model.fpn(self.model.backbone(images))
         logits, deltas = self.model.head(levels)
         grids = [(level.shape[-2], level.shape[-1]) for level in levels]
@@ -200,26 +204,26 @@ class Exported(nn.Module):
         return Predictions(logits, deltas, anchors.to(deltas.device), counts)
 
     def best_of(self, scores: Tensor) -> Tensor:
-        """Scores (B, a, C) of a level, 0 below the `top_k`-th of each image."""
+        """Scores (B, a, C) of a level, set to 0 below the `top_k`-th of each image."""
         flat = scores.flatten(1)
-        filled = F.pad(flat, (0, self.postprocess.top_k))  # small levels have fewer
+        filled = F.pad(flat, (0, self.postprocess.top_k))  # small levels have fewer scores
         least = filled.topk(self.postprocess.top_k).values[:, -1, None, None]
         return torch.where(scores >= least, scores, 0)
 
 
 def to_onnx(exported: Exported, about: dict):
-    """The graph, an onnx.ModelProto with `about` in its metadata."""
+    """The graph as an onnx.ModelProto with `about` in its metadata."""
     import onnx
 
     dynamic = torch.export.Dim.DYNAMIC
-    # No side is a multiple of another or of 32, so that none is taken for a constant.
+    # No side is a multiple of another or of 32, so the exporter takes none for a constant.
     if exported.preprocessing:
         example, free = torch.zeros(2, 170, 210, 3, dtype=torch.uint8), {0: dynamic, 1: dynamic, 2: dynamic}
     else:
         example, free = torch.zeros(2, 3, 5 * MULTIPLE, 7 * MULTIPLE), {0: dynamic, 2: dynamic, 3: dynamic}
     names = ["all_boxes", "all_scores"] if exported.nms else ["boxes", "scores"]
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # of the exporter, about itself
+        warnings.simplefilter("ignore")  # the exporter warns about itself
         program = torch.onnx.export(
             exported,
             (example,),
@@ -249,7 +253,7 @@ def to_onnx(exported: Exported, about: dict):
 
 
 def images_of(exported: Exported, dataset: CocoDataset, count: int):
-    """Images as the graph takes them, (1, ...) each: spread over the set, as evaluation resizes them."""
+    """Inputs of the graph, (1, ...) each: images spread over the set, resized as in evaluation."""
     count = min(count, len(dataset))
     for number in range(count):
         image = dataset[number * len(dataset) // count][0]  # (3, h, w) uint8
@@ -263,7 +267,7 @@ def images_of(exported: Exported, dataset: CocoDataset, count: int):
 
 @torch.no_grad()
 def reference(exported: Exported, images: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Boxes, scores and labels of each image, by the code of evaluation."""
+    """Boxes, scores and labels of each image from the code that evaluation uses."""
     pixels = torch.from_numpy(images)
     if exported.preprocessing:
         size = tuple(images.shape[1:3])
@@ -273,26 +277,26 @@ def reference(exported: Exported, images: np.ndarray) -> list[tuple[np.ndarray, 
     else:
         size = tuple(images.shape[2:])
         predictions = exported.predictions(pixels)
-    found = exported.postprocess(predictions, [size] * len(images))
-    return [tuple(value.numpy() for value in one) for one in found]
+    detections = exported.postprocess(predictions, [size] * len(images))
+    return [tuple(value.numpy() for value in of_image) for of_image in detections]
 
 
-def found_by(exported: Exported, session, images: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """The same by onnxruntime; where NMS is outside, by the project's own from the graph's boxes and scores."""
+def onnx_detections(exported: Exported, session, images: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """The same from onnxruntime. If NMS is outside the graph, this project's NMS follows."""
     outputs = session.run(None, {"images": images})
     by_name = {output.name: value for output, value in zip(session.get_outputs(), outputs)}
     boxes, scores = by_name["boxes"], by_name["scores"]
     if exported.nms:
-        of = [by_name["image"] == number for number in range(len(images))]
-        return [(boxes[own], scores[own], by_name["labels"][own]) for own in of]
+        masks = [by_name["image"] == index for index in range(len(images))]
+        return [(boxes[mask], scores[mask], by_name["labels"][mask]) for mask in masks]
     after = exported.postprocess
-    found = []
-    for one_boxes, one_scores in zip(boxes, scores):
-        anchor, label = np.nonzero(one_scores > after.score_threshold)
-        score, box = one_scores[anchor, label], one_boxes[anchor]
+    detections = []
+    for of_image, scores_of_image in zip(boxes, scores):
+        anchor, label = np.nonzero(scores_of_image > after.score_threshold)
+        score, box = scores_of_image[anchor, label], of_image[anchor]
         keep = box_nms(box, score, label, after.nms_iou)[: after.max_detections]
-        found.append((box[keep], score[keep], label[keep]))
-    return found
+        detections.append((box[keep], score[keep], label[keep]))
+    return detections
 
 
 def box_nms(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, iou: float) -> np.ndarray:
@@ -302,25 +306,25 @@ def box_nms(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, iou: floa
 
 
 def check(exported: Exported, session, dataset: CocoDataset, count: int) -> dict[str, float]:
-    """The worst differences over real images, one at a time and two at once; UserError where one is too large."""
+    """The worst differences over real images, one and two at a time. Raises UserError if one is too large."""
     worst = {"images": 0, "boxes": 0, "pixels": 0.0, "score": 0.0}
     for images in tqdm(images_of(exported, dataset, count), total=min(count, len(dataset)), unit="image"):
-        # Beside it the same image upside down, and turned: a batch, and another size.
+        # Also a batch with the same image upside down, and another size: the image transposed.
         turned = images.transpose(0, 2, 1, 3) if exported.preprocessing else images.transpose(0, 1, 3, 2)
         pair = np.concatenate([images, images[:, ::-1] if exported.preprocessing else images[:, :, ::-1]])
         for batch in (images, pair, np.ascontiguousarray(turned)):
-            for theirs, ours in zip(reference(exported, batch), found_by(exported, session, batch), strict=True):
+            for theirs, ours in zip(reference(exported, batch), onnx_detections(exported, session, batch), strict=True):
                 compare(theirs, ours, exported.postprocess, worst)
         worst["images"] += 1
     return worst
 
 
 def compare(theirs: tuple, ours: tuple, after: Postprocess, worst: dict[str, float]) -> None:
-    """Match two sets of detections; UserError where one has what the other lacks."""
-    # What is on the edge of being shown may be on either side of it.
+    """Match two sets of detections. Raises UserError if one has a detection that the other lacks."""
+    # A score at the threshold may fall on either side of it.
     edge = after.score_threshold + SCORE
     if max(len(theirs[0]), len(ours[0])) >= after.max_detections:
-        edge = max(edge, min(one[1].min() for one in (theirs, ours) if len(one[1])) + SCORE)
+        edge = max(edge, min(scores.min() for _, scores, _ in (theirs, ours) if len(scores)) + SCORE)
     free = np.ones(len(ours[0]), bool)
     for box, score, label in zip(*theirs):
         gap = np.abs(ours[0] - box).max(axis=1, initial=0) if len(ours[0]) else np.zeros(0)
@@ -330,8 +334,8 @@ def compare(theirs: tuple, ours: tuple, after: Postprocess, worst: dict[str, flo
             if score > edge:
                 nearest = f"the nearest is {gap[best]:.3f} pixels off" if best >= 0 and gap[best] < math.inf else "none"
                 raise UserError(
-                    f"the export is not the model: PyTorch finds {np.round(box, 2).tolist()} with {score:.5f}, and of"
-                    f" onnxruntime's boxes with that class and score {nearest}; nothing is kept"
+                    f"the export differs from the model: PyTorch finds {np.round(box, 2).tolist()} with {score:.5f}; of"
+                    f" onnxruntime's boxes with that class and score, {nearest}; nothing is kept"
                 )
             continue
         free[best] = False
@@ -340,13 +344,13 @@ def compare(theirs: tuple, ours: tuple, after: Postprocess, worst: dict[str, flo
         worst["score"] = max(worst["score"], float(abs(ours[1][best] - score)))
     if (ours[1][free] > edge).any():
         raise UserError(
-            f"the export is not the model: onnxruntime finds {int((ours[1][free] > edge).sum())} boxes that PyTorch "
-            "does not; nothing is kept"
+            f"the export differs from the model: onnxruntime finds {int((ours[1][free] > edge).sum())} boxes that "
+            "PyTorch does not; nothing is kept"
         )
 
 
 def speed(exported: Exported, session, dataset: CocoDataset) -> None:
-    """Say how many images a second each does, one image at a time and taking turns."""
+    """Print the images per second of each, one image at a time and taking turns."""
     images = list(images_of(exported, dataset, TIMED))
     seconds: dict[str, list[float]] = {"PyTorch": [], "onnxruntime": []}
     for image in (images[0], *images):  # the first warms up
@@ -354,9 +358,9 @@ def speed(exported: Exported, session, dataset: CocoDataset) -> None:
             start = time.perf_counter()
             call(exported, image) if call else session.run(None, {"images": image})
             seconds[name].append(time.perf_counter() - start)
-    told = {name: 1 / float(np.median(taken[1:])) for name, taken in seconds.items()}
-    ratio = told["onnxruntime"] / told["PyTorch"]
-    print(", ".join(f"{name} {value:.2f} images/s" for name, value in told.items()) + f" on the CPU: {ratio:.2f}x")
+    rates = {name: 1 / float(np.median(taken[1:])) for name, taken in seconds.items()}
+    ratio = rates["onnxruntime"] / rates["PyTorch"]
+    print(", ".join(f"{name} {value:.2f} images/s" for name, value in rates.items()) + f" on the CPU: {ratio:.2f}x")
 
 
 if __name__ == "__main__":

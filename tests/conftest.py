@@ -1,10 +1,13 @@
 """What the tests of whole runs share: a small demo set, drawn rectangles, and a config that trains in seconds."""
 
 import os
+from pathlib import Path
 
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # before data.transforms is imported: it would ask the network
 if not os.path.exists("/dev/nvidiactl"):
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its kernels then run on a CPU
+# Commands that tests start import this checkout too, even if another one is installed in the environment.
+os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
 
 import json
 import resource
@@ -13,7 +16,6 @@ import signal
 import sys
 import threading
 from contextlib import contextmanager
-from pathlib import Path
 
 import cv2
 import numpy as np

@@ -2,7 +2,7 @@
 
     python scripts/bench/start.py [--config configs/demo/focal.yaml] [--set KEY=VALUE ...] [--repeats 3]
 
-Each round is a process of its own; its run folder is a temporary one.
+Each round is a new process with a temporary run folder.
 """
 
 import argparse
@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's pa
 from scripts.bench import measure
 
 ROOT = Path(__file__).resolve().parents[2]
-# train.py, which leaves at the end of its first step.
+# train.py, but it exits after the first step.
 TRAIN = """
 import os, sys, train
 epoch = train.train_one_epoch
@@ -50,7 +50,7 @@ def first_step(config: str, settings: list[str]) -> float:
         with subprocess.Popen(
             command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8"
         ) as process:
-            # Not until its output ends: loading processes hold it open a while longer.
+            # Does not wait for the end of the output, which loading processes keep open for longer.
             done = any("first step done" in line for line in process.stdout)
             taken = time.perf_counter() - start
             _, errors = process.communicate()

@@ -37,7 +37,7 @@ from detector.model import RetinaNet
 from detector.solver import PRECISIONS
 from detector.structures import Target
 from scripts.bench import measure
-from scripts.timing import training_step
+from scripts.comparison.timing import training_step
 
 COCO = Path(__file__).resolve().parents[2] / "configs/coco/base.yaml"
 CLASSES = 80

@@ -1,7 +1,7 @@
-"""Seconds of a training step of each of several losses, which take turns in one process.
+"""The time of a training step of several losses, which take turns in one process.
 
-Trainings that run one after the other, or beside each other, meet other moments of the machine: on two cores the same
-loss was once 18% slower than itself. Here every loss meets the same moments, images and model.
+Separate trainings do not compare, whether they run one after another or at the same time: on two cores the same loss
+was once 18% slower than itself. Here all losses share the same minutes, images and model.
 """
 
 import statistics
@@ -29,9 +29,9 @@ ROUNDS = 20  # timed steps of each loss
 
 
 def time_steps(configs: dict[str, Config], rounds: int = ROUNDS) -> dict[str, dict[str, Any]]:
-    """The `timing` of each config, which differ in their losses alone: seconds (median), steps, started, machine.
+    """The `timing` of each config: seconds (median), steps, started, machine. They may differ only in losses.
 
-    One process; the weights are new, as at the start of a training.
+    Uses one process and fresh weights, as at the start of a training.
     """
     first = next(iter(configs.values()))
     device = pick_device(first.device)
@@ -62,7 +62,7 @@ def time_steps(configs: dict[str, Config], rounds: int = ROUNDS) -> dict[str, di
 def training_step(
     model: RetinaNet, criterion: Criterion, solver: Solver
 ) -> Callable[[Tensor, list[Target], list[tuple[int, int]]], None]:
-    """A function of images, targets and sizes, all on the device, that updates the weights once."""
+    """A function that updates the weights once from images, targets and sizes, all on the device."""
 
     def step(images: Tensor, targets: list[Target], sizes: list[tuple[int, int]]) -> None:
         with torch.autocast(images.device.type, solver.precision, enabled=solver.precision != torch.float32):
@@ -75,6 +75,6 @@ def training_step(
 
 
 def on_each(step: Callable, batches: list[tuple]) -> Callable[[], None]:
-    """`step` of the next of the batches, again and again."""
+    """A function that calls `step` on the next batch, and starts again after the last."""
     endless = cycle(batches)
     return lambda: step(*next(endless))
