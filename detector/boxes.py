@@ -22,15 +22,10 @@ def rescale(boxes: Tensor, size: tuple[int, int], new_size: tuple[int, int]) -> 
     return boxes * boxes.new_tensor([x, y, x, y])
 
 
-def iou_with_one(boxes: Tensor, box: Tensor) -> Tensor:
-    """IoU of (A, 4) boxes with a single (4,) box -> (A,)."""
-    return iou_of_pairs(boxes, box)
-
-
 def iou_of_pairs(boxes: Tensor, others: Tensor) -> Tensor:
-    """IoU of (P, 4) boxes, each with its own of (P, 4) others -> (P,)."""
-    width = boxes[:, 2].minimum(others[..., 2]) - boxes[:, 0].maximum(others[..., 0])
-    height = boxes[:, 3].minimum(others[..., 3]) - boxes[:, 1].maximum(others[..., 1])
+    """IoU of (..., 4) boxes, each with its own of (..., 4) others; the two are broadcast -> (...)."""
+    width = boxes[..., 2].minimum(others[..., 2]) - boxes[..., 0].maximum(others[..., 0])
+    height = boxes[..., 3].minimum(others[..., 3]) - boxes[..., 1].maximum(others[..., 1])
     intersection = width.clamp_(min=0) * height.clamp_(min=0)
     return intersection / (area(boxes) + area(others) - intersection)
 
