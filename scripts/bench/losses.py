@@ -12,11 +12,7 @@ memory kept by the process; memory is the highest resident size of one call beyo
 """
 
 import argparse
-import sys
 from collections.abc import Callable
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's packages, wherever this is started
 
 import torch
 import torch.nn.functional as F

@@ -14,13 +14,10 @@ the same in float32. Each has a process of its own, and they take turns; memory 
 import argparse
 import contextlib
 import multiprocessing
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's packages, wherever this is started
 
 import torch
 import torchvision
