@@ -29,9 +29,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# Started as a file, Python puts scripts/ on the path and not the repository that holds `detector`.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
 import yaml
 

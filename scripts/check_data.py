@@ -17,9 +17,6 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-# Started as a file, Python puts scripts/ on the path and not the repository that holds `detector`.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import imagehash
 import numpy as np
 import torch

@@ -21,11 +21,7 @@ import argparse
 import csv
 import json
 import statistics
-import sys
 from pathlib import Path
-
-# Started as a file, Python puts scripts/ on the path and not the repository that holds `detector`.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import yaml
 

@@ -13,9 +13,6 @@ import statistics
 import sys
 from pathlib import Path
 
-# Started as a file, Python puts scripts/ on the path and not the repository that holds `detector`.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from matplotlib import pyplot as plt
 
 from detector.errors import UserError, run_main

@@ -22,13 +22,9 @@ import contextlib
 import json
 import math
 import os
-import sys
 import time
 import warnings
 from pathlib import Path
-
-# Started as a file, Python puts scripts/ on the path and not the repository that holds `detector`.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch

@@ -13,11 +13,7 @@ curves of a figure are scaled to the same total gradient over the examples shown
 """
 
 import argparse
-import sys
 from pathlib import Path
-
-# Started as a file, Python puts scripts/ on the path and not the repository that holds `detector`.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import matplotlib
 

@@ -15,9 +15,6 @@ import statistics
 import sys
 from pathlib import Path
 
-# Started as a file, Python puts scripts/ on the path and not the repository that holds `detector`.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from matplotlib import pyplot as plt
 
 from detector.errors import UserError, run_main
@@ -46,12 +43,12 @@ def main(argv: list[str] | None = None) -> None:
     known = sorted((row for row in rows if mean(row, "AP") is not None), key=lambda row: -mean(row, "AP"))
     if baseline not in known:
         raise UserError(f"{baseline.name}: no run of it has an AP; name another row by --baseline")
-    found = {difference.name: difference for difference in differences(rows, baseline.name)}
+    by_name = {difference.name: difference for difference in differences(rows, baseline.name)}
     try:
-        page.save(draw(known, baseline, found), args.output, dpi=160)
+        page.save(draw(known, baseline, by_name), args.output, dpi=160)
     except (OSError, ValueError) as error:
         raise UserError(f"--output {args.output}: cannot be written ({error})") from None
-    print("\n".join(table(known, baseline, found)))
+    print("\n".join(table(known, baseline, by_name)))
     print(f"written: {args.output}")
 
 
@@ -64,11 +61,11 @@ def mean(row: Row, metric: str) -> float | None:
     return statistics.fmean(values(row, metric)) if values(row, metric) else None
 
 
-def table(rows: list[Row], baseline: Row, found: dict[str, Difference]) -> list[str]:
+def table(rows: list[Row], baseline: Row, by_name: dict[str, Difference]) -> list[str]:
     lines = [f"| run | AP | AP50 | AP75 | against {escaped(baseline.name)} |", "| --- | ---: | ---: | ---: | --- |"]
     for row in rows:
         cells = [escaped(row.name), *(mean_and_spread(values(row, metric)) for metric in METRICS)]
-        cells.append("baseline" if row is baseline else in_brief(found[row.name]))
+        cells.append("baseline" if row is baseline else in_brief(by_name[row.name]))
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
@@ -91,17 +88,19 @@ def escaped(text: str) -> str:
 def shares(row: Row) -> dict[str, float] | None:
     """The mean share of the classification gradient from each of BANDS; None where no run observed it."""
     observed = [point for run in row.runs for point in run.get("gradient", ()) if "class_easy" in point]
-    return {band: statistics.fmean(one[f"class_{band}"] for one in observed) for band in BANDS} if observed else None
+    return (
+        {band: statistics.fmean(point[f"class_{band}"] for point in observed) for band in BANDS} if observed else None
+    )
 
 
-def draw(rows: list[Row], baseline: Row, found: dict[str, Difference]) -> plt.Figure:
+def draw(rows: list[Row], baseline: Row, by_name: dict[str, Difference]) -> plt.Figure:
     figure, (left, right) = plt.subplots(
         1, 2, sharey=True, figsize=(8, 1.35 + 0.27 * len(rows)), width_ratios=(1.25, 1), layout="constrained"
     )
     center = mean(baseline, "AP")
     left.axvline(center, color=OTHER_COLOUR, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
     for place, row in enumerate(rows):
-        difference = found.get(row.name)
+        difference = by_name.get(row.name)
         colour = VERDICT_COLOURS.get(difference.verdict if difference else "", OTHER_COLOUR)
         if difference and difference.low is not None:
             left.plot([center + difference.low, center + difference.high], [place, place], color=colour, linewidth=2.5)

@@ -11,14 +11,10 @@ import argparse
 import ast
 import inspect
 import io
-import sys
 import textwrap
 import tokenize
 from pathlib import Path
 from typing import Any
-
-# Started as a file, Python puts scripts/ on the path and not the repository that holds `detector`.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from detector.assemble import PARTS
 from detector.config import Config, Options, Part

@@ -16,8 +16,6 @@ from collections import Counter
 from pathlib import Path
 
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
-if __name__ == "__main__":  # started as a file, Python puts tests/ on the path and not the repository
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import cv2
 import numpy as np

@@ -106,3 +106,11 @@ def test_an_editable_install_is_imported_and_run_from_anywhere(tmp_path):
         assert done.returncode == 0, done.stderr
         if command[1] == "-c":
             assert all(path.startswith(str(source)) for path in done.stdout.split()), done.stdout
+
+
+def test_no_file_changes_the_path():
+    """The editable install puts the repository on Python's path; nothing else does."""
+    files = [path for folder in ("detector", "data", "scripts", "tests") for path in (ROOT / folder).rglob("*.py")]
+    assert len(files) > 100
+    for path in [ROOT / "train.py", ROOT / "eval.py", *files]:
+        assert not re.search(r"sys\.path\.(insert|append)", path.read_text(encoding="utf-8")), path

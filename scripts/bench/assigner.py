@@ -7,10 +7,6 @@ boxes. "differ" is the number of anchors with different matches.
 """
 
 import argparse
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's packages, wherever this is started
 
 import torch
 from torch import Tensor

@@ -16,9 +16,7 @@ import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's packages, wherever this is started
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # everything here runs on the CPU
 
 import numpy as np

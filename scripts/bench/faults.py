@@ -33,8 +33,6 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's packages, wherever this is started
-
 import cv2
 import torch
 import yaml

@@ -7,10 +7,6 @@
 """
 
 import argparse
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's packages, wherever this is started
 
 import matplotlib.pyplot as plt
 

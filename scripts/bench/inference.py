@@ -9,11 +9,7 @@ cells an image pass the threshold. The rows of a table alternate in one process.
 """
 
 import argparse
-import sys
 from collections.abc import Callable
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's packages, wherever this is started
 
 import torch
 from torch import Tensor, nn

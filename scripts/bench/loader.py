@@ -17,13 +17,10 @@ the default elsewhere. The first epoch warms up and is not counted.
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's packages, wherever this is started
 
 import cv2
 import numpy as np

@@ -13,11 +13,7 @@ in sizes of the logits.
 """
 
 import argparse
-import sys
 from collections.abc import Callable
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's packages, wherever this is started
 
 import torch
 import torch.nn.functional as F

@@ -13,8 +13,6 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's packages, wherever this is started
-
 from scripts.bench import measure
 
 ROOT = Path(__file__).resolve().parents[2]

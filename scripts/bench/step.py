@@ -15,13 +15,10 @@ is that of one call beyond the weights.
 import argparse
 import contextlib
 import multiprocessing
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's packages, wherever this is started
 
 import torch
 import torchvision

@@ -10,11 +10,7 @@ scripts/compare.py reads.
 
 import argparse
 import json
-import sys
 import time
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's packages, wherever this is started
 
 import torch
 from torch import Tensor, nn

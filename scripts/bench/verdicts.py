@@ -25,9 +25,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-# Started as a file, Python puts scripts/bench/ on the path and not the repository.
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 import numpy as np
 from scipy import special
 
