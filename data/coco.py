@@ -1,13 +1,14 @@
 """From a COCO annotation file and a folder of images to samples: the border where formats are converted.
 
 Outside: boxes x, y, width, height; category ids with gaps. Inside: boxes x1, y1, x2, y2; labels 0..C-1.
-Whatever is wrong with the file is found here and told in one line.
+Every error in the file is found here and reported in one line.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -26,8 +27,17 @@ MIN_SIDE = 1e-3  # pixels; a box thinner than this, after clipping, has no area
 LOOKED_AT = 100_000  # boxes that show whether all look like another format
 CLIP_TOLERANCE = 0.1  # pixels; finer than this, a box outside its image is rounding in the file
 
-# A transform: image (h, w, 3) uint8 RGB, boxes (G, 4) float32, labels (G,) int64, seed -> the first three.
-Transform = Callable[[np.ndarray, np.ndarray, np.ndarray, int], tuple[np.ndarray, np.ndarray, np.ndarray]]
+Sample = tuple[Tensor, Target, int, tuple[int, int]]  # see CocoDataset.__getitem__
+
+
+class Transform(Protocol):
+    def __call__(
+        self, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, seed: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Image (h, w, 3) uint8 RGB, boxes (G, 4) float32, labels (G,) int64 -> the same, changed."""
+
+    def largest(self, height: int, width: int) -> tuple[int, int]:
+        """The largest (height, width) to which it resizes an image of this size."""
 
 
 class CocoDataset(Dataset):

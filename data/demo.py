@@ -8,7 +8,6 @@ and, on request, the outliers that GHM is about: training annotations with a wro
 
 import argparse
 import json
-import os
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -18,6 +17,7 @@ import cv2
 import numpy as np
 from sklearn.datasets import load_digits, load_sample_image
 
+from detector.atomic import write_text
 from detector.errors import UserError, run_main
 
 RECIPE = 4  # raise it when the same settings come to give other files
@@ -244,9 +244,7 @@ def write_demo(
         datasets[split] = describe(split, scenes, settings)
     add_outliers(datasets["train"], wrong_labels=wrong_labels, shifted_boxes=shifted_boxes, seed=seed)
     for split, dataset in datasets.items():  # last, and whole: an interrupted run must not look finished
-        partial = paths[split].with_suffix(".json.partial")
-        partial.write_text(json.dumps(dataset), encoding="utf-8")
-        os.replace(partial, paths[split])
+        write_text(paths[split], json.dumps(dataset))
         print(summary(folder / split, dataset))
 
 

@@ -26,8 +26,10 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from data.analysis import IGNORED, KINDS, MISSED, RIGHT, Judged, confusion, costs, judge
+from data.assemble import open_dataset
 from data.coco import CocoDataset
-from data.coco_eval import coco_results, from_coco_results, score
+from data.coco_eval import score
+from data.coco_results import coco_results, from_coco_results
 from data.draw import draw_boxes
 from data.images import read_image
 from data.matches import Matches, calibration_error, match, precision_recall, reliability
@@ -35,7 +37,7 @@ from detector import checkpoint
 from detector.device import keep_freed_memory, pick_device
 from detector.errors import UserError, run_main
 from detector.inference import UNKNOWN_THRESHOLD
-from eval import detect, open_dataset
+from eval import detect
 from scripts import page, result
 
 COLOURS = {RIGHT: "#2ca02c", IGNORED: "#7f7f7f", "classification": "#e377c2", "localisation": "#ff7f0e"}
@@ -70,18 +72,14 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"{args.detections}: {error}") from None
     else:
         device = pick_device(cfg.device)
-        if device.type == "cpu":
-            keep_freed_memory()
+        keep_freed_memory(device)
         detections = detect(model, cfg, dataset, device)
     try:
         metrics = score(dataset.annotations, detections, dataset.category_ids)
     except FloatingPointError as error:
         raise UserError(f"{args.detections or args.checkpoint}: {error}") from None
     results = coco_results(detections, dataset.category_ids)
-    known = content.get("score_thresholds") or [-1.0] * len(dataset.category_ids)
-    thresholds = {
-        category: UNKNOWN_THRESHOLD if value < 0 else value for category, value in zip(dataset.category_ids, known)
-    }
+    thresholds = dict(zip(dataset.category_ids, checkpoint.score_thresholds(content, UNKNOWN_THRESHOLD)))
     sure = [one for one in results if one["score"] >= thresholds[one["category_id"]]]
     judged = judge_all(dataset, sure)
     matches = match(dataset.annotations, results)

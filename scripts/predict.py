@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from data.draw import annotate
 from data.images import read_image, suffixes
-from detector import load
+from detector import atomic, load
 from detector.errors import UserError, run_main
 from detector.inference import Detector, Found
 from scripts.found_files import Notes, kind_of, tell_unused
@@ -215,14 +215,11 @@ def draw(image: np.ndarray, found: Found, detector: Detector) -> np.ndarray:
 
 def write(path: Path, content: bytes) -> None:
     """Whole or not at all."""
-    beside = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_bytes(content)
-        os.replace(beside, path)
+        with atomic.replacing(path) as beside:
+            beside.write_bytes(content)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            beside.unlink()
         raise CannotWriteError(path, error) from None
 
 
