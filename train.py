@@ -102,7 +102,7 @@ def train_on(
 ) -> None:
     """Train until something is to be evaluated or saved, and save. An interruption between two steps loses none."""
     batches.batch_sampler.set_position(*run.position)
-    interruption = None
+    interruption: UserError | Stopped | None = None
     try:
         upcoming = stop.between(batches)
         train_until(replica, run.criterion, upcoming, run.solver, logger, device, step=run.next_pause)

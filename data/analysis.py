@@ -13,12 +13,13 @@ in this order; and a box is missed where no detection is right about it and none
 on it.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from data.annotations import Annotations
 
+hotcoco: Any
 try:
     import hotcoco
 except ImportError:

@@ -41,7 +41,8 @@ class Cache:
     """
 
     def __init__(self, folder: str | Path, files: Sequence[Path], sizes: Sizes, kept: Sizes):
-        self.kept, self._pixels = kept, None
+        self.kept = kept
+        self._pixels: np.memmap | None = None
         self.ends = np.cumsum([height * width * 3 for height, width in kept])
         try:
             stats = [(os.path.abspath(file), os.stat(file)) for file in files]
@@ -95,7 +96,7 @@ class Cache:
             image, _ = resize(read_image(files[index], sizes[index]), np.zeros((0, 4)), *self.kept[index])
             with turn:
                 file.seek(self.ends[index] - image.size)
-                file.write(image)
+                file.write(image.tobytes())
 
         # Threads suffice: decoding and resizing leave Python to the others.
         with path.open("wb") as file, ThreadPoolExecutor() as pool:

@@ -212,8 +212,8 @@ class CocoDataset(Dataset):
     def fingerprint(self) -> str:
         """What must be the same in all processes of a run, wherever the files lie."""
         digest = hashlib.sha256(repr((self.image_ids, self.sizes, self.category_ids)).encode())
-        digest.update(self._boxes)
-        digest.update(self._labels)
+        digest.update(self._boxes.tobytes())
+        digest.update(self._labels.tobytes())
         counts = f"{len(self)} images, {self.num_boxes} boxes, {len(self.category_ids)} classes"
         return f"{counts}, sha256 {digest.hexdigest()[:12]}"
 

@@ -6,12 +6,13 @@ pycocotools is the reference; hotcoco, where it is installed, gives the same num
 import contextlib
 import io
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+hotcoco: Any
 try:
     import hotcoco
 except ImportError:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from detector.atomic import write_text
+from detector import atomic
 from detector.errors import UserError
 from detector.structures import Detections, Metrics
 
@@ -30,15 +30,15 @@ def columns(detections: dict[int, Detections]) -> Columns:
     nothing = Detections(torch.empty(0, 4), torch.empty(0), torch.empty(0, dtype=torch.int64))
     parts = [detections[image_id] for image_id in image_ids] or [nothing]  # torch.cat refuses an empty list
     images = np.repeat(np.arange(len(parts)), [len(part.labels) for part in parts])
-    boxes, scores, labels = (torch.cat(tensors).cpu() for tensors in zip(*parts))
-    boxes, scores = boxes.double().numpy(), scores.double().numpy()
+    boxes, scores = (torch.cat([part[i] for part in parts]).cpu().double().numpy() for i in (0, 1))
+    labels = torch.cat([part.labels for part in parts]).cpu().numpy()
     # COCOeval matches a NaN box to any ground truth, since NaN < threshold is false.
     finite = np.isfinite(boxes).all(axis=1) & np.isfinite(scores)
     if not finite.all():
         image_id = image_ids[images[finite.argmin()]]
         raise FloatingPointError(f"detections of image id {image_id} are not finite: the model diverged")
     boxes[:, 2:] -= boxes[:, :2]
-    return Columns(images, boxes, scores, labels.numpy())
+    return Columns(images, boxes, scores, labels)
 
 
 def coco_results(detections: dict[int, Detections], category_ids: list[int]) -> list[dict[str, Any]]:
@@ -86,5 +86,5 @@ def from_coco_results(
 
 def write_results(folder: Path, metrics: Metrics, results: list[dict[str, Any]]) -> None:
     """Write metrics.json and detections.json; OSError where that fails."""
-    write_text(folder / "detections.json", json.dumps(results))
-    write_text(folder / "metrics.json", json.dumps(metrics, indent=1))
+    atomic.write(folder / "detections.json", json.dumps(results))
+    atomic.write(folder / "metrics.json", json.dumps(metrics, indent=1))

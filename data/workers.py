@@ -22,11 +22,6 @@ from torch.utils.data import DataLoader
 from detector.errors import SIGNALS, UserError
 from detector.structures import Batch
 
-try:
-    import resource
-except ImportError:  # on Windows
-    resource = None
-
 
 class BatchLoader(DataLoader):
     """A DataLoader that reports every failure of its processes between two batches, and never waits for a dead one.
@@ -36,7 +31,7 @@ class BatchLoader(DataLoader):
 
     batch_sampler: Any
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # torch promises its own iterator
         batches = None
         while True:
             try:
@@ -61,7 +56,9 @@ class BatchLoader(DataLoader):
         if self._iterator is not None:
             return super().__iter__()
         multiprocessing.util.Finalize(None, _end_workers, exitpriority=0)
-        if resource is not None:  # each tensor that is sent is an open file: the usual limit is 1024
+        with contextlib.suppress(ImportError):  # each tensor that is sent is an open file: the usual limit is 1024
+            import resource  # not on Windows
+
             highest = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
             resource.setrlimit(resource.RLIMIT_NOFILE, (highest, highest))
         # The workers inherit what is blocked here, so that no signal can end one before it ignores them.
@@ -134,7 +131,7 @@ def start_worker(worker: int) -> None:
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    multiprocessing.queues.Queue._on_queue_feeder_error = _send_error
+    setattr(multiprocessing.queues.Queue, "_on_queue_feeder_error", _send_error)  # noqa: B010 not a public name
     sys.excepthook = _quiet_if_parent_left
     # The processes run in parallel: threads in them would only compete.
     cv2.setNumThreads(0)
@@ -142,8 +139,9 @@ def start_worker(worker: int) -> None:
 
 
 def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)
 
 
 def _quiet_if_parent_left(kind: type, error: BaseException, trace: TracebackType | None) -> None:

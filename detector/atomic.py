@@ -29,7 +29,7 @@ def sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def write_text(path: Path, text: str) -> None:
+def write(path: Path, text: str) -> None:
     """Write `text` in UTF-8; OSError leaves what was there."""
     with replacing(path) as beside:
         beside.write_text(text, encoding="utf-8")

@@ -1,7 +1,7 @@
 """ResNet / ResNeXt stages C3..C5 from torchvision."""
 
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torchvision
 from torch import Tensor, nn
@@ -43,8 +43,16 @@ class FoldedConv(nn.Conv2d):
     """
 
     def __init__(self, conv: nn.Conv2d, norm: FrozenBatchNorm):
-        options = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation, "groups": conv.groups}
-        super().__init__(conv.in_channels, conv.out_channels, conv.kernel_size, bias=False, **options)
+        super().__init__(
+            conv.in_channels,
+            conv.out_channels,
+            cast(tuple[int, int], conv.kernel_size),
+            stride=cast(tuple[int, int], conv.stride),
+            padding=cast(tuple[int, int], conv.padding),
+            dilation=cast(tuple[int, int], conv.dilation),
+            groups=conv.groups,
+            bias=False,
+        )
         self.weight = conv.weight
         self._norm = (norm,)  # in a tuple: its tensors keep their names
 
@@ -58,7 +66,7 @@ def fold(module: nn.Module) -> None:
     """Replace each convolution before a FrozenBatchNorm by the FoldedConv of both."""
     for parent in list(module.modules()):
         for (name, conv), (_, norm) in list(pairwise(parent.named_children())):
-            if isinstance(norm, FrozenBatchNorm):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, FrozenBatchNorm):
                 setattr(parent, name, FoldedConv(conv, norm))
 
 

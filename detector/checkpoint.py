@@ -11,7 +11,7 @@ import shutil
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, NotRequired, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -101,14 +101,15 @@ def read(path: str | Path) -> Content:
     _check_sums(path)
     content = read_weights(path)
     if torchvision_checkpoint.is_torchvision(content):
-        return Content(**torchvision_checkpoint.convert(content, path))
+        content = torchvision_checkpoint.convert(content, path)
+        return cast(Content, content)
     if not all(isinstance(content.get(key), kind) for key, kind in REQUIRED.items()):
         raise UserError(f"{path}: no detector checkpoint; give last.pt or best.pt of a run, or torchvision's RetinaNet")
     lengths = {key: len(content[key]) for key in PER_CLASS_KEYS if content.get(key)}
     if len(set(lengths.values())) > 1:
         counts = ", ".join(f"{key} of {count}" for key, count in lengths.items())
         raise UserError(f"{path}: its classes do not agree ({counts}); give a checkpoint as train.py wrote it")
-    return Content(**content)  # type: ignore[typeddict-item]  # checked above as far as it is used
+    return cast(Content, content)
 
 
 def read_weights(path: str | Path) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import contextlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from torch import Tensor
@@ -17,8 +17,18 @@ from detector.gradients import Observation
 from detector.structures import Metrics
 
 # The columns of TensorBoard's table of runs: all options would fill five screens.
-HPARAMS = ("class_loss", "box_loss", "assigner.name", "model.backbone", "model.head.prior", "seed")
-HPARAMS += ("solver.lr", "solver.batch_size", "solver.epochs", "precision")
+HPARAMS = (
+    "class_loss",
+    "box_loss",
+    "assigner.name",
+    "model.backbone",
+    "model.head.prior",
+    "seed",
+    "solver.lr",
+    "solver.batch_size",
+    "solver.epochs",
+    "precision",
+)
 
 # Charts of TensorBoard's "custom scalars" tab, each with all runs in it.
 COMPARED = {
@@ -104,7 +114,7 @@ class Curves:
 
     def metrics(self, metrics: Metrics, step: int) -> None:
         """AP numbers of an evaluation under eval/, each class's under eval_per_class/; -1 (undefined) is left out."""
-        numbers = {f"eval/{key}": value for key, value in metrics.items() if key[:2] in ("AP", "AR")}
+        numbers = {f"eval/{key}": cast(float, value) for key, value in metrics.items() if key[:2] in ("AP", "AR")}
         numbers |= {f"eval_per_class/{name}": values["AP"] for name, values in metrics["per_class"].items()}
         self.scalars({key: value for key, value in numbers.items() if value >= 0}, step)
         if self._writer is not None:
@@ -138,7 +148,7 @@ class Curves:
             self._writer.add_custom_scalars(COMPARED)
             self._writer.add_text("config", "```yaml\n" + text + "\n```")
             for record in hparams(shown, {f"eval/{name}": 0 for name in ("AP", "AP50", "AP75", "AP80", "AP90")}):
-                self._writer.file_writer.add_summary(record)
+                self._writer._get_file_writer().add_summary(record)
 
     def close(self) -> None:
         if self._writer is not None:

@@ -23,7 +23,7 @@ def pick_device(name: str) -> torch.device:
 
 def place(model: nn.Module, device: torch.device, *, channels_last: bool) -> None:
     """Move a model to the device, in the memory format in which it is to compute."""
-    model.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    model.to(device).to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:

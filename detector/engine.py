@@ -1,7 +1,7 @@
 """The two loops: train_until and predict."""
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -86,9 +86,7 @@ def _backward(
             return model(images, part.sizes)
 
     parts = _split(batch, solver.accumulate)
-    if len(parts) == 1:
-        predictions = forward(batch)
-    else:
+    if len(parts) > 1:
         # The loss needs the whole batch: its normaliser, and GHM's density, count all images. So predict every part
         # without a graph, compute the gradient in these predictions, and pass it back through each part, run again.
         buffers = [buffer.clone() for buffer in model.buffers()]
@@ -98,6 +96,8 @@ def _backward(
                 buffer.copy_(before)
         logits, deltas = (torch.cat(values).requires_grad_() for values in list(zip(*predicted))[:2])
         predictions = predicted[0]._replace(logits=logits, deltas=deltas)
+    else:
+        predictions = forward(batch)
     targets = [target.to(device) for target in batch.targets]
     losses = criterion(predictions, targets)
     observation = observe(criterion, predictions, targets) if observing else None
@@ -105,9 +105,10 @@ def _backward(
     solver.backward(losses.total * distributed.world_size())
     if len(parts) > 1:
         size = len(batch.images) // len(parts)
-        for part, to_logits, to_deltas in zip(parts, logits.grad.split(size), deltas.grad.split(size)):
-            again = forward(part)
-            torch.autograd.backward([again.logits, again.deltas], [to_logits, to_deltas])
+        for i, part in enumerate(parts):
+            again, images = forward(part), slice(i * size, (i + 1) * size)
+            gradients = [cast(Tensor, output.grad)[images] for output in (predictions.logits, predictions.deltas)]
+            torch.autograd.backward([again.logits, again.deltas], gradients)
     return losses, observation
 
 
@@ -182,7 +183,7 @@ def _padded_alike(batches: Iterable[Batch], device: torch.device) -> Iterator[Ba
 def _split(batch: Batch, parts: int) -> list[Batch]:
     """The batch in equal parts, for gradient accumulation."""
     size = len(batch.images) // parts
-    return [Batch(*(values[i * size : (i + 1) * size] for values in batch)) for i in range(parts)]
+    return [Batch._make(values[i * size : (i + 1) * size] for values in batch) for i in range(parts)]
 
 
 def _to_numbers(tensors: dict[str, Tensor], summed: Iterable[str]) -> dict[str, float]:

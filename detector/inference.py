@@ -71,7 +71,7 @@ class Detector:
         FloatingPointError where the model's output is not finite.
         """
         originals = [image.shape[:2] for image in images]
-        sizes = [target_size(*size, self.short_side, self.long_side) for size in originals]
+        sizes = [target_size(height, width, self.short_side, self.long_side) for height, width in originals]
         height, width = (-(-max(sides) // MULTIPLE) * MULTIPLE for sides in zip(*sizes))
         batch = np.zeros((len(images), height, width, 3), np.uint8)
         for padded, image, size in zip(batch, images, sizes):

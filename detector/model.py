@@ -22,6 +22,9 @@ class RetinaNet(nn.Module):
     Takes uint8 images, so that a quarter of the bytes cross to the device, and normalises there.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, backbone: Backbone, fpn: FPN, head: Head, anchors: Anchors):
         super().__init__()
         self.backbone, self.fpn, self.head, self.anchors = backbone, fpn, head, anchors
@@ -32,8 +35,8 @@ class RetinaNet(nn.Module):
         """Images (B, 3, H, W) uint8 RGB, H and W multiples of 32; sizes: (height, width) inside the padding."""
         levels = self.fpn(self.backbone(self.normalize(images, sizes)))
         logits, deltas = self.head(levels)
-        grids = [tuple(level.shape[-2:]) for level in levels]
-        anchors = self.anchors(grids, tuple(images.shape[-2:]), images.device)
+        grids = [(level.shape[-2], level.shape[-1]) for level in levels]
+        anchors = self.anchors(grids, (images.shape[-2], images.shape[-1]), images.device)
         counts = tuple(height * width * self.anchors.per_cell for height, width in grids)
         return Predictions(logits, deltas, anchors, counts, self.anchors.per_cell)
 

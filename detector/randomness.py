@@ -1,7 +1,7 @@
 """The random number generators of Python, NumPy and torch: seeded together, saved and restored together."""
 
 import random
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ def seed_everything(seed: int) -> None:
 
 def random_states() -> dict[str, Any]:
     """All states as plain types and tensors, as a checkpoint needs them."""
-    name, keys, *rest = np.random.get_state()
+    name, keys, *rest = cast(tuple, np.random.get_state())
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+Tensors = tuple[Tensor, ...] | list[Tensor]
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -55,15 +56,15 @@ class Solver:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         # Fused: one pass over the weights instead of ten, on the CPU as on a GPU. Not in float16: if the first step
         # overflows, fused SGD leaves its momentum uninitialised.
-        common = {"lr": self.lr, "fused": precision != "float16"}
+        fused = precision != "float16"
         groups = [
             {"params": [p for p in self.parameters if p.ndim > 1], "weight_decay": weight_decay},
             {"params": [p for p in self.parameters if p.ndim <= 1], "weight_decay": 0.0},
         ]
         if optimizer == "sgd":
-            self.optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, momentum=momentum, **common)
+            self.optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, self.lr, momentum, fused=fused)
         else:
-            self.optimizer = torch.optim.AdamW(groups, **common)
+            self.optimizer = torch.optim.AdamW(groups, self.lr, fused=fused)
         self.clip_norm = clip_norm
         self.precision = PRECISIONS[precision]
         self.scaler = torch.amp.GradScaler(self.parameters[0].device.type, enabled=precision == "float16")
@@ -156,13 +157,13 @@ class Solver:
             self.averaged.load_state_dict(state["averaged"])
 
     @torch.no_grad()
-    def _average(self, averages: list[Tensor], currents: list[Tensor], _: Tensor) -> None:
+    def _average(self, averages: Tensors, currents: Tensors, _: Tensor | int) -> None:
         """Move the exponential moving average of weights and statistics; called by AveragedModel from step 2 on.
 
         Its decay grows as (1 + n) / (10 + n) up to `ema`, so that the average of a short run is not mostly its start.
         """
         n = self.step_count - 1  # steps averaged so far; reading AveragedModel's own count would wait for the device
-        weight = 1 - min(self.ema, (1 + n) / (10 + n))
+        weight = 1 - min(self.ema or 0.0, (1 + n) / (10 + n))
         if averages[0].is_floating_point():
             torch._foreach_lerp_(averages, currents, weight)
         else:

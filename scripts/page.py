@@ -124,7 +124,7 @@ def write(path: Path, title: str, sections: Iterable[tuple[str, Sequence[str]]])
     document = f'<!DOCTYPE html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head>\n<body>'
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        atomic.write_text(path, "\n".join([document, *parts, "</body></html>\n"]))
+        atomic.write(path, "\n".join([document, *parts, "</body></html>\n"]))
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); give another place by --output") from None
 

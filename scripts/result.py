@@ -93,7 +93,7 @@ def write(path: Path, result: dict[str, Any]) -> None:
     """Write beside and rename; UserError where it cannot be."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        atomic.write_text(path, json.dumps(result) + "\n")
+        atomic.write(path, json.dumps(result) + "\n")
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
