@@ -10,7 +10,7 @@ import torch
 from pydantic import ConfigDict, ValidationError
 from torch import nn
 
-from detector import config, distributed, losses
+from detector import config, config_files, distributed, losses
 from detector.anchors import Anchors, TorchvisionAnchors
 from detector.assigner import ATSSAssigner, IoUAssigner
 from detector.backbone import BACKBONES, Backbone
@@ -58,7 +58,7 @@ PARTS: dict[str, Mapping[str, Callable[..., Any]]] = {
 
 def configure(path: str | Path, settings: list[str] | None = None) -> Config:
     """The config of a YAML file, every part's options checked and filled in; UserError for any slip."""
-    return resolve(config.read(path), str(path), settings or [])
+    return resolve(config_files.read(path), str(path), settings or [])
 
 
 def resolve(values: dict[str, Any], source: str, settings: list[str]) -> Config:
@@ -66,7 +66,7 @@ def resolve(values: dict[str, Any], source: str, settings: list[str]) -> Config:
 
     The UserError for a mistake names `source`, or the settings where it is theirs.
     """
-    changed = config.with_settings(values, settings)
+    changed = config_files.with_settings(values, settings)
     try:
         return complete(config.build(changed, source), source)
     except UserError as error:

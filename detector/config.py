@@ -1,13 +1,10 @@
-"""The options, typed, with their defaults. YAML says what differs; an error is one clear line.
+"""The options, typed, with their defaults, which a YAML file changes (config_files.py).
 
-`read(path)` reads a file and the file it is based on (key `base`), `with_settings(values, ["solver.lr=0.02"])` puts
-one-off settings on top, and `build(values, source)` checks.
 The options of a swappable part (`{name: ..., its options}`) are the arguments of its constructor, and are checked in
 assemble.py, which knows the parts.
 """
 
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,9 +20,8 @@ from pydantic import (
     model_validator,
 )
 
-from detector.errors import CONTROL, UserError, one_line
-from detector.option_errors import describe, shown
-from detector.yaml_reader import MAX_LEVELS, declared_options, parse
+from detector.errors import CONTROL, UserError
+from detector.option_errors import describe
 
 MAX_OPTION = 1e6  # of a part: a billion octaves or bins would fill the memory before any check of their own
 
@@ -243,45 +239,12 @@ class Config(Options):
         return Path(self.output) / self.run
 
 
-def read(path: str | Path) -> dict[str, Any]:
-    """The values of a YAML file on top of those of its bases, unchecked; UserError where it cannot be read."""
-    return _read(Path(path), ())
-
-
-def with_settings(values: dict[str, Any], settings: Iterable[str]) -> dict[str, Any]:
-    """Plain values with `settings` ("a.b=value") on top: text as it is typed, all else in YAML."""
-    for setting in settings:
-        key, equals, text = setting.partition("=")
-        source = one_line(f"--set {setting}")
-        if not equals or not all(key.split(".")) or key.count(".") > MAX_LEVELS:
-            raise UserError(f"{source}: write it as key=value, such as --set solver.lr=0.02")
-        kind = _kind(key)
-        nested: Any = text if kind is str else parse(text, source, kind)
-        for part in reversed(key.split(".")):
-            nested = {part: nested}
-        values = merge(values, nested)
-    return values
-
-
 def build(values: dict[str, Any], source: str) -> Config:
     """Checked options from plain values; the UserError for a mistake names `source`."""
     try:
         return Config.model_validate(values)
     except ValidationError as error:
         raise UserError(f"{source}: " + describe(error, Config)) from None
-
-
-def merge(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`values` with `changes` on top, key by key; a part that changes its name loses its old options."""
-    merged = dict(values)
-    for key, change in changes.items():
-        old = merged.get(key)
-        if isinstance(old, dict) and isinstance(change, dict):
-            renamed = change.get("name", old.get("name")) != old.get("name")
-            merged[key] = change if renamed else merge(old, change)
-        else:
-            merged[key] = change
-    return merged
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -297,17 +260,6 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def _kind(key: str) -> Any:
-    """The declared type of a dotted key; None where it is not declared here."""
-    kind = Config
-    for part in key.split("."):
-        field = declared_options(kind).get(part)
-        if field is None:
-            return None
-        kind = field.annotation
-    return kind
-
-
 def _size(value: float | str) -> float:
     """The magnitude of a number, or of a text that is one; 0 for other texts."""
     try:
@@ -316,27 +268,3 @@ def _size(value: float | str) -> float:
         return float("inf")
     except ValueError:
         return 0.0
-
-
-def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    """The values of a file on top of those of its base; `base` is a path relative to the file."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such config file") from None
-    except (OSError, ValueError) as error:  # ValueError: bytes that are not UTF-8
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    values = parse(text, str(path), Config)
-    if values is None:
-        values = {}
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: holds a {type(values).__name__}; write `key: value` lines")
-    base = values.pop("base", None)
-    if base is None:
-        return values
-    if not isinstance(base, str) or CONTROL.search(base):
-        raise UserError(f"{path}: base is {one_line(shown(base))}; give the path of another config file")
-    base_path = path.parent / os.path.expanduser(base)
-    if path.resolve() in seen:
-        raise UserError(f"{path}: its bases lead back to itself")
-    return merge(_read(base_path, (*seen, path.resolve())), values)

@@ -14,6 +14,7 @@ CONFIG_READERS = {
     "detector.checkpoint",
     "detector.run",
     "detector.pretrained",
+    "detector.config_files",
     "detector.torchvision_checkpoint",
     "detector.config",
     "data.assemble",
