@@ -25,14 +25,14 @@ import torch
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from data.analysis import IGNORED, KINDS, MISSED, RIGHT, Judged, confusion, costs, judge
+from data.analysis import IGNORED, KINDS, MISSED, RIGHT, ImageErrors, classify_errors, confusion, costs
 from data.assemble import open_dataset
 from data.coco import CocoDataset
 from data.coco_eval import score
 from data.coco_results import coco_results, from_coco_results
 from data.draw import draw_boxes
 from data.images import read_image
-from data.matches import Matches, calibration_error, match, precision_recall, reliability
+from data.matches import Outcomes, calibration_error, match, precision_recall, reliability
 from detector import checkpoint
 from detector.device import keep_freed_memory, pick_device
 from detector.errors import UserError, run_main
@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"written: {target}")
 
 
-def summary(dataset: CocoDataset, metrics: dict, matches: Matches) -> str:
+def summary(dataset: CocoDataset, metrics: dict, matches: Outcomes) -> str:
     numbers = ", ".join(f"{key} {percent(metrics[key])}" for key in ("AP", "AP50", "AP75", "APs", "APm", "APl"))
     believed = calibration_error(matches)
     calibrated = f"; calibration error {believed:.3f}" if believed >= 0 else ""
@@ -111,10 +111,10 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f}" if value >= 0 else "-"
 
 
-def judge_all(dataset: CocoDataset, sure: list[dict]) -> dict[int, Judged]:
+def judge_all(dataset: CocoDataset, sure: list[dict]) -> dict[int, ImageErrors]:
     """By image id, of detections that are shown."""
     truth = by_image(dataset, dataset.annotations.document()["annotations"])
-    return {image: judge(truth[image], found) for image, found in by_image(dataset, sure).items()}
+    return {image: classify_errors(truth[image], found) for image, found in by_image(dataset, sure).items()}
 
 
 def by_image(dataset: CocoDataset, entries: list[dict]) -> dict[int, list[dict]]:
@@ -137,7 +137,7 @@ def by_class(metrics: dict) -> str:
     return page.table(("class", "boxes", "AP", "AP50", "AP75", "AR100", "best threshold"), lines)
 
 
-def kinds(judged: dict[int, Judged], lost: dict[str, float] | None) -> list[str]:
+def kinds(judged: dict[int, ImageErrors], lost: dict[str, float] | None) -> list[str]:
     counts = Counter(kind for one in judged.values() for kind in one.kinds)
     counts[MISSED] = sum(len(one.missed) for one in judged.values())
     cost = {kind: f"{100 * lost[kind]:.1f}" if lost else "-" for kind in KINDS}
@@ -151,7 +151,7 @@ def kinds(judged: dict[int, Judged], lost: dict[str, float] | None) -> list[str]
     return [page.text(words), table, page.figure(plot, "AP50 that each kind of error costs")]
 
 
-def curves(matches: Matches, names: dict[int, str]) -> list[str]:
+def curves(matches: Outcomes, names: dict[int, str]) -> list[str]:
     """Of the worst classes, at an IoU of 0.5 and of 0.75."""
     drawn = []
     for index, iou in ((0, 0.5), (5, 0.75)):
@@ -173,7 +173,7 @@ def curves(matches: Matches, names: dict[int, str]) -> list[str]:
     return drawn
 
 
-def calibration(matches: Matches) -> Figure:
+def calibration(matches: Outcomes) -> Figure:
     counts, scores, right = reliability(matches)
     there = counts > 0
     plot, axis = plt.subplots(figsize=page.FIGURE, layout="constrained")
@@ -187,7 +187,7 @@ def calibration(matches: Matches) -> Figure:
     return plot
 
 
-def told(matches: Matches) -> str:
+def told(matches: Outcomes) -> str:
     error = calibration_error(matches)
     if error < 0:
         return "There are no detections to tell."
@@ -216,7 +216,7 @@ def confused(dataset: CocoDataset, sure: list[dict]) -> list[str]:
     return [page.figure(plot, words + "Background as a row: found where nothing is; as a column: not found.")]
 
 
-def pictures(dataset: CocoDataset, sure: list[dict], judged: dict[int, Judged], count: int) -> list[str]:
+def pictures(dataset: CocoDataset, sure: list[dict], judged: dict[int, ImageErrors], count: int) -> list[str]:
     """The worst images, each box in the colour of what is wrong with it."""
     errors = {
         image: Counter(kind for kind in one.kinds if kind in KINDS) + Counter({MISSED: len(one.missed)})
