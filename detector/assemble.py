@@ -8,7 +8,6 @@ from typing import Any
 import pydantic
 import torch
 from pydantic import ConfigDict, ValidationError
-from torch import nn
 
 from detector import config, config_files, distributed, losses
 from detector.anchors import Anchors, TorchvisionAnchors
@@ -29,30 +28,11 @@ from detector.solver import Solver
 STRIDES = (8, 16, 32, 64, 128)  # of P3..P7
 ANCHORS = {"grid": Anchors, "torchvision": TorchvisionAnchors}
 ASSIGNERS = {"iou": IoUAssigner, "atss": ATSSAssigner}
-CLASS_LOSSES: dict[str, Callable[..., nn.Module]] = {
-    "ce": losses.CrossEntropy,
-    "ohem": losses.OHEM,
-    "focal": losses.Focal,
-    "ghm_c": losses.GHMC,
-    "ghm_c_released": losses.GHMC.released,
-    "qfl": losses.QualityFocal,
-    "varifocal": losses.Varifocal,
-}
-BOX_LOSSES: dict[str, Callable[..., nn.Module]] = {
-    "smooth_l1": losses.SmoothL1,
-    "l1": losses.L1,
-    "asl1": losses.ASL1,
-    "ghm_r": losses.GHMR,
-    "ghm_r_released": losses.GHMR.released,
-    "giou": losses.GIoU,
-    "diou": losses.DIoU,
-    "ciou": losses.CIoU,
-}
-PARTS: dict[str, Mapping[str, Callable[..., Any]]] = {
+PARTS: dict[str, Mapping[str, Any]] = {
     "anchors": ANCHORS,
     "assigner": ASSIGNERS,
-    "class_loss": CLASS_LOSSES,
-    "box_loss": BOX_LOSSES,
+    "class_loss": losses.CLASS_LOSSES,
+    "box_loss": losses.BOX_LOSSES,
 }
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
-from detector import assemble, distributed, engine
+from detector import assemble, distributed, engine, losses
 from detector.anchors import Anchors
 from detector.backbone import Backbone
 from detector.config import Config
@@ -21,8 +21,8 @@ from detector.solver import Solver
 from detector.structures import Batch, Target
 
 STEPS, BATCH, SIDE, CLASSES = 4, 4, 128, 3
-CASES = {name: {"class_loss": {"name": name}} for name in assemble.CLASS_LOSSES}
-CASES |= {name: {"box_loss": {"name": name}} for name in assemble.BOX_LOSSES}
+CASES = {name: {"class_loss": {"name": name}} for name in losses.CLASS_LOSSES}
+CASES |= {name: {"box_loss": {"name": name}} for name in losses.BOX_LOSSES}
 CASES |= {
     "atss": {"assigner": {"name": "atss"}},
     "atss, ghm": {"assigner": {"name": "atss"}, "class_loss": {"name": "ghm_c"}, "box_loss": {"name": "ghm_r"}},

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from detector import assemble, engine
+from detector import assemble, engine, losses
 from detector.config import Config
 from detector.engine import predict, train_until
 from detector.errors import Stopped
@@ -157,7 +157,7 @@ def test_accumulation_visits_every_image_once_in_order():
     assert solver.step_count == 1 and len(logger.steps) == 1 and logger.steps[0][3] == 4
 
 
-PAIRS = [(name, "smooth_l1") for name in assemble.CLASS_LOSSES] + [("focal", name) for name in assemble.BOX_LOSSES]
+PAIRS = [(name, "smooth_l1") for name in losses.CLASS_LOSSES] + [("focal", name) for name in losses.BOX_LOSSES]
 
 
 @pytest.mark.parametrize("class_loss, box_loss", PAIRS)
