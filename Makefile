@@ -26,6 +26,7 @@ demo: .venv/user
 test: export OMP_NUM_THREADS := 1
 test: .venv/developer
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadscope
 
 clean:

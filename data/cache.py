@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from data.images import read_image
 from data.transforms import resize
+from detector.atomic import replacing
 from detector.errors import UserError
 
 FORMAT = 1  # raise it when the same images come to give other bytes
@@ -40,7 +41,8 @@ class Cache:
     """
 
     def __init__(self, folder: str | Path, files: Sequence[Path], sizes: Sizes, kept: Sizes):
-        self.kept, self._pixels = kept, None
+        self.kept = kept
+        self._pixels: np.memmap | None = None
         self.ends = np.cumsum([height * width * 3 for height, width in kept])
         try:
             stats = [(os.path.abspath(file), os.stat(file)) for file in files]
@@ -82,13 +84,9 @@ class Cache:
                     f"data.cache: the images take {needed:,.0f} MB, in {folder} {free:,.0f} MB are free; make room, "
                     "name another folder or leave it empty"
                 )
-            # Beside and renamed, so that it is whole or not there; by a name of its own, should two be let in.
-            beside = self.path.with_suffix(f".{uuid.uuid4().hex}.tmp")
-            try:
+            # A name of its own, since _alone cannot exclude other processes everywhere.
+            with replacing(self.path, f".{uuid.uuid4().hex}.tmp") as beside:
                 self._write(beside, files, sizes)
-                os.replace(beside, self.path)
-            finally:
-                beside.unlink(missing_ok=True)
         return True
 
     def _write(self, path: Path, files: Sequence[Path], sizes: Sizes) -> None:
@@ -98,14 +96,12 @@ class Cache:
             image, _ = resize(read_image(files[index], sizes[index]), np.zeros((0, 4)), *self.kept[index])
             with turn:
                 file.seek(self.ends[index] - image.size)
-                file.write(image)
+                file.write(image.tobytes())
 
         # Threads suffice: decoding and resizing leave Python to the others.
         with path.open("wb") as file, ThreadPoolExecutor() as pool:
             for _ in tqdm(pool.map(keep, range(len(files))), f"cache {path.parent}", len(files), unit="image"):
                 pass
-            file.flush()
-            os.fsync(file.fileno())
 
 
 def _alone(folder: Path) -> TextIO:

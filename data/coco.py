@@ -1,13 +1,14 @@
 """From a COCO annotation file and a folder of images to samples: the border where formats are converted.
 
 Outside: boxes x, y, width, height; category ids with gaps. Inside: boxes x1, y1, x2, y2; labels 0..C-1.
-Whatever is wrong with the file is found here and told in one line.
+Every error in the file is found here and reported in one line.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,16 +19,25 @@ from data.annotations import load_annotations, shortened
 from data.cache import Cache
 from data.image_folder import ImageFolder, find_folder
 from data.images import image_size, read_image
+from data.plausibility import suspicion
 from data.transforms import scale_boxes
 from detector.errors import UserError
 from detector.structures import Target
 
 MIN_SIDE = 1e-3  # pixels; a box thinner than this, after clipping, has no area
-LOOKED_AT = 100_000  # boxes that show whether all look like another format
 CLIP_TOLERANCE = 0.1  # pixels; finer than this, a box outside its image is rounding in the file
 
-# A transform: image (h, w, 3) uint8 RGB, boxes (G, 4) float32, labels (G,) int64, seed -> the first three.
-Transform = Callable[[np.ndarray, np.ndarray, np.ndarray, int], tuple[np.ndarray, np.ndarray, np.ndarray]]
+Sample = tuple[Tensor, Target, int, tuple[int, int]]  # see CocoDataset.__getitem__
+
+
+class Transform(Protocol):
+    def __call__(
+        self, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, seed: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Image (h, w, 3) uint8 RGB, boxes (G, 4) float32, labels (G,) int64 -> the same, changed."""
+
+    def largest(self, height: int, width: int) -> tuple[int, int]:
+        """The largest (height, width) to which it resizes an image of this size."""
 
 
 class CocoDataset(Dataset):
@@ -69,7 +79,7 @@ class CocoDataset(Dataset):
         self.sizes: list[tuple[int, int]] = list(map(tuple, self.annotations.sizes.tolist()))
         self.aspects: list[float] = [width / height for height, width in self.sizes]
         self._name_classes(category_ids, class_names)
-        if not trust and (flaw := self._suspicion()):
+        if not trust and (flaw := suspicion(self.annotations)):
             cure = "to take them as they stand, set data.trust=true (convert.py: --trust)"
             raise UserError(f"{self.path}: {flaw}; {cure}")
         self._collect_boxes()
@@ -115,40 +125,6 @@ class CocoDataset(Dataset):
             )
         names = {**names, **expected}
         self.class_names: list[str] = [names.get(category, f"category {category}") for category in self.category_ids]
-
-    def _suspicion(self) -> str | None:
-        """What the boxes look like where they are nearly certainly not x, y, width, height in pixels."""
-        rows = np.flatnonzero(~self.annotations.crowds)
-        rows = rows[:: len(rows) // LOOKED_AT + 1]
-        sides = self.annotations.boxes[rows]
-        image = self.annotations.sizes[self.annotations.images[rows]][:, ::-1]  # width, height
-        with_area = (sides[:, 2:] > 0).all(axis=1)
-        sides, image = sides[with_area], image[with_area]
-        if not len(sides):
-            return None
-        corner, extent = sides[:, :2], sides[:, 2:]
-        if (sides >= 0).all() and (sides <= 1.01).all() and (image > 16).all():
-            return (
-                f"its {len(sides):,} boxes all lie in 0..1, as {shortened(sides[0].tolist())} does: they look divided "
-                "by the size of the image; multiply x and width by the image's width, y and height by its height"
-            )
-        # Boxes leave their image by rounding, or where objects do; not by a twentieth of it, one in five of them.
-        beyond = int((corner + extent > 1.05 * image).any(axis=1).sum())
-        if beyond < 3 or beyond < 0.2 * len(sides):
-            return None
-        ordered, turned = (corner > -1) & (extent > corner), image[:, ::-1]
-        inside = (corner >= extent / 2 - 1) & (corner + extent / 2 <= image + 1)
-        for looks, fits, cure in (
-            ("corners x1, y1, x2, y2", ordered & (extent <= image + 1), "write x1, y1, x2 - x1, y2 - y1"),
-            ("corners y1, x1, y2, x2", ordered & (extent <= turned + 1), "write x1, y1, x2 - x1, y2 - y1"),
-            ("a centre with width and height", inside, "take half of the width from x and half of the height from y"),
-        ):
-            if fits.all(axis=1).mean() > 0.99:
-                return (
-                    f"{beyond:,} of {len(sides):,} boxes reach out of their image, and as {looks} all would be inside "
-                    f"it, the first {shortened(sides[0].tolist())}; COCO's are x, y, width, height: {cure}"
-                )
-        return None
 
     def _collect_boxes(self) -> None:
         """Gather the boxes of all images in one array, image by image, and count what is left out of it.
@@ -202,8 +178,8 @@ class CocoDataset(Dataset):
     def fingerprint(self) -> str:
         """What must be the same in all processes of a run, wherever the files lie."""
         digest = hashlib.sha256(repr((self.image_ids, self.sizes, self.category_ids)).encode())
-        digest.update(self._boxes)
-        digest.update(self._labels)
+        digest.update(self._boxes.tobytes())
+        digest.update(self._labels.tobytes())
         counts = f"{len(self)} images, {self.num_boxes} boxes, {len(self.category_ids)} classes"
         return f"{counts}, sha256 {digest.hexdigest()[:12]}"
 

@@ -71,7 +71,8 @@ class TrainTransform:
             labels = labels[np.asarray(result["rows"], np.int64)]
         draw = np.random.default_rng((seed, 1))
         factor = float(np.exp(draw.uniform(*np.log(self.scale_jitter))))
-        height, width = target_size(*image.shape[:2], self.short_side * factor, self.long_side * factor)
+        old_height, old_width = image.shape[:2]
+        height, width = target_size(old_height, old_width, self.short_side * factor, self.long_side * factor)
         image, boxes = resize(image, boxes, height, width)
         # After resizing, so that a kept image, which is resized already, gives the same pixels.
         return *flip(image, boxes, *(draw.random(2) < self.flips)), labels

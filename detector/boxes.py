@@ -1,5 +1,7 @@
 """Pure box arithmetic. Boxes are (..., 4) as (x1, y1, x2, y2) in pixels."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ def area(boxes: Tensor) -> Tensor:
     return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 
 
-def clip(boxes: Tensor, size: tuple[int | Tensor, int | Tensor]) -> Tensor:
+def clip(boxes: Tensor, size: Iterable[int | Tensor]) -> Tensor:
     """(D, 4) -> (D, 4) inside an image of (height, width), or each in its own: of (D,) heights and (D,) widths."""
     height, width = (torch.as_tensor(side, dtype=boxes.dtype, device=boxes.device) for side in size)
     x1, y1, x2, y2 = boxes.clamp(min=0).unbind(-1)

@@ -1,4 +1,4 @@
-"""A trained model, ready to use: images in, what is in them out."""
+"""A trained model, ready to use: images in, detections out."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from detector import assemble, checkpoint
 from detector import boxes as box_ops
-from detector.device import keep_freed_memory, pick_device, pick_precision
+from detector.device import autocast, keep_freed_memory, pick_device, pick_precision, place
 from detector.model import RetinaNet
 from detector.postprocess import Postprocess
 from detector.resize import resize_image, target_size
@@ -71,13 +71,13 @@ class Detector:
         FloatingPointError where the model's output is not finite.
         """
         originals = [image.shape[:2] for image in images]
-        sizes = [target_size(*size, self.short_side, self.long_side) for size in originals]
+        sizes = [target_size(height, width, self.short_side, self.long_side) for height, width in originals]
         height, width = (-(-max(sides) // MULTIPLE) * MULTIPLE for sides in zip(*sizes))
         batch = np.zeros((len(images), height, width, 3), np.uint8)
         for padded, image, size in zip(batch, images, sizes):
             padded[: size[0], : size[1]] = resize_image(image, *size)
         pixels = torch.from_numpy(batch).permute(0, 3, 1, 2).to(self.device)
-        with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
+        with autocast(self.device, self.precision):
             predictions = self.model(pixels, sizes)
         found = []
         for one, size, original in zip(self.postprocess(predictions, sizes), sizes, originals):
@@ -92,22 +92,19 @@ def load(path: str | Path, device: str = "auto") -> Detector:
     """
     content = checkpoint.read(path)
     model, cfg = checkpoint.build_model(content, path)
-    place = pick_device(device)
-    if place.type == "cpu":
-        keep_freed_memory()
-    model.to(place, memory_format=torch.channels_last if cfg.channels_last else torch.contiguous_format)
-    ids = content["category_ids"]
-    thresholds = content.get("score_thresholds") or [-1.0] * len(ids)
+    where = pick_device(device)
+    keep_freed_memory(where)
+    place(model, where, channels_last=cfg.channels_last)
     return Detector(
         model,
         assemble.build_postprocess(cfg),
-        content["class_names"] or [f"category {one}" for one in ids],
-        ids,
-        [UNKNOWN_THRESHOLD if value < 0 else value for value in thresholds],
+        checkpoint.class_names(content),
+        content["category_ids"],
+        checkpoint.score_thresholds(content, UNKNOWN_THRESHOLD),
         short_side=cfg.data.short_side,
         long_side=cfg.data.long_side,
-        precision=PRECISIONS[pick_precision(cfg.precision, place)[0]],
-        device=place,
+        precision=PRECISIONS[pick_precision(cfg.precision, where)[0]],
+        device=where,
     )
 
 

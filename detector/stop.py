@@ -5,7 +5,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
-from detector.errors import SIGNALS, Stopped, listen
+from detector.errors import SIGNALS, Handler, Stopped, listen
 
 Item = TypeVar("Item")
 
@@ -19,7 +19,7 @@ class Stop:
 
     def __init__(self) -> None:
         self.number: int | None = None  # of the signal that came
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Handler] = {}
         self._waiting = False
 
     def __enter__(self) -> "Stop":
@@ -33,17 +33,17 @@ class Stop:
 
     def between(self, items: Iterable[Item]) -> Iterator[Item]:
         """The items; Stopped instead of the next one, even while waiting for it."""
-        items, end = iter(items), object()
+        iterator = iter(items)
         while True:
             self._waiting = True
             try:
                 if self.number is not None:
                     raise Stopped(self.number)
-                item = next(items, end)
+                item = next(iterator)
+            except StopIteration:
+                return
             finally:
                 self._waiting = False
-            if item is end:
-                return
             yield item
 
     def _note(self, number: int, _frame: object) -> None:

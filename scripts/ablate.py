@@ -33,7 +33,7 @@ import torch
 import yaml
 
 from data.annotations import load_annotations
-from detector import assemble, config
+from detector import assemble, config, config_files
 from detector.errors import UserError, run_main
 from scripts.comparison import result
 from scripts.comparison.supervise import Run, train_all
@@ -138,7 +138,7 @@ class Study:
     def runs(self, variants: dict[str, Values], seeds: int) -> list[Run]:
         """Every variant with one seed, then with the next, so that runs that stop early still compare."""
         return [
-            self.run(f"{name}-s{seed}", config.merge(changes, {"seed": seed}), {"variant": name, "seed": seed})
+            self.run(f"{name}-s{seed}", config_files.merge(changes, {"seed": seed}), {"variant": name, "seed": seed})
             for seed in range(seeds)
             for name, changes in variants.items()
         ]
@@ -147,11 +147,11 @@ class Study:
         """A short run that trains on a part of the training set and is scored on the rest."""
         images = self.common.data.train.images
         files = {split: {"annotations": str(self.part(split)), "images": images} for split in ("train", "val")}
-        changes = config.with_settings(config.merge(changes, {"data": files}), settings)
+        changes = config_files.with_settings(config_files.merge(changes, {"data": files}), settings)
         return self.run(f"tune-{variant}-{value}", changes, {"variant": variant, "tried": value})
 
     def run(self, name: str, changes: Values, notes: Values) -> Run:
-        values = config.merge(config.with_settings({}, self.settings), changes)
+        values = config_files.merge(config_files.with_settings({}, self.settings), changes)
         values |= {"base": str(self.base.resolve()), "run": name, "output": str(self.output)}
         file = self.output / "configs" / f"{name}.yaml"
         try:
@@ -205,7 +205,7 @@ def read_variant(base: Path, name: str) -> Values:
                 raise UserError(
                     f"{file}: {key}: a variant may set only {', '.join(VARIANT_KEYS)}; set it in {base} or with --set"
                 )
-        changes = config.merge(changes, values if number == 0 else {"box_loss": values.get("box_loss", {})})
+        changes = config_files.merge(changes, values if number == 0 else {"box_loss": values.get("box_loss", {})})
     return changes
 
 
@@ -221,7 +221,7 @@ def choose(changes: Values, key: str, value: str) -> Values:
     """`changes` with `key` set to `value`; `x2` is twice the value in `changes`, or twice 1."""
     if re.fullmatch(r"x\d+(\.\d+)?", value):
         value = repr(config.flat(changes).get(key, 1) * float(value[1:]))
-    return config.with_settings(changes, [f"{key}={value}"])
+    return config_files.with_settings(changes, [f"{key}={value}"])
 
 
 def differences(runs: list[Run]) -> str:

@@ -29,7 +29,7 @@ from data.coco import CocoDataset
 from data.draw import GROUND_TRUTH, draw_boxes
 from data.images import ImageRemark
 from data.transforms import EvalTransform
-from detector import assemble, config
+from detector import assemble, config, config_files
 from detector import boxes as box_ops
 from detector.anchors import Anchors
 from detector.config import Config
@@ -113,7 +113,7 @@ def options(args: argparse.Namespace) -> Config:
     )  # the default weights would be downloaded
     if args.config:
         values = assemble.configure(args.config)
-    changed = config.merge(values.model_dump(mode="json"), {"data": named})
+    changed = config_files.merge(values.model_dump(mode="json"), {"data": named})
     cfg = assemble.resolve(changed, source, args.set)
     if not cfg.data.train.annotations:
         raise UserError(f"{source}: names no training set; give --train FILE")

@@ -21,17 +21,19 @@ import torch
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from data.analysis import IGNORED, KINDS, MISSED, RIGHT, Judged, confusion, costs, judge
+from data.analysis import IGNORED, KINDS, MISSED, RIGHT, ImageErrors, classify_errors, confusion, costs
+from data.assemble import open_dataset
 from data.coco import CocoDataset
-from data.coco_eval import coco_results, from_coco_results, score
+from data.coco_eval import score
+from data.coco_results import coco_results, from_coco_results
 from data.draw import draw_boxes
 from data.images import read_image
-from data.matches import Matches, calibration_error, match, precision_recall, reliability
+from data.matches import Outcomes, calibration_error, match, precision_recall, reliability
 from detector import checkpoint
 from detector.device import keep_freed_memory, pick_device
 from detector.errors import UserError, run_main
 from detector.inference import UNKNOWN_THRESHOLD
-from eval import detect, open_dataset
+from eval import detect
 from scripts.comparison import page, result
 
 COLOURS = {RIGHT: "#2ca02c", IGNORED: "#7f7f7f", "classification": "#e377c2", "localisation": "#ff7f0e"}
@@ -70,18 +72,14 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"{args.detections}: {error}") from None
     else:
         device = pick_device(cfg.device)
-        if device.type == "cpu":
-            keep_freed_memory()
+        keep_freed_memory(device)
         detections = detect(model, cfg, dataset, device)
     try:
         metrics = score(dataset.annotations, detections, dataset.category_ids)
     except FloatingPointError as error:
         raise UserError(f"{args.detections or args.checkpoint}: {error}") from None
     results = coco_results(detections, dataset.category_ids)
-    known = content.get("score_thresholds") or [-1.0] * len(dataset.category_ids)
-    thresholds = {
-        category: UNKNOWN_THRESHOLD if value < 0 else value for category, value in zip(dataset.category_ids, known)
-    }
+    thresholds = dict(zip(dataset.category_ids, checkpoint.score_thresholds(content, UNKNOWN_THRESHOLD)))
     sure = [entry for entry in results if entry["score"] >= thresholds[entry["category_id"]]]
     judged = judge_all(dataset, sure)
     matches = match(dataset.annotations, results)
@@ -102,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"written: {target}")
 
 
-def summary(dataset: CocoDataset, metrics: dict, matches: Matches) -> str:
+def summary(dataset: CocoDataset, metrics: dict, matches: Outcomes) -> str:
     numbers = ", ".join(f"{key} {percent(metrics[key])}" for key in ("AP", "AP50", "AP75", "APs", "APm", "APl"))
     error = calibration_error(matches)
     calibrated = f"; calibration error {error:.3f}" if error >= 0 else ""
@@ -113,10 +111,10 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f}" if value >= 0 else "-"
 
 
-def judge_all(dataset: CocoDataset, sure: list[dict]) -> dict[int, Judged]:
+def judge_all(dataset: CocoDataset, sure: list[dict]) -> dict[int, ImageErrors]:
     """The errors among the detections that are shown, by image id."""
     truth = by_image(dataset, dataset.annotations.document()["annotations"])
-    return {image: judge(truth[image], found) for image, found in by_image(dataset, sure).items()}
+    return {image: classify_errors(truth[image], found) for image, found in by_image(dataset, sure).items()}
 
 
 def by_image(dataset: CocoDataset, entries: list[dict]) -> dict[int, list[dict]]:
@@ -139,7 +137,7 @@ def by_class(metrics: dict) -> str:
     return page.table(("class", "boxes", "AP", "AP50", "AP75", "AR100", "best threshold"), lines)
 
 
-def kinds(judged: dict[int, Judged], lost: dict[str, float] | None) -> list[str]:
+def kinds(judged: dict[int, ImageErrors], lost: dict[str, float] | None) -> list[str]:
     counts = Counter(kind for one in judged.values() for kind in one.kinds)
     counts[MISSED] = sum(len(one.missed) for one in judged.values())
     cost = {kind: f"{100 * lost[kind]:.1f}" if lost else "-" for kind in KINDS}
@@ -153,7 +151,7 @@ def kinds(judged: dict[int, Judged], lost: dict[str, float] | None) -> list[str]
     return [page.text(words), table, page.figure(plot, "AP50 that each kind of error costs")]
 
 
-def curves(matches: Matches, names: dict[int, str]) -> list[str]:
+def curves(matches: Outcomes, names: dict[int, str]) -> list[str]:
     """Precision against recall of the worst classes, at IoUs of 0.5 and 0.75."""
     drawn = []
     for index, iou in ((0, 0.5), (5, 0.75)):
@@ -175,7 +173,7 @@ def curves(matches: Matches, names: dict[int, str]) -> list[str]:
     return drawn
 
 
-def calibration(matches: Matches) -> Figure:
+def calibration(matches: Outcomes) -> Figure:
     counts, scores, right = reliability(matches)
     filled = counts > 0
     plot, axis = plt.subplots(figsize=page.FIGURE, layout="constrained")
@@ -189,7 +187,7 @@ def calibration(matches: Matches) -> Figure:
     return plot
 
 
-def calibration_in_words(matches: Matches) -> str:
+def calibration_in_words(matches: Outcomes) -> str:
     error = calibration_error(matches)
     if error < 0:
         return "There are no detections."
@@ -220,7 +218,7 @@ def confused(dataset: CocoDataset, sure: list[dict]) -> list[str]:
     ]
 
 
-def pictures(dataset: CocoDataset, sure: list[dict], judged: dict[int, Judged], count: int) -> list[str]:
+def pictures(dataset: CocoDataset, sure: list[dict], judged: dict[int, ImageErrors], count: int) -> list[str]:
     """The images with the most errors, each box in the colour of its kind of error."""
     errors = {
         image: Counter(kind for kind in one.kinds if kind in KINDS) + Counter({MISSED: len(one.missed)})

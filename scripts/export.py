@@ -18,10 +18,8 @@ set or of --data. Boxes must agree within 0.05 pixels and scores within 0.0001, 
 """
 
 import argparse
-import contextlib
 import json
 import math
-import os
 import time
 import warnings
 from pathlib import Path
@@ -32,15 +30,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from data.assemble import open_dataset
 from data.coco import CocoDataset
-from detector import assemble, checkpoint
+from detector import assemble, atomic, checkpoint
 from detector.device import keep_freed_memory
 from detector.errors import UserError, run_main
 from detector.inference import MULTIPLE
 from detector.model import MEAN, STD, RetinaNet
 from detector.postprocess import Postprocess
 from detector.structures import Predictions
-from eval import open_dataset
 
 PIXELS, SCORE = 0.05, 1e-4  # tolerances of boxes and scores
 TIMED = 10  # images
@@ -125,11 +123,10 @@ def main(argv: list[str] | None = None) -> None:
     exported = Exported(
         model.eval(), postprocess, preprocessing=args.preprocessing == "inside", nms=args.nms == "inside"
     )
-    thresholds = content.get("score_thresholds") or [-1.0] * len(content["category_ids"])
     about = {
-        "class_names": content["class_names"] or [f"category {number}" for number in content["category_ids"]],
+        "class_names": checkpoint.class_names(content),
         "category_ids": content["category_ids"],
-        "score_thresholds": thresholds,
+        "score_thresholds": checkpoint.score_thresholds(content),
         "short_side": cfg.data.short_side,
         "long_side": cfg.data.long_side,
         "mean": MEAN,
@@ -140,21 +137,17 @@ def main(argv: list[str] | None = None) -> None:
     target = args.output or Path(args.checkpoint).with_suffix(".onnx")
     if target.is_dir():
         raise UserError(f"--output {target}: is a folder; give the name of a file, such as {target / 'mine.onnx'}")
-    beside = target.with_name(target.name + ".tmp")
     print(f"exporting {args.checkpoint}, which takes a minute", flush=True)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        beside.touch()  # fails now, not after a minute, if it cannot be written
-        graph = to_onnx(exported, about)
-        onnx.save(graph, beside)
-        session = onnxruntime.InferenceSession(str(beside), providers=["CPUExecutionProvider"])
-        worst = check(exported, session, dataset, args.images)
-        os.replace(beside, target)
+        with atomic.replacing(target) as beside:
+            beside.touch()  # fails now, not after a minute, if it cannot be written
+            graph = to_onnx(exported, about)
+            onnx.save(graph, beside)
+            session = onnxruntime.InferenceSession(str(beside), providers=["CPUExecutionProvider"])
+            worst = check(exported, session, dataset, args.images)
     except OSError as error:
         raise UserError(f"--output {target}: cannot be written ({error.strerror or error})") from None
-    finally:
-        with contextlib.suppress(OSError):
-            beside.unlink()
     print(
         f"{target}: {target.stat().st_size / 1e6:.1f} MB, opset {graph.opset_import[0].version}; {worst['boxes']} "
         f"boxes of {worst['images']} images agree with PyTorch, at worst within {worst['pixels']:.4f} pixels and a "

@@ -24,13 +24,13 @@ from matplotlib import pyplot as plt
 from torch import Tensor
 from tqdm import tqdm
 
+from data.assemble import open_dataset
 from data.loader import eval_loader
 from detector import assemble, checkpoint
 from detector.config import LossPart
-from detector.device import keep_freed_memory, pick_device
+from detector.device import keep_freed_memory, pick_device, place
 from detector.errors import UserError, run_main
 from detector.gradients import MU, Regions, observe
-from eval import open_dataset
 
 FINE = 300  # regions in the figures: a multiple of both numbers below
 CELL_BINS, BOX_BINS = 30, 10  # of GHM-C and GHM-R
@@ -72,9 +72,8 @@ def measure(source: str, data: list[str] | None, count: int) -> tuple[Regions, R
     model, cfg = checkpoint.build_model(content, source)
     dataset = open_dataset(source, content, cfg, data)
     device = pick_device(cfg.device)
-    if device.type == "cpu":
-        keep_freed_memory()
-    model.to(device, memory_format=torch.channels_last if cfg.channels_last else torch.contiguous_format).eval()
+    keep_freed_memory(device)
+    place(model, device, channels_last=cfg.channels_last)
     # With these losses the slope is the norm itself, so the sums of gradients are sums of norms.
     plain = {"class_loss": LossPart(name="ce"), "box_loss": LossPart(name="asl1", mu=MU)}
     criterion = assemble.build_criterion(assemble.complete(cfg.model_copy(update=plain), source)).to(device)

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from data.draw import annotate
 from data.images import read_image, suffixes
-from detector import load
+from detector import atomic, load
 from detector.errors import UserError, run_main
 from detector.inference import Detector, Found
 from scripts.conversion.found_files import Notes, kind_of, tell_unused
@@ -213,14 +213,11 @@ def draw(image: np.ndarray, found: Found, detector: Detector) -> np.ndarray:
 
 def write(path: Path, content: bytes) -> None:
     """Write to a temporary file and rename it, so that the file is complete or absent."""
-    beside = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_bytes(content)
-        os.replace(beside, path)
+        with atomic.replacing(path) as beside:
+            beside.write_bytes(content)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            beside.unlink()
         raise CannotWriteError(path, error) from None
 
 

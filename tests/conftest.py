@@ -29,7 +29,7 @@ from matplotlib import font_manager
 import train
 from data import fonts
 from data.demo import write_demo
-from detector import assemble, config
+from detector import assemble, config_files
 from detector.errors import SIGNALS, run_main
 
 COLOURS = ((255, 60, 60), (60, 255, 60), (90, 90, 255))
@@ -124,7 +124,7 @@ def tiny(demo):
             "tensorboard": {"every": 1, "images": 1},
         }
         path = folder / "tiny.yaml"
-        path.write_text(yaml.safe_dump(config.merge(values, changes)))
+        path.write_text(yaml.safe_dump(config_files.merge(values, changes)))
         return str(path)
 
     return write
@@ -195,7 +195,7 @@ def overfit(rectangles):
             "evaluation": {"every": 3},
             "tensorboard": {"every": 10, "images": 2},
         }  # fmt: skip
-        (folder / "overfit.yaml").write_text(yaml.safe_dump(config.merge(values, changes)))
+        (folder / "overfit.yaml").write_text(yaml.safe_dump(config_files.merge(values, changes)))
         cfg = assemble.configure(str(folder / "overfit.yaml"))
         return cfg.folder, train.train(cfg, torch.device("cpu"))
 

@@ -26,7 +26,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data.coco import CocoDataset
-from data.coco_eval import metrics_table, per_class_table, score
+from data.coco_eval import score
+from data.tables import metrics_table, per_class_table
 from data.transforms import TrainTransform
 from detector import assemble, config
 from detector.errors import UserError

@@ -30,8 +30,7 @@ def main() -> None:
     cases = [(side, count, *case(side, count, device)) for side in args.sides for count in args.boxes]
     calls = [{"torchvision": lambda c=c: theirs(*c), "ours": lambda c=c: IoUAssigner()(*c)} for _, _, *c in cases]
     memory = [{name: measure.peak(call) / measure.MIB for name, call in pair.items()} for pair in calls]
-    if device.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(device)
     rows = []
     for (side, count, anchors, _), pair, peaks in zip(cases, calls, memory):
         times = measure.alternate(pair, args.repeats)

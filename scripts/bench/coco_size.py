@@ -44,11 +44,13 @@ def tell(begin):
 PROGRAMS = {
     "start to the first step": """
 import train
-epoch = train.train_one_epoch
+# An older checkout calls them otherwise.
+name, limit = ("train_until", "step") if hasattr(train, "train_until") else ("train_one_epoch", "until")
+train_until = getattr(train, name)
 def first_step(*args, **options):
-    epoch(*args, **options | {"until": 1})
+    train_until(*args, **options | {limit: 1})
     tell((float(os.environ["STARTED"]), 0))
-train.train_one_epoch = first_step
+setattr(train, name, first_step)
 train.main()
 """,
     "check_data.py and eval.py: reading train": """
@@ -92,7 +94,7 @@ def saved(path, *args, **options):
     begin = clock()
     save(path, *args, **options)
     tell(begin)
-train.train_one_epoch = lambda *args, **options: None
+train.train_until = train.train_one_epoch = lambda *args, **options: None  # the second in an older checkout
 train.checkpoint.save = saved
 train.main()
 """,

@@ -323,7 +323,7 @@ def mark_calls(pipe: int) -> None:
         return marked
 
     os.write(pipe, b"b")
-    train.train_one_epoch = marking(train.train_one_epoch, b"t")
+    train.train_until = marking(train.train_until, b"t")
     train.predict = marking(train.predict, b"e")
     checkpoint.save = marking(checkpoint.save, b"s")
     Solver.step = marking(Solver.step, b"", b".")
@@ -332,7 +332,7 @@ def mark_calls(pipe: int) -> None:
 def saved(run: Path) -> int:
     """The step of the newest undamaged checkpoint; 0 without one."""
     newest = checkpoint.newest(run)
-    return newest[1]["run"]["solver"]["step"] if newest else 0
+    return newest.content["run"]["solver"]["step"] if newest else 0
 
 
 def state(path: Path) -> dict:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from detector import assemble
-from detector.device import keep_freed_memory, pick_device, pick_precision
+from detector.device import autocast, keep_freed_memory, pick_device, pick_precision
 from detector.model import RetinaNet
 from detector.solver import PRECISIONS
 from scripts.bench import measure, step
@@ -31,8 +31,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args()
     device = pick_device("auto")
-    if device.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(device)
     print(f"{measure.environment()}\nprecision of ours: {', '.join(pick_precision('auto', device))}")
     for work in args.work:
         name, side, batch = work.split(":")
@@ -72,7 +71,7 @@ def our_calls(cfg: assemble.Config, model: RetinaNet, images: Tensor) -> list[Ca
     postprocess, sizes = assemble.build_postprocess(cfg), [tuple(images.shape[-2:])] * len(images)
 
     def network() -> object:
-        with torch.no_grad(), torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
+        with torch.no_grad(), autocast(images.device, precision):
             return model(images, sizes)
 
     predictions = network()

@@ -19,12 +19,12 @@ ROOT = Path(__file__).resolve().parents[2]
 # train.py, but it exits after the first step.
 TRAIN = """
 import os, sys, train
-epoch = train.train_one_epoch
-def first_step(*args, **options):
-    epoch(*args, **options | {"until": 1})
+train_until = train.train_until
+def first_step(*args, step):
+    train_until(*args, step=1)
     print("first step done", flush=True)
     os._exit(0)
-train.train_one_epoch = first_step
+train.train_until = first_step
 train.main()
 """
 

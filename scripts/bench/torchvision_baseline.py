@@ -19,15 +19,17 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-import train
-from data.coco_eval import metrics_table, score
+from data.assemble import build_datasets
+from data.coco_eval import score
 from data.loader import eval_loader, train_loader
+from data.tables import metrics_table
 from detector import assemble, boxes, config
 from detector.backbone import BACKBONES, NORMS
 from detector.config import Config, LossPart
-from detector.device import keep_freed_memory, pick_device
+from detector.device import autocast, keep_freed_memory, pick_device
 from detector.errors import UserError, run_main
 from detector.model import MEAN, STD
+from detector.randomness import seed_everything
 from detector.structures import Batch, Detections
 
 
@@ -47,10 +49,9 @@ def main() -> None:
     (cfg.folder / "config.yaml").write_text(config.dump(cfg), encoding="utf-8")
 
     device = pick_device(cfg.device)
-    if device.type == "cpu":
-        keep_freed_memory()
-    train.seed_everything(cfg.seed)
-    train_set, val_set = train.build_datasets(cfg)
+    keep_freed_memory(device)
+    seed_everything(cfg.seed)
+    train_set, val_set = build_datasets(cfg)
     options = assemble.loader_options(cfg, device)
     batches = train_loader(train_set, cfg.solver.batch_size, **options, seed=cfg.seed)
     val_batches = eval_loader(val_set, assemble.evaluation_batch(cfg), **options)
@@ -64,11 +65,11 @@ def main() -> None:
         start = time.perf_counter()
         for batch in batches:
             images, targets = inputs(batch, device)
-            with torch.autocast(device.type, solver.precision, enabled=solver.precision != torch.float32):
+            with autocast(device, solver.precision):
                 losses = model(images, targets)
             total = torch.stack(list(losses.values())).sum()
             solver.backward(total)
-            solver.gradient_norm()
+            solver.clip_gradients()
             solver.step()
             end = time.perf_counter()
             seconds.append(end - start)

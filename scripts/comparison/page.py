@@ -7,9 +7,7 @@ Each part of a page is a str of HTML. These functions escape all text that they 
 """
 
 import base64
-import contextlib
 import io
-import os
 import warnings
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -26,6 +24,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from data import fonts
+from detector import atomic
 from detector.errors import CONTROL, UserError
 
 matplotlib.rcParams["text.parse_math"] = False  # a class may be named $x
@@ -123,14 +122,10 @@ def write(path: Path, title: str, sections: Iterable[tuple[str, Sequence[str]]])
         parts += [f"<section>{f'<h2>{_plain(heading)}</h2>' if heading else ''}", *body, "</section>"]
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{_plain(title)}</title>'
     document = f'<!DOCTYPE html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head>\n<body>'
-    beside = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text("\n".join([document, *parts, "</body></html>\n"]), encoding="utf-8")
-        os.replace(beside, path)
+        atomic.write(path, "\n".join([document, *parts, "</body></html>\n"]))
     except OSError as error:
-        with contextlib.suppress(OSError):
-            beside.unlink()
         raise UserError(f"{path}: cannot be written ({error.strerror}); give another file with --output") from None
 
 

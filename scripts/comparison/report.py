@@ -13,7 +13,7 @@ import torch
 from matplotlib import pyplot as plt
 
 from data.coco import CocoDataset
-from data.coco_eval import from_coco_results
+from data.coco_results import from_coco_results
 from data.draw import WIDTH, validation_pictures
 from data.transforms import EvalTransform
 from detector.errors import UserError

@@ -31,6 +31,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from data.annotations import load_annotations
 from data.coco_eval import IOUS
 from data.matches import average_precision, calibration_error, draw_images, match
+from detector import atomic
 from detector.errors import UserError
 
 DRAWS = 500
@@ -98,9 +99,7 @@ def write(path: Path, result: dict[str, Any]) -> None:
     """Write to a temporary file and rename it. Raises UserError if that fails."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(path.name + ".tmp")
-        beside.write_text(json.dumps(result) + "\n", encoding="utf-8")
-        os.replace(beside, path)
+        atomic.write(path, json.dumps(result) + "\n")
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 

@@ -10,19 +10,19 @@ from datetime import UTC, datetime
 from itertools import cycle, islice
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from data.assemble import build_datasets
 from data.loader import train_loader
 from detector import assemble
 from detector.config import Config
 from detector.criterion import Criterion
-from detector.device import keep_freed_memory, pick_device
+from detector.device import autocast, keep_freed_memory, pick_device, place
 from detector.model import RetinaNet
+from detector.randomness import seed_everything
 from detector.solver import Solver
 from detector.structures import Target
 from scripts.bench import measure
-from train import build_datasets, seed_everything
 
 BATCHES = 4
 ROUNDS = 20  # timed steps of each loss
@@ -35,8 +35,7 @@ def time_steps(configs: dict[str, Config], rounds: int = ROUNDS) -> dict[str, di
     """
     first = next(iter(configs.values()))
     device = pick_device(first.device)
-    if device.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(device)
     seed_everything(first.seed)
     train_set, _ = build_datasets(first)
     loader = train_loader(train_set, first.solver.batch_size, **assemble.loader_options(first, device), seed=first.seed)
@@ -44,8 +43,8 @@ def time_steps(configs: dict[str, Config], rounds: int = ROUNDS) -> dict[str, di
         (batch.images.to(device), [target.to(device) for target in batch.targets], batch.sizes)
         for batch in islice(loader, BATCHES)
     ]
-    layout = torch.channels_last if first.channels_last else torch.contiguous_format
-    model = assemble.build_model(first, len(train_set.category_ids)).to(device, memory_format=layout).train()
+    model = assemble.build_model(first, len(train_set.category_ids)).train()
+    place(model, device, channels_last=first.channels_last)
     solver = assemble.build_solver(first, model, steps_per_epoch=len(loader))
     if first.compile:
         model.compile_parts()
@@ -65,10 +64,10 @@ def training_step(
     """A function that updates the weights once from images, targets and sizes, all on the device."""
 
     def step(images: Tensor, targets: list[Target], sizes: list[tuple[int, int]]) -> None:
-        with torch.autocast(images.device.type, solver.precision, enabled=solver.precision != torch.float32):
+        with autocast(images.device, solver.precision):
             predictions = model(images, sizes)
         solver.backward(criterion(predictions, targets).total)
-        solver.gradient_norm()
+        solver.clip_gradients()
         solver.step()
 
     return step

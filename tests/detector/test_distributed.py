@@ -107,7 +107,7 @@ def run(case, shares, of):
         losses = [part(replica(images[i::of]), targets[i::of]) for i, part in zip(shares, parts)]
         terms = {name: distributed.all_sum(sum(one.terms[name].detach() for one in losses)) for name in losses[0].terms}
         solver.backward(sum(one.total for one in losses) * distributed.world_size())
-        told.append({**terms, "gradient_norm": solver.gradient_norm()})
+        told.append({**terms, "gradient_norm": solver.clip_gradients()})
         solver.step()
     moved = {name: value - start[name] for name, value in model.state_dict().items()}
     averaged = {f"averaged {name}": value - start[name] for name, value in solver.evaluated_model.state_dict().items()}
