@@ -73,8 +73,7 @@ def power(base: Tensor, exponent: float, log: Tensor | None = None) -> Tensor:
         return base
     if exponent == 2:
         return base * base
-    # Not torch.pow: compiled by torch 2.14 it may run with the exponent of an earlier call, cached on the disk.
-    return torch.exp(exponent * (torch.log(base) if log is None else log))
+    return torch.pow(base, exponent) if log is None else torch.exp(exponent * log)
 
 
 def region_of(norms: Tensor, bins: int) -> Tensor:

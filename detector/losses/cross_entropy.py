@@ -31,8 +31,10 @@ class CrossEntropy(nn.Module):
 
     def forward(self, logits: Tensor, labels: Tensor, valid: Tensor, num_pos: Tensor | float) -> Tensor:
         """logits (N, C), labels (N,) int64 with C = background, valid (N,) bool -> scalar."""
-        weights = {} if self.alpha is None else {"negative": 1 - self.alpha, "positive": self.alpha}
-        return cell_sum(_curve, logits, labels, valid, num_pos=num_pos, **weights)
+        negative, positive = (1.0, 1.0) if self.alpha is None else (1 - self.alpha, self.alpha)
+        return cell_sum(
+            _curve, logits, labels, valid, num_pos=num_pos, negative_weight=negative, positive_weight=positive
+        )
 
 
 def _curve(z: Tensor, is_positive: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ Li, Liu, Wang, "Gradient Harmonized Single-stage Detector", AAAI 2019, arXiv 181
 
 import math
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -18,13 +18,13 @@ from detector.losses.regions import count
 try:
     import numpy as np
 except ImportError:  # torch runs without it, and so do the losses
-    np = None
+    np = None  # type: ignore[assignment]
 
 Density = Literal["unit_region", "near_exact", "exact"]
 Scope = Literal["batch", "level"]
 Normalizer = Literal["valid_bins", "all_bins"]
 FINE = 128  # cells of the grid, to a window's width, that "near_exact" puts gradient norms on
-RELEASED = {
+RELEASED: dict[str, Any] = {
     "density": "unit_region",
     "scope": "level",
     "normalizer": "valid_bins",
@@ -68,6 +68,9 @@ class GradientDensity(nn.Module):
     whatever the module is converted to, `updates` () int64. In evaluation the average that this batch would give is
     used and not kept. Unless counts are local, each process must call at every step, whether or not it has examples.
     """
+
+    average: Tensor
+    updates: Tensor
 
     def __init__(
         self,
@@ -171,9 +174,9 @@ class GradientDensity(nn.Module):
 
     def _exact_shares(self, norms: Tensor, valid: Tensor | None) -> Tensor:
         """As `shares`, from a sort and two searches: O(N log N)."""
-        own = _without(norms, valid, 2).flatten()  # past every window
-        g, order = _sort(own)
-        everyone = g if self.local_counts or world_size() == 1 else _sort(all_cat(own))[0]
+        here = _without(norms, valid, 2).flatten()  # past every window
+        g, order = _sort(here)
+        everyone = g if self.local_counts or world_size() == 1 else _sort(all_cat(here))[0]
         half = 0.5 / self.bins
         # Asked for in order, so that neighbouring searches touch the same memory.
         count = torch.searchsorted(everyone, g + half) - torch.searchsorted(everyone, g - half)

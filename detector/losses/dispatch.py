@@ -14,24 +14,39 @@ MAX_VARIANTS = 128  # that are compiled of one function in a process: by loss, d
 PIECE = {"cpu": 2**17, "else": 2**25}  # cells; a GPU has no such cache, and each piece costs launches
 
 _broken: list[Exception] = []  # why torch.compile is not used any more
-_without_triton: list[Exception] = []
+_without_triton: set[Callable | None] = set()  # curves that Triton does not run; None: it runs none
 
 
 def triton_for(logits: Tensor) -> ModuleType | None:
     """The module of Triton kernels where these logits can use it; None elsewhere."""
-    if logits.device.type != "cuda" or logits.dtype == torch.float64 or not logits.numel() or _without_triton:
+    if logits.device.type != "cuda" or logits.dtype == torch.float64 or not logits.numel() or None in _without_triton:
         return None
     try:
         from detector.losses import kernels
     except Exception as error:  # not installed, or too old for what is imported from it
-        give_up_triton(error)
+        _give_up_triton(None, error)
         return None
     return kernels
 
 
-def give_up_triton(error: Exception) -> None:
-    _without_triton.append(error)
-    warnings.warn(f"the losses run without Triton, which is slower: {_first_line(error)}", stacklevel=2)
+def by_triton(logits: Tensor, kernel: str, curve: Callable, *arguments: Any) -> Any:
+    """What the kernel `sweep` or `histogram` gives for this curve; None where Triton does not run it."""
+    kernels = None if curve in _without_triton else triton_for(logits)
+    if kernels is None:
+        return None
+    try:
+        return getattr(kernels, kernel)(curve, logits, *arguments)
+    except torch.OutOfMemoryError:  # what would run instead takes more
+        raise
+    except Exception as error:  # the curve uses what kernels.py does not know, or Triton is too old
+        _give_up_triton(curve, error)
+        return None
+
+
+def _give_up_triton(curve: Callable | None, error: Exception) -> None:
+    _without_triton.add(curve)
+    subject = "the losses run" if curve is None else f"{curve.__module__}.{curve.__qualname__} runs"
+    warnings.warn(f"{subject} without Triton, which is slower: {_first_line(error)}", stacklevel=3)
 
 
 def pieces(logits: Tensor) -> Iterator[slice]:
@@ -51,7 +66,8 @@ def compiled_or_plain(logits: Tensor, function: Callable, *arguments: Any) -> An
     if compiles(logits) and not torch.compiler.is_compiling():  # where a user compiles, it becomes part of that
         try:
             # One function serves all losses, and dynamo would give it up at the ninth combination of loss and dtype.
-            with torch._dynamo.config.patch(recompile_limit=MAX_VARIANTS):
+            # Options are constants. As variables, torch 2.14 may take an earlier call's exponent from its disk cache.
+            with torch._dynamo.config.patch(recompile_limit=MAX_VARIANTS, specialize_float=True):
                 return _compiled(function)(*arguments)
         except Exception as error:  # a missing or broken compiler raises many kinds
             _broken.append(error)

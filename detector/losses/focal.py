@@ -33,8 +33,16 @@ class Focal(nn.Module):
 
     def forward(self, logits: Tensor, labels: Tensor, valid: Tensor, num_pos: Tensor | float) -> Tensor:
         """logits (N, C), labels (N,) int64 with C = background, valid (N,) bool -> scalar."""
-        weights = {"negative": 1 - self.alpha, "positive": self.alpha}
-        return cell_sum(_curve, logits, labels, valid, self.gamma, num_pos=num_pos, **weights)
+        return cell_sum(
+            _curve,
+            logits,
+            labels,
+            valid,
+            self.gamma,
+            num_pos=num_pos,
+            negative_weight=1 - self.alpha,
+            positive_weight=self.alpha,
+        )
 
 
 def _curve(z: Tensor, is_positive: Tensor | None, gamma: float) -> tuple[Tensor, Tensor]:

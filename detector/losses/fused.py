@@ -25,14 +25,14 @@ def cell_sum(
     valid: Tensor,
     *params: Tensor | float,
     num_pos: Tensor | float = 1.0,
-    negative: float = 1.0,
-    positive: float = 1.0,
+    negative_weight: float = 1.0,
+    positive_weight: float = 1.0,
     quality: Tensor | None = None,
 ) -> Tensor:
-    """Sum over all valid cells of the curve's value, times `negative` or `positive`, / num_pos -> at least float32.
+    """Sum over all valid cells of the curve's value x the cell's weight / num_pos -> at least float32.
 
     curve: (z, is_positive, *params) -> (value, slope), cell by cell. is_positive says which cells are; it is None where
-        none is. A loss that knows its slope only through autograd wraps its curve with `slope_by_autograd`.
+        none is. A loss that knows its slope only through autograd wraps its curve in `SlopeByAutograd`.
     logits (N, C) of any float type, labels (N,) int64 with C = background, valid (N,) bool
     params: (K,) tensors first, then numbers; none gets a gradient
     quality (N,): how good each positive's box is. The curve gets it as its third argument, None where is_positive is.
@@ -40,21 +40,21 @@ def cell_sum(
     # Dividing each cell and not their sum rounds a gradient in half precision once. The scale is a tensor because each
     # new number would compile again; full() fills it on the device, without a copy that would wait.
     scale = torch.full((), 1.0, dtype=accumulator(logits), device=logits.device) / num_pos
-    return _CellSum.apply(logits, labels, valid, quality, curve, (scale, negative, positive), params)
+    return _CellSum.apply(logits, labels, valid, quality, curve, (scale, negative_weight, positive_weight), params)
 
 
-def slope_by_autograd(value: Callable[..., Tensor]) -> Curve:
+class SlopeByAutograd:
     """The curve of a loss that is given by its value alone: (z, is_positive, *params) -> value, in torch functions."""
 
-    def curve(z: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    def __init__(self, value: Callable[..., Tensor]):
+        self.value = value
+
+    def __call__(self, z: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             z = z.detach().requires_grad_()
-            result = value(z, *rest)
-            (slope,) = torch.autograd.grad(result.sum(), z)
-        return result.detach(), slope
-
-    curve.in_pieces = True
-    return curve
+            value = self.value(z, *rest)
+            (slope,) = torch.autograd.grad(value.sum(), z)
+        return value.detach(), slope
 
 
 class _CellSum(torch.autograd.Function):
@@ -92,12 +92,10 @@ def _value_and_gradient(
     weights: tuple[Tensor, float, float],
     params: tuple,
 ) -> tuple[Tensor, Tensor]:
-    kernels = None if getattr(curve, "in_pieces", False) else dispatch.triton_for(logits)
-    if kernels is not None:
-        try:
-            return kernels.sweep(curve, logits, labels, valid, quality, weights, params, _kept(logits))
-        except Exception as error:  # old versions lack what the kernels are written in
-            dispatch.give_up_triton(error)
+    if not isinstance(curve, SlopeByAutograd):
+        given = (labels, valid, quality, weights, params, _kept(logits))
+        if (result := dispatch.by_triton(logits, "sweep", curve, *given)) is not None:
+            return result
     scale, negative, positive = weights
     scales = negative * scale, positive * scale
     if logits.device.type != "cpu":
@@ -120,12 +118,12 @@ def _all_rows(
     scales: tuple[Tensor, Tensor],
     params: tuple,
 ) -> tuple[Tensor, Tensor]:
-    if dispatch.compiles(logits) and not getattr(curve, "in_pieces", False):
+    if dispatch.compiles(logits) and not isinstance(curve, SlopeByAutograd):
         return dispatch.compiled_or_plain(logits, _sweep, curve, logits, counted, labels, quality, scales, params)
     value, gradient = logits.new_zeros((), dtype=accumulator(logits)), torch.empty_like(logits, dtype=_kept(logits))
     for rows in dispatch.pieces(logits):
-        given = (None if rowwise is None else rowwise[rows] for rowwise in (labels, quality))
-        part, gradient[rows] = _sweep(curve, logits[rows], counted[rows], *given, scales, params)
+        label, good = (None if given is None else given[rows] for given in (labels, quality))
+        part, gradient[rows] = _sweep(curve, logits[rows], counted[rows], label, good, scales, params)
         value = value + part
     return value, gradient
 
@@ -145,17 +143,24 @@ def _sweep(
     if labels is None:
         if quality is not None:
             params = (None, *params)
-        value, slope = curve(z, None, *params)
+        value, slope = _value_and_slope(curve, z, None, *params)
         value, slope = value * negative, slope * negative
     else:
         if quality is not None:
             params = (quality.to(z.dtype)[:, None], *params)
         at_label = torch.arange(z.shape[1], device=z.device) == labels[:, None]
-        value, slope = curve(torch.where(at_label, -z, z), at_label, *params)
+        value, slope = _value_and_slope(curve, torch.where(at_label, -z, z), at_label, *params)
         value = value * torch.where(at_label, positive, negative)
         slope = slope * torch.where(at_label, -positive, negative)
     value = torch.where(counted, value.sum(-1), 0).sum()  # by rows first: a flat float32 sum loses digits
     return value, torch.where(counted[:, None], slope, 0).to(_kept(logits))
+
+
+def _value_and_slope(curve: Curve, *arguments: Any) -> tuple[Tensor, Tensor]:
+    result = curve(*arguments)
+    if isinstance(result, Tensor):
+        raise TypeError("the curve returns a value without its slope; give SlopeByAutograd(curve) to cell_sum")
+    return result
 
 
 def _kept(logits: Tensor) -> torch.dtype:

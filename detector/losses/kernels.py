@@ -236,6 +236,11 @@ def _where(condition, x, y):
 
 
 @triton.jit
+def _pow(x, y):
+    return tl.exp2(y * tl.log2(x))
+
+
+@triton.jit
 def _lookup(table, index):
     return tl.load(table + index)
 
@@ -247,9 +252,20 @@ def _ordered_bits(z):
 
 
 TORCH = ModuleType("torch")  # a module, since Triton lets kernels use modules' functions
-TORCH.exp, TORCH.abs, TORCH.sigmoid, TORCH.relu, TORCH.sign = _exp, _abs, _sigmoid, _relu, _sign
-TORCH.log, TORCH.clamp, TORCH.where = _log, _clamp, _where
-TORCH.int32, TORCH.float64 = tl.int32, tl.float64
+for _name, _meaning in {
+    "exp": _exp,
+    "log": _log,
+    "abs": _abs,
+    "sign": _sign,
+    "sigmoid": _sigmoid,
+    "relu": _relu,
+    "clamp": _clamp,
+    "pow": _pow,
+    "where": _where,
+    "int32": tl.int32,
+    "float64": tl.float64,
+}.items():
+    setattr(TORCH, _name, _meaning)
 
 INTERPRETED = not isinstance(_exp, triton.JITFunction)
 CELLS = {cells.lookup: _lookup, cells.ordered_bits: _ordered_bits}
@@ -273,7 +289,8 @@ def translated(function: Callable, numbers: tuple = ()) -> triton.JITFunction:
         elif inspect.isfunction(value):
             names[name] = translated(value)
     tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    definition = tree.body[0]
+    (definition,) = tree.body
+    assert isinstance(definition, ast.FunctionDef)
     definition.returns = None  # Triton would look annotations up among its own types
     arguments = definition.args.args
     for argument in arguments:

@@ -70,7 +70,8 @@ def kth_largest(logits: Tensor, labels: Tensor, valid: Tensor, k: Tensor | int, 
     if logits.device.type != "cpu" and logits.dtype != torch.float64:
         return _by_digits(logits, labels, valid, k, negatives)
     hardest = logits.new_empty(0, dtype=accumulator(logits))
-    bound = -torch.inf
+    bound: Tensor | float = -torch.inf
+    k = int(k)
     for rows in dispatch.pieces(logits):
         z = logits_against_truth(logits[rows], labels[rows], valid[rows])
         ranks = valid[rows, None] & (z >= bound)
@@ -80,7 +81,7 @@ def kth_largest(logits: Tensor, labels: Tensor, valid: Tensor, k: Tensor | int, 
         if 0 < k < len(hardest):
             bound = hardest.topk(k, sorted=False).values.min()
             hardest = hardest[hardest >= bound]  # and what ties
-    k = min(int(k), len(hardest))
+    k = min(k, len(hardest))
     if k == 0:
         return hardest.new_tensor([torch.inf, 0])
     last = hardest.kthvalue(len(hardest) - k + 1).values

@@ -50,7 +50,7 @@ def _curve(z: Tensor, is_positive: Tensor | None, quality: Tensor | None, beta: 
     m, what a positive lacks to full quality, is where p should be: 0 for background.
     """
     p, softplus = sigmoid_softplus(z)
-    lack = 0.0 if is_positive is None else torch.where(is_positive, 1 - quality, 0.0)
+    lack = 0.0 if is_positive is None or quality is None else torch.where(is_positive, 1 - quality, 0.0)
     off = p - lack
     distance = torch.abs(off)
     entropy = softplus - lack * z

@@ -38,21 +38,19 @@ def histogram(
     Counts are integers, since float32 stops counting at 2^24 and one image has 16 million cells.
     """
     logits = logits.detach()
-    if (kernels := dispatch.triton_for(logits)) is not None:
-        try:
-            return kernels.histogram(index, logits, labels, valid, bins, params)
-        except Exception as error:  # old versions lack what the kernels are written in
-            dispatch.give_up_triton(error)
+    if (by_triton := dispatch.by_triton(logits, "histogram", index, labels, valid, bins, params)) is not None:
+        return by_triton
     counts = torch.zeros(bins, dtype=torch.int64, device=logits.device)
     if logits.device.type == "cpu":  # which rows have a positive is known here, so that the others need no labels
         is_positive = labels < logits.shape[1]
         few = (valid & is_positive).nonzero()[:, 0]
         counts += _count_cells(index, logits[few], labels[few], valid[few], bins, params)
-        labels, valid = None, valid & ~is_positive
+        valid = valid & ~is_positive
         if index is _region and bins <= PACKED_BINS and dispatch.compiles(logits):
             return counts + _count_packed(logits, valid, bins)
     for rows in dispatch.pieces(logits):
-        counts += _count_cells(index, logits[rows], None if labels is None else labels[rows], valid[rows], bins, params)
+        given = None if logits.device.type == "cpu" else labels[rows]
+        counts += _count_cells(index, logits[rows], given, valid[rows], bins, params)
     return counts
 
 

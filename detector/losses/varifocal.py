@@ -56,7 +56,7 @@ def _curve(
     p, softplus = sigmoid_softplus(z)
     modulator = alpha * power(p, gamma, z - softplus)
     value, slope = modulator * softplus, modulator * (gamma * (1 - p) * softplus + p)
-    if is_positive is not None:
+    if is_positive is not None and quality is not None:
         value = torch.where(is_positive, quality * (softplus - (1 - quality) * z), value)
         slope = torch.where(is_positive, quality * (p - (1 - quality)), slope)
     return value, slope

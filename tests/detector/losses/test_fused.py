@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from detector.losses import GHMC, OHEM, CrossEntropy, Focal, QualityFocal, Varifocal, dispatch, ohem, regions
-from detector.losses.fused import cell_sum, slope_by_autograd
+from detector.losses.fused import SlopeByAutograd, cell_sum
 from detector.losses.ohem import kth_largest
 
 
@@ -111,7 +111,7 @@ def check(name, case, rtol=2e-6):
 @pytest.fixture(params=["pieces", pytest.param("compiled", marks=needs_compiler), "triton"])
 def way(request, monkeypatch):
     monkeypatch.setattr(dispatch, "_broken", [])
-    monkeypatch.setattr(dispatch, "_without_triton", [])
+    monkeypatch.setattr(dispatch, "_without_triton", set())
     if request.param == "compiled":
         monkeypatch.setattr(dispatch, "COMPILED_FROM", 1)
     elif request.param == "pieces":
@@ -192,12 +192,55 @@ def test_a_loss_given_by_its_value_alone(way):
         return torch.sigmoid(z) ** gamma * F.softplus(z)
 
     logits, labels, valid, _ = batch()
-    curve = slope_by_autograd(value)
-    form = partial(cell_sum, curve, num_pos=3, negative=0.75, positive=0.25)
+    curve = SlopeByAutograd(value)
+    form = partial(cell_sum, curve, num_pos=3, negative_weight=0.75, positive_weight=0.25)
     found, slope = value_and_grad(lambda x: form(x, labels, valid, 2.0), logits)
     truth, true_slope = value_and_grad(lambda x: Focal()(x, labels, valid, 3), logits)
     torch.testing.assert_close(found, truth, rtol=2e-6, atol=0)
     torch.testing.assert_close(slope, true_slope, rtol=1e-4, atol=1e-7)
+
+
+def raised(z, is_positive, exponent):
+    p = torch.sigmoid(z)
+    return p**exponent, exponent * p**exponent * (1 - p)
+
+
+@needs_compiler
+def test_an_option_is_never_that_of_an_earlier_call(monkeypatch):
+    """torch 2.14 compiles an exponent as a variable, and finds another's kernel in its cache on the disk."""
+    monkeypatch.setattr(dispatch, "_broken", [])
+    monkeypatch.setattr(dispatch, "COMPILED_FROM", 1)
+    logits, labels, valid, _ = batch()
+    for exponent in (0.0, 0.5, 2.0, 2.5):
+        torch.compiler.reset()  # as in a new process
+        value = cell_sum(raised, logits, labels, valid, exponent)
+        z = torch.where(torch.arange(20) == labels[:, None], -logits, logits)[valid]
+        assert value.item() == pytest.approx((z.sigmoid() ** exponent).sum().item(), rel=1e-5)
+    torch.compiler.reset()
+
+
+def test_a_curve_without_its_slope_says_what_to_do():
+    with pytest.raises(TypeError, match=r"SlopeByAutograd\(curve\)"):
+        cell_sum(lambda z, is_positive: z, *batch()[:3])
+
+
+def test_a_curve_that_triton_cannot_run_runs_without_it(monkeypatch):
+    monkeypatch.setattr(dispatch, "_without_triton", set())
+    use_triton(monkeypatch)
+    logits, labels, valid, _ = batch(rows=20)
+    expected = cell_sum(raised, logits.double(), labels, valid, 2.0)  # float64 never runs by Triton
+
+    def sinh(z, is_positive):
+        p = torch.special.expit(z)  # kernels.py does not know it
+        return p**2, 2 * p**2 * (1 - p)
+
+    with pytest.warns(UserWarning, match="sinh runs without Triton"):
+        value = cell_sum(sinh, logits, labels, valid)
+    torch.testing.assert_close(value.double(), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # said once; and the other losses go on by Triton
+        cell_sum(sinh, logits, labels, valid)
+        check("ce", batch())
 
 
 @pytest.mark.parametrize("name", ["ce", "ohem", "focal", "ghm_c", "qfl"])

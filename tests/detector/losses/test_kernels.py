@@ -39,7 +39,10 @@ class Compiled:  # in place of a kernel: compiles it for what it is called with,
 for name in ("_sweep", "_histogram", "_scale"):
     setattr(kernels, name, Compiled(getattr(kernels, name)))
 dispatch.triton_for = lambda logits: kernels
-dispatch.give_up_triton = lambda error: (_ for _ in ()).throw(error)
+def give_up(curve, error):
+    raise error
+
+dispatch._give_up_triton = give_up
 logits = torch.zeros(50, 8, dtype=torch.bfloat16, requires_grad=True)
 labels, valid = torch.full((50,), 8), torch.ones(50, dtype=torch.bool)
 for name, make in CLASS_LOSSES.items():
