@@ -37,7 +37,7 @@ from detector import boxes as box_ops
 from detector.anchors import Anchors
 from detector.config import Config
 from detector.errors import UserError, run_main
-from detector.inference import MULTIPLE
+from detector.resize import STRIDE
 from scripts import page
 
 FITS = 0.5  # IoU from which an anchor is taught a box
@@ -172,7 +172,7 @@ def best_iou(anchors: Anchors, boxes: np.ndarray, sizes: list[tuple[int, int]]) 
     best = np.zeros(len(boxes), np.float32)
     by_size: dict[tuple[int, int], list[int]] = {}
     for place, size in enumerate(sizes):
-        by_size.setdefault(tuple(-(-side // MULTIPLE) * MULTIPLE for side in size), []).append(place)
+        by_size.setdefault(tuple(-(-side // STRIDE) * STRIDE for side in size), []).append(place)
     for size, places in by_size.items():
         own = torch.from_numpy(boxes[places])
         centres = (own[:, :2] + own[:, 2:]) / 2
