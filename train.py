@@ -69,8 +69,7 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False, accept_cha
         model.compile_parts()
     run = Run(cfg, solver, criterion, train_set.category_ids, train_set.class_names, steps_per_epoch=len(batches))
     changes = run.resume(saved, accept_changes=accept_changes) if saved else []
-    sets = {"data.train": train_set.fingerprint(), "data.val": val_set.fingerprint()}
-    distributed.same_everywhere(run.settings_of_all() | sets)
+    run.refuse_differences({"data.train": train_set.fingerprint(), "data.val": val_set.fingerprint()})
     run.open_folder()
 
     board = cfg.tensorboard
@@ -91,9 +90,8 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False, accept_cha
             train_on(run, replica, batches, stop, logger, device)
             if run.evaluation_due:
                 metrics = evaluate(run, val_set, val_batches, stop, logger, device)
-    logger.say(metrics_table(metrics))
-    files = "last.pt, best.pt, metrics.json, detections.json, detections.png"
-    logger.say(f"in {cfg.folder}: {files}; tensorboard --logdir {cfg.output}")
+    files = f"in {cfg.folder}: last.pt, best.pt, metrics.json, detections.json, detections.png"
+    logger.say(f"{metrics_table(metrics)}\n{files}; tensorboard --logdir {cfg.output}")
     return metrics
 
 

@@ -1,8 +1,8 @@
 """The images of a data set decoded and resized once, in one file that every process maps.
 
 The file holds raw pixels, uint8 RGB, image after image; where each lies follows from the sizes. Its name is a digest of
-all that its content depends on: for other files, or ones touched since, or another size, there is another cache. One
-that no run asks for any more stays until somebody deletes it.
+everything its content depends on: other files, files changed since, or another size make another cache. A
+cache that no run uses any more stays until you delete it.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from data.transforms import resize
 from detector.atomic import replacing
 from detector.errors import UserError
 
-FORMAT = 1  # raise it when the same images come to give other bytes
+FORMAT = 1  # to be raised when the same images give other bytes
 
 Sizes = Sequence[tuple[int, int]]
 
@@ -33,9 +33,9 @@ class Cache:
     """Images by index, as (h, w, 3) uint8 RGB.
 
     Args:
-        folder: where the cache is looked for, and built unless it is there and whole
+        folder: of the cache, which is built unless it is there and whole
         files, sizes: of the images, as read_image takes them
-        kept: (height, width) in which each is kept
+        kept: (height, width) of each in the cache
 
     Raises UserError where the folder cannot be written or lacks room, and for an image that cannot be read.
     """
@@ -105,7 +105,7 @@ class Cache:
 
 
 def _alone(folder: Path) -> TextIO:
-    """A file that one process at a time has open, where the system can; where it cannot, several do the same work."""
+    """A lock for one process at a time; on systems without file locks, several processes do the same work."""
     file = os.fdopen(os.open(folder / ".lock", os.O_RDONLY | os.O_CREAT))  # readable, as it may be another user's
     with contextlib.suppress(ImportError, OSError):
         import fcntl  # not on Windows

@@ -43,15 +43,14 @@ class Transform(Protocol):
 class CocoDataset(Dataset):
     """Samples of one annotation file.
 
-    Without `images`, the folder of the images is looked for where common exporters put it. A validation set is given
+    Without `images`, the folder of the images is searched where common exporters put it. A validation set is given
     the `category_ids` (and, to have them compared, the `class_names`) of the training set, so that a label means the
     same class in both. `cache` is a folder to keep the images in, decoded and resized for the transform, or empty;
     samples are the same to the bit where the transform neither jitters nor distorts. With `trust`, boxes that look like
     another format are taken as they stand.
 
-    Raises UserError for whatever is wrong with the annotation file or the boxes in it and for a missing image, at once;
-    for an image that cannot be decoded or has another size than its record says, when it is read, which is at once too
-    where a cache is to be built.
+    Raises UserError at once for an error in the annotation file or its boxes and for a missing image; for an image that
+    cannot be decoded, or has another size than its record, when it is read: at once too if a cache is built.
     """
 
     def __init__(
@@ -89,7 +88,7 @@ class CocoDataset(Dataset):
             self.cache = Cache(cache, files, self.sizes, [transform.largest(*size) for size in self.sizes])
 
     def _complete_sizes(self) -> None:
-        """Read the sizes that the file does not say from the images."""
+        """Read the sizes that are not in the file from the images."""
         sizes = self.annotations.sizes
         unsaid = np.flatnonzero((sizes == 0).any(axis=1))
         if len(unsaid):
@@ -163,7 +162,7 @@ class CocoDataset(Dataset):
             )
 
     def summary(self) -> str:
-        """One paragraph on what training sees of the file and what it does not."""
+        """What training takes of the file and what it leaves out, in one paragraph."""
         examples = ", ".join(map(str, self.dropped_ids[:3])) + (", ..." if len(self.dropped_ids) > 3 else "")
         return (
             f"{self.path}: {len(self):,} images, {self.num_boxes:,} boxes, {len(self.category_ids)} classes; "
@@ -176,7 +175,7 @@ class CocoDataset(Dataset):
         )
 
     def fingerprint(self) -> str:
-        """What must be the same in all processes of a run, wherever the files lie."""
+        """A digest that must be equal in all processes of a run, wherever the files are."""
         digest = hashlib.sha256(repr((self.image_ids, self.sizes, self.category_ids)).encode())
         digest.update(self._boxes.tobytes())
         digest.update(self._labels.tobytes())
@@ -191,7 +190,7 @@ class CocoDataset(Dataset):
         return len(self.image_ids)
 
     def __getstate__(self) -> dict:
-        # What goes to a worker process that is not forked: it needs no annotations, which are all over again in _boxes.
+        # For a worker process that is not forked. It does not need the annotations: _boxes has them.
         return {**self.__dict__, "annotations": None}
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Target, int, tuple[int, int]]:
@@ -200,21 +199,21 @@ class CocoDataset(Dataset):
         The key is an index, or an index and the seed of the augmentation, which depends on nothing else.
         """
         index, seed = key if isinstance(key, tuple) else (key, 0)
-        own, size = slice(self._starts[index], self._starts[index + 1]), self.sizes[index]
+        rows, size = slice(self._starts[index], self._starts[index + 1]), self.sizes[index]
         if self.cache is None:
-            image, boxes = read_image(self.folder / self.file_names[index], size), self._boxes[own].copy()
+            image, boxes = read_image(self.folder / self.file_names[index], size), self._boxes[rows].copy()
         else:
             image = self.cache[index]
-            boxes = scale_boxes(self._boxes[own], size, image.shape[:2])
-        image, boxes, labels = self.transform(image, boxes, self._labels[own].copy(), seed)
+            boxes = scale_boxes(self._boxes[rows], size, image.shape[:2])
+        image, boxes, labels = self.transform(image, boxes, self._labels[rows].copy(), seed)
         target = Target(torch.from_numpy(boxes), torch.from_numpy(labels))
         return torch.from_numpy(image).permute(2, 0, 1), target, self.image_ids[index], size
 
 
 def _elsewhere(path: Path, names: list[str], folder: Path) -> str:
-    """A hint at the folder that does hold the images, if there is one where it is looked for by default."""
+    """A hint at the folder that has the images, if there is one in the default places."""
     try:
-        found = find_folder(path, names)
+        other = find_folder(path, names)
     except UserError:
         return ""
-    return f"; all are in {found}" if found.resolve() != folder.resolve() else ""
+    return f"; all are in {other}" if other.resolve() != folder.resolve() else ""

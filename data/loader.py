@@ -15,9 +15,8 @@ from torch.utils.data import Sampler
 from data.coco import CocoDataset, Sample
 from data.workers import BatchLoader, start_worker
 from detector.errors import UserError
+from detector.resize import STRIDE
 from detector.structures import Batch
-
-STRIDE = 32  # of C5: padded sides must be multiples of it
 
 
 def train_loader(

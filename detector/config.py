@@ -70,7 +70,7 @@ class LossPart(Part):
 
 class Files(Options):
     annotations: FilePath = ""  # a COCO annotation file
-    images: FilePath = ""  # the folder its file names start from; left out, it is looked for beside the annotation file
+    images: FilePath = ""  # the folder its file names start from; by default searched beside the annotation file
 
 
 class Data(Options):
@@ -84,8 +84,8 @@ class Data(Options):
     vertical_flip: float = Field(0.0, ge=0, le=1)  # probability
     scale_jitter: tuple[float, float] = (1.0, 1.0)  # training images are resized by a factor drawn from this range
     strong: bool = False  # also colour, crops that keep boxes, affine maps
-    cache: FilePath = ""  # a folder to keep the images in, decoded and resized, for sets that fit on its disk
-    trust: bool = False  # take boxes as they stand that look like another format, and train without any box
+    cache: FilePath = ""  # a folder for the decoded and resized images, where its disk has room for them
+    trust: bool = False  # accept boxes that look like another format, and training without any box
 
     @model_validator(mode="after")
     def _ordered(self) -> "Data":
@@ -145,10 +145,10 @@ class Solver(Options):
     lr: float = Field(0.01, gt=0)  # for batches of lr_batch_size
     lr_batch_size: int | None = Field(16, ge=1)  # lr scales from here to batch_size; null: lr is as given
     batch_size: int = Field(16, ge=1, le=2**20)  # images a step, over all processes and accumulated parts
-    # Parts a step is computed in, one after the other, to save memory. The loss is that of the whole batch, for which
-    # each part is computed twice: once for what the model says of all, once for the gradient.
+    # Parts in which a step is computed, one after the other, to save memory. The loss is that of the whole batch, so
+    # each part is computed twice: once for its predictions, once for the gradient.
     accumulate: int = Field(1, ge=1)
-    epochs: int = Field(12, ge=1)  # times that each image is seen
+    epochs: int = Field(12, ge=1)  # how often each image is seen
     max_steps: int | None = Field(None, ge=1)  # ends the training, and its schedule, earlier
     momentum: float = Field(0.9, ge=0, lt=1)  # of sgd
     weight_decay: float = Field(1e-4, ge=0)  # not of norms and biases
@@ -159,7 +159,7 @@ class Solver(Options):
     decay_factor: float = Field(0.1, gt=0, lt=1)  # of lr, each time
     clip_norm: float | None = Field(None, gt=0)  # largest norm of the gradient
     ema: float | None = Field(None, gt=0, lt=1)  # decay of the averaged weights; evaluation then uses them
-    skip_nonfinite: int = Field(0, ge=0)  # steps of a run that may be left out where loss or gradient is not finite
+    skip_nonfinite: int = Field(0, ge=0)  # steps of a run that may be skipped where loss or gradient is not finite
 
     @model_validator(mode="after")
     def _whole_parts(self) -> "Solver":
@@ -171,9 +171,9 @@ class Solver(Options):
 
 
 class PostprocessOptions(Options):
-    score_threshold: float = Field(0.05, ge=0, lt=1)  # what scores no more is dropped
+    score_threshold: float = Field(0.05, ge=0, lt=1)  # detections that do not exceed it are dropped
     top_k: int = Field(1000, ge=1)  # a level, before NMS
-    nms_iou: float = Field(0.5, ge=0, le=1)  # of two boxes of a class that overlap more, the better stays
+    nms_iou: float = Field(0.5, ge=0, le=1)  # of two boxes of a class that overlap more, the worse is dropped
     max_detections: int = Field(100, ge=1)  # an image
 
 
@@ -190,7 +190,7 @@ class TensorBoard(Options):
     enabled: bool = True  # write its files
     every: int = Field(20, ge=1)  # steps
     images: int = Field(8, ge=0)  # validation images drawn at each evaluation
-    gradients: int = Field(200, ge=0)  # steps between two pictures of what the losses do to the gradient; 0: none
+    gradients: int = Field(200, ge=0)  # steps between two histograms of the gradient; 0: none
 
 
 class Config(Options):
@@ -198,10 +198,10 @@ class Config(Options):
     output: FilePath = "runs"  # the folder of all runs
     seed: int = Field(0, ge=0, lt=2**63)  # of the initial weights, the order of images and their augmentation
     device: str = "auto"  # auto | cpu | cuda | cuda:1 | mps
-    # Of the model; the criterion is always float32. auto: bfloat16 where the hardware gains by it
+    # Of the model; the criterion is always float32. auto: bfloat16 where that is faster
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    channels_last: bool = True  # the memory format of images and activations, which convolutions are fastest in
-    compile: bool = False  # torch.compile: slow first steps, then faster; anew for each padded size (data.pad_to)
+    channels_last: bool = True  # the memory format of images and activations: the fastest for convolutions
+    compile: bool = False  # torch.compile: faster after slow first steps, once for each padded size (data.pad_to)
     data: Data = Data()
     model: Model = Model()
     anchors: Part = Part(name="grid")

@@ -84,7 +84,7 @@ def _robust(stream: Any) -> Any:
     return stream
 
 
-_stopped: Stopped | None = None  # kept, since a library may make another error of what is raised in its callbacks
+_stopped: Stopped | None = None  # a library may turn what is raised in its callbacks into another error
 
 
 def run_main(main: Callable[[], None], *, after_stop: str = "") -> None:
@@ -108,7 +108,7 @@ def run_main(main: Callable[[], None], *, after_stop: str = "") -> None:
         finally:
             listen(_ignore, *SIGNALS[1:])  # it is ending already
     except (UserError, FloatingPointError, LostProcess) as error:
-        line = "error: " + CONTROL.sub(lambda found: ascii(found[0])[1:-1], str(error))
+        line = "error: " + CONTROL.sub(lambda match: ascii(match[0])[1:-1], str(error))
         code = 2 if isinstance(error, UserError) else 1
     except BaseException as error:
         stopped = Stopped(signal.SIGINT) if isinstance(error, KeyboardInterrupt) else _stopped or error

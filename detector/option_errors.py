@@ -24,8 +24,8 @@ def describe(error: ValidationError, options: type[BaseModel], where: str = "", 
         text = f"{key}: unknown option; {hint}"
     else:
         message = first["msg"].removeprefix("Value error, ")
-        found = "" if isinstance(first["input"], (dict, BaseModel)) else f" (found {shown(first['input'])})"
-        text = f"{key}: {message}{found}" if key else message  # a rule of the whole names its options itself
+        given = "" if isinstance(first["input"], (dict, BaseModel)) else f" (found {shown(first['input'])})"
+        text = f"{key}: {message}{given}" if key else message  # a rule about several options names them itself
     more = error.error_count() - 1
     return one_line(text) + (f" (and {more} more)" if more else "")
 

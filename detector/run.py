@@ -157,12 +157,12 @@ class Run:
             if before.get(key) != now.get(key) and not key.startswith(MAY_CHANGE)
         ]
 
-    def settings_of_all(self) -> dict[str, object]:
-        """Values that all processes of a run must share; where results and data lie may differ."""
+    def refuse_differences(self, data: dict[str, str]) -> None:
+        """UserError where processes differ in config, checkpoint or `data`; the places of results and data may."""
         options = config.flat(self.cfg.model_dump(mode="json"))
         places = ("output", "data.train", "data.val")
         shared = {key: value for key, value in options.items() if not key.startswith(places)}
-        return shared | {"the checkpoint's step": self.step}
+        distributed.same_everywhere(shared | data | {"the checkpoint's step": self.step})
 
     def open_folder(self) -> None:
         """Make the run's folder and write its config."""

@@ -11,10 +11,10 @@ Item = TypeVar("Item")
 
 
 class Stop:
-    """A context in which the first of SIGNALS is noted in `number`, and raises Stopped only in `between`.
+    """A context that notes the first of SIGNALS in `number`, and raises Stopped only in `between`.
 
-    A second Ctrl-C ends the process at once, as it would without us. SIGTERM and SIGHUP may come any number of times:
-    torchrun passes on what the whole group has got already.
+    A second Ctrl-C ends the process at once, as Python does. SIGTERM and SIGHUP may come more than once: torchrun
+    passes on what the whole group has received already.
     """
 
     def __init__(self) -> None:

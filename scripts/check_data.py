@@ -34,7 +34,7 @@ from detector import boxes as box_ops
 from detector.anchors import Anchors
 from detector.config import Config
 from detector.errors import UserError, run_main
-from detector.inference import MULTIPLE
+from detector.resize import STRIDE
 from scripts.comparison import page
 
 FITS = 0.5  # an anchor with this IoU learns the box
@@ -171,7 +171,7 @@ def best_iou(anchors: Anchors, boxes: np.ndarray, sizes: list[tuple[int, int]]) 
     best = np.zeros(len(boxes), np.float32)
     by_size: dict[tuple[int, int], list[int]] = {}
     for index, size in enumerate(sizes):
-        by_size.setdefault(tuple(-(-side // MULTIPLE) * MULTIPLE for side in size), []).append(index)
+        by_size.setdefault(tuple(-(-side // STRIDE) * STRIDE for side in size), []).append(index)
     for size, indices in by_size.items():
         of_size = torch.from_numpy(boxes[indices])
         centres = (of_size[:, :2] + of_size[:, 2:]) / 2

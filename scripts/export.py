@@ -35,9 +35,9 @@ from data.coco import CocoDataset
 from detector import assemble, atomic, checkpoint
 from detector.device import keep_freed_memory
 from detector.errors import UserError, run_main
-from detector.inference import MULTIPLE
 from detector.model import MEAN, STD, RetinaNet
 from detector.postprocess import Postprocess
+from detector.resize import STRIDE
 from detector.structures import Predictions
 
 PIXELS, SCORE = 0.05, 1e-4  # tolerances of boxes and scores
@@ -171,7 +171,7 @@ class Exported(nn.Module):
         if self.preprocessing:
             height, width = images.shape[1], images.shape[2]
             images = (images.permute(0, 3, 1, 2).float() - self.model.mean) / self.model.std
-            images = F.pad(images, (0, -width % MULTIPLE, 0, -height % MULTIPLE))
+            images = F.pad(images, (0, -width % STRIDE, 0, -height % STRIDE))
         else:
             height, width = images.shape[2], images.shape[3]
         predictions = self.predictions(images)
@@ -209,7 +209,7 @@ def to_onnx(exported: Exported, about: dict):
     if exported.preprocessing:
         example, free = torch.zeros(2, 170, 210, 3, dtype=torch.uint8), {0: dynamic, 1: dynamic, 2: dynamic}
     else:
-        example, free = torch.zeros(2, 3, 5 * MULTIPLE, 7 * MULTIPLE), {0: dynamic, 2: dynamic, 3: dynamic}
+        example, free = torch.zeros(2, 3, 5 * STRIDE, 7 * STRIDE), {0: dynamic, 2: dynamic, 3: dynamic}
     names = ["all_boxes", "all_scores"] if exported.nms else ["boxes", "scores"]
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # the exporter warns about itself
@@ -250,7 +250,7 @@ def images_of(exported: Exported, dataset: CocoDataset, count: int):
             yield image.permute(1, 2, 0)[None].contiguous().numpy()
         else:
             pixels = (image.float() - exported.model.mean) / exported.model.std
-            padding = (0, -image.shape[2] % MULTIPLE, 0, -image.shape[1] % MULTIPLE)
+            padding = (0, -image.shape[2] % STRIDE, 0, -image.shape[1] % STRIDE)
             yield F.pad(pixels, padding)[None].numpy()
 
 
@@ -261,7 +261,7 @@ def reference(exported: Exported, images: np.ndarray) -> list[tuple[np.ndarray, 
     if exported.preprocessing:
         size = tuple(images.shape[1:3])
         pixels = pixels.permute(0, 3, 1, 2)
-        pixels = F.pad(pixels, (0, -size[1] % MULTIPLE, 0, -size[0] % MULTIPLE))
+        pixels = F.pad(pixels, (0, -size[1] % STRIDE, 0, -size[0] % STRIDE))
         predictions = exported.model(pixels, [size] * len(images))
     else:
         size = tuple(images.shape[2:])

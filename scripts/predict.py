@@ -36,7 +36,7 @@ from data.draw import annotate
 from data.images import read_image, suffixes
 from detector import atomic, load
 from detector.errors import UserError, run_main
-from detector.inference import Detector, Found
+from detector.inference import Detector, NamedDetections
 from scripts.conversion.found_files import Notes, kind_of, tell_unused
 from scripts.conversion.found_files import list_files as files_below
 
@@ -192,7 +192,7 @@ def frames(reader: cv2.VideoCapture) -> Iterator[np.ndarray]:
         yield cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
-def entries(found: Found, detector: Detector, about: dict[str, Any]) -> list[dict[str, Any]]:
+def entries(found: NamedDetections, detector: Detector, about: dict[str, Any]) -> list[dict[str, Any]]:
     """The detections in COCO's results format, each with `about` added."""
     category = dict(zip(detector.class_names, detector.category_ids))
     sides = torch.cat([found.boxes[:, :2], found.boxes[:, 2:] - found.boxes[:, :2]], dim=1).double().numpy().round(3)
@@ -202,7 +202,7 @@ def entries(found: Found, detector: Detector, about: dict[str, Any]) -> list[dic
     ]
 
 
-def draw(image: np.ndarray, found: Found, detector: Detector) -> np.ndarray:
+def draw(image: np.ndarray, found: NamedDetections, detector: Detector) -> np.ndarray:
     """A copy of the image with boxes and captions."""
     canvas = Image.fromarray(image)
     captions = [f"{name} {score:.2f}" for name, score in zip(found.names, found.scores.tolist())]

@@ -166,7 +166,7 @@ def ended_together(rank):
     def seen(error):
         shapes = []
         try:
-            for batch in engine._alike(batches(error), torch.device("cpu")):
+            for batch in engine._padded_alike(batches(error), torch.device("cpu")):
                 shapes.append(batch.images.shape)
         except Stopped as stopped:
             shapes.append(stopped.number)
