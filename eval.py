@@ -15,6 +15,7 @@ import torch
 
 from data.coco import CocoDataset
 from data.coco_eval import coco_results, metrics_table, per_class_table, score
+from data.images import remark_lines
 from data.loader import eval_loader
 from data.transforms import EvalTransform
 from detector import assemble, checkpoint, distributed
@@ -68,6 +69,7 @@ def evaluate(
         print(f"{source} on {dataset.summary()}")
 
     detections = detect(model, cfg, dataset, device, watch)
+    remarks = distributed.gather(dataset.image_remarks)
     if not distributed.is_main():
         return
     with watch("scoring") if watch else contextlib.nullcontext():
@@ -77,6 +79,8 @@ def evaluate(
     metrics |= {"seconds_per_step": run.get("seconds_per_step"), "peak_memory": run.get("peak_memory", 0)}
     write(folder, metrics, coco_results(detections, dataset.category_ids))  # first: what was scored is not lost
     print(f"{metrics_table(metrics)}\n\n{per_class_table(metrics)}")
+    for line in remark_lines(*remarks):
+        print(line)
     print(f"written: {folder / 'metrics.json'}, {folder / 'detections.json'}")
     if watch:
         print(f"\n{speeds(watch, -(-len(dataset) // distributed.world_size()))}")

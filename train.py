@@ -21,6 +21,7 @@ from torchvision.io import write_png
 from data.coco import CocoDataset
 from data.coco_eval import coco_results, metrics_table, score
 from data.draw import contact_sheet, validation_pictures
+from data.images import remark_lines
 from data.loader import eval_loader, train_loader
 from data.transforms import EvalTransform, TrainTransform
 from detector import assemble, checkpoint, config, distributed
@@ -153,6 +154,9 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False, accept_cha
             except NonFiniteLoss as error:
                 raise FloatingPointError(f"{error}; {keep_batch(cfg, error.batch)}") from None
             save("last.pt")
+    remarks = [*distributed.gather(train_set.image_remarks), *distributed.gather(val_set.image_remarks)]
+    for line in remark_lines(*remarks):
+        logger.say(line)
     logger.say(metrics_table(metrics))
     files = "last.pt, best.pt, metrics.json, detections.json, detections.png"
     logger.say(f"in {cfg.folder}: {files}; tensorboard --logdir {cfg.output}")

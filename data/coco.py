@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from data.annotations import load_annotations, shortened
 from data.cache import Cache
 from data.image_folder import ImageFolder, find_folder
-from data.images import image_size, read_image
+from data.images import Remarks, add_remarks, image_size, read_image
 from data.transforms import scale_boxes
 from detector.errors import UserError
 from detector.structures import Target
@@ -73,10 +73,12 @@ class CocoDataset(Dataset):
             cure = "to take them as they stand, set data.trust=true (convert.py: --trust)"
             raise UserError(f"{self.path}: {flaw}; {cure}")
         self._collect_boxes()
+        self.image_remarks: Remarks = {}  # on the images read so far; the loader adds those of its processes
         self.cache = None
         if cache:
             files = [self.folder / name for name in self.file_names]
             self.cache = Cache(cache, files, self.sizes, [transform.largest(*size) for size in self.sizes])
+            add_remarks(self.image_remarks, self.cache.remarks)
 
     def _complete_sizes(self) -> None:
         """Read the sizes that the file does not say from the images."""
@@ -226,7 +228,8 @@ class CocoDataset(Dataset):
         index, seed = key if isinstance(key, tuple) else (key, 0)
         own, size = slice(self._starts[index], self._starts[index + 1]), self.sizes[index]
         if self.cache is None:
-            image, boxes = read_image(self.folder / self.file_names[index], size), self._boxes[own].copy()
+            image = read_image(self.folder / self.file_names[index], size, self.image_remarks)
+            boxes = self._boxes[own].copy()
         else:
             image = self.cache[index]
             boxes = scale_boxes(self._boxes[own], size, image.shape[:2])

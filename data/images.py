@@ -1,7 +1,6 @@
 """Image files of any kind -> RGB of 8 bits, turned as their boxes are."""
 
 import io
-import warnings
 from functools import cache
 from pathlib import Path
 
@@ -40,11 +39,21 @@ BITS_PER_SAMPLE, MAX_SAMPLE_VALUE = 258, 281  # TIFF tags
 DARK_BITS = 14  # of 16: what is in so few or fewer is below a quarter of the range
 
 
-class ImageRemark(UserWarning):
-    """What is odd about an image that is read all the same. Of each kind, a process warns once.
+Remarks = dict[str, set[str]]  # what is odd about images that are read all the same -> their files
 
-    scripts/check_data.py counts them.
-    """
+
+def add_remarks(remarks: Remarks, more: Remarks) -> None:
+    """Put `more` into `remarks`."""
+    for kind, files in more.items():
+        remarks.setdefault(kind, set()).update(files)
+
+
+def remark_lines(*remarks: Remarks) -> list[str]:
+    """A line a kind, with the number of images and one of them."""
+    every: Remarks = {}
+    for more in remarks:
+        add_remarks(every, more)
+    return [f"images with {kind}: {len(files):,} (such as {min(files)})" for kind, files in sorted(every.items())]
 
 
 @cache
@@ -53,18 +62,19 @@ def suffixes() -> frozenset[str]:
     return frozenset(suffix for suffix, form in Image.registered_extensions().items() if form in FORMATS)
 
 
-def read_image(path: str | Path, size: tuple[int, int] | None = None) -> np.ndarray:
+def read_image(path: str | Path, size: tuple[int, int] | None = None, remarks: Remarks | None = None) -> np.ndarray:
     """An image file as (h, w, 3) uint8 RGB; alpha is dropped, 16 bits become the upper 8 of those that it says it uses.
 
     `size` is the (height, width) of its record, which says in which frame the boxes are: if that is the stored
-    one and not the one that the EXIF orientation asks for, the image is not turned. Raises UserError for a file
-    that cannot be decoded, and, before it is, for one that has another size or more than MAX_PIXELS.
+    one and not the one that the EXIF orientation asks for, the image is not turned. What is odd about the file is
+    added to `remarks`. Raises UserError for a file that cannot be decoded, and, before it is, for one that has another
+    size or more than MAX_PIXELS.
     """
     try:
         data = Path(path).read_bytes()
         with Image.open(io.BytesIO(data)) as file:
             _check_header(path, file.size, size)
-            image = _decode(file, data)
+            image, odd = _decode(file, data)
             # Asked after decoding: PIL turns a TIFF itself and then takes the tag away.
             plain = file.format == "PNG" and not any(mark in data for mark in PNG_ORIENTATION)
             orientation = 1 if plain else file.getexif().get(ORIENTATION, 1)
@@ -81,6 +91,8 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None) -> np.ndar
         raise _other_size(path, stored, size)
     if orientation in UPRIGHT and (size is None or tuple(size) == upright):
         image = UPRIGHT[orientation](image)
+    if remarks is not None:
+        add_remarks(remarks, {kind: {str(path)} for kind in odd})
     return np.ascontiguousarray(image)
 
 
@@ -114,13 +126,13 @@ def _other_size(path: str | Path, found: tuple[int, int], size: tuple[int, int])
     )
 
 
-def _decode(file: Image.Image, data: bytes) -> np.ndarray:
-    """The pixels as stored, (h, w, 3) uint8 RGB, not turned."""
+def _decode(file: Image.Image, data: bytes) -> tuple[np.ndarray, list[str]]:
+    """The pixels as stored, (h, w, 3) uint8 RGB, not turned; and what is odd about the file."""
     if file.mode in ("L", "RGB") and data.endswith(END_MARK.get(file.format, b"no such end")):
         # OpenCV gives the same pixels as PIL in less time; it would turn the image by its EXIF tag if let.
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
         if image is not None:
-            return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+            return cv2.cvtColor(image, cv2.COLOR_BGR2RGB), []
     try:
         file.load()
         whole = _has_end(data) if file.format == "JPEG" else file.format != "PNG" or b"IEND" in data
@@ -128,25 +140,21 @@ def _decode(file: Image.Image, data: bytes) -> np.ndarray:
         if file.format != "JPEG" or not _is_nearly_whole(data):
             raise
         file, whole = Image.open(io.BytesIO(data + END_MARK["JPEG"])), False
-    if not whole:
-        warnings.warn(ImageRemark("a file lacks its last bytes, and is read all the same"), stacklevel=1)
-    if file.mode == "I" and file.format == "PPM":  # PIL has scaled it to 16 bits from the range that the file says
-        return _upper_bits(np.asarray(file), 16)
+    odd = [] if whole else ["their last bytes missing, which are read as far as they go"]
+    # PIL has scaled a PPM to 16 bits from the range that the file declares, and would clip other formats at 255.
+    if file.mode.startswith("I;16") or (file.mode == "I" and file.format == "PPM"):
+        bits, pixels = _declared_bits(file), np.asarray(file)
+        used = max(int(pixels.max(initial=0)), 0).bit_length()
+        if bits == 16 and used <= DARK_BITS:
+            odd.append(
+                f"16 bits of which only the lower {used} are used, which look dark; scale them to the full range"
+            )
+        gray = np.clip(pixels >> (bits - 8), 0, 255).astype(np.uint8)
+        return np.repeat(gray[:, :, None], 3, axis=2), odd
     if file.mode in ("F", "I"):
         raise ValueError(f"its pixels, of PIL mode {file.mode!r}, have no fixed range; convert it to 8 or 16 bits")
-    if file.mode.startswith("I;16"):  # PIL would clip it at 255
-        return _upper_bits(np.asarray(file), _declared_bits(file))
     # A palette by way of RGBA, since PIL warns where one has alpha and is to lose it.
-    return np.array(file.convert("RGBA" if file.mode == "P" else "RGB"))[:, :, :3]
-
-
-def _upper_bits(pixels: np.ndarray, bits: int) -> np.ndarray:
-    """Gray (h, w) of so many bits as RGB of 8."""
-    used = max(int(pixels.max(initial=0)), 0).bit_length()
-    if bits == 16 and used <= DARK_BITS:
-        text = f"an image of 16 bits uses the lower {used} alone and is seen dark; scale such images to the whole range"
-        warnings.warn(ImageRemark(text), stacklevel=1)
-    return np.repeat(np.clip(pixels >> (bits - 8), 0, 255).astype(np.uint8)[:, :, None], 3, axis=2)
+    return np.array(file.convert("RGBA" if file.mode == "P" else "RGB"))[:, :, :3], odd
 
 
 def _declared_bits(file: Image.Image) -> int:

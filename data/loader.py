@@ -26,6 +26,7 @@ from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, Sampler
 
 from data.coco import CocoDataset
+from data.images import Remarks, add_remarks
 from detector.errors import SIGNALS, UserError
 from detector.structures import Batch, Target
 
@@ -146,6 +147,12 @@ def collate(samples: Sequence[tuple[Tensor, Target, int, tuple[int, int]]], pad_
     return Batch(stacked, list(targets), list(image_ids), sizes, list(original_sizes))
 
 
+def _collate(dataset: CocoDataset, pad_to: int, samples: Sequence) -> tuple[Batch, Remarks]:
+    """A batch, and what this process has to say of its images, which it then forgets."""
+    remarks, dataset.image_remarks = dataset.image_remarks, {}
+    return collate(samples, pad_to), remarks
+
+
 class _Loader(DataLoader):
     """A DataLoader that never falls silent: all that goes wrong with its processes comes between two batches.
 
@@ -159,7 +166,7 @@ class _Loader(DataLoader):
                 with _deaths_told():
                     if batches is None:
                         batches = self._start()
-                    batch = next(batches)
+                    batch, remarks = next(batches)
             except StopIteration:
                 return
             except UserError as error:
@@ -170,6 +177,7 @@ class _Loader(DataLoader):
                 if cause is None:
                     raise
                 raise UserError(cause) from None
+            add_remarks(self.dataset.image_remarks, remarks)
             yield batch
 
     def _start(self) -> Iterator[Batch]:
@@ -250,7 +258,7 @@ def _loader(dataset: CocoDataset, sampler: Sampler, workers: int, pad_to: int, p
         dataset,
         batch_sampler=sampler,
         num_workers=workers,
-        collate_fn=partial(collate, pad_to=pad_to),
+        collate_fn=partial(_collate, dataset, pad_to),
         pin_memory=pin_memory,
         worker_init_fn=_start_worker,
         persistent_workers=workers > 0,

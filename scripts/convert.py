@@ -50,7 +50,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data.coco import CLIP_TOLERANCE, MIN_SIDE, CocoDataset
-from data.images import ORIENTATION, read_image
+from data.images import ORIENTATION, Remarks, read_image
 from data.transforms import EvalTransform
 from detector.errors import CONTROL, UserError, run_main
 from scripts.conversion.coco import read_coco
@@ -130,7 +130,7 @@ def convert(args: argparse.Namespace, beside: Path) -> tuple[dict[str, Picture],
 
 def look_at(source: Source, split: Split, notes: Notes) -> dict[str, Picture]:
     """The images, without those that the split leaves out, that can be used, with boxes in their pixels."""
-    found = {}
+    found, remarks = {}, Remarks()
     chosen = [name for name in source.labels if name not in split.left_out]
     for name in tqdm(chosen, desc="reading", unit="image"):
         path, labels = source.images[name], source.labels[name]
@@ -140,7 +140,7 @@ def look_at(source: Source, split: Split, notes: Notes) -> dict[str, Picture]:
                 if labels.size != stored:
                     raise UserError(f"{name} is {size[0]}x{size[1]}, its labels say {labels.size[0]}x{labels.size[1]}")
                 size = stored  # labelled by who does not turn images
-            read_image(path, size[::-1])
+            read_image(path, size[::-1], remarks)
         except UserError as error:
             notes["left out: images or labels that cannot be used"].append(str(error))
             continue
@@ -149,6 +149,8 @@ def look_at(source: Source, split: Split, notes: Notes) -> dict[str, Picture]:
             notes["left out: images none of whose boxes lies in them"].append(name)
         else:
             found[name] = Picture(path, size, boxes)
+    for kind, files in remarks.items():
+        notes[f"images with {kind}"] += sorted(files)
     return found
 
 

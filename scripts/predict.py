@@ -36,7 +36,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data.draw import annotate
-from data.images import read_image, suffixes
+from data.images import Remarks, read_image, remark_lines, suffixes
 from detector import load
 from detector.errors import UserError, run_main
 from detector.inference import Detector, Found
@@ -70,12 +70,13 @@ def main(argv: list[str] | None = None) -> None:
 
     results: list[dict[str, Any]] = []
     flaws: list[UserError] = []
+    remarks: Remarks = {}
     counted, start = 0, time.perf_counter()
     try:
         for source, target in tqdm(files, unit="file"):
             try:
                 done = film if source.suffix.lower() in VIDEOS else picture
-                counted += done(detector, source, target, counted, results)
+                counted += done(detector, source, target, counted, results, remarks)
             except CannotWriteError:
                 raise  # nor what comes after
             except UserError as error:
@@ -89,6 +90,8 @@ def main(argv: list[str] | None = None) -> None:
     counts = ", ".join(f"{name} {count}" for name, count in found.most_common(20))
     print(f"{counted} images, {len(results)} boxes ({counts}) in {seconds:.1f} s, {counted / seconds:.1f} images/s")
     print(f"written: {args.output / RESULTS} and the pictures beside it")
+    for line in remark_lines(remarks):
+        print(line)
     for kind, where in passed.items():
         print(f"{kind}: {len(where)} ({'; '.join(where[:3])}{'; ...' * (len(where) > 3)})")
     flaws += [UserError(f"{path}: a picture of this kind cannot be read; save it as .jpg") for path in unread]
@@ -137,9 +140,11 @@ def list_files(sources: list[Path], output: Path, passed: Notes) -> tuple[list[t
     return placed, unread
 
 
-def picture(detector: Detector, source: Path, target: Path, number: int, results: list[dict[str, Any]]) -> int:
+def picture(
+    detector: Detector, source: Path, target: Path, number: int, results: list[dict[str, Any]], remarks: Remarks
+) -> int:
     """Do one image; how many there were."""
-    image = read_image(source)
+    image = read_image(source, remarks=remarks)
     found = detector(image)
     drawn = io.BytesIO()
     try:
@@ -151,7 +156,9 @@ def picture(detector: Detector, source: Path, target: Path, number: int, results
     return 1
 
 
-def film(detector: Detector, source: Path, target: Path, number: int, results: list[dict[str, Any]]) -> int:
+def film(
+    detector: Detector, source: Path, target: Path, number: int, results: list[dict[str, Any]], remarks: Remarks
+) -> int:
     """Do a video; how many frames it had. It has its own name only when it is whole."""
     reader = cv2.VideoCapture(str(source))
     rate, expected = reader.get(cv2.CAP_PROP_FPS) or 25.0, int(reader.get(cv2.CAP_PROP_FRAME_COUNT))
