@@ -152,8 +152,8 @@ def voc_root(file: Path) -> ElementTree.Element:
     declared = re.match(rb"""\s*<\?xml[^>]*?encoding\s*=\s*["']([\w.:-]+)["']""", bytes_of(file)[:200])
     encoding = declared[1].decode().lower() if declared else "utf-8"
     text = text_of(file, "gb18030" if encoding in ("gb2312", "gbk") else encoding)  # which has all of theirs
-    if "<!DOCTYPE" in text or "<!ENTITY" in text:  # an entity may stand for more than memory holds
-        raise UserError(f"{file}: declares a document type; take that line out")
+    if "<!ENTITY" in text:  # one may stand for more than memory holds
+        raise UserError(f"{file}: declares entities; take these lines out")
     try:
         return ElementTree.fromstring(re.sub(r"^\s*<\?xml.*?\?>", "", text, flags=re.DOTALL))
     except (ElementTree.ParseError, ValueError) as error:

@@ -256,7 +256,7 @@ def test_what_is_not_used_is_told(known, folder, command):
 def test_voc_and_labelme_remarks(known, folder, command):
     as_voc(folder / "voc", known)
     one = folder / "voc" / "Annotations" / "1.xml"
-    one.write_text(one.read_text().replace("<difficult>0", "<difficult>1"))
+    one.write_text("<!DOCTYPE annotation>" + one.read_text().replace("<difficult>0", "<difficult>1"))
     (folder / "voc" / "Annotations" / "2.xml").write_text('<!DOCTYPE a [<!ENTITY b "c">]><annotation/>')
     (folder / "voc" / "Annotations" / "3.xml").unlink()
     (folder / "voc" / "Annotations" / "4.xml").write_text("<annotation><object/></annotation>")
@@ -267,7 +267,7 @@ def test_voc_and_labelme_remarks(known, folder, command):
     code, _, err = command(convert.main, "voc", folder / "voc", folder / "dst")
     assert code == 0, err
     told = (folder / "dst" / "report.txt").read_text()
-    for words in ("difficult objects", "declares a document type", "3.jpg", "objects without a name", "5.jpg is 80x80"):
+    for words in ("difficult objects", "declares entities", "3.jpg", "objects without a name", "5.jpg is 80x80"):
         assert words in told, words
     documents = [json.loads((folder / "dst" / f"{split}.json").read_text()) for split in ("train", "val")]
     assert sum(one["iscrowd"] for document in documents for one in document["annotations"]) == 1
