@@ -43,8 +43,6 @@ def main() -> None:
     args = parser.parse_args()
     cfg = assemble.configure(args.config, args.set)
     with distributed.group(pick_device(cfg.device)) as device:
-        if device.type == "cpu":
-            keep_freed_memory()
         train(cfg, device, resume=args.resume, accept_changes=args.accept_changes)
 
 
@@ -54,6 +52,9 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False, accept_cha
     cfg = cfg.model_copy(update={"precision": precision})
     seed_everything(cfg.seed)
     train_set, val_set = build_datasets(cfg)
+    train_set.annotations = None  # 60 MB of COCO's, for scoring alone
+    if device.type == "cpu":
+        keep_freed_memory()  # from here on: what reading has freed goes back
     loading = assemble.loader_options(cfg, device)
     batches = train_loader(train_set, assemble.images_per_process(cfg), **loading, seed=cfg.seed)
     val_batches = eval_loader(val_set, assemble.evaluation_batch(cfg), **loading)

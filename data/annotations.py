@@ -9,6 +9,7 @@ import json
 import math
 import posixpath
 import re
+from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -124,6 +125,28 @@ def parse_annotations(document: object, path: str | Path = "annotations") -> Ann
     return reader.result()
 
 
+class _Column:
+    """Values that come part by part: an array, or a list. They are never in memory twice, as with np.concatenate."""
+
+    def __init__(self) -> None:
+        self._list: list = []
+        self._array: array | None = None
+
+    def add(self, values: np.ndarray | list) -> None:
+        if isinstance(values, list):
+            self._list += values
+            return
+        if self._array is None:
+            self._array, self._shape = array(values.dtype.char), values.shape[1:]
+        self._array.frombytes(values.tobytes())
+
+    @property
+    def values(self) -> np.ndarray | list:
+        if self._array is None:
+            return self._list
+        return np.frombuffer(self._array, self._array.typecode).reshape(-1, *self._shape)
+
+
 class _Flaw(Exception):
     """What is wrong with a record, and what to do about it."""
 
@@ -135,7 +158,7 @@ class _Reader:
         self.path, self.counts, self.first = str(path), Counter(), {}
         self.where = ""  # the record that is looked at
         self.read = dict.fromkeys(LISTS, 0)  # records
-        self.columns: dict[str, list[tuple]] = {name: [] for name in LISTS}  # of each part that was added
+        self.columns: dict[str, list[_Column]] = {}
 
     def add(self, name: str, part: bytes | list) -> None:
         """Add records of a list, decoded or not. ValueError where they are no JSON."""
@@ -151,15 +174,17 @@ class _Reader:
                 [self.repaired(name, self.read[name] + n, one, repair) for n, one in enumerate(records)]
             )
         self.read[name] += len(columns[0])
-        self.columns[name].append(columns)
+        for column, values in zip(self.columns.setdefault(name, [_Column() for _ in columns]), columns):
+            column.add(values)
 
     def result(self) -> Annotations:
         for name in ("images", "categories"):
             if not self.read[name]:
                 raise UserError(f"{self.path}: the list {name!r} is empty; give a file that has at least one")
-        image_ids, file_names, sizes = _joined(self.columns["images"])
-        category_ids, names = _joined(self.columns["categories"])
-        ids, owners, kinds, crowds, boxes, areas = _joined(self.columns.pop("annotations"))
+        columns = {name: [column.values for column in columns] for name, columns in self.columns.items()}
+        image_ids, file_names, sizes = columns["images"]
+        category_ids, names = columns["categories"]
+        ids, owners, kinds, crowds, boxes, areas = columns["annotations"]
         self.unique("images", image_ids)
         self.unique("categories", category_ids)
         self.number(ids)
@@ -379,14 +404,6 @@ def _decoded(part: bytes, kind: type, columns_of: Callable[[list], tuple]) -> tu
     except (msgspec.MsgspecError, RecursionError):
         return None
     return columns if SOUND[kind](*columns) else None
-
-
-def _joined(parts: list[tuple]) -> list:
-    """Columns of all parts: arrays are joined to arrays, lists to lists."""
-    return [
-        np.concatenate(column) if isinstance(column[0], np.ndarray) else [value for own in column for value in own]
-        for column in zip(*parts)
-    ]
 
 
 def _image_columns(images: list[Image]) -> tuple[np.ndarray, list[str], np.ndarray]:
