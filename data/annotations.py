@@ -1,8 +1,8 @@
-"""A COCO annotation file as columns: its images, classes and boxes in arrays, whatever tool wrote it.
+"""A COCO annotation file as columns: its images, classes and boxes in arrays.
 
-A file that is as the format says is decoded straight into typed records. Where it is not, its records are looked at
-one by one: what has one plain meaning is taken and counted in a remark, the rest is refused in one line. The polygons,
-nine tenths of a file, are only read where a box is missing.
+A file that is as the format says is decoded straight into typed records. Otherwise its records are checked one by one:
+what has one plain meaning is accepted and counted in a remark, the rest is refused in one line. Polygons are read only
+where a box is missing; they are most of a file.
 """
 
 import json
@@ -72,7 +72,7 @@ class Annotations:
     boxes: np.ndarray  # (N, 4) float64 x, y, width, height
     areas: np.ndarray  # (N,) float64, in COCO the mask's
     crowds: np.ndarray  # (N,) bool
-    remarks: list[str]  # what was taken although it is not as the format says, a line a kind
+    remarks: list[str]  # what was accepted although it is not as the format says, a line a kind
 
     def document(self, places: Sequence[int] | None = None) -> dict:
         """What a COCO file of it holds; of the images at these places alone, if any are given."""
@@ -95,7 +95,7 @@ class Annotations:
 
 
 def load_annotations(path: str | Path) -> Annotations:
-    """Read a COCO annotation file. UserError, with record, value and cure, for what has no one plain meaning."""
+    """Read a COCO annotation file. UserError with record, value and cure for what may mean several things."""
     try:
         with open(path, "rb") as file:
             reader = _Reader(path)
@@ -152,7 +152,7 @@ class _Flaw(Exception):
 
 
 class _Reader:
-    """Makes columns of records, and counts what it takes although it is not as the format says."""
+    """Makes columns of records, and counts what it accepts although it is not as the format says."""
 
     def __init__(self, path: str | Path):
         self.path, self.counts, self.first = str(path), Counter(), {}
@@ -171,7 +171,7 @@ class _Reader:
         if columns is None:
             records = json.loads(part) if isinstance(part, bytes) else part
             columns = columns_of(
-                [self.repaired(name, self.read[name] + n, one, repair) for n, one in enumerate(records)]
+                [self.repaired(name, self.read[name] + n, record, repair) for n, record in enumerate(records)]
             )
         self.read[name] += len(columns[0])
         for column, values in zip(self.columns.setdefault(name, [_Column() for _ in columns]), columns):
@@ -282,16 +282,16 @@ class _Reader:
                 raise _Flaw(flaw)
             return sides
         try:
-            found = bounds(segmentation)
+            sides = bounds(segmentation)
         except (ValueError, RecursionError) as error:
             raise _Flaw(
                 f"bbox is {shortened(bbox)} and segmentation {shortened(segmentation)} ({error}); give four numbers x, "
                 "y, width, height, or polygons or a mask, or remove it"
             ) from None
-        if found is None:
+        if sides is None:
             return (math.nan,) * 4
         self.count("boxes taken as the bounds of their segmentation")
-        return found
+        return sides
 
     # --------------------------------------------------------------------------------------------- values to numbers
 
@@ -308,7 +308,7 @@ class _Reader:
         return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
 
     def value(self, value: object, flaw: str) -> int | float | None:
-        """A number, also one in quotes; None for none."""
+        """A number, in quotes or not; None for none."""
         if self.is_empty(value):
             return None
         if isinstance(value, str) and ((whole := WHOLE.fullmatch(value)) or NUMBER.fullmatch(value)):
@@ -389,16 +389,16 @@ def shortened(value: object) -> str:
 
 
 def _unique_names(ids: list[int], names: list[str]) -> dict[int, str]:
-    """Category id -> name; categories that share one, as in some exports, are told apart by their ids."""
+    """Category id -> name; those that share a name, as in some exports, get their ids behind it."""
     count = Counter(names)
-    found = {id: name if count[name] == 1 else f"{name} (id {id})" for id, name in zip(ids, names)}
-    if len(set(found.values())) == len(found):
-        return found
-    return {id: f"{name} (id {id})" for id, name in zip(ids, names)}  # one was called "cat (id 3)" already
+    unique = {id: name if count[name] == 1 else f"{name} (id {id})" for id, name in zip(ids, names)}
+    if len(set(unique.values())) == len(unique):
+        return unique
+    return {id: f"{name} (id {id})" for id, name in zip(ids, names)}  # a class was called "cat (id 3)" already
 
 
 def _decoded(part: bytes, kind: type, columns_of: Callable[[list], tuple]) -> tuple | None:
-    """Columns of records that are `kind` and sound as they are; None where one of them is not."""
+    """Columns of records that are `kind` and sound as they are; None where any of them is not."""
     try:
         columns = columns_of(msgspec.json.decode(part, type=list[kind]))
     except (msgspec.MsgspecError, RecursionError):
@@ -407,19 +407,19 @@ def _decoded(part: bytes, kind: type, columns_of: Callable[[list], tuple]) -> tu
 
 
 def _image_columns(images: list[Image]) -> tuple[np.ndarray, list[str], np.ndarray]:
-    sizes = np.array([(one.height, one.width) for one in images], np.int64).reshape(-1, 2)
-    return np.array([one.id for one in images], np.int64), [one.file_name for one in images], sizes
+    sizes = np.array([(image.height, image.width) for image in images], np.int64).reshape(-1, 2)
+    return np.array([image.id for image in images], np.int64), [image.file_name for image in images], sizes
 
 
 def _category_columns(categories: list[Category]) -> tuple[np.ndarray, list[str]]:
-    return np.array([one.id for one in categories], np.int64), [one.name for one in categories]
+    return np.array([category.id for category in categories], np.int64), [category.name for category in categories]
 
 
 def _box_columns(boxes: list[Box]) -> tuple[np.ndarray, ...]:
-    whole = [(one.id, one.image_id, one.category_id, one.iscrowd) for one in boxes]
+    whole = [(box.id, box.image_id, box.category_id, box.iscrowd) for box in boxes]
     ids, images, categories, crowds = np.array(whole, np.int64).reshape(-1, 4).T
-    sides = np.array([one.bbox for one in boxes], np.float64).reshape(-1, 4)
-    return ids, images, categories, crowds, sides, np.array([one.area for one in boxes], np.float64)
+    sides = np.array([box.bbox for box in boxes], np.float64).reshape(-1, 4)
+    return ids, images, categories, crowds, sides, np.array([box.area for box in boxes], np.float64)
 
 
 def _sound_images(ids: np.ndarray, names: list[str], sizes: np.ndarray) -> bool:

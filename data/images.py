@@ -30,7 +30,7 @@ UPRIGHT = {
     7: lambda image: image[::-1, ::-1].transpose(1, 0, 2),
     8: lambda image: np.rot90(image),
 }
-# Marks of a PNG that may have one. PIL decodes the pixels to see whether there is any behind them.
+# Marks of a PNG that may have an orientation. PIL decodes the pixels to see whether there is any behind them.
 PNG_ORIENTATION = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
 # Complete files of these formats end so; OpenCV would fill up the rest of a truncated one with gray.
 END_MARK = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
@@ -63,10 +63,10 @@ def suffixes() -> frozenset[str]:
 
 
 def read_image(path: str | Path, size: tuple[int, int] | None = None, remarks: Remarks | None = None) -> np.ndarray:
-    """An image file as (h, w, 3) uint8 RGB; alpha is dropped, 16 bits become the upper 8 of those that it says it uses.
+    """An image file as (h, w, 3) uint8 RGB. Alpha is dropped; of 16 bits, the upper 8 that the file uses are kept.
 
     `size` is the (height, width) of its record, which says in which frame the boxes are: if that is the stored
-    one and not the one that the EXIF orientation asks for, the image is not turned. What is odd about the file is
+    size and not the one that the EXIF orientation asks for, the image is not turned. What is odd about the file is
     added to `remarks`. Raises UserError for a file that cannot be decoded, and, before it is, for one that has another
     size or more than MAX_PIXELS.
     """
@@ -111,17 +111,17 @@ def image_size(path: str | Path) -> tuple[int, int]:
         raise UserError(f"{path}: cannot read the image's size ({error}); replace it or remove its record") from None
 
 
-def _check_header(path: str | Path, found: tuple[int, int], size: tuple[int, int] | None) -> None:
+def _check_header(path: str | Path, seen: tuple[int, int], size: tuple[int, int] | None) -> None:
     """Raise UserError where the (width, height) that a file's header claims is too large or not the record's."""
-    if found[0] * found[1] > MAX_PIXELS:  # PIL refuses it too, unless somebody has lifted its limit
-        raise UserError(f"{path}: the image is {found[0]} x {found[1]}, more than {MAX_PIXELS} pixels; make it smaller")
-    if size is not None and sorted(found) != sorted(size):  # which side is which, the orientation says
-        raise _other_size(path, found[::-1], size)
+    if seen[0] * seen[1] > MAX_PIXELS:  # PIL refuses it too, unless somebody has lifted its limit
+        raise UserError(f"{path}: the image is {seen[0]} x {seen[1]}, more than {MAX_PIXELS} pixels; make it smaller")
+    if size is not None and sorted(seen) != sorted(size):  # which side is which, the orientation says
+        raise _other_size(path, seen[::-1], size)
 
 
-def _other_size(path: str | Path, found: tuple[int, int], size: tuple[int, int]) -> UserError:
+def _other_size(path: str | Path, seen: tuple[int, int], size: tuple[int, int]) -> UserError:
     return UserError(
-        f"{path}: the image is {found[1]} x {found[0]} pixels, its record says {size[1]} x {size[0]}; correct "
+        f"{path}: the image is {seen[1]} x {seen[0]} pixels, its record says {size[1]} x {size[0]}; correct "
         "the record or put the image there that was annotated"
     )
 
@@ -163,12 +163,12 @@ def _declared_bits(file: Image.Image) -> int:
         return 16
     bits, most = (file.tag_v2.get(tag, 0) for tag in (BITS_PER_SAMPLE, MAX_SAMPLE_VALUE))
     bits, most = (max(value) if isinstance(value, tuple) and value else value for value in (bits, most))
-    found = min(bits or 16, int(most).bit_length() if most else 16)
-    return found if 8 < found < 16 else 16
+    declared = min(bits or 16, int(most).bit_length() if most else 16)
+    return declared if 8 < declared < 16 else 16
 
 
 def _has_end(data: bytes) -> bool:
-    """Whether the image of a JPEG file ends, be there more behind it; a thumbnail before it has an end of its own."""
+    """Whether the image of a JPEG file is complete, whatever follows it. A thumbnail before it has its own end mark."""
     at = 2
     while data[at : at + 1] == b"\xff" and data[at + 1 : at + 2] != b"\xda":  # segments, up to the first scan
         at += 1 if data[at + 1 : at + 2] == b"\xff" else 2 + int.from_bytes(data[at + 2 : at + 4])
@@ -178,7 +178,7 @@ def _has_end(data: bytes) -> bool:
 def _is_nearly_whole(data: bytes) -> bool:
     """Whether a JPEG that does not end lacks a few bytes alone: its last ones are of the picture's last blocks."""
     ends = (data, data[:-TAIL])
-    with_tail, without = (np.asarray(Image.open(io.BytesIO(one + END_MARK["JPEG"])).convert("L")) for one in ends)
+    with_tail, without = (np.asarray(Image.open(io.BytesIO(part + END_MARK["JPEG"])).convert("L")) for part in ends)
     rows, columns = (-(-side // 16) for side in with_tail.shape)
     y, x = np.nonzero(with_tail != without)
     last = int((y // 16 * columns + x // 16).max(initial=-1)) + 1
