@@ -18,6 +18,7 @@ from data.assemble import open_dataset
 from data.coco import CocoDataset
 from data.coco_eval import score
 from data.coco_results import coco_results, write_results
+from data.images import remark_lines
 from data.loader import eval_loader
 from data.tables import metrics_table, per_class_table
 from detector import assemble, checkpoint, distributed
@@ -71,6 +72,7 @@ def evaluate(
         print(f"{source} on {dataset.summary()}")
 
     detections = detect(model, cfg, dataset, device, watch)
+    remarks = distributed.gather(dataset.image_remarks)
     if not distributed.is_main():
         return
     with watch("scoring") if watch else contextlib.nullcontext():
@@ -84,6 +86,8 @@ def evaluate(
     except OSError as error:
         raise UserError(f"--output: {folder} cannot be written ({error.strerror})") from None
     print(f"{metrics_table(metrics)}\n\n{per_class_table(metrics)}")
+    for line in remark_lines(*remarks):
+        print(line)
     print(f"written: {folder / 'metrics.json'}, {folder / 'detections.json'}")
     if watch:
         print(f"\n{speeds(watch, -(-len(dataset) // distributed.world_size()))}")

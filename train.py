@@ -20,6 +20,7 @@ from data.coco import CocoDataset
 from data.coco_eval import score
 from data.coco_results import coco_results, write_results
 from data.draw import contact_sheet, validation_pictures
+from data.images import remark_lines
 from data.loader import eval_loader, train_loader
 from data.tables import metrics_line, metrics_table
 from data.workers import BatchLoader
@@ -45,7 +46,6 @@ def main() -> None:
     args = parser.parse_args()
     cfg = assemble.configure(args.config, args.set)
     with distributed.group(pick_device(cfg.device)) as device:
-        keep_freed_memory(device)
         train(cfg, device, resume=args.resume, accept_changes=args.accept_changes)
 
 
@@ -55,6 +55,8 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False, accept_cha
     cfg = cfg.model_copy(update={"precision": precision})
     seed_everything(cfg.seed)
     train_set, val_set = build_datasets(cfg)
+    del train_set.annotations  # 60 MB of COCO's, which only scoring needs
+    keep_freed_memory(device)  # from here on: what reading has freed goes back to the system
     loading = assemble.loader_options(cfg, device)
     batches = train_loader(train_set, assemble.images_per_process(cfg), **loading, seed=cfg.seed)
     val_batches = eval_loader(val_set, assemble.evaluation_batch(cfg), **loading)
@@ -90,6 +92,8 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False, accept_cha
             train_on(run, replica, batches, stop, logger, device)
             if run.evaluation_due:
                 metrics = evaluate(run, val_set, val_batches, stop, logger, device)
+    for line in remark_lines(*distributed.gather(train_set.image_remarks), *distributed.gather(val_set.image_remarks)):
+        logger.say(line)
     files = f"in {cfg.folder}: last.pt, best.pt, metrics.json, detections.json, detections.png"
     logger.say(f"{metrics_table(metrics)}\n{files}; tensorboard --logdir {cfg.output}")
     return metrics

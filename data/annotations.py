@@ -1,14 +1,15 @@
-"""A COCO annotation file as columns: its images, classes and boxes in arrays, whatever tool wrote it.
+"""A COCO annotation file as columns: its images, classes and boxes in arrays.
 
-A file that is as the format says is decoded straight into typed records. Where it is not, its records are looked at
-one by one: what has one plain meaning is taken and counted in a remark, the rest is refused in one line. The polygons,
-nine tenths of a file, are only read where a box is missing.
+A file that is as the format says is decoded straight into typed records. Otherwise its records are checked one by one:
+what has one plain meaning is accepted and counted in a remark, the rest is refused in one line. Polygons are read only
+where a box is missing; they are most of a file.
 """
 
 import json
 import math
 import posixpath
 import re
+from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -78,7 +79,7 @@ class Annotations:
     boxes: np.ndarray  # (N, 4) float64 x, y, width, height
     areas: np.ndarray  # (N,) float64, in COCO the mask's
     crowds: np.ndarray  # (N,) bool
-    remarks: list[str]  # what was taken although it is not as the format says, a line a kind
+    remarks: list[str]  # what was accepted although it is not as the format says, a line a kind
 
     def document(self, places: Sequence[int] | None = None) -> dict:
         """What a COCO file of it holds; of the images at these places alone, if any are given."""
@@ -101,7 +102,7 @@ class Annotations:
 
 
 def load_annotations(path: str | Path) -> Annotations:
-    """Read a COCO annotation file. UserError, with record, value and cure, for what has no one plain meaning."""
+    """Read a COCO annotation file. UserError with record, value and cure for what may mean several things."""
     try:
         with open(path, "rb") as file:
             reader = _Reader(path)
@@ -131,12 +132,34 @@ def parse_annotations(document: object, path: str | Path = "annotations") -> Ann
     return reader.result()
 
 
+class _Column:
+    """Values that come part by part: an array, or a list. They are never in memory twice, as with np.concatenate."""
+
+    def __init__(self) -> None:
+        self._list: list = []
+        self._array: array | None = None
+
+    def add(self, values: np.ndarray | list) -> None:
+        if isinstance(values, list):
+            self._list += values
+            return
+        if self._array is None:
+            self._array, self._shape = array(values.dtype.char), values.shape[1:]
+        self._array.frombytes(values.tobytes())
+
+    @property
+    def values(self) -> np.ndarray | list:
+        if self._array is None:
+            return self._list
+        return np.frombuffer(self._array, self._array.typecode).reshape(-1, *self._shape)
+
+
 class _Flaw(Exception):
     """What is wrong with a record, and what to do about it."""
 
 
 class _Reader:
-    """Makes columns of records, and counts what it takes although it is not as the format says."""
+    """Makes columns of records, and counts what it accepts although it is not as the format says."""
 
     def __init__(self, path: str | Path):
         self.path = str(path)
@@ -144,7 +167,7 @@ class _Reader:
         self.first: dict[str, str] = {}
         self.where = ""  # the record that is looked at
         self.read = dict.fromkeys(LISTS, 0)  # records
-        self.columns: dict[str, list[tuple]] = {name: [] for name in LISTS}  # of each part that was added
+        self.columns: dict[str, list[_Column]] = {}
 
     def add(self, name: str, part: bytes | list) -> None:
         """Add records of a list, decoded or not. ValueError where they are no JSON."""
@@ -158,18 +181,22 @@ class _Reader:
         if columns is None:
             records = json.loads(part) if isinstance(part, bytes) else part
             columns = columns_of(
-                [self.repaired(name, self.read[name] + n, one, repair) for n, one in enumerate(records)]
+                [self.repaired(name, self.read[name] + n, record, repair) for n, record in enumerate(records)]
             )
         self.read[name] += len(columns[0])
-        self.columns[name].append(columns)
+        for column, values in zip(self.columns.setdefault(name, [_Column() for _ in columns]), columns):
+            column.add(values)
 
     def result(self) -> Annotations:
         for name in ("images", "categories"):
             if not self.read[name]:
                 raise UserError(f"{self.path}: the list {name!r} is empty; give a file that has at least one")
-        image_ids, file_names, sizes = _joined(self.columns["images"])
-        category_ids, names = _joined(self.columns["categories"])
-        ids, owners, kinds, crowds, boxes, areas = _joined(self.columns.pop("annotations"))
+        columns: dict[str, list[Any]] = {
+            name: [column.values for column in columns] for name, columns in self.columns.items()
+        }
+        image_ids, file_names, sizes = columns["images"]
+        category_ids, names = columns["categories"]
+        ids, owners, kinds, crowds, boxes, areas = columns["annotations"]
         self.unique("images", image_ids)
         self.unique("categories", category_ids)
         self.number(ids)
@@ -183,16 +210,16 @@ class _Reader:
         areas = np.where(unsaid, full, areas)
         self.note("boxes without an area, which is taken as width x height", unsaid & (full > 0), ids)
         self.note("annotations with neither bbox nor segmentation left out", ~there, ids)
-        columns = (ids, places, kinds, boxes, areas, crowds > 0)
+        records = (ids, places, kinds, boxes, areas, crowds > 0)
         if not there.all():
-            columns = tuple(column[there] for column in columns)
+            records = tuple(column[there] for column in records)
         return Annotations(
             self.path,
             image_ids,
             file_names,
             sizes,
             _unique_names(category_ids.tolist(), names),
-            *columns,
+            *records,
             remarks=[f"{count:,} {kind} ({self.first[kind]})" for kind, count in self.counts.items()],
         )
 
@@ -263,21 +290,21 @@ class _Reader:
             flaw = f"bbox is {shortened(bbox)}; give four finite numbers x, y, width, height in pixels, or remove it"
             if not isinstance(bbox, list) or len(bbox) != 4:
                 raise _Flaw(flaw)
-            sides = tuple(self.finite(value, MAX_BOX, flaw.replace("{", "{{").replace("}", "}}")) for value in bbox)
-            if None in sides:
+            numbers = tuple(self.finite(value, MAX_BOX, flaw.replace("{", "{{").replace("}", "}}")) for value in bbox)
+            if None in numbers:
                 raise _Flaw(flaw)
-            return cast(Sides, sides)
+            return cast(Sides, numbers)
         try:
-            found = bounds(segmentation)
+            sides = bounds(segmentation)
         except (ValueError, RecursionError) as error:
             raise _Flaw(
                 f"bbox is {shortened(bbox)} and segmentation {shortened(segmentation)} ({error}); give four numbers x, "
                 "y, width, height, or polygons or a mask, or remove it"
             ) from None
-        if found is None:
+        if sides is None:
             return (math.nan,) * 4
         self.count("boxes taken as the bounds of their segmentation")
-        return found
+        return sides
 
     # --------------------------------------------------------------------------------------------- values to numbers
 
@@ -294,7 +321,7 @@ class _Reader:
         return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
 
     def value(self, value: object, flaw: str) -> int | float | None:
-        """A number, also one in quotes; None for none."""
+        """A number, in quotes or not; None for none."""
         if self.is_empty(value):
             return None
         if isinstance(value, str) and ((whole := WHOLE.fullmatch(value)) or NUMBER.fullmatch(value)):
@@ -375,16 +402,16 @@ def shortened(value: object) -> str:
 
 
 def _unique_names(ids: list[int], names: list[str]) -> dict[int, str]:
-    """Category id -> name; categories that share one, as in some exports, are told apart by their ids."""
+    """Category id -> name; those that share a name, as in some exports, get their ids behind it."""
     count = Counter(names)
-    found = {id: name if count[name] == 1 else f"{name} (id {id})" for id, name in zip(ids, names)}
-    if len(set(found.values())) == len(found):
-        return found
-    return {id: f"{name} (id {id})" for id, name in zip(ids, names)}  # one was called "cat (id 3)" already
+    unique = {id: name if count[name] == 1 else f"{name} (id {id})" for id, name in zip(ids, names)}
+    if len(set(unique.values())) == len(unique):
+        return unique
+    return {id: f"{name} (id {id})" for id, name in zip(ids, names)}  # a class was called "cat (id 3)" already
 
 
 def _decoded(part: bytes, kind: type[Record], columns_of: Callable[[list], tuple]) -> tuple | None:
-    """Columns of records that are `kind` and sound as they are; None where one of them is not."""
+    """Columns of records that are `kind` and sound as they are; None where any of them is not."""
     try:
         columns = columns_of(msgspec.json.decode(part, type=GenericAlias(list, kind)))
     except (msgspec.MsgspecError, RecursionError):
@@ -392,28 +419,20 @@ def _decoded(part: bytes, kind: type[Record], columns_of: Callable[[list], tuple
     return columns if SOUND[kind](*columns) else None
 
 
-def _joined(parts: list[tuple]) -> list:
-    """Columns of all parts: arrays are joined to arrays, lists to lists."""
-    return [
-        np.concatenate(column) if isinstance(column[0], np.ndarray) else [value for own in column for value in own]
-        for column in zip(*parts)
-    ]
-
-
 def _image_columns(images: list[Image]) -> tuple[np.ndarray, list[str], np.ndarray]:
-    sizes = np.array([(one.height, one.width) for one in images], np.int64).reshape(-1, 2)
-    return np.array([one.id for one in images], np.int64), [one.file_name for one in images], sizes
+    sizes = np.array([(image.height, image.width) for image in images], np.int64).reshape(-1, 2)
+    return np.array([image.id for image in images], np.int64), [image.file_name for image in images], sizes
 
 
 def _category_columns(categories: list[Category]) -> tuple[np.ndarray, list[str]]:
-    return np.array([one.id for one in categories], np.int64), [one.name for one in categories]
+    return np.array([category.id for category in categories], np.int64), [category.name for category in categories]
 
 
 def _box_columns(boxes: list[Box]) -> tuple[np.ndarray, ...]:
-    whole = [(one.id, one.image_id, one.category_id, one.iscrowd) for one in boxes]
+    whole = [(box.id, box.image_id, box.category_id, box.iscrowd) for box in boxes]
     ids, images, categories, crowds = np.array(whole, np.int64).reshape(-1, 4).T
-    sides = np.array([one.bbox for one in boxes], np.float64).reshape(-1, 4)
-    return ids, images, categories, crowds, sides, np.array([one.area for one in boxes], np.float64)
+    sides = np.array([box.bbox for box in boxes], np.float64).reshape(-1, 4)
+    return ids, images, categories, crowds, sides, np.array([box.area for box in boxes], np.float64)
 
 
 def _sound_images(ids: np.ndarray, names: list[str], sizes: np.ndarray) -> bool:

@@ -19,7 +19,7 @@ from typing import TextIO
 import numpy as np
 from tqdm import tqdm
 
-from data.images import read_image
+from data.images import Remarks, read_image
 from data.transforms import resize
 from detector.atomic import replacing
 from detector.errors import UserError
@@ -43,6 +43,7 @@ class Cache:
     def __init__(self, folder: str | Path, files: Sequence[Path], sizes: Sizes, kept: Sizes):
         self.kept = kept
         self._pixels: np.memmap | None = None
+        self.remarks: Remarks = {}  # on the images, where they were read for it just now
         self.ends = np.cumsum([height * width * 3 for height, width in kept])
         try:
             stats = [(os.path.abspath(file), os.stat(file)) for file in files]
@@ -93,7 +94,7 @@ class Cache:
         turn = threading.Lock()
 
         def keep(index: int) -> None:
-            image, _ = resize(read_image(files[index], sizes[index]), np.zeros((0, 4)), *self.kept[index])
+            image, _ = resize(read_image(files[index], sizes[index], self.remarks), np.zeros((0, 4)), *self.kept[index])
             with turn:
                 file.seek(self.ends[index] - image.size)
                 file.write(image.tobytes())

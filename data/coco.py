@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from data.annotations import load_annotations, shortened
 from data.cache import Cache
 from data.image_folder import ImageFolder, find_folder
-from data.images import image_size, read_image
+from data.images import Remarks, add_remarks, image_size, read_image
 from data.plausibility import suspicion
 from data.transforms import scale_boxes
 from detector.errors import UserError
@@ -82,10 +82,12 @@ class CocoDataset(Dataset):
             cure = "to take them as they stand, set data.trust=true (convert.py: --trust)"
             raise UserError(f"{self.path}: {flaw}; {cure}")
         self._collect_boxes()
+        self.image_remarks: Remarks = {}  # on the images read so far; the loader adds those of its processes
         self.cache = None
         if cache:
             files = [self.folder / name for name in self.file_names]
             self.cache = Cache(cache, files, self.sizes, [transform.largest(*size) for size in self.sizes])
+            add_remarks(self.image_remarks, self.cache.remarks)
 
     def _complete_sizes(self) -> None:
         """Read the sizes that are not in the file from the images."""
@@ -134,13 +136,7 @@ class CocoDataset(Dataset):
         image = self.annotations.images[rows]
         order = np.argsort(self.category_ids)
         labels = order[np.searchsorted(self.category_ids, self.annotations.categories[rows], sorter=order)]
-        raw = self.annotations.boxes[rows]
-        raw[:, 2:] += raw[:, :2]
-        boxes, clipped = np.empty(raw.shape, np.float32), np.zeros(len(raw), bool)
-        for axis, side in ((0, 1), (1, 0)):  # one after the other, to have half of the arrays at a time
-            limit = self.annotations.sizes[image, side][:, None]
-            boxes[:, axis::2] = np.clip(raw[:, axis::2], 0, limit)
-            clipped |= (np.abs(boxes[:, axis::2] - raw[:, axis::2]) > CLIP_TOLERANCE).any(axis=1)
+        boxes, clipped = self._clipped(rows, image)
         has_area = (boxes[:, 2:] - boxes[:, :2] >= MIN_SIDE).all(axis=1)
 
         self.num_crowd = len(self.annotations.ids) - len(rows)
@@ -150,6 +146,17 @@ class CocoDataset(Dataset):
         order = order[np.argsort(image[order], kind="stable")]
         self._boxes, self._labels = boxes[order], labels[order]
         self._starts = np.searchsorted(image[order], np.arange(len(self) + 1))  # image i owns starts[i]..starts[i+1]
+
+    def _clipped(self, rows: np.ndarray, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """x1, y1, x2, y2 of these annotations inside their images, and whether that cuts off anything."""
+        boxes, clipped = np.empty((len(rows), 4), np.float32), np.zeros(len(rows), bool)
+        for axis, side in ((0, 1), (1, 0)):  # a column at a time, which takes the least memory
+            low, extent = self.annotations.boxes[rows, axis], self.annotations.boxes[rows, axis + 2]
+            limit = self.annotations.sizes[image, side]
+            for column, edge in ((axis, low), (axis + 2, low + extent)):
+                boxes[:, column] = np.clip(edge, 0, limit)
+                clipped |= np.abs(boxes[:, column] - edge) > CLIP_TOLERANCE
+        return boxes, clipped
 
     def refuse_without_boxes(self) -> None:
         """UserError where there is nothing to learn."""
@@ -201,7 +208,8 @@ class CocoDataset(Dataset):
         index, seed = key if isinstance(key, tuple) else (key, 0)
         rows, size = slice(self._starts[index], self._starts[index + 1]), self.sizes[index]
         if self.cache is None:
-            image, boxes = read_image(self.folder / self.file_names[index], size), self._boxes[rows].copy()
+            image = read_image(self.folder / self.file_names[index], size, self.image_remarks)
+            boxes = self._boxes[rows].copy()
         else:
             image = self.cache[index]
             boxes = scale_boxes(self._boxes[rows], size, image.shape[:2])

@@ -25,9 +25,22 @@ SPLITS = ("train", "val")
 FIRST_VAL_DIGIT = 1437  # of 1,797, see split_digits
 PHOTO_COLUMNS = {"train": (0, 416), "val": (416, 640)}  # so that no val background is seen in training
 PHOTO_HEIGHT = 427
-SCENE_SIZES = ((160, 128), (128, 160))  # width, height; small, and whole multiples of 32: CPUs train on it
 CLASS_WEIGHTS = 1 / np.arange(1, 11) ** 0.7  # digit 0 is five times as frequent as digit 9
 MAX_COVERED = 0.1  # of the smaller of two boxes; more would make digits illegible
+
+
+class Style(NamedTuple):
+    """What the scenes of a set have in common."""
+
+    sizes: tuple[tuple[int, int], ...]  # width, height; small, and whole multiples of 32: CPUs train on them
+    classes: int  # digits 0 to classes - 1
+    usual: tuple[int, int]  # digits in a scene: from, up to and without
+    crowded: tuple[int, int]
+    largest: int  # px, of a digit in a usual scene
+
+
+FULL = Style(((160, 128), (128, 160)), classes=10, usual=(6, 15), crowded=(20, 28), largest=56)
+QUICK = Style(((96, 96),), classes=5, usual=(5, 10), crowded=(10, 14), largest=40)
 
 
 class Digit(NamedTuple):
@@ -65,20 +78,20 @@ def split_digits() -> dict[str, np.ndarray]:
     return {"train": indices[:FIRST_VAL_DIGIT], "val": indices[FIRST_VAL_DIGIT:]}
 
 
-def plan_scenes(split: str, count: int, seed: int) -> list[Scene]:
+def plan_scenes(split: str, count: int, seed: int, style: Style = FULL) -> list[Scene]:
     """What each scene will show. A scene depends on split, seed and its own number, not on `count`."""
     digits = load_digits()
     sources = split_digits()[split]
-    by_class = [sources[digits.target[sources] == label] for label in range(10)]
+    by_class = [sources[digits.target[sources] == label] for label in range(style.classes)]
     randoms = (np.random.default_rng([seed, SPLITS.index(split), number]) for number in range(count))
-    return [plan_scene(digits.images, by_class, PHOTO_COLUMNS[split], rng) for rng in randoms]
+    return [plan_scene(digits.images, by_class, PHOTO_COLUMNS[split], rng, style) for rng in randoms]
 
 
 def plan_scene(
-    images: np.ndarray, by_class: list[np.ndarray], columns: tuple[int, int], rng: np.random.Generator
+    images: np.ndarray, by_class: list[np.ndarray], columns: tuple[int, int], rng: np.random.Generator, style: Style
 ) -> Scene:
     """images (1797, 8, 8) in 0..16; by_class: the indices to use for each digit; columns: of the photos."""
-    width, height = SCENE_SIZES[rng.integers(len(SCENE_SIZES))]
+    width, height = style.sizes[rng.integers(len(style.sizes))]
     zoom = rng.uniform(0.8, 1.6)
     crop_width, crop_height = int(width / zoom), int(height / zoom)
     crop_x = int(rng.integers(columns[0], columns[1] - crop_width, endpoint=True))
@@ -93,10 +106,15 @@ def plan_scene(
         digits=[],
     )
     kind = rng.choice(["empty", "crowded", "usual"], p=[0.05, 0.1, 0.85])
-    wanted = {"empty": 0, "crowded": int(rng.integers(20, 28)), "usual": int(rng.integers(6, 15))}[kind]
-    largest = 20 if kind == "crowded" else 56
+    wanted = {
+        "empty": 0,
+        "crowded": int(rng.integers(*style.crowded)),
+        "usual": int(rng.integers(*style.usual)),
+    }[kind]
+    largest = 20 if kind == "crowded" else style.largest
+    weights = CLASS_WEIGHTS[: style.classes] / CLASS_WEIGHTS[: style.classes].sum()
     for _ in range(wanted):
-        label = int(rng.choice(10, p=CLASS_WEIGHTS / CLASS_WEIGHTS.sum()))
+        label = int(rng.choice(style.classes, p=weights))
         source = int(rng.choice(by_class[label]))
         for _ in range(20):  # then there is no room: go without
             size = np.exp(rng.uniform(np.log(14), np.log(largest)))  # px, longer side before the rotation
@@ -156,7 +174,7 @@ def file_name(split: str, number: int) -> str:
     return f"{split}_{number:05d}.jpg"
 
 
-def describe(split: str, scenes: list[Scene], settings: dict) -> dict:
+def describe(split: str, scenes: list[Scene], settings: dict, style: Style = FULL) -> dict:
     """The clean COCO annotation file of a split. Category ids are 1..10 for the digits 0..9."""
     images = [
         {"id": i, "file_name": file_name(split, i), "width": scene.width, "height": scene.height}
@@ -172,23 +190,24 @@ def describe(split: str, scenes: list[Scene], settings: dict) -> dict:
         "info": {"description": description, "settings": settings},
         "images": images,
         "annotations": annotations,
-        "categories": [{"id": label + 1, "name": str(label)} for label in range(10)],
+        "categories": [{"id": label + 1, "name": str(label)} for label in range(style.classes)],
     }
 
 
 def add_outliers(dataset: dict, *, wrong_labels: float, shifted_boxes: float, seed: int) -> None:
-    """Spoil these shares of the annotations in place, never one twice, and mark each with "outlier".
+    """Spoil these shares of the annotations in place, none twice, and mark each with "outlier".
 
     "label": another class, all equally likely. "box": moved by 0.4 to 0.8 of its sides within the image (less
     where there is no room), so that its IoU with the digit is below 0.35.
     """
+    classes = len(dataset["categories"])
     rng = np.random.default_rng([seed, len(SPLITS)])  # not the scenes': outliers must not change a picture
     images = {image["id"]: image for image in dataset["images"]}
     annotations = [dataset["annotations"][i] for i in rng.permutation(len(dataset["annotations"]))]
     labels_end = round(wrong_labels * len(annotations))
     boxes_end = labels_end + round(shifted_boxes * len(annotations))
     for annotation in annotations[:labels_end]:
-        annotation["category_id"] = 1 + (annotation["category_id"] - 1 + int(rng.integers(1, 10))) % 10
+        annotation["category_id"] = 1 + (annotation["category_id"] - 1 + int(rng.integers(1, classes))) % classes
         annotation["outlier"] = "label"
     for annotation in annotations[labels_end:boxes_end]:
         image, box = images[annotation["image_id"]], annotation["bbox"]
@@ -209,6 +228,7 @@ def write_demo(
     seed: int = 0,
     wrong_labels: float = 0.0,
     shifted_boxes: float = 0.0,
+    quick: bool = False,
     force: bool = False,
 ) -> None:
     """Write folder/train.json, val.json and the pictures in folder/train, folder/val; say what was written.
@@ -221,13 +241,15 @@ def write_demo(
     counts = {"train": train_images, "val": val_images}
     settings: dict[str, int | float] = dict(recipe=RECIPE, train_images=train_images, val_images=val_images, seed=seed)
     settings |= dict(wrong_labels=wrong_labels, shifted_boxes=shifted_boxes)
+    settings |= dict(quick=True) if quick else {}
+    style = QUICK if quick else FULL
     check(settings)
     paths = {split: folder / f"{split}.json" for split in SPLITS}
-    found = [settings_of(path) for path in paths.values() if path.exists()]
-    if found == [settings, settings] and not force:
+    existing = [settings_of(path) for path in paths.values() if path.exists()]
+    if existing == [settings, settings] and not force:
         print(f"{folder}: already there with these settings, nothing to do")
         return
-    if any(other != settings for other in found) and not force:
+    if any(other != settings for other in existing) and not force:
         raise UserError(f"{folder}: holds another data set; choose another folder or replace it with --force")
 
     for path in paths.values():
@@ -237,11 +259,11 @@ def write_demo(
         (folder / split).mkdir(parents=True, exist_ok=True)
         for stale in (folder / split).glob(f"{split}_*.jpg"):
             stale.unlink()
-        scenes = plan_scenes(split, count, seed)
+        scenes = plan_scenes(split, count, seed, style)
         for i, scene in enumerate(scenes, start=1):
             jpeg = cv2.imencode(".jpg", render(scene)[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])[1]
             (folder / split / file_name(split, i)).write_bytes(jpeg.tobytes())
-        datasets[split] = describe(split, scenes, settings)
+        datasets[split] = describe(split, scenes, settings, style)
     add_outliers(datasets["train"], wrong_labels=wrong_labels, shifted_boxes=shifted_boxes, seed=seed)
     for split, dataset in datasets.items():  # last, and whole: an interrupted run must not look finished
         atomic.write(paths[split], json.dumps(dataset))
@@ -291,6 +313,7 @@ def main() -> None:
     add("--seed", type=int, default=0, help="the same seed gives the same bytes")
     add("--wrong-labels", type=float, default=0.0, metavar="SHARE", help="of the train boxes, 0..1")
     add("--shifted-boxes", type=float, default=0.0, metavar="SHARE", help="of the train boxes, 0..1")
+    add("--quick", action="store_true", help="small scenes of the digits 0 to 4, learnt in a minute or two")
     add("--force", action="store_true", help="replace the data set in the folder")
     options = vars(parser.parse_args())
     folder = options.pop("out")

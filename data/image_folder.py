@@ -28,9 +28,9 @@ class ImageFolder:
         an image that is not there, or may be either of two, and for a name that leads out of the folder.
         """
         self._list("")  # a UserError where there is no such folder
-        found = {name: name for name in names if self._has(name)}
-        other = list(dict.fromkeys(name for name in names if name not in found))
-        owners = {path: path for path in found}
+        paths_of = {name: name for name in names if self._has(name)}
+        other = list(dict.fromkeys(name for name in names if name not in paths_of))
+        owners = {path: path for path in paths_of}
         missing = []
         for name in other:
             forms = self._forms(name)
@@ -52,7 +52,7 @@ class ImageFolder:
                     "the folder or correct the names"
                 )
             else:
-                found[name] = paths[0]
+                paths_of[name] = paths[0]
         if missing:
             gone = set(missing)
             raise UserError(
@@ -60,7 +60,7 @@ class ImageFolder:
                 f"the first is {missing[0]!r}; correct the image folder or complete it"
             )
         remarks = [f"{len(other):,} images found under another spelling (the first is {other[0]!r})"] if other else []
-        return [found[name] for name in names], remarks
+        return [paths_of[name] for name in names], remarks
 
     def files(self, names: Sequence[str]) -> tuple[str, ...] | None:
         """The files themselves, links followed, if all images of these names are there."""
@@ -82,9 +82,9 @@ class ImageFolder:
                 return []
         # Also "images/a.jpg" where the folder is images/ itself, and a whole path of another machine.
         forms = [] if PureWindowsPath(name).anchor else [posixpath.normpath(name), plain]
-        own = spelling(os.path.basename(os.path.abspath(self.root)))
+        folder = spelling(os.path.basename(os.path.abspath(self.root)))
         for parts in (plain.split("/"), posixpath.normpath(spelling(name)).split("/")):
-            forms += ["/".join(parts[n + 1 :]) for n, part in enumerate(parts[:-1]) if spelling(part) == own]
+            forms += ["/".join(parts[n + 1 :]) for n, part in enumerate(parts[:-1]) if spelling(part) == folder]
         return list(dict.fromkeys(forms))
 
     def _spellings(self, form: str) -> list[str]:
@@ -96,11 +96,11 @@ class ImageFolder:
             names = self._list(below)
             self._spelled[below] = _by_spelling(names[0]), _by_spelling(names[1])
         files, folders = self._spelled[below]
-        found = [posixpath.join(below, name) for name in files.get("/".join(parts), [])]
+        paths = [posixpath.join(below, name) for name in files.get("/".join(parts), [])]
         for count in range(1, len(parts)):
             for folder in folders.get("/".join(parts[:count]), []):
-                found += self._search(posixpath.join(below, folder), parts[count:])
-        return found
+                paths += self._search(posixpath.join(below, folder), parts[count:])
+        return paths
 
     def _has(self, name: str) -> bool:
         folder, _, file = name.rpartition("/")
@@ -132,24 +132,24 @@ class ImageFolder:
 
 
 def _by_spelling(names: set[str]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
+    groups: dict[str, list[str]] = {}
     for name in sorted(names):
-        found.setdefault(spelling(name), []).append(name)
-    return found
+        groups.setdefault(spelling(name), []).append(name)
+    return groups
 
 
 def find_folder(annotations: str | Path, names: Sequence[str]) -> Path:
     """The folder that holds the images of an annotation file, looked for where common exporters put it.
 
     That is beside the file, or beside its folder: there, in images/ and the like, or in a folder named after the file.
-    UserError where there is none, or one has them as well as another.
+    UserError where no folder has them, or several do.
     """
     path = Path(annotations)
     sample = [names[place] for place in sorted({len(names) * n // SAMPLE for n in range(SAMPLE)})]
     # instances_train2017.json is of train2017
-    own = dict.fromkeys([path.stem, path.stem.rpartition("_")[2] or path.stem])
+    named_alike = dict.fromkeys([path.stem, path.stem.rpartition("_")[2] or path.stem])
     usual = ["images", "data", "img", "imgs"]
-    below = [*own, *(f"{folder}/{split}" for folder in usual for split in own), "", *usual]
+    below = [*named_alike, *(f"{folder}/{split}" for folder in usual for split in named_alike), "", *usual]
     tried = []
     for home in (path.parent, Path(os.path.abspath(path.parent)).parent):
         folders = [home / name for name in below]
@@ -159,8 +159,8 @@ def find_folder(annotations: str | Path, names: Sequence[str]) -> Path:
             if folder.is_dir() and (files := ImageFolder(folder).files(sample)):
                 holding.setdefault(files, folder)
         if len(holding) > 1:
-            one, other = list(holding.values())[:2]
-            raise UserError(f"{path}: its images may be in {one} or in {other}; name the right one as image folder")
+            first, second = list(holding.values())[:2]
+            raise UserError(f"{path}: its images may be in {first} or in {second}; name the right one as image folder")
         if holding:
             return next(iter(holding.values()))
     raise UserError(

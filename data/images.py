@@ -1,7 +1,6 @@
 """Image files of any kind -> RGB of 8 bits, turned as their boxes are."""
 
 import io
-import warnings
 from functools import cache
 from pathlib import Path
 
@@ -32,7 +31,7 @@ UPRIGHT = {
     7: lambda image: image[::-1, ::-1].transpose(1, 0, 2),
     8: lambda image: np.rot90(image),
 }
-# Marks of a PNG that may have one. PIL decodes the pixels to see whether there is any behind them.
+# Marks of a PNG that may have an orientation. PIL decodes the pixels to see whether there is any behind them.
 PNG_ORIENTATION = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
 # Complete files of these formats end so; OpenCV would fill up the rest of a truncated one with gray.
 END_MARK = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
@@ -41,11 +40,21 @@ BITS_PER_SAMPLE, MAX_SAMPLE_VALUE = 258, 281  # TIFF tags
 DARK_BITS = 14  # of 16: what is in so few or fewer is below a quarter of the range
 
 
-class ImageRemark(UserWarning):
-    """What is odd about an image that is read all the same. Of each kind, a process warns once.
+Remarks = dict[str, set[str]]  # what is odd about images that are read all the same -> their files
 
-    scripts/check_data.py counts them.
-    """
+
+def add_remarks(remarks: Remarks, more: Remarks) -> None:
+    """Put `more` into `remarks`."""
+    for kind, files in more.items():
+        remarks.setdefault(kind, set()).update(files)
+
+
+def remark_lines(*remarks: Remarks) -> list[str]:
+    """A line a kind, with the number of images and one of them."""
+    every: Remarks = {}
+    for more in remarks:
+        add_remarks(every, more)
+    return [f"images with {kind}: {len(files):,} (such as {min(files)})" for kind, files in sorted(every.items())]
 
 
 @cache
@@ -54,18 +63,19 @@ def suffixes() -> frozenset[str]:
     return frozenset(suffix for suffix, form in Image.registered_extensions().items() if form in FORMATS)
 
 
-def read_image(path: str | Path, size: tuple[int, int] | None = None) -> np.ndarray:
-    """An image file as (h, w, 3) uint8 RGB; alpha is dropped, 16 bits become the upper 8 of those that it says it uses.
+def read_image(path: str | Path, size: tuple[int, int] | None = None, remarks: Remarks | None = None) -> np.ndarray:
+    """An image file as (h, w, 3) uint8 RGB. Alpha is dropped; of 16 bits, the upper 8 that the file uses are kept.
 
     `size` is the (height, width) of its record, which says in which frame the boxes are: if that is the stored
-    one and not the one that the EXIF orientation asks for, the image is not turned. Raises UserError for a file
-    that cannot be decoded, and, before it is, for one that has another size or more than MAX_PIXELS.
+    size and not the one that the EXIF orientation asks for, the image is not turned. What is odd about the file is
+    added to `remarks`. Raises UserError for a file that cannot be decoded, and, before it is, for one that has another
+    size or more than MAX_PIXELS.
     """
     try:
         data = Path(path).read_bytes()
         with Image.open(io.BytesIO(data)) as file:
             _check_header(path, file.size, size)
-            image = _decode(file, data)
+            image, odd = _decode(file, data)
             # Asked after decoding: PIL turns a TIFF itself and then takes the tag away.
             plain = file.format == "PNG" and not any(mark in data for mark in PNG_ORIENTATION)
             orientation = 1 if plain else file.getexif().get(ORIENTATION, 1)
@@ -83,6 +93,8 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None) -> np.ndar
         raise _other_size(path, stored, size)
     if orientation in UPRIGHT and (size is None or tuple(size) == upright):
         image = UPRIGHT[orientation](image)
+    if remarks is not None:
+        add_remarks(remarks, {kind: {str(path)} for kind in odd})
     return np.ascontiguousarray(image)
 
 
@@ -101,28 +113,28 @@ def image_size(path: str | Path) -> tuple[int, int]:
         raise UserError(f"{path}: cannot read the image's size ({error}); replace it or remove its record") from None
 
 
-def _check_header(path: str | Path, found: tuple[int, int], size: tuple[int, int] | None) -> None:
+def _check_header(path: str | Path, seen: tuple[int, int], size: tuple[int, int] | None) -> None:
     """Raise UserError where the (width, height) that a file's header claims is too large or not the record's."""
-    if found[0] * found[1] > MAX_PIXELS:  # PIL refuses it too, unless somebody has lifted its limit
-        raise UserError(f"{path}: the image is {found[0]} x {found[1]}, more than {MAX_PIXELS} pixels; make it smaller")
-    if size is not None and sorted(found) != sorted(size):  # which side is which, the orientation says
-        raise _other_size(path, found[::-1], size)
+    if seen[0] * seen[1] > MAX_PIXELS:  # PIL refuses it too, unless somebody has lifted its limit
+        raise UserError(f"{path}: the image is {seen[0]} x {seen[1]}, more than {MAX_PIXELS} pixels; make it smaller")
+    if size is not None and sorted(seen) != sorted(size):  # which side is which, the orientation says
+        raise _other_size(path, seen[::-1], size)
 
 
-def _other_size(path: str | Path, found: tuple[int, int], size: tuple[int, int]) -> UserError:
+def _other_size(path: str | Path, seen: tuple[int, int], size: tuple[int, int]) -> UserError:
     return UserError(
-        f"{path}: the image is {found[1]} x {found[0]} pixels, its record says {size[1]} x {size[0]}; correct "
+        f"{path}: the image is {seen[1]} x {seen[0]} pixels, its record says {size[1]} x {size[0]}; correct "
         "the record or put the image there that was annotated"
     )
 
 
-def _decode(file: Image.Image, data: bytes) -> np.ndarray:
-    """The pixels as stored, (h, w, 3) uint8 RGB, not turned."""
+def _decode(file: Image.Image, data: bytes) -> tuple[np.ndarray, list[str]]:
+    """The pixels as stored, (h, w, 3) uint8 RGB, not turned; and what is odd about the file."""
     if file.mode in ("L", "RGB") and data.endswith(END_MARK.get(file.format or "", b"no such end")):
         # OpenCV gives the same pixels as PIL in less time; it would turn the image by its EXIF tag if let.
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
         if image is not None:
-            return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+            return cv2.cvtColor(image, cv2.COLOR_BGR2RGB), []
     try:
         file.load()
         whole = _has_end(data) if file.format == "JPEG" else file.format != "PNG" or b"IEND" in data
@@ -130,25 +142,21 @@ def _decode(file: Image.Image, data: bytes) -> np.ndarray:
         if file.format != "JPEG" or not _is_nearly_whole(data):
             raise
         file, whole = Image.open(io.BytesIO(data + END_MARK["JPEG"])), False
-    if not whole:
-        warnings.warn(ImageRemark("a file lacks its last bytes, and is read all the same"), stacklevel=1)
-    if file.mode == "I" and file.format == "PPM":  # PIL has scaled it to 16 bits from the range that the file says
-        return _upper_bits(np.asarray(file), 16)
+    odd = [] if whole else ["their last bytes missing, which are read as far as they go"]
+    # PIL has scaled a PPM to 16 bits from the range that the file declares, and would clip other formats at 255.
+    if file.mode.startswith("I;16") or (file.mode == "I" and file.format == "PPM"):
+        bits, pixels = _declared_bits(file), np.asarray(file)
+        used = max(int(pixels.max(initial=0)), 0).bit_length()
+        if bits == 16 and used <= DARK_BITS:
+            odd.append(
+                f"16 bits of which only the lower {used} are used, which look dark; scale them to the full range"
+            )
+        gray = np.clip(pixels >> (bits - 8), 0, 255).astype(np.uint8)
+        return np.repeat(gray[:, :, None], 3, axis=2), odd
     if file.mode in ("F", "I"):
         raise ValueError(f"its pixels, of PIL mode {file.mode!r}, have no fixed range; convert it to 8 or 16 bits")
-    if file.mode.startswith("I;16"):  # PIL would clip it at 255
-        return _upper_bits(np.asarray(file), _declared_bits(file))
     # A palette by way of RGBA, since PIL warns where one has alpha and is to lose it.
-    return np.array(file.convert("RGBA" if file.mode == "P" else "RGB"))[:, :, :3]
-
-
-def _upper_bits(pixels: np.ndarray, bits: int) -> np.ndarray:
-    """Gray (h, w) of so many bits as RGB of 8."""
-    used = max(int(pixels.max(initial=0)), 0).bit_length()
-    if bits == 16 and used <= DARK_BITS:
-        text = f"an image of 16 bits uses the lower {used} alone and is seen dark; scale such images to the whole range"
-        warnings.warn(ImageRemark(text), stacklevel=1)
-    return np.repeat(np.clip(pixels >> (bits - 8), 0, 255).astype(np.uint8)[:, :, None], 3, axis=2)
+    return np.array(file.convert("RGBA" if file.mode == "P" else "RGB"))[:, :, :3], odd
 
 
 def _declared_bits(file: Image.Image) -> int:
@@ -157,12 +165,12 @@ def _declared_bits(file: Image.Image) -> int:
         return 16
     bits, most = (file.tag_v2.get(tag, 0) for tag in (BITS_PER_SAMPLE, MAX_SAMPLE_VALUE))
     bits, most = (max(value) if isinstance(value, tuple) and value else value for value in (bits, most))
-    found = min(bits or 16, int(most).bit_length() if most else 16)
-    return found if 8 < found < 16 else 16
+    declared = min(bits or 16, int(most).bit_length() if most else 16)
+    return declared if 8 < declared < 16 else 16
 
 
 def _has_end(data: bytes) -> bool:
-    """Whether the image of a JPEG file ends, be there more behind it; a thumbnail before it has an end of its own."""
+    """Whether the image of a JPEG file is complete, whatever follows it. A thumbnail before it has its own end mark."""
     at = 2
     while data[at : at + 1] == b"\xff" and data[at + 1 : at + 2] != b"\xda":  # segments, up to the first scan
         at += 1 if data[at + 1 : at + 2] == b"\xff" else 2 + int.from_bytes(data[at + 2 : at + 4])
@@ -172,7 +180,7 @@ def _has_end(data: bytes) -> bool:
 def _is_nearly_whole(data: bytes) -> bool:
     """Whether a JPEG that does not end lacks a few bytes alone: its last ones are of the picture's last blocks."""
     ends = (data, data[:-TAIL])
-    with_tail, without = (np.asarray(Image.open(io.BytesIO(one + END_MARK["JPEG"])).convert("L")) for one in ends)
+    with_tail, without = (np.asarray(Image.open(io.BytesIO(part + END_MARK["JPEG"])).convert("L")) for part in ends)
     rows, columns = (-(-side // 16) for side in with_tail.shape)
     y, x = np.nonzero(with_tail != without)
     last = int((y // 16 * columns + x // 16).max(initial=-1)) + 1

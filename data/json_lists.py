@@ -46,19 +46,19 @@ def read_lists(file: BinaryIO, names: Sequence[str], block: int = BLOCK) -> Iter
         start = 0
         for cut in cuts:
             end = int(places[cut]) + 1
-            own, pending, start = pending + text[start:end], b"", end
+            piece, pending, start = pending + text[start:end], b"", end
             opens, level = steps[cut] > 0, depths[cut]
             if name:
-                yield name, _list(own if level == 2 else own[:-1], first, last=level == 1)
+                yield name, _list(piece if level == 2 else piece[:-1], first, last=level == 1)
                 first = False
                 if level == 1:
-                    rest += own[-1:]
+                    rest += piece[-1:]
                     seen.add(name)
                     name = ""
                 continue
-            rest += own
+            rest += piece
             if opens and level == 2 and codes[cut] == ord("["):
-                key = OPENING.search(own)
+                key = OPENING.search(piece)
                 name, first = key[1].decode() if key else "", True
                 if name in seen:
                     raise ValueError("a list that is there twice")

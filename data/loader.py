@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import Sampler
 
 from data.coco import CocoDataset, Sample
+from data.images import Remarks
 from data.workers import BatchLoader, start_worker
 from detector.errors import UserError
 from detector.resize import STRIDE
@@ -129,12 +130,18 @@ def collate(samples: Sequence[Sample], pad_to: int = STRIDE) -> Batch:
     return Batch(stacked, list(targets), list(image_ids), sizes, list(original_sizes))
 
 
+def _collate(dataset: CocoDataset, pad_to: int, samples: Sequence[Sample]) -> tuple[Batch, Remarks]:
+    """A batch, and this process's remarks on its images, which it then forgets."""
+    remarks, dataset.image_remarks = dataset.image_remarks, {}
+    return collate(samples, pad_to), remarks
+
+
 def _loader(dataset: CocoDataset, sampler: Sampler, workers: int, pad_to: int, pin_memory: bool) -> BatchLoader:
     return BatchLoader(
         dataset,
         batch_sampler=sampler,
         num_workers=workers,
-        collate_fn=partial(collate, pad_to=pad_to),
+        collate_fn=partial(_collate, dataset, pad_to),
         pin_memory=pin_memory,
         worker_init_fn=start_worker,
         persistent_workers=workers > 0,

@@ -19,6 +19,7 @@ from torch._C import _error_if_any_worker_fails
 from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader
 
+from data.images import add_remarks
 from detector.errors import SIGNALS, UserError
 from detector.structures import Batch
 
@@ -26,19 +27,21 @@ from detector.structures import Batch
 class BatchLoader(DataLoader):
     """A DataLoader that reports every failure of its processes between two batches, and never waits for a dead one.
 
-    A UserError, a process that has died, and a lack of memory or files for the batches are UserErrors of one line.
+    A UserError, a process that has died, and a lack of memory or files for the batches are UserErrors of one line. The
+    processes' remarks on their images are added to the data set's.
     """
 
     batch_sampler: Any
+    dataset: Any  # a CocoDataset
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # torch promises its own iterator
-        batches = None
+        batches: Any = None  # of (Batch, Remarks)
         while True:
             try:
                 with _raising_deaths():
                     if batches is None:
                         batches = self._start()
-                    batch = next(batches)
+                    batch, remarks = next(batches)
             except StopIteration:
                 return
             except UserError as error:
@@ -49,6 +52,7 @@ class BatchLoader(DataLoader):
                 if cause is None:
                     raise
                 raise UserError(cause) from None
+            add_remarks(self.dataset.image_remarks, remarks)
             yield batch
 
     def _start(self) -> Iterator[Batch]:

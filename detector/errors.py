@@ -60,28 +60,51 @@ def listen(handler: Handler, *signals: int) -> dict[int, Handler]:
     return {number: signal.signal(number, handler) for number in heard}
 
 
-class _Terminal(io.FileIO):
-    """A terminal that may be closed: then nobody reads on, and a run that is saving must not fail for what it says."""
+class _Output(io.FileIO):
+    """Standard output or error, where a failed write ends no command: its results are files.
+
+    Where nobody reads on (a closed terminal, a pipe into head), nothing is said. Any other failure, such as a full
+    disk, is kept in `failure` for the end.
+    """
+
+    failure: OSError | None = None
 
     def write(self, data: Any) -> int:
         try:
             return super().write(data)
         except OSError as error:
-            if error.errno != errno.EIO:
-                raise
+            if error.errno not in (errno.EIO, errno.EPIPE):
+                self.failure = self.failure or error
             return len(data)
 
 
 def _robust(stream: Any) -> Any:
-    """Standard output or error that raises neither for a letter it has no code for nor for a terminal that is gone."""
+    """Standard output or error that raises neither for a letter that it cannot encode nor for a failed write."""
+    if stream is None:  # closed by who started us
+        return open(os.devnull, "w", encoding="utf-8")
     if not isinstance(stream, io.TextIOWrapper):  # a notebook's is none
         return stream
-    if stream.isatty():
-        stream.flush()
-        buffer = io.BufferedWriter(_Terminal(stream.fileno(), "w", closefd=False))
-        return io.TextIOWrapper(buffer, stream.encoding, errors="backslashreplace", line_buffering=True)
     stream.reconfigure(errors="backslashreplace")
-    return stream
+    if not isinstance(getattr(stream.buffer, "raw", stream.buffer), io.FileIO):  # a test's, or Windows' console
+        return stream
+    stream.flush()
+    output = _Output(stream.fileno(), "w", closefd=False)
+    return io.TextIOWrapper(
+        output if stream.write_through else io.BufferedWriter(output),
+        stream.encoding,
+        errors="backslashreplace",
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
+
+
+def _check_output() -> None:
+    """UserError where a part of what was printed could not be written."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+        buffer = getattr(stream, "buffer", None)
+        if failure := getattr(getattr(buffer, "raw", buffer), "failure", None):
+            raise UserError(f"all is done, but not all of what it says could be printed ({failure.strerror})")
 
 
 _stopped: Stopped | None = None  # a library may turn what is raised in its callbacks into another error
@@ -94,8 +117,9 @@ def run_main(main: Callable[[], None], *, after_stop: str = "") -> None:
     output that is not finite), end in one line; anything else keeps its traceback, because it is a bug. `after_stop`
     says how to go on after a signal.
 
-    Printing never fails for a letter that the terminal or the log file has no code for; it is printed as \\u7ec6. A `~`
-    that starts an argument, or a value as in `--output=~/x`, is the home folder: not every shell expands it.
+    Printing never ends a command: a letter that the terminal or the log file cannot encode is printed as \\u7ec6, and
+    what nobody reads (`| head -1`) is dropped while the work goes on. A `~` that starts an argument, or a value as in
+    `--output=~/x`, is the home folder: not every shell expands it.
     """
     global _stopped
     sys.stdout, sys.stderr = _robust(sys.stdout), _robust(sys.stderr)
@@ -105,6 +129,7 @@ def run_main(main: Callable[[], None], *, after_stop: str = "") -> None:
         listen(_stop, *SIGNALS[1:])  # Python raises KeyboardInterrupt for the first
         try:
             main()
+            _check_output()
         finally:
             listen(_ignore, *SIGNALS[1:])  # it is ending already
     except (UserError, FloatingPointError, LostProcess) as error:

@@ -12,7 +12,6 @@ val (equal, or nearly so by their perceptual hash); boxes that look like mistake
 import argparse
 import random
 import sys
-import warnings
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +26,7 @@ from tqdm import tqdm
 
 from data.coco import CocoDataset
 from data.draw import GROUND_TRUTH, draw_boxes
-from data.images import ImageRemark
+from data.images import remark_lines
 from data.transforms import EvalTransform
 from detector import assemble, config, config_files
 from detector import boxes as box_ops
@@ -55,7 +54,6 @@ class Seen(NamedTuple):
     image: np.ndarray  # (N,) the index of each box's image
     sizes: list[tuple[int, int]]  # (height, width) of each resized image
     hashes: np.ndarray  # (I, 8) uint8, perceptual
-    remarks: dict[str, list[str]]  # oddity of images that can be read all the same -> their names
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -69,7 +67,6 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     page.refuse_folder(args.output)
     cfg = options(args)
-    warnings.simplefilter("ignore", ImageRemark)  # read_dataset() counts them
 
     train = read_dataset(cfg, "train")
     val = read_dataset(cfg, "val", like=train.dataset) if cfg.data.val.annotations else None
@@ -133,18 +130,13 @@ def read_dataset(cfg: Config, split: str, like: CocoDataset | None = None) -> Se
     dataset = CocoDataset(files.annotations, files.images, size, **given, trust=cfg.data.trust)
     if split == "train" and not cfg.data.trust:
         dataset.refuse_without_boxes()
-    remarks: dict[str, list[str]] = {}
     boxes, labels, image, sizes, hashes, errors = [], [], [], [], [], []
     for index in tqdm(range(len(dataset)), desc=f"reading {split}", unit="image"):
         try:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always", ImageRemark)
-                pixels, target, _, _ = dataset[index]
+            pixels, target, _, _ = dataset[index]
         except UserError as error:
             errors.append(str(error))
             continue
-        for remark in (warning.message for warning in caught if isinstance(warning.message, ImageRemark)):
-            remarks.setdefault(str(remark), []).append(dataset.file_names[index])
         boxes.append(target.boxes.numpy())
         labels.append(target.labels.numpy())
         image.append(np.full(len(target.labels), index))
@@ -157,7 +149,7 @@ def read_dataset(cfg: Config, split: str, like: CocoDataset | None = None) -> Se
         raise UserError(f"{files.annotations}: {count}, the first: {errors[0]}")
     columns = (np.concatenate([np.zeros((0, 4), np.float32), *boxes]), np.concatenate([np.zeros(0, int), *labels]))
     hashed = np.stack(hashes) if hashes else np.zeros((0, 8), np.uint8)
-    return Seen(dataset, *columns, np.concatenate([np.zeros(0, int), *image]), sizes, hashed, remarks)
+    return Seen(dataset, *columns, np.concatenate([np.zeros(0, int), *image]), sizes, hashed)
 
 
 # ----------------------------------------------------------------------------------------------------------- anchors
@@ -270,8 +262,7 @@ def summary(
 ) -> list[str]:
     lines = [seen.dataset.summary() for seen in both]
     for seen in both:
-        for remark, names in seen.remarks.items():
-            lines.append(f"{len(names):,} images of {seen.dataset.path}: {remark} (the first is {names[0]})")
+        lines += remark_lines(seen.dataset.image_remarks)
     if len(both) == 2:
         names = both[0].dataset.class_names
         for split, seen in zip(("train", "val"), both):

@@ -14,16 +14,16 @@ SRC is a folder, or in its place a set's data.yaml or obj.data. It is not change
 
     yolo     class cx cy w h, in parts of the image. A polygon or an oriented box becomes its bounding box, keypoints
              (kpt_shape in data.yaml) are left out. Names are data.yaml's, obj.data's, those of classes.txt or *.names,
-             else "class 0" ... An image without labels is one without boxes.
+             else "class 0" ... An image without labels has no boxes.
     voc      pixels counted from 1, both ends included; or, where corners are 0 or fractions, positions counted from 0.
-             A difficult object is neither taught nor scored (iscrowd).
+             A difficult object is neither trained on nor scored (iscrowd).
     labelme  rectangles, and the bounds of polygons, masks, rotated boxes and circles. An image that is only inside its
              JSON file is taken from there.
     coco     a file, or several, or folders of them; classes of the same name become one. Boxes only.
 
 An image and its labels have the same path, but for a folder images or JPEGImages in the place of labels or Annotations;
 or the label file says the image's name; or no other file has this name. With voc and labelme an image without labels is
-left out: nobody says that it is empty. Boxes are cut off at the image's border, but for those of COCO files.
+left out, as it may not be empty. Boxes are clipped to the image, but for those of COCO files.
 
 The split is SRC's own where it has one: data.yaml's, obj.data's, lists called train.txt and val.txt, ImageSets/Main's,
 or files and folders with train and val (valid, validation, dev) in their names; its test part is left out. Else, and
@@ -42,11 +42,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image
 from tqdm import tqdm
 
 from data.coco import CLIP_TOLERANCE, MIN_SIDE, CocoDataset
-from data.images import ORIENTATION, read_image
+from data.images import Remarks, image_size, read_image
 from data.transforms import EvalTransform
 from detector.errors import CONTROL, UserError, run_main
 from scripts.conversion.coco import read_coco
@@ -67,7 +66,7 @@ class Picture(NamedTuple):
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("format", choices=(*LABELS, "coco"))
-    parser.add_argument("sources", type=Path, metavar="SRC", nargs="+", help="one, or with coco several")
+    parser.add_argument("sources", type=Path, metavar="SRC", nargs="+", help="a folder or file; coco takes several")
     parser.add_argument("target", type=Path, metavar="DST")
     parser.add_argument("--split", choices=("own", "random"), default="own", help="SRC's own where it has one (own)")
     parser.add_argument("--val", type=float, default=0.2, metavar="SHARE", help="of the images, to score on (0.2)")
@@ -96,66 +95,54 @@ def convert(args: argparse.Namespace, beside: Path) -> tuple[dict[str, Picture],
     else:
         source = read_folder(args.format, args.sources[0], beside / "decoded", notes)
     named = ", ".join(map(str, args.sources))
-    for name in [*source.names, *(box.name for one in source.labels.values() for box in one.boxes)]:
+    for name in [*source.names, *(box.name for labels in source.labels.values() for box in labels.boxes)]:
         if not name.strip() or CONTROL.search(name):
-            raise UserError(f"{named}: a class is called {name!r}; give it a name of one line")
+            raise UserError(f"{named}: a class is called {name!r}; give it a name without line breaks")
     split = Split(set(), {}, "")
     if args.split == "own":
         split = own_split(source, notes)
     for name, why in split.left_out.items():
         if name in source.labels:
             notes[f"left out: {why}"].append(name)
-    found = look_at(source, split, notes)
-    if not any(one.boxes for one in found.values()):
+    pictures = look_at(source, split, notes)
+    if not any(picture.boxes for picture in pictures.values()):
         raise UserError(
             f"{named}: no boxes in the format of {args.format} ({source.about})"
             + "".join(f"; {kind}: {where[0]}" for kind, where in notes.items())
         )
-    val, how = split.val & found.keys(), split.how
+    val, how = split.val & pictures.keys(), split.how
     if not split.val:
-        val, how = at_random(list(found), args.val, args.seed), f"drawn by --seed {args.seed}"
-    if not val or len(val) == len(found):
+        val, how = at_random(list(pictures), args.val, args.seed), f"drawn by --seed {args.seed}"
+    if not val or len(val) == len(pictures):
         part = "score" if not val else "train"
         raise UserError(
             f"{named}: no image that can be used is left to {part} on, the split is {how}; --split random draws one"
             + "".join(f"; {kind}: {where[0]}" for kind, where in notes.items())
         )
-    write(beside, found, val, source.names, notes, args.trust)
-    return found, val, how, notes
+    write(beside, pictures, val, source.names, notes, args.trust)
+    return pictures, val, how, notes
 
 
 def look_at(source: Source, split: Split, notes: Notes) -> dict[str, Picture]:
     """The images, without those that the split leaves out, that can be used, with boxes in their pixels."""
-    found = {}
+    pictures, remarks = {}, Remarks()
     chosen = [name for name in source.labels if name not in split.left_out]
     for name in tqdm(chosen, desc="reading", unit="image"):
         path, labels = source.images[name], source.labels[name]
         try:
-            stored, size = sizes_of(path)
-            if labels.size is not None and labels.size != size:
-                if labels.size != stored:
-                    raise UserError(f"{name} is {size[0]}x{size[1]}, its labels say {labels.size[0]}x{labels.size[1]}")
-                size = stored  # labelled by who does not turn images
-            read_image(path, size[::-1])
+            size = labels.size or image_size(path)[::-1]  # whoever labelled it may not have turned it as EXIF asks
+            read_image(path, size[::-1], remarks)
         except UserError as error:
             notes["left out: images or labels that cannot be used"].append(str(error))
             continue
-        boxes = [box for one in labels.boxes_in(size) if (box := cut(one, size, name, notes, source.as_is))]
+        boxes = [box for labelled in labels.boxes_in(size) if (box := cut(labelled, size, name, notes, source.as_is))]
         if labels.boxes and not boxes:
             notes["left out: images none of whose boxes lies in them"].append(name)
         else:
-            found[name] = Picture(path, size, boxes)
-    return found
-
-
-def sizes_of(path: Path) -> tuple[tuple[int, int], tuple[int, int]]:
-    """(width, height) as stored, and as the camera says that it is to be turned."""
-    try:
-        with Image.open(path) as image:
-            stored, orientation = image.size, image.getexif().get(ORIENTATION, 1)
-    except Exception as error:  # decoders raise all kinds
-        raise UserError(f"{path}: cannot be read as an image ({type(error).__name__})") from None
-    return stored, stored[::-1] if orientation in (5, 6, 7, 8) else stored
+            pictures[name] = Picture(path, size, boxes)
+    for kind, files in remarks.items():
+        notes[f"images with {kind}"] += sorted(files)
+    return pictures
 
 
 def cut(box: Box, size: tuple[int, int], name: str, notes: Notes, as_is: bool) -> Box | None:
@@ -178,7 +165,7 @@ def cut(box: Box, size: tuple[int, int], name: str, notes: Notes, as_is: bool) -
     return box._replace(sides=(round(x1, 3), round(y1, 3), round(x2 - x1, 3), round(y2 - y1, 3)))
 
 
-# ------------------------------------------------------------------------------------------------------- what is made
+# ------------------------------------------------------------------------------------------------------- the new folder
 
 
 @contextmanager
@@ -197,39 +184,39 @@ def whole_or_not(target: Path) -> Iterator[Path]:
 
 
 def write(
-    beside: Path, found: dict[str, Picture], val: set[str], names: list[str], notes: Notes, trust: bool = False
+    beside: Path, pictures: dict[str, Picture], val: set[str], names: list[str], notes: Notes, trust: bool = False
 ) -> None:
     """The new folder, checked as training will check it."""
-    used = {box.name for one in found.values() for box in one.boxes}
+    used = {box.name for picture in pictures.values() for box in picture.boxes}
     classes = list(dict.fromkeys([*names, *sorted(used)]))
     category = {name: place for place, name in enumerate(classes, start=1)}
-    for name, one in tqdm(found.items(), desc="writing", unit="image"):
+    for name, picture in tqdm(pictures.items(), desc="writing", unit="image"):
         image = beside / "images" / name
         image.parent.mkdir(parents=True, exist_ok=True)
-        file = os.path.realpath(one.path)  # and not a link that leads elsewhere
+        file = os.path.realpath(picture.path)  # a link to a link would break when its target moves
         try:
             os.link(file, image)
         except OSError:
             shutil.copyfile(file, image)
     shutil.rmtree(beside / "decoded", ignore_errors=True)
     for split in ("train", "val"):
-        chosen = [name for name in sorted(found) if (name in val) == (split == "val")]
-        (beside / f"{split}.json").write_text(json.dumps(document(chosen, found, category)), encoding="utf-8")
+        chosen = [name for name in sorted(pictures) if (name in val) == (split == "val")]
+        (beside / f"{split}.json").write_text(json.dumps(document(chosen, pictures, category)), encoding="utf-8")
         try:
             CocoDataset(beside / f"{split}.json", beside / "images", EvalTransform(800, 1333), trust=trust)
         except UserError as error:
             raise UserError(f"what would be written is not right: {str(error).replace(f'{beside}/', '')}") from None
-    told = "".join(
-        f"{kind}: {len(where)}\n" + "".join(f"    {one}\n" for one in where) for kind, where in notes.items()
+    remarks = "".join(
+        f"{kind}: {len(where)}\n" + "".join(f"    {place}\n" for place in where) for kind, where in notes.items()
     )
-    (beside / "report.txt").write_text(told or "Everything was used as it is.\n", encoding="utf-8")
+    (beside / "report.txt").write_text(remarks or "Everything was used as it is.\n", encoding="utf-8")
 
 
-def document(chosen: list[str], found: dict, category: dict[str, int]) -> dict:
+def document(chosen: list[str], pictures: dict, category: dict[str, int]) -> dict:
     """A COCO annotation file of the images `chosen`."""
     images, annotations = [], []
     for number, name in enumerate(chosen, start=1):
-        _, (width, height), boxes = found[name]
+        _, (width, height), boxes = pictures[name]
         images.append({"id": number, "file_name": name, "width": width, "height": height})
         for box in boxes:
             area = box.area or box.sides[2] * box.sides[3]
@@ -239,14 +226,14 @@ def document(chosen: list[str], found: dict, category: dict[str, int]) -> dict:
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
-def report(args: argparse.Namespace, found: dict, val: set[str], how: str, notes: Notes) -> None:
+def report(args: argparse.Namespace, pictures: dict, val: set[str], how: str, notes: Notes) -> None:
     counts = {
         split: Counter(
-            box.name for name, one in found.items() if (name in val) == (split == "val") for box in one.boxes
+            box.name for name, picture in pictures.items() if (name in val) == (split == "val") for box in picture.boxes
         )
         for split in ("train", "val")
     }
-    print(f"{args.target}: {len(found) - len(val)} images to train on, {len(val)} to score on; the split is {how}")
+    print(f"{args.target}: {len(pictures) - len(val)} images to train on, {len(val)} to score on; the split is {how}")
     for name in sorted(set(counts["train"]) | set(counts["val"])):
         lack = [split for split in counts if not counts[split][name]]
         remark = f", none in {lack[0]}: it cannot be {'learnt' if lack[0] == 'train' else 'scored'}" if lack else ""

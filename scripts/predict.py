@@ -33,7 +33,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data.draw import annotate
-from data.images import read_image, suffixes
+from data.images import Remarks, read_image, remark_lines, suffixes
 from detector import atomic, load
 from detector.errors import UserError, run_main
 from detector.inference import Detector, NamedDetections
@@ -67,12 +67,13 @@ def main(argv: list[str] | None = None) -> None:
 
     results: list[dict[str, Any]] = []
     errors: list[UserError] = []
+    remarks: Remarks = {}
     counted, start = 0, time.perf_counter()
     try:
         for source, target in tqdm(files, unit="file"):
             try:
                 process = process_video if source.suffix.lower() in VIDEOS else process_image
-                counted += process(detector, source, target, counted, results)
+                counted += process(detector, source, target, counted, results, remarks)
             except CannotWriteError:
                 raise  # the next files cannot be written either
             except UserError as error:
@@ -86,6 +87,8 @@ def main(argv: list[str] | None = None) -> None:
     counts = ", ".join(f"{name} {count}" for name, count in by_class.most_common(20))
     print(f"{counted} images, {len(results)} boxes ({counts}) in {seconds:.1f} s, {counted / seconds:.1f} images/s")
     print(f"written: {args.output / RESULTS} and the pictures beside it")
+    for line in remark_lines(remarks):
+        print(line)
     for kind, where in skipped.items():
         print(f"{kind}: {len(where)} ({'; '.join(where[:3])}{'; ...' * (len(where) > 3)})")
     errors += [UserError(f"{path}: this image format cannot be read; save it as .jpg") for path in unreadable]
@@ -135,9 +138,11 @@ def list_files(sources: list[Path], output: Path, skipped: Notes) -> tuple[list[
     return placed, unreadable
 
 
-def process_image(detector: Detector, source: Path, target: Path, number: int, results: list[dict[str, Any]]) -> int:
+def process_image(
+    detector: Detector, source: Path, target: Path, number: int, results: list[dict[str, Any]], remarks: Remarks
+) -> int:
     """Process one image; returns 1, the number of images."""
-    image = read_image(source)
+    image = read_image(source, remarks=remarks)
     found = detector(image)
     drawn = io.BytesIO()
     try:
@@ -149,7 +154,9 @@ def process_image(detector: Detector, source: Path, target: Path, number: int, r
     return 1
 
 
-def process_video(detector: Detector, source: Path, target: Path, number: int, results: list[dict[str, Any]]) -> int:
+def process_video(
+    detector: Detector, source: Path, target: Path, number: int, results: list[dict[str, Any]], remarks: Remarks
+) -> int:
     """Process a video; returns its number of frames. The file gets its final name when it is complete."""
     reader = cv2.VideoCapture(str(source))
     rate, expected = reader.get(cv2.CAP_PROP_FPS) or 25.0, int(reader.get(cv2.CAP_PROP_FRAME_COUNT))

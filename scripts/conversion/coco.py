@@ -1,4 +1,4 @@
-"""The images and boxes of COCO files, one or several."""
+"""The images and boxes of COCO files."""
 
 import os
 import posixpath
@@ -26,7 +26,7 @@ def coco_labels(file: Path, notes: Notes) -> tuple[list[str], list[tuple[str, La
     for remark in read.remarks:
         notes["remarks on COCO files"].append(f"{file}: {remark}")
     sizes = [(width, height) if width and height else None for height, width in read.sizes.tolist()]
-    images = [(name, Labels(own, size)) for name, own, size in zip(read.file_names, boxes, sizes)]
+    images = [(name, Labels(listed, size)) for name, listed, size in zip(read.file_names, boxes, sizes)]
     return [read.names[number] for number in sorted(read.names)], images
 
 
@@ -34,7 +34,7 @@ Records = list[tuple[str, Labels]]  # file_name and labels of each image
 
 
 def read_coco(sources: list[Path], notes: Notes) -> Source:
-    """The images that COCO files name. Of the same image in several, and of the same box, there will be one."""
+    """The images that COCO files name. An image that several files list becomes a single one, and so does a box."""
     documents: dict[str, tuple[list[str], Records]] = {}
     every: dict[str, Path] = {}  # files that may be their images
     walked: set[str] = set()  # those of them in a folder that was given
@@ -44,12 +44,12 @@ def read_coco(sources: list[Path], notes: Notes) -> Source:
             every |= images_beside(source, documents[str(source)][1])
         else:
             files = {str(path): path for path in list_files(source, notes).values()}
-            found = {name: coco_labels(path, notes) for name, path in files.items() if is_coco(path)}
-            if not found:
-                raise UserError(f"{source}: no COCO file in it, one with images, annotations and categories")
-            documents |= found
+            coco_files = {name: coco_labels(path, notes) for name, path in files.items() if is_coco(path)}
+            if not coco_files:
+                raise UserError(f"{source}: no COCO file in it, which has images, annotations and categories")
+            documents |= coco_files
             every |= files
-            walked |= files.keys() - found.keys()
+            walked |= files.keys() - coco_files.keys()
     root = os.path.commonpath([*map(os.path.dirname, every), *map(os.path.dirname, documents)])
     key = {name: os.path.relpath(name, root).replace(os.sep, "/") for name in (*every, *documents)}
     pool = {key[name]: path for name, path in every.items() if kind_of(name) == "image"}
@@ -59,10 +59,10 @@ def read_coco(sources: list[Path], notes: Notes) -> Source:
     parts: dict[str, set[str]] = defaultdict(set)
     for document, (_, records) in documents.items():
         part = part_of(key[document]) if len(documents) > 1 else None
-        for file_name, own in records:
+        for file_name, listed in records:
             place = place_of(file_name, key[document], pool, index, notes)
             if place is not None:
-                labels[place] = merged(labels.get(place), own, place, notes)
+                labels[place] = merged(labels.get(place), listed, place, notes)
                 if part:
                     parts[part].add(place)
     if not labels:
@@ -81,23 +81,23 @@ def read_coco(sources: list[Path], notes: Notes) -> Source:
     short = {name: name[len(top) + 1 :] if top else name for name in labels}
     return Source(
         {short[name]: pool[name] for name in labels},
-        {short[name]: own for name, own in labels.items()},
-        joined([own for own, _ in documents.values()], notes),
+        {short[name]: listed for name, listed in labels.items()},
+        joined([names for names, _ in documents.values()], notes),
         f"{len(labels)} images of {len(documents)} files",
-        parts={part: {short[name] for name in own} for part, own in parts.items()},
+        parts={part: {short[name] for name in images} for part, images in parts.items()},
         as_is=True,
     )
 
 
 def joined(names: list[list[str]], notes: Notes) -> list[str]:
     """The names of the classes of all files, each once."""
-    every = list(dict.fromkeys(name for own in names for name in own))
+    every = list(dict.fromkeys(name for listed in names for name in listed))
     alike = defaultdict(list)
     for name in every:
         alike[name.strip().casefold()].append(repr(name))
-    for own in alike.values():
-        if len(own) > 1:
-            notes["classes whose names differ in case or blanks alone, kept apart"].append(" and ".join(own))
+    for spelt in alike.values():
+        if len(spelt) > 1:
+            notes["classes whose names differ in case or blanks alone, kept apart"].append(" and ".join(spelt))
     return every
 
 
@@ -116,7 +116,7 @@ def images_beside(file: Path, records: Records) -> dict[str, Path]:
         places += [path for path in inside(place) if path.is_dir()]
     folders = {posixpath.dirname(name.replace("\\", "/")) for name, _ in records}
     folders |= set(map(unquote, folders))
-    files = [path for place in dict.fromkeys(places) for one in folders for path in inside(place / one)]
+    files = [path for place in dict.fromkeys(places) for folder in folders for path in inside(place / folder)]
     return {os.path.normpath(path): path for path in files if kind_of(path.name) == "image" and path.is_file()}
 
 
@@ -142,9 +142,9 @@ def place_of(file_name: str, document: str, pool: dict[str, Path], index: Index,
     return None
 
 
-def merged(one: Labels | None, other: Labels, name: str, notes: Notes) -> Labels:
-    if one is None:
+def merged(labels: Labels | None, other: Labels, name: str, notes: Notes) -> Labels:
+    if labels is None:
         return other
     notes["images that are listed more than once, and their boxes joined"].append(name)
-    known = {box[:3] for box in one.boxes}
-    return one._replace(boxes=one.boxes + [box for box in other.boxes if box[:3] not in known])
+    known = {box[:3] for box in labels.boxes}
+    return labels._replace(boxes=labels.boxes + [box for box in other.boxes if box[:3] not in known])

@@ -21,7 +21,8 @@ class Described(NamedTuple):
     def part(self, part: str) -> list[str]:
         """What it says that "train", "val" or "test" is: folders and files, as its writer's machine calls them."""
         entry = self.content.get(part) or (self.content.get("valid") if part == "val" else None)
-        return [one for one in (entry if isinstance(entry, list) else [entry]) if isinstance(one, str) and one.strip()]
+        texts = entry if isinstance(entry, list) else [entry]
+        return [text for text in texts if isinstance(text, str) and text.strip()]
 
     @property
     def root(self) -> str:
@@ -31,8 +32,8 @@ class Described(NamedTuple):
 
 
 def describe(source: Path, files: dict[str, Path]) -> Described | None:
-    """The only file that describes the set, or the one furthest up; UserError where there are several sets."""
-    found, broken = [], []
+    """The only file that describes the set, or the uppermost; UserError where there are several sets."""
+    sets, broken = [], []
     for name, path in files.items():
         suffix = PurePosixPath(name).suffix.lower()
         if suffix not in (".yaml", ".yml", ".data"):
@@ -47,16 +48,16 @@ def describe(source: Path, files: dict[str, Path]) -> Described | None:
             continue
         described = Described(name, content if isinstance(content, dict) else {})
         if "names" in described.content or (described.part("train") and described.part("val")):
-            found.append(described)
-    if not found and broken:
+            sets.append(described)
+    if not sets and broken:
         raise UserError(broken[0])
-    found = [one for one in found if not one.name.endswith(".data")] or found
-    depth = min((one.name.count("/") for one in found), default=0)
-    found = [one for one in found if one.name.count("/") == depth]
-    if any(one.content != found[0].content for one in found):
-        listed = ", ".join(one.name for one in found[:5]) + (", ..." if len(found) > 5 else "")
-        raise UserError(f"{source}: {len(found)} files in it describe a set: {listed}; give one of them in its place")
-    return found[0] if found else None
+    sets = [described for described in sets if not described.name.endswith(".data")] or sets
+    depth = min((described.name.count("/") for described in sets), default=0)
+    sets = [described for described in sets if described.name.count("/") == depth]
+    if any(described.content != sets[0].content for described in sets):
+        listed = ", ".join(described.name for described in sets[:5]) + (", ..." if len(sets) > 5 else "")
+        raise UserError(f"{source}: {len(sets)} files in it describe a set: {listed}; give one of them in its place")
+    return sets[0] if sets else None
 
 
 def darknet(text: str) -> dict:
@@ -79,9 +80,9 @@ def classes_of(source: Path, files: dict[str, Path], described: Described | None
     elif named is None:
         named = from_lists(source, {name: path for name, path in files.items() if is_names(name)})
     if not isinstance(named, list) or len(set(map(str, named))) != len(named):
-        raise UserError(f"{source}: the names of its classes are not a list, or one is there twice")
+        raise UserError(f"{source}: the names of its classes are not a list, or a name is there twice")
     if keypoints is not None and not (
-        isinstance(keypoints, list) and len(keypoints) == 2 and all(type(one) is int and one > 0 for one in keypoints)
+        isinstance(keypoints, list) and len(keypoints) == 2 and all(type(n) is int and n > 0 for n in keypoints)
     ):
         raise UserError(f"{files[described.name]}: kpt_shape is {keypoints}; give how many and 2 or 3, as [17, 3]")
     return Classes(list(map(str, named)), tuple(keypoints) if keypoints else None)
@@ -92,12 +93,12 @@ def is_names(name: str) -> bool:
 
 
 def from_lists(source: Path, files: dict[str, Path]) -> list[str]:
-    """Labelling tools leave one list in each folder, the later ones longer: one that the others begin."""
+    """Labelling tools leave a list in each folder, each later one longer; the longest starts with all others."""
     lists = {name: lines_of(path) for name, path in files.items()}
     longest = max(lists.values(), key=len, default=[])
-    for name, own in lists.items():
-        if own != longest[: len(own)]:
-            other = next(one for one in lists if lists[one] is longest)
+    for name, names in lists.items():
+        if names != longest[: len(names)]:
+            other = next(path for path in lists if lists[path] is longest)
             raise UserError(f"{source}: {name} and {other} number the classes differently; convert their folders apart")
     return longest
 

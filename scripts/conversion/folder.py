@@ -49,7 +49,7 @@ def read_folder(form: str, source: Path, decoded: Path, notes: Notes) -> Source:
         if PurePosixPath(name).suffix.lower() == LABELS[form] and name not in helpers
     }
     pairs, doubtful = pair(images, labels, lambda file: name_inside(form, file), notes)
-    paired = {*pairs.values(), *(label for own in doubtful.values() for label in own)}
+    paired = {*pairs.values(), *(label for rivals in doubtful.values() for label in rivals)}
     if form == "labelme":
         for label in sorted(labels.keys() - paired):
             if name := decode(label, labels[label], decoded, notes):
@@ -109,7 +109,7 @@ def read_labels(
             except UserError as error:
                 notes["left out: images or labels that cannot be used"].append(str(error))
     if form == "voc" and not from_zero(list(used.values()), notes):
-        read = {name: as_pixels(own) for name, own in read.items()}
+        read = {name: as_pixels(labels) for name, labels in read.items()}
     return read
 
 

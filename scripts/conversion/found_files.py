@@ -70,7 +70,7 @@ def drop_stores(root: Path, files: dict[str, Path], notes: Notes) -> None:
 
 
 def kind_of(name: str) -> str:
-    """ "image", "picture" for one that cannot be read here, or "other"."""
+    """ "image", "picture" where it cannot be read here, or "other"."""
     suffix = PurePosixPath(name).suffix.lower()
     return "image" if suffix in suffixes() else "picture" if suffix in OTHER_PICTURES else "other"
 
@@ -87,7 +87,7 @@ def tell_unused(names: list[str], notes: Notes) -> None:
 
 @cache
 def part_of(path: str) -> str | None:
-    """The part of a set, "train", "val" or "test", that the last name in a path that says one says.
+    """ "train", "val" or "test": what the last telling name in a path says; None where no name does.
 
     >>> part_of("cells_test/valid2017/images"), part_of("train_and_val/images")
     ('val', None)
@@ -101,7 +101,7 @@ def part_of(path: str) -> str | None:
 
 
 class Index:
-    """File names, to be found by the end of a path that somebody wrote: another machine's, Windows', encoded."""
+    """File names, found by the end of a path as other machines write it: Windows', percent-encoded."""
 
     def __init__(self, names: Iterable[str]):
         self.by_name, self.by_stem = defaultdict(list), defaultdict(list)
@@ -127,11 +127,11 @@ class Index:
         plain = text.replace("\\", "/").split("/")
 
         def agreement(name: str) -> tuple:
-            own = part_of(folder_of(name))
+            part_of_name = part_of(folder_of(name))
             return (
                 common(reversed(pieces(name)), reversed(parts)),
                 common(reversed(name.split("/")), reversed(plain)),  # before another spelling
-                near_part is not None and own == near_part,
+                near_part is not None and part_of_name == near_part,
                 common(pieces(name), near),
             )
 
@@ -161,10 +161,10 @@ def folder_of(name: str) -> str:
     return name.rpartition("/")[0]
 
 
-def common(one: Iterable[str], other: Iterable[str]) -> int:
+def common(first: Iterable[str], second: Iterable[str]) -> int:
     """How many items two sequences have in common at their start."""
     count = 0
-    for a, b in zip(one, other):
+    for a, b in zip(first, second):
         if a != b:
             break
         count += 1

@@ -27,7 +27,7 @@ class Box(NamedTuple):
 
 
 class Labels(NamedTuple):
-    """Of one image."""
+    """Those of an image."""
 
     boxes: list[Box]
     size: tuple[int, int] | None = None  # (width, height) that the label file says
@@ -37,7 +37,7 @@ class Labels(NamedTuple):
         """In the pixels of an image of this (width, height)."""
         if not self.relative:
             return self.boxes
-        return [one._replace(sides=tuple(a * b for a, b in zip(one.sides, (*size, *size)))) for one in self.boxes]
+        return [box._replace(sides=tuple(a * b for a, b in zip(box.sides, (*size, *size)))) for box in self.boxes]
 
 
 class Classes(NamedTuple):
@@ -101,8 +101,8 @@ def has_keypoints(numbers: list[float]) -> bool:
 def read_voc(file: Path, classes: Classes, notes: Notes) -> Labels:
     """Corners as they are in the file: where their counting starts, `from_zero` tells of all files together."""
     root = voc_root(file)
-    told = tuple(number(root.findtext(f"size/{side}")) or 0 for side in ("width", "height"))
-    told = told if all(map(math.isfinite, told)) else (0, 0)
+    stated = tuple(number(root.findtext(f"size/{side}")) or 0 for side in ("width", "height"))
+    stated = stated if all(map(math.isfinite, stated)) else (0, 0)
     boxes = []
     objects = root.findall(".//object")
     for thing in objects:
@@ -117,8 +117,8 @@ def read_voc(file: Path, classes: Classes, notes: Notes) -> Labels:
         difficult = (thing.findtext("difficult") or "").strip().lower() in ("1", "true")
         boxes.append(Box(name, bounds([x1, x2], [y1, y2]), difficult))
         if difficult:
-            notes["difficult objects, neither taught nor scored"].append(f"{file}: {name}")
-    return Labels(some(boxes, objects, file), (int(told[0]), int(told[1])) if all(told) else None)
+            notes["difficult objects, neither trained on nor scored"].append(f"{file}: {name}")
+    return Labels(some(boxes, objects, file), (int(stated[0]), int(stated[1])) if all(stated) else None)
 
 
 def from_zero(labels: list[Labels], notes: Notes) -> bool:
@@ -127,7 +127,7 @@ def from_zero(labels: list[Labels], notes: Notes) -> bool:
     Most corners are fractions, or a 0 is among them; but a few of either, as VOC2012 has, are flaws of a set whose
     boxes at the border start at 1.
     """
-    boxes = [box.sides for one in labels for box in one.boxes if all(map(math.isfinite, box.sides))]
+    boxes = [box.sides for image in labels for box in image.boxes if all(map(math.isfinite, box.sides))]
     fractions = sum(not all(side.is_integer() for side in map(float, sides)) for sides in boxes)
     zeros, ones = (sum(min(sides[:2]) == start for sides in boxes) for start in (0, 1))
     if fractions * 2 > len(boxes) or zeros * 10 > ones:
@@ -152,8 +152,8 @@ def voc_root(file: Path) -> ElementTree.Element:
     declared = re.match(rb"""\s*<\?xml[^>]*?encoding\s*=\s*["']([\w.:-]+)["']""", bytes_of(file)[:200])
     encoding = declared[1].decode().lower() if declared else "utf-8"
     text = text_of(file, "gb18030" if encoding in ("gb2312", "gbk") else encoding)  # which has all of theirs
-    if "<!DOCTYPE" in text or "<!ENTITY" in text:  # an entity may stand for more than memory holds
-        raise UserError(f"{file}: declares a document type; take that line out")
+    if "<!ENTITY" in text:  # an entity may stand for more than memory holds
+        raise UserError(f"{file}: declares entities; take these lines out")
     try:
         return ElementTree.fromstring(re.sub(r"^\s*<\?xml.*?\?>", "", text, flags=re.DOTALL))
     except (ElementTree.ParseError, ValueError) as error:
@@ -179,10 +179,10 @@ def read_labelme(file: Path, classes: Classes, notes: Notes) -> Labels:
             boxes.append(Box(name, bounds(xs, ys)))
         except (ValueError, TypeError, KeyError, IndexError):
             notes["left out: shapes that outline nothing, such as points and lines"].append(f"{file}: {name} {kind}")
-    told = tuple(number(content.get(side)) or 0 for side in ("imageWidth", "imageHeight"))
+    stated = tuple(number(content.get(side)) or 0 for side in ("imageWidth", "imageHeight"))
     return Labels(
         some(boxes, content["shapes"], file),
-        tuple(map(int, told)) if all(math.isfinite(one) and one > 0 for one in told) else None,
+        tuple(map(int, stated)) if all(math.isfinite(side) and side > 0 for side in stated) else None,
     )
 
 

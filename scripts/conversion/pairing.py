@@ -15,7 +15,7 @@ APART = ("images", "jpegimages", "labels", "annotations")  # folders that keep i
 def pair(
     images: dict[str, Path], labels: dict[str, Path], inside: Callable[[Path], str | None], notes: Notes
 ) -> tuple[dict[str, str], dict[str, list[str]]]:
-    """Image -> its label file; and image -> the label files of which it cannot be said whether one is its own.
+    """Image -> its label file; and image -> the label files that may or may not be its own.
 
     Both have the same path but for the folders that keep them apart, maybe in another spelling; or the label file says
     the image's name (`inside`); or their names are the same and no file in their folders is paired by its path.
@@ -43,28 +43,27 @@ def by_path(
     keys = {name: key_of(name) for name in images}
     # photo.txt, or photo.jpg.txt
     alike = {name: exact.get(key) or exact.get(key_of(f"{name}.txt")) for name, key in keys.items()}
-    used = {label for own in alike.values() for label in own or ()}
+    used = {label for candidates in alike.values() for label in candidates or ()}
     rivals = defaultdict(set)  # images that differ in spelling alone
     for name, key in keys.items():
         if not alike[name]:
             rivals[spelling(key)].add(key)
     pairs, second = {}, set()
-    for name, own in alike.items():
-        if not own:
+    for name, candidates in alike.items():
+        if not candidates:
             key = spelling(keys[name])
-            own = [
-                one for one in spelled.get(key) or spelled.get(spelling(key_of(f"{name}.txt")), []) if one not in used
-            ]
-            if own:
+            spelt = spelled.get(key) or spelled.get(spelling(key_of(f"{name}.txt")), [])
+            candidates = [label for label in spelt if label not in used]
+            if candidates:
                 notes["images whose label file is spelled otherwise"].append(name)
-            if own and len(rivals[key]) > 1:
-                doubtful[name] = own
+            if candidates and len(rivals[key]) > 1:
+                doubtful[name] = candidates
                 continue
-        if own and len({bytes_of(labels[one]) for one in own}) > 1:
-            doubtful[name] = own
-        elif own:
-            pairs[name] = own[0]
-            second.update(own[1:])
+        if candidates and len({bytes_of(labels[label]) for label in candidates}) > 1:
+            doubtful[name] = candidates
+        elif candidates:
+            pairs[name] = candidates[0]
+            second.update(candidates[1:])
     for name in sorted(second):
         notes["left out: a second label file of the same image"].append(name)
     return pairs
@@ -73,23 +72,23 @@ def by_path(
 def by_inside(
     images: dict[str, Path], labels: dict[str, Path], pairs: dict[str, str], inside: Callable, notes: Notes
 ) -> None:
-    """Add to `pairs` by the name that a label file says; UserError where it says another image than its own name."""
+    """Add to `pairs` by the name inside a label file; UserError where that contradicts the file's own name."""
     index = Index(images)
-    own = defaultdict(list)
+    images_of = defaultdict(list)
     for image, label in pairs.items():
-        own[label].append(image)
+        images_of[label].append(image)
     said = {label: text for label, path in labels.items() if (text := inside(path))}
-    claims = {label: found[0] for label, text in said.items() if len(found := index.find(text, label)) == 1}
+    claims = {label: hits[0] for label, text in said.items() if len(hits := index.find(text, label)) == 1}
     times = Counter(claims.values())
     flaws = []
     for label, image in claims.items():
         if times[image] > 1:  # copies of one file, in which the name was left as it was
             continue
-        if not own[label] and image not in pairs:
+        if not images_of[label] and image not in pairs:
             pairs[image] = label
             notes["images found by the name inside their label file"].append(image)
-        elif own[label] and not {last_names(image)[1]} & {last_names(one)[1] for one in own[label]}:
-            flaws.append(f"{label} has the name of {own[label][0]}, and inside it is {image}")
+        elif images_of[label] and not {last_names(image)[1]} & {last_names(other)[1] for other in images_of[label]}:
+            flaws.append(f"{label} has the name of {images_of[label][0]}, and inside it is {image}")
     if flaws:
         raise UserError(
             f"{len(flaws)} label files are named as one image and say inside that they are of another, the first: "
@@ -121,7 +120,7 @@ def by_stem(
         alike = [label for label in free.get(last_names(image)[1], []) if may_belong(image, label)]
         best = nearest(image, alike)
         decided = len(best) == 1 and folder_of(image) not in done and folder_of(best[0]) not in done_labels
-        if decided and {key_of(one) for one in nearest(best[0], rivals[last_names(image)[1]])} == {key_of(image)}:
+        if decided and {key_of(other) for other in nearest(best[0], rivals[last_names(image)[1]])} == {key_of(image)}:
             pairs[image] = best[0]
             notes["images paired with a label file of another folder, by their name alone"].append(image)
         elif alike:
@@ -141,9 +140,9 @@ def may_belong(image: str, label: str) -> bool:
 
 def nearest(name: str, others: list[str]) -> list[str]:
     """Of `others` those whose folders' names have most words in common with that of `name`."""
-    words = [words_of(one) for one in others]
-    counts = [(one & words_of(name)).total() for one in words]
-    return [one for one, count in zip(others, counts) if count == max(counts)]
+    words = [words_of(other) for other in others]
+    counts = [(other & words_of(name)).total() for other in words]
+    return [other for other, count in zip(others, counts) if count == max(counts)]
 
 
 def words_of(name: str) -> Counter:

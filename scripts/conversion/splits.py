@@ -1,7 +1,7 @@
 """Which images of a set are to train on, to score on (val) and to be left out (test), as its owner has split it.
 
 Asked in turn: data.yaml or Darknet's obj.data, lists of images called train.txt, val.txt or the like, COCO files and
-folders of such names. A part that a file names and that is not found is an error: its images would end in another part.
+folders of such names. A part that a file names and that is missing is an error: its images would end in another part.
 """
 
 import posixpath
@@ -17,27 +17,14 @@ from scripts.conversion.label_formats import Notes, number, text_of
 from scripts.conversion.source import Source
 
 # Words that a list may have in its name.
-FILLERS = {
-    "set",
-    "list",
-    "file",
-    "files",
-    "image",
-    "images",
-    "ids",
-    "names",
-    "split",
-    "autosplit",
-    "default",
-    "voc",
-    "yolo",
-}
+FILLERS = {"set", "list", "file", "files", "image", "images", "ids", "names", "split", "autosplit", "default", "voc",
+           "yolo"}  # fmt: skip
 
 
 class Split(NamedTuple):
     val: set[str]
     left_out: dict[str, str]  # image -> why
-    how: str  # how val was chosen; empty where nobody has
+    how: str  # how val was chosen; empty where it was not
 
 
 def own_split(source: Source, notes: Notes) -> Split:
@@ -83,7 +70,7 @@ class Finder:
         """The images of a part that a file names, and that file; UserError where they are not there."""
         entry = self.described and self.described.part(part)
         if entry:
-            hits = set().union(*(self.by_entry(one) for one in entry))
+            hits = set().union(*(self.by_entry(line) for line in entry))
             where, what = self.described.name, ", ".join(entry)
         else:
             lists = [name for name in self.lists if part_of(PurePosixPath(name).stem) == part]
@@ -133,10 +120,10 @@ class Finder:
         part = part_of("/".join(wanted[-3:]))
         depth = {folder: common(reversed(pieces(folder)), reversed(wanted)) for folder in self.folders}
         # What says the part, as val in val/images, must be among what agrees.
-        depth = {one: count for one, count in depth.items() if count and part_of("/".join(wanted[-count:])) == part}
-        best = [one for one, count in depth.items() if count == max(depth.values())]
-        near = {one: common(pieces(one), pieces(place)) for one in best}
-        best = [one for one in best if near[one] == max(near.values())]
+        depth = {name: count for name, count in depth.items() if count and part_of("/".join(wanted[-count:])) == part}
+        best = [folder for folder, count in depth.items() if count == max(depth.values())]
+        near = {folder: common(pieces(folder), pieces(place)) for folder in best}
+        best = [folder for folder in best if near[folder] == max(near.values())]
         return best[0] if len(best) == 1 else None
 
     def by_list(self, file: Path, name: str) -> set[str]:
@@ -170,7 +157,7 @@ def is_list(name: str) -> bool:
 def holds_boxes(content: str) -> bool:
     """Whether a text is labels in YOLO's format, or empty as those of an image without any."""
     first = content.split("\n", 1)[0].split() if content.strip() else []
-    return not content.strip() or (len(first) > 4 and all(number(one) is not None for one in first))
+    return not content.strip() or (len(first) > 4 and all(number(word) is not None for word in first))
 
 
 def at_random(names: list[str], share: float, seed: int) -> set[str]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from data.coco import CocoDataset
+from data.images import remark_lines
 from data.loader import EvalSampler, TrainSampler, collate, eval_loader, train_loader
 from data.transforms import EvalTransform, TrainTransform
 from detector.errors import UserError
@@ -151,6 +152,21 @@ def test_workers_do_not_change_the_batches(folder):
             for one, other in zip(epochs[0, epoch], epochs[workers, epoch], strict=True):
                 assert_same(one, other)
     assert not torch.equal(epochs[0, 0][0].images, epochs[0, 1][0].images)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_odd_images_are_counted_once_whoever_reads_them(folder, workers):
+    for number in (1, 2, 7):
+        (folder / f"{number}.png").write_bytes((folder / f"{number}.png").read_bytes()[:-12])
+    data = dataset(folder, TrainTransform(32, 64))
+    loader = train_loader(data, 3, seed=4, workers=workers)
+    for epoch in range(2):
+        loader.batch_sampler.set_position(epoch)
+        assert len(list(loader)) == 4
+    ((kind, files),) = data.image_remarks.items()
+    assert kind.startswith("their last bytes missing") and files == {str(folder / f"{n}.png") for n in (1, 2, 7)}
+    more = {kind: {"", *files}}
+    assert remark_lines(data.image_remarks, more) == [f"images with {kind}: 4 (such as )"]
 
 
 def test_resumed_batches_have_the_same_pixels(folder):

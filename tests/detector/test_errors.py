@@ -1,6 +1,8 @@
 """How an entry point begins and ends."""
 
 import io
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import pytest
 
 from detector.errors import UserError, run_main
 
+ROOT = Path(__file__).parents[2]
 NAME = "Zelle é / 细胞 Жук \udcff"  # the last from a file name of bytes that are no UTF-8
 
 
@@ -55,3 +58,40 @@ def test_the_home_folder_may_be_a_tilde(monkeypatch, tmp_path, given, expected):
     run_main(lambda: None)
     assert sys.argv == ["~/command", expected.format(home=tmp_path)]
     assert Path.home() == tmp_path
+
+
+PRINTS = """
+import sys
+from detector.errors import run_main
+
+def main():
+    for stream in (sys.stdout, sys.stderr):
+        for _ in range(2000):
+            print("x" * 100, file=stream)
+        stream.flush()
+    open(sys.argv[1], "w").write("results")
+
+run_main(main)
+"""
+
+
+@pytest.mark.parametrize("output", ["a pipe that has ended", "a full disk"])
+@pytest.mark.parametrize("flags", [[], ["-u"]])
+def test_output_that_cannot_be_written_loses_no_results(tmp_path, output, flags):
+    if output == "a full disk":
+        place = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reader, place = os.pipe()
+        os.close(reader)
+    words = [sys.executable, *flags, "-c", PRINTS, tmp_path / "results"]
+    code = [
+        subprocess.run(words, cwd=ROOT, stdout=place, stderr=place).returncode,
+        (done := subprocess.run(words, cwd=ROOT, stdout=place, stderr=subprocess.PIPE, encoding="utf-8")).returncode,
+    ]
+    os.close(place)
+    assert (tmp_path / "results").read_text() == "results"
+    last = done.stderr.splitlines()[-1]
+    if output == "a full disk":
+        assert code == [2, 2] and last.startswith("error: all is done") and "No space left" in last
+    else:
+        assert code == [0, 0] and last == "x" * 100

@@ -176,8 +176,8 @@ def test_what_is_taken_all_the_same_is_counted(folder, call):
     assert code == 0, err
     for line in (
         "Accepted: 4 numbers in quotes (the first in annotations[0]).",
-        f"2 images of {train}: a file lacks its last bytes, and is read all the same (the first is a.jpg)",
-        f"2 images of {train}: an image of 16 bits uses the lower 12 alone and is seen dark",
+        "images with their last bytes missing, which are read as far as they go: 2 (such as ",
+        "images with 16 bits of which only the lower 12 are used, which look dark; scale them to the full range: 2",
     ):
         assert line in out and line in told
 

@@ -256,7 +256,7 @@ def test_what_is_not_used_is_told(known, folder, command):
 def test_voc_and_labelme_remarks(known, folder, command):
     as_voc(folder / "voc", known)
     one = folder / "voc" / "Annotations" / "1.xml"
-    one.write_text(one.read_text().replace("<difficult>0", "<difficult>1"))
+    one.write_text("<!DOCTYPE annotation>" + one.read_text().replace("<difficult>0", "<difficult>1"))
     (folder / "voc" / "Annotations" / "2.xml").write_text('<!DOCTYPE a [<!ENTITY b "c">]><annotation/>')
     (folder / "voc" / "Annotations" / "3.xml").unlink()
     (folder / "voc" / "Annotations" / "4.xml").write_text("<annotation><object/></annotation>")
@@ -267,7 +267,13 @@ def test_voc_and_labelme_remarks(known, folder, command):
     code, _, err = command(convert.main, "voc", folder / "voc", folder / "dst")
     assert code == 0, err
     told = (folder / "dst" / "report.txt").read_text()
-    for words in ("difficult objects", "declares a document type", "3.jpg", "objects without a name", "5.jpg is 80x80"):
+    for words in (
+        "difficult objects",
+        "declares entities",
+        "3.jpg",
+        "objects without a name",
+        "5.jpg: the image is 80 x 80",
+    ):
         assert words in told, words
     documents = [json.loads((folder / "dst" / f"{split}.json").read_text()) for split in ("train", "val")]
     assert sum(one["iscrowd"] for document in documents for one in document["annotations"]) == 1
@@ -323,7 +329,7 @@ def test_slips_are_one_line_and_nothing_is_left(known, folder, command, monkeypa
         "--val 1.5": ("yolo", src, dst, "--val", "1.5"),
         "no boxes in the format of voc": ("voc", src, dst),
         "one is needed": ("labelme", folder / "single", dst),
-        "one is there twice": ("yolo", folder / "twice", dst),
+        "a name is there twice": ("yolo", folder / "twice", dst),
         "cannot be written": ("yolo", src, "/dev/null/dst"),
     }.items():
         code, _, err = command(convert.main, *arguments)
