@@ -12,29 +12,30 @@ import argparse
 import contextlib
 
 import torch
-from torch import nn
-from torchvision.io import write_png
+from torch.nn import Module
 
 from data.assemble import build_datasets
 from data.coco import CocoDataset
 from data.coco_eval import score
 from data.coco_results import coco_results, write_results
-from data.draw import contact_sheet, validation_pictures
+from data.draw import validation_pictures, write_contact_sheet
 from data.images import remark_lines
 from data.loader import eval_loader, train_loader
 from data.tables import metrics_line, metrics_table
 from data.workers import BatchLoader
 from detector import assemble, checkpoint, config, distributed
 from detector.config import Config
+from detector.configure import configure
 from detector.device import keep_freed_memory, peak_memory, pick_device, pick_precision, place
 from detector.engine import NonFiniteLoss, predict, train_until
 from detector.errors import Stopped, UserError, run_main
 from detector.logger import Logger
+from detector.metrics import Metrics
 from detector.pretrained import load_initial_weights
 from detector.randomness import seed_everything
 from detector.run import Run, find_checkpoint
 from detector.stop import Stop
-from detector.structures import Detections, Metrics
+from detector.structures import Detections
 
 
 def main() -> None:
@@ -44,7 +45,7 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the run's newest whole checkpoint, if any")
     parser.add_argument("--accept-changes", action="store_true", help="with --resume, even if the config has changed")
     args = parser.parse_args()
-    cfg = assemble.configure(args.config, args.set)
+    cfg = configure(args.config, args.set)
     with distributed.group(pick_device(cfg.device)) as device:
         train(cfg, device, resume=args.resume, accept_changes=args.accept_changes)
 
@@ -70,7 +71,7 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False, accept_cha
     if cfg.compile:
         model.compile_parts()
     run = Run(cfg, solver, criterion, train_set.category_ids, train_set.class_names, steps_per_epoch=len(batches))
-    changes = run.resume(saved, accept_changes=accept_changes) if saved else []
+    remarks = run.resume(saved, accept_changes=accept_changes) if saved else []
     run.refuse_differences({"data.train": train_set.fingerprint(), "data.val": val_set.fingerprint()})
     run.open_folder()
 
@@ -79,35 +80,31 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False, accept_cha
     with contextlib.closing(logger), Stop() as stop:  # closed on an error too, which must not land in the progress line
         logger.curves.config(config.dump(cfg), config.flat(cfg.model_dump(mode="json")))
         details = (", channels_last" if cfg.channels_last else "") + (f", from step {run.step}" if saved else "")
-        logger.say(f"run: {cfg.folder} on {device}, {precision} ({reason}){details}")
-        for line in (saved.damaged if saved else []) + [f"changed: {change}" for change in changes]:
-            logger.say(line)
-        logger.say(f"train: {train_set.summary()}\nval: {val_set.summary()}")
-        logger.say(f"{cfg.model.backbone}: {model.describe()}, {weights}\n{solver.describe()}")
+        lines = [f"run: {cfg.folder} on {device}, {precision} ({reason}){details}", *remarks]
+        lines += [f"train: {train_set.summary()}", f"val: {val_set.summary()}"]
+        lines += [f"{cfg.model.backbone}: {model.describe()}, {weights}", solver.describe()]
+        logger.say("\n".join(lines))
 
         replica = distributed.replicate(model, device)
         if run.evaluation_due:  # stopped before its evaluation was saved, or finished: that is evaluated once more
             metrics = evaluate(run, val_set, val_batches, stop, logger, device)
         while not solver.done:
-            train_on(run, replica, batches, stop, logger, device)
+            advance(run, replica, batches, stop, logger, device)
             if run.evaluation_due:
                 metrics = evaluate(run, val_set, val_batches, stop, logger, device)
-    for line in remark_lines(*distributed.gather(train_set.image_remarks), *distributed.gather(val_set.image_remarks)):
-        logger.say(line)
+    odd_images = remark_lines(*distributed.gather(train_set.image_remarks), *distributed.gather(val_set.image_remarks))
     files = f"in {cfg.folder}: last.pt, best.pt, metrics.json, detections.json, detections.png"
-    logger.say(f"{metrics_table(metrics)}\n{files}; tensorboard --logdir {cfg.output}")
+    logger.say("\n".join([*odd_images, metrics_table(metrics), f"{files}; tensorboard --logdir {cfg.output}"]))
     return metrics
 
 
-def train_on(
-    run: Run, replica: nn.Module, batches: BatchLoader, stop: Stop, logger: Logger, device: torch.device
-) -> None:
+def advance(run: Run, model: Module, batches: BatchLoader, stop: Stop, logger: Logger, device: torch.device) -> None:
     """Train until something is to be evaluated or saved, and save. An interruption between two steps loses none."""
     batches.batch_sampler.set_position(*run.position)
     interruption: UserError | Stopped | None = None
     try:
         upcoming = stop.between(batches)
-        train_until(replica, run.criterion, upcoming, run.solver, logger, device, step=run.next_pause)
+        train_until(model, run.criterion, upcoming, run.solver, logger, device, step=run.next_pause)
     except NonFiniteLoss as error:
         raise FloatingPointError(f"{error}; {run.save_batch(error.batch)}") from None
     except Stopped as error:
@@ -132,8 +129,7 @@ def evaluate(
     with distributed.together():
         if distributed.is_main():
             metrics = score(val_set.annotations, detections, val_set.category_ids)
-            metrics |= {"step": run.step, "epoch": run.epoch}
-            metrics |= {"seconds_per_step": run.seconds_per_step, "peak_memory": run.peak_memory}
+            metrics |= run.figures
             report(run, metrics, val_set, detections, logger)
     metrics = distributed.from_main(metrics)
     run.record(metrics)
@@ -147,7 +143,7 @@ def report(run: Run, metrics: Metrics, val_set: CocoDataset, detections: dict[in
     logger.curves.metrics(metrics, run.step)
     if pictures := list(validation_pictures(val_set, detections, run.cfg.tensorboard.images)):
         logger.curves.images("validation", pictures, run.step)
-        write_png(contact_sheet(pictures), str(run.cfg.folder / "detections.png"))
+        write_contact_sheet(run.cfg.folder / "detections.png", pictures)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from data.annotations import load_annotations, shortened
 from data.cache import Cache
-from data.image_folder import ImageFolder, find_folder
+from data.image_folder import ImageFolder, elsewhere, find_folder
 from data.images import Remarks, add_remarks, image_size, read_image
 from data.plausibility import suspicion
 from data.transforms import scale_boxes
@@ -71,7 +71,7 @@ class CocoDataset(Dataset):
         try:
             self.file_names, other = ImageFolder(self.folder).locate(names, self.path)
         except UserError as error:
-            raise UserError(f"{error}{_elsewhere(self.path, names, self.folder)}") from None
+            raise UserError(f"{error}{elsewhere(self.path, names, self.folder)}") from None
         self.remarks = [*self.annotations.remarks, *other]
         self.image_ids: list[int] = self.annotations.image_ids.tolist()
         self._complete_sizes()
@@ -216,12 +216,3 @@ class CocoDataset(Dataset):
         image, boxes, labels = self.transform(image, boxes, self._labels[rows].copy(), seed)
         target = Target(torch.from_numpy(boxes), torch.from_numpy(labels))
         return torch.from_numpy(image).permute(2, 0, 1), target, self.image_ids[index], size
-
-
-def _elsewhere(path: Path, names: list[str], folder: Path) -> str:
-    """A hint at the folder that has the images, if there is one in the default places."""
-    try:
-        other = find_folder(path, names)
-    except UserError:
-        return ""
-    return f"; all are in {other}" if other.resolve() != folder.resolve() else ""

@@ -15,7 +15,8 @@ from data.annotations import Annotations
 from data.coco_engines import ENGINES, GroundTruth
 from data.coco_results import columns
 from detector.errors import UserError
-from detector.structures import ClassMetrics, Detections, Metrics
+from detector.metrics import ClassMetrics, Metrics
+from detector.structures import Detections
 
 IOUS = {"50": 0, "75": 5, "80": 6, "90": 8}  # places among COCOeval's thresholds 0.50, 0.55 ... 0.95
 SIZES = ("s", "m", "l")  # COCOeval's areaRng after "all"

@@ -12,7 +12,8 @@ import torch
 
 from detector import atomic
 from detector.errors import UserError
-from detector.structures import Detections, Metrics
+from detector.metrics import Metrics
+from detector.structures import Detections
 
 
 class Columns(NamedTuple):

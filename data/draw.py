@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.io import write_png
 from torchvision.utils import make_grid
 
 from data import fonts
@@ -41,6 +43,11 @@ def validation_pictures(dataset: CocoDataset, detections: dict[int, Detections],
         captions = [f"{names[c]} {s:.2f}" for c, s in zip(labels[shown].tolist(), scores[shown].tolist())]
         truth = draw_boxes(image, target.boxes * zoom, [names[c] for c in target.labels.tolist()], GROUND_TRUTH)
         yield torch.cat([truth, draw_boxes(image, boxes[shown] * scale, captions, DETECTION)], dim=2)
+
+
+def write_contact_sheet(path: Path, pictures: list[Tensor]) -> None:
+    """`contact_sheet` as a PNG file."""
+    write_png(contact_sheet(pictures), str(path))
 
 
 def contact_sheet(pictures: list[Tensor], columns: int = 2) -> Tensor:

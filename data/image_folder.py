@@ -167,3 +167,12 @@ def find_folder(annotations: str | Path, names: Sequence[str]) -> Path:
         f"{path}: its images, such as {names[0]!r}, are neither beside it nor in {tried[-len(usual)]}/ and the like; "
         "name their folder"
     )
+
+
+def elsewhere(path: Path, names: list[str], folder: Path) -> str:
+    """A hint at the folder that has the images, if there is one in the default places."""
+    try:
+        other = find_folder(path, names)
+    except UserError:
+        return ""
+    return f"; all are in {other}" if other.resolve() != folder.resolve() else ""

@@ -1,6 +1,6 @@
 """Metrics as people read them."""
 
-from detector.structures import AP, AR, Metrics
+from detector.metrics import AP, AR, Metrics
 
 AP_NAMES: tuple[AP, ...] = ("AP", "AP50", "AP75", "AP80", "AP90", "APs", "APm", "APl")
 AR_NAMES: tuple[AR, ...] = ("AR1", "AR10", "AR100", "ARs", "ARm", "ARl")

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from detector import assemble, atomic, torchvision_checkpoint
 from detector.config import Config
+from detector.configure import resolve
 from detector.errors import UserError
 from detector.model import RetinaNet
 
@@ -131,7 +132,7 @@ def read_weights(path: str | Path) -> dict[str, Any]:
 
 def build_model(content: Content, path: str | Path, settings: list[str] | None = None) -> tuple[RetinaNet, Config]:
     """The model of a checkpoint, with its weights, in evaluation mode, and its config with `settings` on top."""
-    cfg = assemble.resolve(content["config"], str(path), settings or [])
+    cfg = resolve(content["config"], str(path), settings or [])
     model = assemble.build_model(cfg, len(content["category_ids"]))
     try:
         model.load_state_dict(content["model"])

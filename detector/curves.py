@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from detector import distributed
 from detector.gradients import Observation
-from detector.structures import Metrics
+from detector.metrics import Metrics
 
 # The columns of TensorBoard's table of runs: all options would fill five screens.
 HPARAMS = (

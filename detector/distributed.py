@@ -8,15 +8,17 @@ import signal
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from detector.errors import SIGNALS, LostProcess, Stopped, UserError, listen
+from detector.structures import Batch
 
 # Messages of gloo, NCCL and torchrun's store when another process has ended.
 GONE = re.compile(
@@ -216,3 +218,30 @@ def _by_rank(values: list[Any]) -> str:
         more = f" and {len(others)} more" if others else ""
         parts.append(f"{text[start : start + 80]!r} on rank {first}{more}")
     return ", ".join(parts)
+
+
+def padded_alike(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """The batches, padded to the largest image of all processes: padding is background, which the losses count.
+
+    Where a process cannot load its next batch (UserError, Stopped), all processes raise its error.
+    """
+    if world_size() == 1:
+        yield from batches
+        return
+    batches = iter(batches)
+    while True:
+        batch = error = None
+        try:
+            batch = next(batches, None)
+        except (UserError, Stopped) as raised:
+            error = raised
+        shape = batch.images.shape[-2:] if batch else (0, 0)
+        height, width, failed = all_max(torch.tensor([*shape, error is not None], device=device)).tolist()
+        if failed:
+            with together():
+                if error is not None:
+                    raise error
+        if batch is None:
+            return
+        bottom, right = height - shape[0], width - shape[1]
+        yield batch._replace(images=F.pad(batch.images, (0, right, 0, bottom))) if bottom or right else batch

@@ -1,17 +1,15 @@
 """The two loops: train_until and predict."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detector import boxes as box_ops
 from detector import distributed
 from detector.criterion import Criterion
 from detector.device import autocast
-from detector.errors import Stopped, UserError
 from detector.gradients import Observation, observe
 from detector.postprocess import NonFiniteOutput, Postprocess
 from detector.solver import Solver
@@ -51,7 +49,7 @@ def train_until(
     if solver.step_count >= last:
         return
     logger.start(solver.step_count, solver.total_steps)
-    for batch in _padded_alike(batches, device):
+    for batch in distributed.padded_alike(batches, device):
         logger.batch_arrived()
         number = solver.step_count + 1
         losses, observation = _backward(model, criterion, batch, solver, device, logger.wants_gradients(number))
@@ -151,33 +149,6 @@ def predict(
         ids = [image_id for part in failed for image_id in part]
         raise FloatingPointError(f"images {ids}: {NonFiniteOutput.reason}")
     return {image_id: detections for part in parts for image_id, detections in part.items()}
-
-
-def _padded_alike(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-    """The batches, padded to the largest image of all processes: padding is background, which the losses count.
-
-    Where a process cannot load its next batch (UserError, Stopped), all processes raise its error.
-    """
-    if distributed.world_size() == 1:
-        yield from batches
-        return
-    batches = iter(batches)
-    while True:
-        batch = error = None
-        try:
-            batch = next(batches, None)
-        except (UserError, Stopped) as raised:
-            error = raised
-        shape = batch.images.shape[-2:] if batch else (0, 0)
-        height, width, failed = distributed.all_max(torch.tensor([*shape, error is not None], device=device)).tolist()
-        if failed:
-            with distributed.together():
-                if error is not None:
-                    raise error
-        if batch is None:
-            return
-        bottom, right = height - shape[0], width - shape[1]
-        yield batch._replace(images=F.pad(batch.images, (0, right, 0, bottom))) if bottom or right else batch
 
 
 def _split(batch: Batch, parts: int) -> list[Batch]:

@@ -9,9 +9,10 @@ from detector.checkpoint import BEST, LAST, PREVIOUS, Saved
 from detector.config import Config
 from detector.criterion import Criterion
 from detector.errors import UserError
+from detector.metrics import Metrics, RunFigures
 from detector.randomness import random_states, set_random_states
 from detector.solver import Solver
-from detector.structures import Batch, Metrics
+from detector.structures import Batch
 
 # Options that may differ when a run is resumed, by the start of their keys.
 MAY_CHANGE = (
@@ -62,6 +63,16 @@ class Run:
     def position(self) -> tuple[int, int]:
         """Epoch and batch of the next step."""
         return divmod(self.step, self.steps_per_epoch)
+
+    @property
+    def figures(self) -> RunFigures:
+        """What metrics.json says of the run."""
+        return {
+            "step": self.step,
+            "epoch": self.epoch,
+            "seconds_per_step": self.seconds_per_step,
+            "peak_memory": self.peak_memory,
+        }
 
     @property
     def evaluation_due(self) -> bool:
@@ -115,7 +126,7 @@ class Run:
         }
 
     def resume(self, saved: Saved, *, accept_changes: bool = False) -> list[str]:
-        """Go on from a checkpoint; returns how the config has changed since.
+        """Go on from a checkpoint; returns what is worth a line: damaged files, and how the config has changed since.
 
         Raises UserError where the config or the classes differ in something that would change the result, unless such
         changes are accepted. A run may be made longer or shorter.
@@ -146,7 +157,7 @@ class Run:
         self.evaluated, self.best = state["evaluated"], state["best"]
         self.seconds_per_step, self.peak_memory = state["seconds_per_step"], state["peak_memory"]
         self.score_thresholds = checkpoint.score_thresholds(content)
-        return changes
+        return [*saved.damaged, *(f"changed: {change}" for change in changes)]
 
     def _changes_since(self, content: checkpoint.Content) -> list[str]:
         before, now = (config.flat(values) for values in (content["config"], self.cfg.model_dump(mode="json")))

@@ -33,7 +33,8 @@ import torch
 import yaml
 
 from data.annotations import load_annotations
-from detector import assemble, config, config_files
+from detector import config, config_files
+from detector.configure import configure
 from detector.errors import UserError, run_main
 from scripts.comparison import result
 from scripts.comparison.supervise import Run, train_all
@@ -128,7 +129,7 @@ class Study:
 
     def __init__(self, base: str, settings: list[str], output: Path | None, results: Path | None, processes: int = 1):
         self.base = Path(base)
-        self.common = assemble.configure(base, settings)
+        self.common = configure(base, settings)
         self.settings = settings
         self.output = output or Path("runs") / self.base.resolve().parent.name
         self.results = results or self.output / "results"
@@ -161,7 +162,7 @@ class Study:
             raise UserError(f"--output: {file} cannot be written ({error.strerror})") from None
         return Run(
             file,
-            assemble.configure(str(file)),
+            configure(str(file)),
             self.results / f"{name}.json",
             notes | self.notes.get(notes["variant"], {}) | {"processes": self.processes},
             self.processes,

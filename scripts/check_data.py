@@ -32,6 +32,7 @@ from detector import assemble, config, config_files
 from detector import boxes as box_ops
 from detector.anchors import Anchors
 from detector.config import Config
+from detector.configure import configure, resolve
 from detector.errors import UserError, run_main
 from detector.resize import STRIDE
 from scripts.comparison import page
@@ -109,9 +110,9 @@ def options(args: argparse.Namespace) -> Config:
         {"model": {"weights": "none", "norm": "bn"}}, source
     )  # the default weights would be downloaded
     if args.config:
-        values = assemble.configure(args.config)
+        values = configure(args.config)
     changed = config_files.merge(values.model_dump(mode="json"), {"data": named})
-    cfg = assemble.resolve(changed, source, args.set)
+    cfg = resolve(changed, source, args.set)
     if not cfg.data.train.annotations:
         raise UserError(f"{source}: names no training set; give --train FILE")
     return cfg

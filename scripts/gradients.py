@@ -28,6 +28,7 @@ from data.assemble import open_dataset
 from data.loader import eval_loader
 from detector import assemble, checkpoint
 from detector.config import LossPart
+from detector.configure import complete
 from detector.device import keep_freed_memory, pick_device, place
 from detector.errors import UserError, run_main
 from detector.gradients import MU, Regions, observe
@@ -76,7 +77,7 @@ def measure(source: str, data: list[str] | None, count: int) -> tuple[Regions, R
     place(model, device, channels_last=cfg.channels_last)
     # With these losses the slope is the norm itself, so the sums of gradients are sums of norms.
     plain = {"class_loss": LossPart(name="ce"), "box_loss": LossPart(name="asl1", mu=MU)}
-    criterion = assemble.build_criterion(assemble.complete(cfg.model_copy(update=plain), source)).to(device)
+    criterion = assemble.build_criterion(complete(cfg.model_copy(update=plain), source)).to(device)
     total: list[Regions] = []
     loader = eval_loader(dataset, assemble.evaluation_batch(cfg), **assemble.loader_options(cfg, device))
     seen = 0

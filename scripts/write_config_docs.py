@@ -3,8 +3,8 @@
     python scripts/write_config_docs.py [--check]
 
 Names, types, defaults and bounds come from detector/config.py, and the descriptions from the comments beside or above
-the options. The swappable parts and their options come from detector/assemble.py. --check writes nothing and exits with
-2 if the page is out of date.
+the options. The swappable parts and their options come from detector/configure.py. --check writes nothing and exits
+with 2 if the page is out of date.
 """
 
 import argparse
@@ -16,14 +16,14 @@ import tokenize
 from pathlib import Path
 from typing import Any
 
-from detector.assemble import PARTS
 from detector.config import Config, Options, Part
+from detector.configure import PARTS
 from detector.errors import UserError, run_main
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 HEAD = """# Every option
 
-Written by `python scripts/write_config_docs.py` from `detector/config.py` and `detector/assemble.py`.
+Written by `python scripts/write_config_docs.py` from `detector/config.py` and `detector/configure.py`.
 
 A config is a YAML file with the options that differ from these defaults. It may start from another config with `base:
 other.yaml`. `--set solver.lr=0.02` on the command line overrides both. Unknown options are refused with a suggestion.

@@ -29,7 +29,8 @@ from matplotlib import font_manager
 import train
 from data import fonts
 from data.demo import write_demo
-from detector import assemble, config_files
+from detector import config_files
+from detector.configure import configure
 from detector.errors import SIGNALS, run_main
 
 COLOURS = ((255, 60, 60), (60, 255, 60), (90, 90, 255))
@@ -196,7 +197,7 @@ def overfit(rectangles):
             "tensorboard": {"every": 10, "images": 2},
         }  # fmt: skip
         (folder / "overfit.yaml").write_text(yaml.safe_dump(config_files.merge(values, changes)))
-        cfg = assemble.configure(str(folder / "overfit.yaml"))
+        cfg = configure(str(folder / "overfit.yaml"))
         return cfg.folder, train.train(cfg, torch.device("cpu"))
 
     return run

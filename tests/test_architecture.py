@@ -13,6 +13,7 @@ CONFIG_READERS = {
     "train",
     "eval",
     "detector.assemble",
+    "detector.configure",
     "detector.checkpoint",
     "detector.run",
     "detector.pretrained",

@@ -14,7 +14,7 @@ import cv2
 import pytest
 
 import train
-from detector import assemble
+from detector.configure import configure
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -73,9 +73,7 @@ def test_a_documented_command_is_one_that_there_is(text, command):
             break
         for part in word.split("+"):
             assert part == "gce" or (ROOT / config).with_name(f"{part}.yaml").exists(), part
-    assemble.configure(
-        str(ROOT / config), [one for one in settings if not one.startswith(("class_loss.", "box_loss."))]
-    )
+    configure(str(ROOT / config), [one for one in settings if not one.startswith(("class_loss.", "box_loss."))])
 
 
 def test_there_are_commands_to_check():
@@ -107,7 +105,7 @@ CHEAP = [
 def learnt(tiny, tmp_path_factory):
     """A run for the commands that use one."""
     folder = tmp_path_factory.mktemp("learnt")
-    train.train(assemble.configure(tiny(folder)), train.pick_device("cpu"))
+    train.train(configure(tiny(folder)), train.pick_device("cpu"))
     yield folder / "runs" / "tiny"
     shutil.rmtree(folder)
 

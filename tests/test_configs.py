@@ -9,6 +9,7 @@ import yaml
 from data.transforms import EvalTransform, TrainTransform
 from detector import assemble
 from detector.config import Config
+from detector.configure import configure
 from scripts.compare import PUBLISHED, Row, published
 
 ROOT = Path(__file__).parents[1] / "configs"
@@ -23,7 +24,7 @@ def name(path: Path) -> str:
 
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_it_builds(path):
-    cfg = assemble.configure(str(path))
+    cfg = configure(str(path))
     with torch.device("meta"):
         model = assemble.build_model(cfg, num_classes=80)
         assemble.build_solver(cfg, model, steps_per_epoch=100)
@@ -38,7 +39,7 @@ def test_it_builds(path):
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=name)
 def test_an_ablation_changes_the_loss_alone(folder):
-    configs = [assemble.configure(str(path)) for path in FILES if path.parent == folder]
+    configs = [configure(str(path)) for path in FILES if path.parent == folder]
     rest = [cfg.model_dump(exclude=CHOSEN) for cfg in configs]
     assert all(one == rest[0] for one in rest)
     losses = [repr((cfg.class_loss, cfg.box_loss, cfg.model.head.prior)) for cfg in configs]
@@ -46,7 +47,7 @@ def test_an_ablation_changes_the_loss_alone(folder):
 
 
 def test_no_two_configs_share_a_run_folder():
-    runs = [assemble.configure(str(path)).folder for path in FILES]
+    runs = [configure(str(path)).folder for path in FILES]
     assert len(set(runs)) == len(runs)
 
 
@@ -62,7 +63,7 @@ def test_every_published_row_has_a_config_and_is_found_for_it():
 
 
 def row_of(path: Path) -> Row:
-    return Row(path.stem, [{"config": assemble.configure(str(path)).model_dump(mode="json")}], [])
+    return Row(path.stem, [{"config": configure(str(path)).model_dump(mode="json")}], [])
 
 
 def test_nothing_is_left_out_of_the_comparison():

@@ -9,7 +9,7 @@ import torch
 import yaml
 
 import train
-from detector import assemble
+from detector.configure import PARTS, configure
 from detector.losses import CrossEntropy
 from scripts import compare, compare_label_noise, summarize, write_config_docs
 
@@ -63,9 +63,9 @@ def test_the_example_of_a_loss_trains(tiny, tmp_path, monkeypatch):
     names = {"__name__": "generalized"}
     exec(code, names)
     loss = names["GeneralizedCrossEntropy"]
-    monkeypatch.setitem(assemble.PARTS["class_loss"], "gce", loss)
+    monkeypatch.setitem(PARTS["class_loss"], "gce", loss)
     said = yaml.safe_load(config)
-    cfg = assemble.configure(tiny(tmp_path, class_loss=said["class_loss"], box_loss=said["box_loss"]))
+    cfg = configure(tiny(tmp_path, class_loss=said["class_loss"], box_loss=said["box_loss"]))
     assert cfg.class_loss.options == {"q": 0.5}
     assert train.train(cfg, torch.device("cpu"))["step"] == 4
     cells = torch.randn(20, 3), torch.randint(0, 4, (20,)), torch.rand(20) < 0.8

@@ -29,7 +29,8 @@ from data.coco import CocoDataset
 from data.coco_eval import score
 from data.tables import metrics_table, per_class_table
 from data.transforms import TrainTransform
-from detector import assemble, config
+from detector import config
+from detector.configure import configure
 from detector.errors import UserError
 from detector.structures import Detections
 
@@ -332,12 +333,12 @@ def try_config(folder, data, arguments=()):
     path = folder / "x.yaml"
     path.write_bytes(data)
     try:
-        cfg = assemble.configure(str(path), list(arguments))
+        cfg = configure(str(path), list(arguments))
     except UserError as error:
         return refused(error)
     text = config.dump(cfg)
     path.write_text(text, encoding="utf-8")
-    assert config.dump(assemble.configure(str(path))) == text
+    assert config.dump(configure(str(path))) == text
     return "accepted"
 
 

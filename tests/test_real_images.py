@@ -8,7 +8,8 @@ import torch
 import yaml
 
 import train
-from detector import assemble, checkpoint
+from detector import checkpoint
+from detector.configure import configure
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data" / "coco_free"
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason=f"no {DATA}")
@@ -36,7 +37,7 @@ def test_every_loss_trains_and_is_scored(folder, class_loss, box_loss):
         "postprocess": {"score_threshold": 0.0},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(values))
-    cfg = assemble.configure(str(folder / "config.yaml"))
+    cfg = configure(str(folder / "config.yaml"))
     metrics = train.train(cfg, torch.device("cpu"))
 
     truth = json.loads((DATA / "val.json").read_text())

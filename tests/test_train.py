@@ -18,7 +18,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train
 from data.assemble import build_datasets
 from data.coco import CocoDataset
-from detector import assemble, checkpoint
+from detector import checkpoint
+from detector.configure import configure
 from detector.errors import Stopped, UserError
 from detector.solver import Solver
 
@@ -50,7 +51,7 @@ def metrics(folder: Path) -> dict:
 def trained(tiny, tmp_path_factory):
     """The folder of a run of two epochs with GHM and averaged weights, and what its training returned."""
     folder = tmp_path_factory.mktemp("trained")
-    cfg = assemble.configure(tiny(folder, **GHM))
+    cfg = configure(tiny(folder, **GHM))
     result = train.train(cfg, CPU)
     yield cfg.folder, result
     shutil.rmtree(folder)
@@ -76,7 +77,7 @@ def test_the_folder_holds_all_that_is_promised(trained):
 
 def test_the_config_in_the_folder_is_the_one_that_was_run(trained):
     folder, _ = trained
-    again = assemble.configure(str(folder / "config.yaml"))
+    again = configure(str(folder / "config.yaml"))
     assert again.model_dump(mode="json") == checkpoint.read(folder / "last.pt")["config"]
     assert again.class_loss.options["bins"] == 30
 
@@ -140,8 +141,8 @@ def test_training_without_a_box_is_refused(rectangles, tiny, folder, command):
 
 
 def test_the_image_folder_may_be_left_out(tiny, folder):
-    cfg = assemble.configure(tiny(folder), ["data.train.images=", "data.val.images="])
-    named = assemble.configure(tiny(folder))
+    cfg = configure(tiny(folder), ["data.train.images=", "data.val.images="])
+    named = configure(tiny(folder))
     for found, given in zip(build_datasets(cfg), build_datasets(named)):
         assert found.folder == given.folder and found.fingerprint() == given.fingerprint()
 
@@ -193,7 +194,7 @@ def test_another_loss_does_not_go_on_from_this_one(tiny, trained, command):
 @pytest.mark.parametrize("interrupted_at", ["last.pt", "best.pt"])
 def test_an_interrupted_and_resumed_run_equals_the_whole(tiny, trained, folder, monkeypatch, same, interrupted_at):
     whole, _ = trained
-    cfg = assemble.configure(tiny(folder, **GHM))
+    cfg = configure(tiny(folder, **GHM))
     save = checkpoint.save
 
     def save_and_die(path, *arguments, **named):
@@ -231,10 +232,10 @@ def test_a_run_resumed_within_an_epoch_sees_the_images_it_had_not_seen(tiny, fol
 
     monkeypatch.setattr(train, "train_until", look)
     path = tiny(folder, solver={"batch_size": 2})
-    train.train(assemble.configure(path, ["run=whole"]), CPU)
+    train.train(configure(path, ["run=whole"]), CPU)
     whole, seen[:] = list(seen), []
     for steps in (1, 6, 8):
-        train.train(assemble.configure(path, [f"solver.max_steps={steps}"]), CPU, resume=True)
+        train.train(configure(path, [f"solver.max_steps={steps}"]), CPU, resume=True)
         assert len(seen) == steps
     assert seen == whole
     first, second = ([i for ids in whole[start : start + 4] for i in ids] for start in (0, 4))
@@ -244,7 +245,7 @@ def test_a_run_resumed_within_an_epoch_sees_the_images_it_had_not_seen(tiny, fol
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_after_its_step_and_nothing_is_lost(tiny, trained, folder, monkeypatch, same, number):
     whole, _ = trained
-    cfg = assemble.configure(tiny(folder, **GHM))
+    cfg = configure(tiny(folder, **GHM))
     backward = Solver.backward
 
     def ask(solver, loss):
@@ -285,7 +286,7 @@ def test_a_stopped_process_says_how_to_go_on(tiny, folder):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_signal_in_evaluation_leaves_it_at_once(tiny, folder, monkeypatch, workers):
     """Within a batch that is waited for and, without workers, within a call that takes errors for a broken image."""
-    cfg = assemble.configure(tiny(folder, data={"workers": workers}, evaluation={"batch_size": 1}))
+    cfg = configure(tiny(folder, data={"workers": workers}, evaluation={"batch_size": 1}))
     predict = train.predict
 
     def asked(model, batches, *rest):
@@ -345,7 +346,7 @@ def test_a_full_shared_memory_ends_the_run_and_loses_no_step(tiny, folder, monke
 
 
 def test_an_image_that_fails_in_the_second_epoch_loses_no_step(tiny, trained, folder, monkeypatch, same):
-    cfg = assemble.configure(tiny(folder, **GHM))
+    cfg = configure(tiny(folder, **GHM))
     read_sample, seen = CocoDataset.__getitem__, []
 
     def fail(dataset, key):
@@ -364,7 +365,7 @@ def test_an_image_that_fails_in_the_second_epoch_loses_no_step(tiny, trained, fo
 
 
 def test_saving_between_epochs_changes_nothing(tiny, trained, folder, same):
-    cfg = assemble.configure(tiny(folder, checkpoint={"every": 1}, **GHM))
+    cfg = configure(tiny(folder, checkpoint={"every": 1}, **GHM))
     train.train(cfg, CPU)
     one, other = read(trained[0]), read(cfg.folder)
     del one["config"]["checkpoint"], other["config"]["checkpoint"]
@@ -426,7 +427,7 @@ def test_images_without_boxes_are_trained_on(
     losses = {"class_loss": {"name": class_loss}, "box_loss": {"name": box_loss}}
     solver = {"batch_size": 2, "epochs": 1}
     data = {"train": files, "val": files, "trust": not with_boxes}
-    cfg = assemble.configure(tiny(folder, data=data, solver=solver, **losses))
+    cfg = configure(tiny(folder, data=data, solver=solver, **losses))
     monkeypatch.setattr(checkpoint, "save", lambda *a, **k: None)  # of no interest here, and large
     found = train.train(cfg, CPU)
     assert found["step"] == 1

@@ -29,6 +29,7 @@ from torchvision.models.detection.retinanet import _default_anchorgen
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from detector import assemble
+from detector.configure import configure
 from detector.device import keep_freed_memory, pick_device, pick_precision
 from detector.model import RetinaNet
 from detector.solver import PRECISIONS
@@ -130,7 +131,7 @@ def backbone_weights(name: str) -> dict[str, Tensor]:
 
 def our_model(name: str, state: dict[str, Tensor], *settings: str) -> tuple[assemble.Config, RetinaNet]:
     torch.manual_seed(0)
-    cfg = assemble.configure(str(COCO), [f"model.backbone={name}", *settings])
+    cfg = configure(str(COCO), [f"model.backbone={name}", *settings])
     model = assemble.build_model(cfg, CLASSES)
     model.backbone.load_state_dict(state, strict=False)
     return cfg, model.to(pick_device("auto"), memory_format=torch.channels_last)

@@ -26,6 +26,7 @@ from data.tables import metrics_table
 from detector import assemble, boxes, config
 from detector.backbone import BACKBONES, NORMS
 from detector.config import Config, LossPart
+from detector.configure import configure
 from detector.device import autocast, keep_freed_memory, pick_device
 from detector.errors import UserError, run_main
 from detector.model import MEAN, STD
@@ -40,7 +41,7 @@ def main() -> None:
         "--set", nargs="+", action="extend", metavar="KEY=VALUE", help="options that override the config"
     )
     args = parser.parse_args()
-    cfg = assemble.configure(args.config, args.set)
+    cfg = configure(args.config, args.set)
     if cfg.model.weights != "none" or cfg.anchors.name != "grid" or cfg.model.head.norm != "none":
         raise UserError("this comparison trains from scratch: it needs weights none, anchors grid and head norm none")
     losses = {"class_loss": LossPart(name="focal"), "box_loss": LossPart(name="l1")}

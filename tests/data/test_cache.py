@@ -16,7 +16,7 @@ from data.assemble import build_datasets
 from data.coco import CocoDataset
 from data.loader import eval_loader, train_loader
 from data.transforms import EvalTransform, TrainTransform
-from detector import assemble
+from detector.configure import configure
 from detector.errors import UserError
 
 PLAIN = {
@@ -119,7 +119,7 @@ def test_jittered_samples_are_nearly_the_same(folder):
 
 
 def test_both_splits_and_the_evaluation_of_a_checkpoint_use_it(tiny, tmp_path):
-    cfg = assemble.configure(tiny(tmp_path, data={"cache": str(tmp_path / "cache")}))
+    cfg = configure(tiny(tmp_path, data={"cache": str(tmp_path / "cache")}))
     train_set, val_set = build_datasets(cfg)
     assert len(files(tmp_path)) == 2 and train_set.cache.path != val_set.cache.path
     content = {"category_ids": val_set.category_ids, "class_names": val_set.class_names}

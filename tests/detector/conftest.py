@@ -7,6 +7,7 @@ from torch import nn
 
 from detector import assemble, checkpoint
 from detector.config import Config
+from detector.configure import complete
 from detector.run import Run
 
 IDS, NAMES = [3, 7, 11], ["cat", "dog", "cow"]
@@ -17,7 +18,7 @@ def make_run(classes=3, head_width=32, **sections) -> Run:
     model = {"backbone": "resnet18", "weights": "none", "norm": "bn", "fpn_channels": 32, "head": {"width": 32,
              "depth": 1}}  # fmt: skip
     cfg = Config(model={**model, **sections.pop("model", {})}, **sections)
-    cfg = assemble.complete(cfg, "test")
+    cfg = complete(cfg, "test")
     net = assemble.build_model(cfg, classes)
     solver = assemble.build_solver(cfg, net, steps_per_epoch=5)
     return Run(cfg, solver, assemble.build_criterion(cfg), IDS[:classes], NAMES[:classes], steps_per_epoch=5)

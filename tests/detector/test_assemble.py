@@ -6,43 +6,44 @@ import torch
 from detector import assemble, losses
 from detector.backbone import BACKBONES
 from detector.config import Config, LossPart, Model, Part
+from detector.configure import PARTS, complete
 from detector.errors import UserError
 from detector.structures import Target
 
-MENU = [(section, name) for section, menu in assemble.PARTS.items() for name in menu]
+MENU = [(section, name) for section, menu in PARTS.items() for name in menu]
 
 
 def part(section, name, **options):
     return (LossPart if section.endswith("loss") else Part)(name=name, **options)
 
 
-def complete(section, name, **options):
-    return assemble.complete(Config(**{section: part(section, name, **options)}), "x.yaml")
+def completed(section, name, **options):
+    return complete(Config(**{section: part(section, name, **options)}), "x.yaml")
 
 
 @pytest.mark.parametrize(("section", "name"), MENU)
 def test_every_name_builds_with_its_defaults_spelled_out(section, name):
-    cfg = complete(section, name)
-    built = assemble._build(cfg, section)
-    made_by = assemble.PARTS[section][name]
+    cfg = completed(section, name)
+    built = assemble.build_part(cfg, section)
+    made_by = PARTS[section][name]
     assert type(built) is getattr(made_by, "__self__", made_by)  # `released` is a class method
-    assert assemble.complete(cfg, "again") == cfg
+    assert complete(cfg, "again") == cfg
 
 
 @pytest.mark.parametrize("name", BACKBONES)
 @pytest.mark.parametrize("norm", ["frozen_bn", "bn", "gn"])
 def test_every_backbone_builds(name, norm):
-    cfg = assemble.complete(Config(model=Model(backbone=name, norm=norm, weights="some.pt")), "x.yaml")
+    cfg = complete(Config(model=Model(backbone=name, norm=norm, weights="some.pt")), "x.yaml")
     with torch.device("meta"):
         model = assemble.build_model(cfg, num_classes=7)
     assert model.head.num_classes == 7
 
 
-@pytest.mark.parametrize("section", assemble.PARTS)
+@pytest.mark.parametrize("section", PARTS)
 def test_an_unknown_name_lists_the_known(section):
     with pytest.raises(UserError) as error:
-        complete(section, "nothing")
-    known = ", ".join(assemble.PARTS[section])
+        completed(section, "nothing")
+    known = ", ".join(PARTS[section])
     assert str(error.value) == f"x.yaml: {section}.name: no 'nothing'; it may be one of {known}"
 
 
@@ -62,13 +63,13 @@ def test_an_unknown_name_lists_the_known(section):
 )
 def test_options_are_typed_and_the_constructors_words_are_kept(section, name, options, expected):
     with pytest.raises(UserError) as error:
-        complete(section, name, **options)
+        completed(section, name, **options)
     assert str(error.value).startswith(f"x.yaml: {expected}")
     assert "\n" not in str(error.value)
 
 
 def test_options_reach_the_part():
-    cfg = complete("class_loss", "ghm_c", bins="12", momentum=0, weight=3)
+    cfg = completed("class_loss", "ghm_c", bins="12", momentum=0, weight=3)
     criterion = assemble.build_criterion(cfg)
     assert (criterion.class_loss.bins, criterion.class_loss.momentum, criterion.class_weight) == (12, 0, 3)
     assert criterion.box_weight == 1
@@ -79,7 +80,7 @@ def predictions():
     """Of a random tiny model, on one image with boxes and one without; and the targets."""
     torch.manual_seed(0)
     model = Model(backbone="resnet18", weights="none", norm="gn", fpn_channels=32, head={"width": 32, "depth": 1})
-    cfg = assemble.complete(Config(model=model), "x.yaml")
+    cfg = complete(Config(model=model), "x.yaml")
     found = assemble.build_model(cfg, num_classes=3)(torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8))
     boxes = torch.tensor([[4.0, 4, 40, 36], [20, 30, 60, 62]])
     nothing = Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
@@ -91,7 +92,7 @@ def predictions():
 def test_any_class_loss_goes_with_any_box_loss(predictions, class_loss, box_loss):
     found, targets = predictions
     cfg = Config(class_loss=part("class_loss", class_loss), box_loss=part("box_loss", box_loss, weight=2))
-    criterion = assemble.build_criterion(assemble.complete(cfg, "x.yaml"))
+    criterion = assemble.build_criterion(complete(cfg, "x.yaml"))
     logits, deltas = (values.detach().requires_grad_() for values in (found.logits, found.deltas))
     losses = criterion(found._replace(logits=logits, deltas=deltas), targets)
     assert set(losses.terms) == {"class", "box"}

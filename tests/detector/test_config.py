@@ -3,9 +3,10 @@
 import pytest
 import yaml
 
-from detector import assemble, config, config_files
+from detector import config, config_files
 from detector.config import Config
 from detector.config_files import merge
+from detector.configure import complete, configure
 from detector.errors import UserError
 
 
@@ -16,7 +17,7 @@ def slip(tmp_path):
     def message(text: str, *settings: str) -> str:
         (tmp_path / "x.yaml").write_text(text)
         with pytest.raises(UserError) as error:
-            assemble.configure(str(tmp_path / "x.yaml"), list(settings))
+            configure(str(tmp_path / "x.yaml"), list(settings))
         assert "\n" not in str(error.value)
         return str(error.value)
 
@@ -25,16 +26,16 @@ def slip(tmp_path):
 
 def load(tmp_path, text: str, *settings: str) -> Config:
     (tmp_path / "x.yaml").write_text(text)
-    return assemble.configure(str(tmp_path / "x.yaml"), list(settings))
+    return configure(str(tmp_path / "x.yaml"), list(settings))
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "{}", "---\n"])
 def test_an_empty_file_is_the_defaults(tmp_path, text):
-    assert load(tmp_path, text) == assemble.complete(Config(), "defaults")
+    assert load(tmp_path, text) == complete(Config(), "defaults")
 
 
 def test_defaults_are_the_recipe_of_the_paper():
-    cfg = assemble.complete(Config(), "defaults")
+    cfg = complete(Config(), "defaults")
     assert (cfg.data.short_side, cfg.data.long_side) == (800, 1333)
     assert (cfg.solver.lr, cfg.solver.batch_size, cfg.solver.epochs, cfg.solver.weight_decay) == (0.01, 16, 12, 1e-4)
     assert cfg.model.frozen_stages == 1 and cfg.model.norm == "frozen_bn"
@@ -206,7 +207,7 @@ def test_a_base_is_read_from_beside_the_file(tmp_path):
     (tmp_path / "a.yaml").write_text("seed: 1\nsolver: {lr: 0.5, epochs: 3}")
     (tmp_path / "b.yaml").write_text("base: a.yaml\nrun: b\nsolver: {lr: 0.25}")
     (tmp_path / "deep" / "c.yaml").write_text("base: ../b.yaml\nseed: 2")
-    cfg = assemble.configure(tmp_path / "deep" / "c.yaml")
+    cfg = configure(tmp_path / "deep" / "c.yaml")
     assert (cfg.seed, cfg.run, cfg.solver.lr, cfg.solver.epochs) == (2, "b", 0.25, 3)
 
 

@@ -13,6 +13,7 @@ from detector import assemble, distributed, engine, losses
 from detector.anchors import Anchors
 from detector.backbone import Backbone
 from detector.config import Config
+from detector.configure import complete
 from detector.errors import Stopped, UserError
 from detector.fpn import FPN
 from detector.head import Head
@@ -90,7 +91,7 @@ def run(case, shares, of):
 
     Returns the loss terms and gradient norm of each step, the criteria's states and how far the weights have moved.
     """
-    cfg = assemble.complete(Config(**CASES[case]), case)
+    cfg = complete(Config(**CASES[case]), case)
     model = small_model()
     start = copy.deepcopy(model.state_dict())
     criteria = [assemble.build_criterion(cfg) for _ in shares]

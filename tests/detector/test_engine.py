@@ -10,6 +10,7 @@ from torch import nn
 
 from detector import assemble, engine, losses
 from detector.config import Config
+from detector.configure import complete
 from detector.engine import predict, train_until
 from detector.errors import Stopped
 from detector.stop import Stop
@@ -53,7 +54,7 @@ def make(norm="gn", steps=10, precision="float32", class_loss=None, box_loss=Non
     options = {"batch_size": 2, "lr_batch_size": None, "lr": 0.01, "warmup_steps": 0, "max_steps": steps, **solver}
     cfg = Config(model=model, solver=options, precision=precision, class_loss=class_loss or {"name": "ghm_c"},
                  box_loss=box_loss or {"name": "smooth_l1"})  # fmt: skip
-    cfg = assemble.complete(cfg, "test")
+    cfg = complete(cfg, "test")
     torch.manual_seed(0)
     net = assemble.build_model(cfg, num_classes=3)
     return net, assemble.build_criterion(cfg), assemble.build_solver(cfg, net, steps_per_epoch=steps)

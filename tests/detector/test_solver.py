@@ -10,6 +10,7 @@ from torch import nn
 
 from detector import assemble
 from detector.config import Config
+from detector.configure import complete
 from detector.solver import Solver
 
 
@@ -125,7 +126,7 @@ MODELS = [
 def test_weight_decay_is_of_the_weights_of_convolutions_alone(backbone, norm, head_norm, optimizer):
     options = {"backbone": backbone, "norm": norm, "weights": "none" if norm == "gn" else "imagenet"}
     cfg = Config(model={**options, "head": {"norm": head_norm}}, class_loss={"name": "ce"}, box_loss={"name": "l1"})
-    model = assemble.build_model(assemble.complete(cfg, "test"), num_classes=3)
+    model = assemble.build_model(complete(cfg, "test"), num_classes=3)
     expected = {"decayed": set(), "not": set()}  # by the modules' types
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):

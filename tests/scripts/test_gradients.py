@@ -5,7 +5,7 @@ import torch
 from torchvision.io import read_image
 
 import train
-from detector import assemble
+from detector.configure import configure
 from detector.gradients import Regions
 from scripts import gradients
 
@@ -14,7 +14,7 @@ from scripts import gradients
 def checkpoint(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("gradients")
     settings = ["solver.max_steps=2", "class_loss.name=ghm_c", "tensorboard.enabled=false"]
-    cfg = assemble.configure(tiny(folder), settings)
+    cfg = configure(tiny(folder), settings)
     train.train(cfg, torch.device("cpu"))
     return cfg.folder / "last.pt"
 

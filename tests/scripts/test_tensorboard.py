@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import train
-from detector import assemble
+from detector.configure import configure
 
 LOSSES = {"ce": ("ce", "smooth_l1"), "ghm": ("ghm_c", "ghm_r")}
 
@@ -24,7 +24,7 @@ def address(tiny, tmp_path_factory):
     for name, (class_loss, box_loss) in LOSSES.items():
         losses = {"class_loss": {"name": class_loss}, "box_loss": {"name": box_loss}}
         board = {"tensorboard": {"every": 1, "images": 1, "gradients": 2}}
-        train.train(assemble.configure(tiny(folder, run=name, **losses, **board)), torch.device("cpu"))
+        train.train(configure(tiny(folder, run=name, **losses, **board)), torch.device("cpu"))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
