@@ -5,7 +5,7 @@ export NO_ALBUMENTATIONS_UPDATE := 1
 
 .PHONY: demo test clean
 
-.venv/user: requirements.txt
+.venv/user: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --requirement requirements.txt
 	touch $@
@@ -32,6 +32,7 @@ demo: .venv/user
 test: export OMP_NUM_THREADS := 1
 test: .venv/developer
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadscope
 
 clean:

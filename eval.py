@@ -2,25 +2,29 @@
 
     python eval.py --checkpoint runs/mine/best.pt [--data annotations.json images/] [--benchmark]
 
-On its validation set or on another. Prints the COCO table and writes metrics.json and detections.json (COCO's results
-format) into the checkpoint's folder, with --data into one in it that is named after the annotation file.
+On its own validation set or on another. Prints the COCO table and writes metrics.json and detections.json (COCO's
+results format) into the checkpoint's folder; with --data, into a folder in it that has the annotation file's name.
 """
 
 import argparse
 import contextlib
-import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from data.assemble import open_dataset
 from data.coco import CocoDataset
-from data.coco_eval import coco_results, metrics_table, per_class_table, score
+from data.coco_eval import score
+from data.coco_results import coco_results, write_results
 from data.images import remark_lines
 from data.loader import eval_loader
-from data.transforms import EvalTransform
+from data.tables import metrics_table, per_class_table
 from detector import assemble, checkpoint, distributed
+from detector.checkpoint import Content
 from detector.config import Config
-from detector.device import keep_freed_memory, pick_device, pick_precision
+from detector.device import keep_freed_memory, pick_device, pick_precision, place
 from detector.engine import predict
 from detector.errors import UserError, run_main
 from detector.model import RetinaNet
@@ -46,15 +50,14 @@ def main() -> None:
     if args.data:  # the run's own metrics.json stays
         folder /= Path(args.data[0]).stem
     with distributed.group(pick_device(cfg.device)) as device:
-        if device.type == "cpu":
-            keep_freed_memory()
+        keep_freed_memory(device)
         watch = Stopwatch(device) if args.benchmark else None
         evaluate(args.checkpoint, content, model, cfg, args.data, Path(args.output or folder), device, watch)
 
 
 def evaluate(
     source: str,
-    content: dict,
+    content: Content,
     model: RetinaNet,
     cfg: Config,
     data: list[str] | None,
@@ -74,10 +77,14 @@ def evaluate(
         return
     with watch("scoring") if watch else contextlib.nullcontext():
         metrics = score(dataset.annotations, detections, dataset.category_ids)
-    run = content.get("run", {})
-    metrics |= {"step": run.get("solver", {}).get("step"), "epoch": run.get("epoch")}
-    metrics |= {"seconds_per_step": run.get("seconds_per_step"), "peak_memory": run.get("peak_memory", 0)}
-    write(folder, metrics, coco_results(detections, dataset.category_ids))  # first: what was scored is not lost
+    run: Mapping[str, Any] = content.get("run") or {}
+    metrics["step"], metrics["epoch"] = run.get("solver", {}).get("step"), run.get("epoch")
+    metrics["seconds_per_step"], metrics["peak_memory"] = run.get("seconds_per_step"), run.get("peak_memory", 0)
+    try:  # before printing, so that an error there does not lose them
+        folder.mkdir(parents=True, exist_ok=True)
+        write_results(folder, metrics, coco_results(detections, dataset.category_ids))
+    except OSError as error:
+        raise UserError(f"--output: {folder} cannot be written ({error.strerror})") from None
     print(f"{metrics_table(metrics)}\n\n{per_class_table(metrics)}")
     for line in remark_lines(*remarks):
         print(line)
@@ -89,8 +96,8 @@ def evaluate(
 def detect(
     model: RetinaNet, cfg: Config, dataset: CocoDataset, device: torch.device, watch: Stopwatch | None = None
 ) -> dict[int, Detections]:
-    """What the model finds in a data set, by image id; on process 0 all of it."""
-    model.to(device, memory_format=torch.channels_last if cfg.channels_last else torch.contiguous_format)
+    """Detections of every image of a data set, by image id."""
+    place(model, device, channels_last=cfg.channels_last)
     batches = eval_loader(dataset, assemble.evaluation_batch(cfg), **assemble.loader_options(cfg, device))
     precision = PRECISIONS[pick_precision(cfg.precision, device)[0]]
     return predict(model, batches, assemble.build_postprocess(cfg), device, precision, watch)
@@ -103,26 +110,6 @@ def speeds(watch: Stopwatch, images: int) -> str:
     for stage, seconds in stages.items():
         lines.append(f"{stage:<16}{images / seconds:>10,.1f}{seconds / stages['all']:>8.1%}")
     return "\n".join(lines)
-
-
-def open_dataset(source: str, content: dict, cfg: Config, data: list[str] | None) -> CocoDataset:
-    """`data`, an annotation file and an image folder, or the validation set that the checkpoint itself names."""
-    annotations, images = data or (cfg.data.val.annotations, cfg.data.val.images)
-    if not annotations:
-        raise UserError(f"{source} names no validation set; give one by --data ANNOTATIONS IMAGES")
-    transform = EvalTransform(cfg.data.short_side, cfg.data.long_side)
-    classes = {"category_ids": content["category_ids"], "class_names": content["class_names"] or None}
-    cache = "" if data else cfg.data.cache
-    return CocoDataset(annotations, images, transform, **classes, cache=cache, trust=cfg.data.trust)
-
-
-def write(folder: Path, metrics: dict, results: list[dict]) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
-        (folder / "detections.json").write_text(json.dumps(results), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--output: {folder} cannot be written ({error.strerror})") from None
 
 
 if __name__ == "__main__":

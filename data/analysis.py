@@ -1,24 +1,25 @@
-"""What kind of error each detection is, and what the kinds cost.
+"""Which kind of error each detection is, and what each kind costs.
 
-The kinds are TIDE's (Bolya et al., "TIDE: A General Toolbox for Identifying Object Detection Errors", ECCV 2020): of a
-detection that is not right, where IoUs of at least 0.5 are a hit and below 0.1 nothing,
+The kinds are TIDE's (Bolya et al., "TIDE: A General Toolbox for Identifying Object Detection Errors", ECCV 2020): a
+detection that is not right is, where an IoU of at least 0.5 is a hit and one below 0.1 counts as none,
 
     localisation    0.1 to 0.5 with a box of its class
     classification  a hit on a box of another class
-    duplicate       a hit on a box of its class that a surer detection has
+    duplicate       a hit on a box of its class that a detection with a higher score has
     background      below 0.1 with every box
     both            0.1 to 0.5 with a box of another class
 
-in this order; and a box is missed where no detection is right about it and none a localisation or classification error
-on it.
+the first of these that applies. A box is missed where no detection is right about it, or a localisation or
+classification error on it.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from data.annotations import Annotations
 
+hotcoco: Any
 try:
     import hotcoco
 except ImportError:
@@ -27,55 +28,57 @@ except ImportError:
 HIT, NOTHING = 0.5, 0.1
 RIGHT, IGNORED, MISSED = "right", "ignored", "missed"
 KINDS = ("classification", "localisation", "both", "duplicate", "background", MISSED)
-THEIRS = dict(zip(KINDS, ("Cls", "Loc", "Both", "Dupe", "Bkg", "Miss")))  # in hotcoco
+HOTCOCO_NAMES = dict(zip(KINDS, ("Cls", "Loc", "Both", "Dupe", "Bkg", "Miss")))  # in hotcoco
 
 
-class Judged(NamedTuple):
+class ImageErrors(NamedTuple):
     """Of one image."""
 
     kinds: list[str]  # of each detection: RIGHT, IGNORED (it is on a crowd) or one of KINDS
-    missed: list[int]  # places of the boxes that are
+    missed: list[int]  # places of the boxes that are missed
 
 
-def judge(truth: list[dict], found: list[dict]) -> Judged:
+def classify_errors(truth: list[dict], detections: list[dict]) -> ImageErrors:
     """Boxes of an image (COCO annotations) and detections (COCO results), best first, of which all count."""
-    real = [one for one in truth if not one.get("iscrowd")]
-    crowds = [one for one in truth if one.get("iscrowd")]
-    iou = overlaps([one["bbox"] for one in found], [one["bbox"] for one in real])
-    in_crowd = overlaps([one["bbox"] for one in found], [one["bbox"] for one in crowds], of_first=True)
-    same = np.array([[d["category_id"] == t["category_id"] for t in real] for d in found], bool).reshape(iou.shape)
+    real = [box for box in truth if not box.get("iscrowd")]
+    crowds = [box for box in truth if box.get("iscrowd")]
+    iou = overlaps([detection["bbox"] for detection in detections], [box["bbox"] for box in real])
+    in_crowd = overlaps([detection["bbox"] for detection in detections], [box["bbox"] for box in crowds], of_first=True)
+    same = np.array([[d["category_id"] == t["category_id"] for t in real] for d in detections], bool).reshape(iou.shape)
     free = np.ones(len(real), bool)
-    kinds = [""] * len(found)
-    for d in range(len(found)):  # who is right is known first: a duplicate may come before what it duplicates
+    kinds = [""] * len(detections)
+    for d in range(len(detections)):  # right ones first: a duplicate may come before the detection that it duplicates
         hits = np.where(same[d] & free, iou[d], 0)
         if hits.size and hits.max() >= HIT:
             free[hits.argmax()] = False
             kinds[d] = RIGHT
     near = np.zeros(len(real), bool)
-    for d in range(len(found)):
-        own, other = np.where(same[d], iou[d], 0), np.where(same[d], 0, iou[d])
-        best_own, best_other = own.max(initial=0), other.max(initial=0)
+    for d in range(len(detections)):
+        same_class, other_class = np.where(same[d], iou[d], 0), np.where(same[d], 0, iou[d])
+        best_same, best_other = same_class.max(initial=0), other_class.max(initial=0)
         if kinds[d]:
             continue
-        if any(t["category_id"] == found[d]["category_id"] and in_crowd[d, c] >= HIT for c, t in enumerate(crowds)):
+        if any(
+            t["category_id"] == detections[d]["category_id"] and in_crowd[d, c] >= HIT for c, t in enumerate(crowds)
+        ):
             kinds[d] = IGNORED
-        elif NOTHING <= best_own < HIT:
+        elif NOTHING <= best_same < HIT:
             kinds[d] = "localisation"
-            near[own.argmax()] = True
+            near[same_class.argmax()] = True
         elif best_other >= HIT:
             kinds[d] = "classification"
-            near[other.argmax()] = True
-        elif best_own >= HIT:
+            near[other_class.argmax()] = True
+        elif best_same >= HIT:
             kinds[d] = "duplicate"
         else:
-            kinds[d] = "background" if max(best_own, best_other) < NOTHING else "both"
-    places = [t for t, one in enumerate(truth) if not one.get("iscrowd")]
-    return Judged(kinds, [places[t] for t in range(len(real)) if free[t] and not near[t]])
+            kinds[d] = "background" if max(best_same, best_other) < NOTHING else "both"
+    places = [t for t, box in enumerate(truth) if not box.get("iscrowd")]
+    return ImageErrors(kinds, [places[t] for t in range(len(real)) if free[t] and not near[t]])
 
 
 def overlaps(boxes: list, others: list, *, of_first: bool = False) -> np.ndarray:
     """IoU of boxes (D) and others (G) in x, y, width, height -> (D, G); `of_first`: share of the first's area."""
-    a, b = (np.asarray(one, float).reshape(-1, 4) for one in (boxes, others))
+    a, b = (np.asarray(sides, float).reshape(-1, 4) for sides in (boxes, others))
     low = np.maximum(a[:, None, :2], b[None, :, :2])
     high = np.minimum(a[:, None, :2] + a[:, None, 2:], b[None, :, :2] + b[None, :, 2:])
     shared = np.clip(high - low, 0, None).prod(-1)
@@ -84,27 +87,27 @@ def overlaps(boxes: list, others: list, *, of_first: bool = False) -> np.ndarray
 
 
 def costs(annotations: Annotations, results: list[dict]) -> dict[str, float] | None:
-    """AP at an IoU of 0.5 (0..1) that each kind costs: how much is won where it is mended alone.
+    """AP at an IoU of 0.5 (0..1) gained if only this kind of error were fixed.
 
-    None without hotcoco, whose analysis it is, and where there is nothing to analyse.
+    None without hotcoco, which computes it, and without detections.
     """
     if hotcoco is None or not results:
         return None
     evaluation = _evaluation(annotations, results)
     evaluation.evaluate()
-    won = evaluation.tide_errors(pos_thr=HIT, bg_thr=NOTHING)["delta_ap"]
-    return {kind: float(won[name]) for kind, name in THEIRS.items()}
+    gains = evaluation.tide_errors(pos_thr=HIT, bg_thr=NOTHING)["delta_ap"]
+    return {kind: float(gains[name]) for kind, name in HOTCOCO_NAMES.items()}
 
 
 def confusion(annotations: Annotations, results: list[dict]) -> tuple[np.ndarray, list[str]] | None:
-    """How often a box of one class (row) is found as another (column), (K + 1, K + 1), and the classes' names.
+    """How often a box of one class (row) is detected as another (column), (K + 1, K + 1), and the classes' names.
 
-    The last row is background: detections on no box; the last column boxes that are not found. None as `costs`.
+    The last row has detections on no box, the last column boxes without a detection. None where `costs` is.
     """
     if hotcoco is None or not results:
         return None
-    found = _evaluation(annotations, results).confusion_matrix(iou_thr=HIT)
-    return found["matrix"].astype(np.int64), [*found["cat_names"], "background"]
+    confused = _evaluation(annotations, results).confusion_matrix(iou_thr=HIT)
+    return confused["matrix"].astype(np.int64), [*confused["cat_names"], "background"]
 
 
 def _evaluation(annotations: Annotations, results: list[dict]) -> "hotcoco.COCOeval":
@@ -120,8 +123,8 @@ def _evaluation(annotations: Annotations, results: list[dict]) -> "hotcoco.COCOe
         iscrowd=annotations.crowds,
     )
     rows = [
-        (image[one["image_id"]], *one["bbox"], one["score"], category[one["category_id"]])
-        for one in results
-        if one["category_id"] in category
+        (image[result["image_id"]], *result["bbox"], result["score"], category[result["category_id"]])
+        for result in results
+        if result["category_id"] in category
     ]
     return hotcoco.COCOeval(expected, expected.load_res(np.array(rows, np.float64)), "bbox")

@@ -14,7 +14,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from types import GenericAlias
+from typing import Annotated, Any, cast
 
 import msgspec
 import numpy as np
@@ -36,6 +37,9 @@ NUMBER = re.compile(r"\s*[+-]?(?:\d{1,40}\.?\d{0,40}|\.\d{1,40})(?:[eE][+-]?\d{1
 Whole = Annotated[int, msgspec.Meta(ge=-MAX_ID, le=MAX_ID)]
 
 
+Sides = tuple[float, float, float, float]  # x, y, width, height
+
+
 class Image(msgspec.Struct, gc=False):
     id: Whole
     file_name: str
@@ -52,9 +56,12 @@ class Box(msgspec.Struct, gc=False):
     id: Whole
     image_id: Whole
     category_id: Whole
-    bbox: tuple[float, float, float, float]  # NaN where the record has none
+    bbox: Sides  # NaN where the record has none
     area: float | None = None
     iscrowd: Whole = 0
+
+
+Record = Image | Category | Box
 
 
 @dataclass
@@ -155,18 +162,21 @@ class _Reader:
     """Makes columns of records, and counts what it accepts although it is not as the format says."""
 
     def __init__(self, path: str | Path):
-        self.path, self.counts, self.first = str(path), Counter(), {}
+        self.path = str(path)
+        self.counts: Counter[str] = Counter()
+        self.first: dict[str, str] = {}
         self.where = ""  # the record that is looked at
         self.read = dict.fromkeys(LISTS, 0)  # records
         self.columns: dict[str, list[_Column]] = {}
 
     def add(self, name: str, part: bytes | list) -> None:
         """Add records of a list, decoded or not. ValueError where they are no JSON."""
-        kind, columns_of, repair = {
+        kinds: dict[str, tuple[type[Record], Callable[[list], tuple], Callable[[dict], Record]]] = {
             "images": (Image, _image_columns, self.image),
             "categories": (Category, _category_columns, self.category),
             "annotations": (Box, _box_columns, self.box),
-        }[name]
+        }
+        kind, columns_of, repair = kinds[name]
         columns = _decoded(part, kind, columns_of) if isinstance(part, bytes) else None
         if columns is None:
             records = json.loads(part) if isinstance(part, bytes) else part
@@ -181,7 +191,9 @@ class _Reader:
         for name in ("images", "categories"):
             if not self.read[name]:
                 raise UserError(f"{self.path}: the list {name!r} is empty; give a file that has at least one")
-        columns = {name: [column.values for column in columns] for name, columns in self.columns.items()}
+        columns: dict[str, list[Any]] = {
+            name: [column.values for column in columns] for name, columns in self.columns.items()
+        }
         image_ids, file_names, sizes = columns["images"]
         category_ids, names = columns["categories"]
         ids, owners, kinds, crowds, boxes, areas = columns["annotations"]
@@ -198,16 +210,16 @@ class _Reader:
         areas = np.where(unsaid, full, areas)
         self.note("boxes without an area, which is taken as width x height", unsaid & (full > 0), ids)
         self.note("annotations with neither bbox nor segmentation left out", ~there, ids)
-        columns = (ids, places, kinds, boxes, areas, crowds > 0)
+        records = (ids, places, kinds, boxes, areas, crowds > 0)
         if not there.all():
-            columns = tuple(column[there] for column in columns)
+            records = tuple(column[there] for column in records)
         return Annotations(
             self.path,
             image_ids,
             file_names,
             sizes,
             _unique_names(category_ids.tolist(), names),
-            *columns,
+            *records,
             remarks=[f"{count:,} {kind} ({self.first[kind]})" for kind, count in self.counts.items()],
         )
 
@@ -269,18 +281,19 @@ class _Reader:
         crowd = int(crowd) if isinstance(crowd, bool) else self.whole(crowd, flaw)
         if crowd not in (0, 1):
             raise _Flaw(flaw.format(shortened(crowd)))
-        return Box(number, *owners, self.sides(record), area, crowd)
+        image_id, category_id = owners
+        return Box(number, image_id, category_id, self.sides(record), area, crowd)
 
-    def sides(self, record: dict) -> tuple[float, ...]:
+    def sides(self, record: dict) -> Sides:
         bbox, segmentation = record.get("bbox"), record.get("segmentation")
         if bbox is not None and bbox != []:
             flaw = f"bbox is {shortened(bbox)}; give four finite numbers x, y, width, height in pixels, or remove it"
             if not isinstance(bbox, list) or len(bbox) != 4:
                 raise _Flaw(flaw)
-            sides = tuple(self.finite(value, MAX_BOX, flaw.replace("{", "{{").replace("}", "}}")) for value in bbox)
-            if None in sides:
+            numbers = tuple(self.finite(value, MAX_BOX, flaw.replace("{", "{{").replace("}", "}}")) for value in bbox)
+            if None in numbers:
                 raise _Flaw(flaw)
-            return sides
+            return cast(Sides, numbers)
         try:
             sides = bounds(segmentation)
         except (ValueError, RecursionError) as error:
@@ -397,10 +410,10 @@ def _unique_names(ids: list[int], names: list[str]) -> dict[int, str]:
     return {id: f"{name} (id {id})" for id, name in zip(ids, names)}  # a class was called "cat (id 3)" already
 
 
-def _decoded(part: bytes, kind: type, columns_of: Callable[[list], tuple]) -> tuple | None:
+def _decoded(part: bytes, kind: type[Record], columns_of: Callable[[list], tuple]) -> tuple | None:
     """Columns of records that are `kind` and sound as they are; None where any of them is not."""
     try:
-        columns = columns_of(msgspec.json.decode(part, type=list[kind]))
+        columns = columns_of(msgspec.json.decode(part, type=GenericAlias(list, kind)))
     except (msgspec.MsgspecError, RecursionError):
         return None
     return columns if SOUND[kind](*columns) else None
@@ -438,4 +451,4 @@ def _sound_boxes(ids, images, categories, crowds: np.ndarray, sides: np.ndarray,
     return bool(in_bounds and ((crowds == 0) | (crowds == 1)).all())
 
 
-SOUND = {Image: _sound_images, Category: _sound_categories, Box: _sound_boxes}
+SOUND: dict[type[Record], Callable[..., bool]] = {Image: _sound_images, Category: _sound_categories, Box: _sound_boxes}

@@ -1,8 +1,8 @@
 """The images of a data set decoded and resized once, in one file that every process maps.
 
 The file holds raw pixels, uint8 RGB, image after image; where each lies follows from the sizes. Its name is a digest of
-all that its content depends on: for other files, or ones touched since, or another size, there is another cache. One
-that no run asks for any more stays until somebody deletes it.
+everything its content depends on: other files, files changed since, or another size make another cache. A
+cache that no run uses any more stays until you delete it.
 """
 
 import contextlib
@@ -21,9 +21,10 @@ from tqdm import tqdm
 
 from data.images import Remarks, read_image
 from data.transforms import resize
+from detector.atomic import replacing
 from detector.errors import UserError
 
-FORMAT = 1  # raise it when the same images come to give other bytes
+FORMAT = 1  # to be raised when the same images give other bytes
 
 Sizes = Sequence[tuple[int, int]]
 
@@ -32,15 +33,16 @@ class Cache:
     """Images by index, as (h, w, 3) uint8 RGB.
 
     Args:
-        folder: where the cache is looked for, and built unless it is there and whole
+        folder: of the cache, which is built unless it is there and whole
         files, sizes: of the images, as read_image takes them
-        kept: (height, width) in which each is kept
+        kept: (height, width) of each in the cache
 
     Raises UserError where the folder cannot be written or lacks room, and for an image that cannot be read.
     """
 
     def __init__(self, folder: str | Path, files: Sequence[Path], sizes: Sizes, kept: Sizes):
-        self.kept, self._pixels = kept, None
+        self.kept = kept
+        self._pixels: np.memmap | None = None
         self.remarks: Remarks = {}  # on the images, where they were read for it just now
         self.ends = np.cumsum([height * width * 3 for height, width in kept])
         try:
@@ -83,13 +85,9 @@ class Cache:
                     f"data.cache: the images take {needed:,.0f} MB, in {folder} {free:,.0f} MB are free; make room, "
                     "name another folder or leave it empty"
                 )
-            # Beside and renamed, so that it is whole or not there; by a name of its own, should two be let in.
-            beside = self.path.with_suffix(f".{uuid.uuid4().hex}.tmp")
-            try:
+            # A name of its own, since _alone cannot exclude other processes everywhere.
+            with replacing(self.path, f".{uuid.uuid4().hex}.tmp") as beside:
                 self._write(beside, files, sizes)
-                os.replace(beside, self.path)
-            finally:
-                beside.unlink(missing_ok=True)
         return True
 
     def _write(self, path: Path, files: Sequence[Path], sizes: Sizes) -> None:
@@ -99,18 +97,16 @@ class Cache:
             image, _ = resize(read_image(files[index], sizes[index], self.remarks), np.zeros((0, 4)), *self.kept[index])
             with turn:
                 file.seek(self.ends[index] - image.size)
-                file.write(image)
+                file.write(image.tobytes())
 
         # Threads suffice: decoding and resizing leave Python to the others.
         with path.open("wb") as file, ThreadPoolExecutor() as pool:
             for _ in tqdm(pool.map(keep, range(len(files))), f"cache {path.parent}", len(files), unit="image"):
                 pass
-            file.flush()
-            os.fsync(file.fileno())
 
 
 def _alone(folder: Path) -> TextIO:
-    """A file that one process at a time has open, where the system can; where it cannot, several do the same work."""
+    """A lock for one process at a time; on systems without file locks, several processes do the same work."""
     file = os.fdopen(os.open(folder / ".lock", os.O_RDONLY | os.O_CREAT))  # readable, as it may be another user's
     with contextlib.suppress(ImportError, OSError):
         import fcntl  # not on Windows

@@ -1,13 +1,14 @@
 """From a COCO annotation file and a folder of images to samples: the border where formats are converted.
 
 Outside: boxes x, y, width, height; category ids with gaps. Inside: boxes x1, y1, x2, y2; labels 0..C-1.
-Whatever is wrong with the file is found here and told in one line.
+Every error in the file is found here and reported in one line.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,30 +19,38 @@ from data.annotations import load_annotations, shortened
 from data.cache import Cache
 from data.image_folder import ImageFolder, find_folder
 from data.images import Remarks, add_remarks, image_size, read_image
+from data.plausibility import suspicion
 from data.transforms import scale_boxes
 from detector.errors import UserError
 from detector.structures import Target
 
 MIN_SIDE = 1e-3  # pixels; a box thinner than this, after clipping, has no area
-LOOKED_AT = 100_000  # boxes that show whether all look like another format
 CLIP_TOLERANCE = 0.1  # pixels; finer than this, a box outside its image is rounding in the file
 
-# A transform: image (h, w, 3) uint8 RGB, boxes (G, 4) float32, labels (G,) int64, seed -> the first three.
-Transform = Callable[[np.ndarray, np.ndarray, np.ndarray, int], tuple[np.ndarray, np.ndarray, np.ndarray]]
+Sample = tuple[Tensor, Target, int, tuple[int, int]]  # see CocoDataset.__getitem__
+
+
+class Transform(Protocol):
+    def __call__(
+        self, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, seed: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Image (h, w, 3) uint8 RGB, boxes (G, 4) float32, labels (G,) int64 -> the same, changed."""
+
+    def largest(self, height: int, width: int) -> tuple[int, int]:
+        """The largest (height, width) to which it resizes an image of this size."""
 
 
 class CocoDataset(Dataset):
     """Samples of one annotation file.
 
-    Without `images`, the folder of the images is looked for where common exporters put it. A validation set is given
+    Without `images`, the folder of the images is searched where common exporters put it. A validation set is given
     the `category_ids` (and, to have them compared, the `class_names`) of the training set, so that a label means the
     same class in both. `cache` is a folder to keep the images in, decoded and resized for the transform, or empty;
     samples are the same to the bit where the transform neither jitters nor distorts. With `trust`, boxes that look like
     another format are taken as they stand.
 
-    Raises UserError for whatever is wrong with the annotation file or the boxes in it and for a missing image, at once;
-    for an image that cannot be decoded or has another size than its record says, when it is read, which is at once too
-    where a cache is to be built.
+    Raises UserError at once for an error in the annotation file or its boxes and for a missing image; for an image that
+    cannot be decoded, or has another size than its record, when it is read: at once too if a cache is built.
     """
 
     def __init__(
@@ -69,7 +78,7 @@ class CocoDataset(Dataset):
         self.sizes: list[tuple[int, int]] = list(map(tuple, self.annotations.sizes.tolist()))
         self.aspects: list[float] = [width / height for height, width in self.sizes]
         self._name_classes(category_ids, class_names)
-        if not trust and (flaw := self._suspicion()):
+        if not trust and (flaw := suspicion(self.annotations)):
             cure = "to take them as they stand, set data.trust=true (convert.py: --trust)"
             raise UserError(f"{self.path}: {flaw}; {cure}")
         self._collect_boxes()
@@ -81,7 +90,7 @@ class CocoDataset(Dataset):
             add_remarks(self.image_remarks, self.cache.remarks)
 
     def _complete_sizes(self) -> None:
-        """Read the sizes that the file does not say from the images."""
+        """Read the sizes that are not in the file from the images."""
         sizes = self.annotations.sizes
         unsaid = np.flatnonzero((sizes == 0).any(axis=1))
         if len(unsaid):
@@ -117,40 +126,6 @@ class CocoDataset(Dataset):
             )
         names = {**names, **expected}
         self.class_names: list[str] = [names.get(category, f"category {category}") for category in self.category_ids]
-
-    def _suspicion(self) -> str | None:
-        """What the boxes look like where they are nearly certainly not x, y, width, height in pixels."""
-        rows = np.flatnonzero(~self.annotations.crowds)
-        rows = rows[:: len(rows) // LOOKED_AT + 1]
-        sides = self.annotations.boxes[rows]
-        image = self.annotations.sizes[self.annotations.images[rows]][:, ::-1]  # width, height
-        with_area = (sides[:, 2:] > 0).all(axis=1)
-        sides, image = sides[with_area], image[with_area]
-        if not len(sides):
-            return None
-        corner, extent = sides[:, :2], sides[:, 2:]
-        if (sides >= 0).all() and (sides <= 1.01).all() and (image > 16).all():
-            return (
-                f"its {len(sides):,} boxes all lie in 0..1, as {shortened(sides[0].tolist())} does: they look divided "
-                "by the size of the image; multiply x and width by the image's width, y and height by its height"
-            )
-        # Boxes leave their image by rounding, or where objects do; not by a twentieth of it, one in five of them.
-        beyond = int((corner + extent > 1.05 * image).any(axis=1).sum())
-        if beyond < 3 or beyond < 0.2 * len(sides):
-            return None
-        ordered, turned = (corner > -1) & (extent > corner), image[:, ::-1]
-        inside = (corner >= extent / 2 - 1) & (corner + extent / 2 <= image + 1)
-        for looks, fits, cure in (
-            ("corners x1, y1, x2, y2", ordered & (extent <= image + 1), "write x1, y1, x2 - x1, y2 - y1"),
-            ("corners y1, x1, y2, x2", ordered & (extent <= turned + 1), "write x1, y1, x2 - x1, y2 - y1"),
-            ("a centre with width and height", inside, "take half of the width from x and half of the height from y"),
-        ):
-            if fits.all(axis=1).mean() > 0.99:
-                return (
-                    f"{beyond:,} of {len(sides):,} boxes reach out of their image, and as {looks} all would be inside "
-                    f"it, the first {shortened(sides[0].tolist())}; COCO's are x, y, width, height: {cure}"
-                )
-        return None
 
     def _collect_boxes(self) -> None:
         """Gather the boxes of all images in one array, image by image, and count what is left out of it.
@@ -194,7 +169,7 @@ class CocoDataset(Dataset):
             )
 
     def summary(self) -> str:
-        """One paragraph on what training sees of the file and what it does not."""
+        """What training takes of the file and what it leaves out, in one paragraph."""
         examples = ", ".join(map(str, self.dropped_ids[:3])) + (", ..." if len(self.dropped_ids) > 3 else "")
         return (
             f"{self.path}: {len(self):,} images, {self.num_boxes:,} boxes, {len(self.category_ids)} classes; "
@@ -207,10 +182,10 @@ class CocoDataset(Dataset):
         )
 
     def fingerprint(self) -> str:
-        """What must be the same in all processes of a run, wherever the files lie."""
+        """A digest that must be equal in all processes of a run, wherever the files are."""
         digest = hashlib.sha256(repr((self.image_ids, self.sizes, self.category_ids)).encode())
-        digest.update(self._boxes)
-        digest.update(self._labels)
+        digest.update(self._boxes.tobytes())
+        digest.update(self._labels.tobytes())
         counts = f"{len(self)} images, {self.num_boxes} boxes, {len(self.category_ids)} classes"
         return f"{counts}, sha256 {digest.hexdigest()[:12]}"
 
@@ -222,7 +197,7 @@ class CocoDataset(Dataset):
         return len(self.image_ids)
 
     def __getstate__(self) -> dict:
-        # What goes to a worker process that is not forked: it needs no annotations, which are all over again in _boxes.
+        # For a worker process that is not forked. It does not need the annotations: _boxes has them.
         return {**self.__dict__, "annotations": None}
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Target, int, tuple[int, int]]:
@@ -231,22 +206,22 @@ class CocoDataset(Dataset):
         The key is an index, or an index and the seed of the augmentation, which depends on nothing else.
         """
         index, seed = key if isinstance(key, tuple) else (key, 0)
-        own, size = slice(self._starts[index], self._starts[index + 1]), self.sizes[index]
+        rows, size = slice(self._starts[index], self._starts[index + 1]), self.sizes[index]
         if self.cache is None:
             image = read_image(self.folder / self.file_names[index], size, self.image_remarks)
-            boxes = self._boxes[own].copy()
+            boxes = self._boxes[rows].copy()
         else:
             image = self.cache[index]
-            boxes = scale_boxes(self._boxes[own], size, image.shape[:2])
-        image, boxes, labels = self.transform(image, boxes, self._labels[own].copy(), seed)
+            boxes = scale_boxes(self._boxes[rows], size, image.shape[:2])
+        image, boxes, labels = self.transform(image, boxes, self._labels[rows].copy(), seed)
         target = Target(torch.from_numpy(boxes), torch.from_numpy(labels))
         return torch.from_numpy(image).permute(2, 0, 1), target, self.image_ids[index], size
 
 
 def _elsewhere(path: Path, names: list[str], folder: Path) -> str:
-    """A hint at the folder that does hold the images, if there is one where it is looked for by default."""
+    """A hint at the folder that has the images, if there is one in the default places."""
     try:
-        found = find_folder(path, names)
+        other = find_folder(path, names)
     except UserError:
         return ""
-    return f"; all are in {found}" if found.resolve() != folder.resolve() else ""
+    return f"; all are in {other}" if other.resolve() != folder.resolve() else ""

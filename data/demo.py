@@ -8,7 +8,6 @@ and, on request, the outliers that GHM is about: training annotations with a wro
 
 import argparse
 import json
-import os
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -18,6 +17,7 @@ import cv2
 import numpy as np
 from sklearn.datasets import load_digits, load_sample_image
 
+from detector import atomic
 from detector.errors import UserError, run_main
 
 RECIPE = 4  # raise it when the same settings come to give other files
@@ -106,7 +106,11 @@ def plan_scene(
         digits=[],
     )
     kind = rng.choice(["empty", "crowded", "usual"], p=[0.05, 0.1, 0.85])
-    wanted = {"empty": 0, "crowded": rng.integers(*style.crowded), "usual": rng.integers(*style.usual)}[kind]
+    wanted = {
+        "empty": 0,
+        "crowded": int(rng.integers(*style.crowded)),
+        "usual": int(rng.integers(*style.usual)),
+    }[kind]
     largest = 20 if kind == "crowded" else style.largest
     weights = CLASS_WEIGHTS[: style.classes] / CLASS_WEIGHTS[: style.classes].sum()
     for _ in range(wanted):
@@ -130,7 +134,7 @@ def enlarge(image: np.ndarray, size: float, angle: float) -> np.ndarray:
     scale = size / max(np.ptp(np.flatnonzero(ink.any(axis=axis))) + 1 for axis in (0, 1))
     side = int(np.ceil(12 * scale))  # the 8x8 digit, its corners when turned, and some air
     matrix = cv2.getRotationMatrix2D((3.5, 3.5), angle, scale)
-    matrix[:, 2] += (side - 1) / 2 - 3.5
+    matrix[:, 2] = matrix[:, 2] + ((side - 1) / 2 - 3.5)
     smooth = cv2.warpAffine((image / 16).astype(np.float32), matrix, (side, side), flags=cv2.INTER_CUBIC)
     # A contour with an edge of about two pixels: readable at any size, where a plain enlargement is a blur.
     # At 0.45, since above it thin strokes break and below it ones become bars.
@@ -235,7 +239,7 @@ def write_demo(
     """
     folder = Path(folder)
     counts = {"train": train_images, "val": val_images}
-    settings = dict(recipe=RECIPE, train_images=train_images, val_images=val_images, seed=seed)
+    settings: dict[str, int | float] = dict(recipe=RECIPE, train_images=train_images, val_images=val_images, seed=seed)
     settings |= dict(wrong_labels=wrong_labels, shifted_boxes=shifted_boxes)
     settings |= dict(quick=True) if quick else {}
     style = QUICK if quick else FULL
@@ -262,9 +266,7 @@ def write_demo(
         datasets[split] = describe(split, scenes, settings, style)
     add_outliers(datasets["train"], wrong_labels=wrong_labels, shifted_boxes=shifted_boxes, seed=seed)
     for split, dataset in datasets.items():  # last, and whole: an interrupted run must not look finished
-        partial = paths[split].with_suffix(".json.partial")
-        partial.write_text(json.dumps(dataset), encoding="utf-8")
-        os.replace(partial, paths[split])
+        atomic.write(paths[split], json.dumps(dataset))
         print(summary(folder / split, dataset))
 
 

@@ -20,10 +20,10 @@ WIDTH = 480  # pixels of one image in a picture
 
 
 def validation_pictures(dataset: CocoDataset, detections: dict[int, Detections], count: int) -> Iterator[Tensor]:
-    """Ground truth (left) and the surest detections (right) of `count` images spread over the set.
+    """Ground truth (left) and the detections with the highest scores (right) of `count` images spread over the set.
 
-    `detections`: by image id, in pixels of the original image. Shown are as many of the whole set's as it has boxes:
-    a fixed score would show one loss's hits and another's clutter, as each has its own scale of scores.
+    `detections`: by image id, in pixels of the original image. In the whole set, as many detections
+    are shown as it has boxes: each loss has its own scale of scores, so that a fixed score would not compare them.
     Yields (3, h, 2 x WIDTH) uint8.
     """
     names = dataset.class_names
@@ -36,11 +36,11 @@ def validation_pictures(dataset: CocoDataset, detections: dict[int, Detections],
         scale = torch.tensor([WIDTH / original[1], height / original[0]]).repeat(2)
         # Enlarged before anything is drawn: captions of a small image would cover it.
         image = F.interpolate(image[None].float(), size=(height, WIDTH), mode="bilinear", antialias=True)[0].byte()
-        found = detections[image_id]
-        sure = found.scores >= min_score
-        captions = [f"{names[c]} {s:.2f}" for c, s in zip(found.labels[sure].tolist(), found.scores[sure].tolist())]
+        boxes, scores, labels = detections[image_id]
+        shown = scores >= min_score
+        captions = [f"{names[c]} {s:.2f}" for c, s in zip(labels[shown].tolist(), scores[shown].tolist())]
         truth = draw_boxes(image, target.boxes * zoom, [names[c] for c in target.labels.tolist()], GROUND_TRUTH)
-        yield torch.cat([truth, draw_boxes(image, found.boxes[sure] * scale, captions, DETECTION)], dim=2)
+        yield torch.cat([truth, draw_boxes(image, boxes[shown] * scale, captions, DETECTION)], dim=2)
 
 
 def contact_sheet(pictures: list[Tensor], columns: int = 2) -> Tensor:
@@ -51,10 +51,10 @@ def contact_sheet(pictures: list[Tensor], columns: int = 2) -> Tensor:
 
 
 def _score_of_rank(detections: dict[int, Detections], rank: int) -> float:
-    """Score of the `rank`-th surest detection of all images; infinite for rank 0, 0 where there are fewer."""
+    """Score of the `rank`-th best detection of all images; infinite for rank 0, 0 where there are fewer."""
     if rank == 0:
         return float("inf")
-    scores = torch.cat([found.scores for found in detections.values()])
+    scores = torch.cat([of_image.scores for of_image in detections.values()])
     return scores.topk(rank).values[-1].item() if rank <= len(scores) else 0.0
 
 

@@ -93,7 +93,8 @@ class ImageFolder:
     def _search(self, below: str, parts: list[str]) -> list[str]:
         """Files whose path below a folder has these parts, all as `spelling` has them."""
         if below not in self._spelled:
-            self._spelled[below] = tuple(_by_spelling(names) for names in self._list(below))
+            names = self._list(below)
+            self._spelled[below] = _by_spelling(names[0]), _by_spelling(names[1])
         files, folders = self._spelled[below]
         paths = [posixpath.join(below, name) for name in files.get("/".join(parts), [])]
         for count in range(1, len(parts)):

@@ -7,11 +7,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 from detector.errors import UserError
 
 # Larger images are refused before they are decoded, whatever the size of the file: 179 million, PIL's own limit.
-MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS
+MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 2**30 // 12)
 # Of PIL's formats those that hold pictures and whose pixels read_image gives; AVIF only where PIL was built with it.
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP")
 # Suffixes of pictures that, unless PIL can after all, cannot be read: cameras' own formats and the like.
@@ -82,8 +83,9 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None, remarks: R
         raise
     except Exception as error:  # decoders raise all kinds; whichever it is, the file is at fault
         if isinstance(error, UnidentifiedImageError):
-            error = "no image format that is known" if data else "the file is empty"
-        reason = " ".join(str(error).split()) or type(error).__name__  # a MemoryError says nothing
+            reason = "no image format that is known" if data else "the file is empty"
+        else:
+            reason = " ".join(str(error).split()) or type(error).__name__  # a MemoryError says nothing
         raise UserError(f"{path}: cannot read the image ({reason}); replace it or remove its record") from None
     stored = image.shape[:2]
     upright = stored[::-1] if orientation in (5, 6, 7, 8) else stored
@@ -102,7 +104,7 @@ def image_size(path: str | Path) -> tuple[int, int]:
         with Image.open(path) as file:
             _check_header(path, file.size, None)
             # Of a TIFF, PIL has turned the size already, or has not: that depends on its version.
-            size = (file.tag_v2[256], file.tag_v2[257]) if file.format == "TIFF" else file.size
+            size = (file.tag_v2[256], file.tag_v2[257]) if isinstance(file, TiffImageFile) else file.size
             turned = file.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
             return size if turned else size[::-1]
     except UserError:
@@ -128,7 +130,7 @@ def _other_size(path: str | Path, seen: tuple[int, int], size: tuple[int, int]) 
 
 def _decode(file: Image.Image, data: bytes) -> tuple[np.ndarray, list[str]]:
     """The pixels as stored, (h, w, 3) uint8 RGB, not turned; and what is odd about the file."""
-    if file.mode in ("L", "RGB") and data.endswith(END_MARK.get(file.format, b"no such end")):
+    if file.mode in ("L", "RGB") and data.endswith(END_MARK.get(file.format or "", b"no such end")):
         # OpenCV gives the same pixels as PIL in less time; it would turn the image by its EXIF tag if let.
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
         if image is not None:
@@ -159,7 +161,7 @@ def _decode(file: Image.Image, data: bytes) -> tuple[np.ndarray, list[str]]:
 
 def _declared_bits(file: Image.Image) -> int:
     """How many of its 16 bits an image says that it uses: microscopes write 12 of them."""
-    if file.format != "TIFF":
+    if not isinstance(file, TiffImageFile):
         return 16
     bits, most = (file.tag_v2.get(tag, 0) for tag in (BITS_PER_SAMPLE, MAX_SAMPLE_VALUE))
     bits, most = (max(value) if isinstance(value, tuple) and value else value for value in (bits, most))

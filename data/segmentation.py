@@ -67,7 +67,8 @@ def _corners_of_mask(segmentation: dict) -> Iterator[tuple[float, float, float, 
 
 def _runs(text: str) -> list[int]:
     """The counts of a compressed mask, as pycocotools packs them: six bits a letter, differences from the third on."""
-    counts, value, bits = [], 0, 0
+    counts: list[int] = []
+    value = bits = 0
     for letter in text.encode():
         letter -= ord("0")
         value |= (letter & 0x1F) << bits

@@ -1,8 +1,8 @@
-"""What happens to an image and its boxes between reading and padding: distortion if asked for, resizing, flips.
+"""From a read image and its boxes to the augmented ones: distortion (optional), resizing, flips.
 
 A transform takes an image (h, w, 3) uint8 RGB, boxes (G, 4) float32 xyxy in pixels, labels (G,) and a seed, and
-gives the first three back; G may be 0. The same seed gives the same result, whatever was transformed before.
-Its `largest(height, width)` is the size in which an image of that size may as well be kept: see cache.py.
+returns the first three; G may be 0. The same seed gives the same result, whatever was transformed before.
+`largest(height, width)` is the size in which a cache may keep an image of that size: see cache.py.
 """
 
 import os
@@ -14,7 +14,7 @@ import numpy as np
 from detector.errors import UserError
 from detector.resize import resize_image, target_size
 
-MIN_VISIBLE = 0.25  # a box of which less is left in the image is dropped: it would teach to guess
+MIN_VISIBLE = 0.25  # drop a box of which less remains in the image: it would teach guessing
 
 Sample = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -71,7 +71,8 @@ class TrainTransform:
             labels = labels[np.asarray(result["rows"], np.int64)]
         draw = np.random.default_rng((seed, 1))
         factor = float(np.exp(draw.uniform(*np.log(self.scale_jitter))))
-        height, width = target_size(*image.shape[:2], self.short_side * factor, self.long_side * factor)
+        old_height, old_width = image.shape[:2]
+        height, width = target_size(old_height, old_width, self.short_side * factor, self.long_side * factor)
         image, boxes = resize(image, boxes, height, width)
         # After resizing, so that a kept image, which is resized already, gives the same pixels.
         return *flip(image, boxes, *(draw.random(2) < self.flips)), labels

@@ -10,6 +10,6 @@ if TYPE_CHECKING:
 
 def load(path: "str | Path", device: str = "auto") -> "Detector":
     """The detector of a checkpoint: `load("best.pt")(image)` gives boxes, scores, names. See detector/inference.py."""
-    from detector.inference import load  # here: whoever takes a loss alone shall not import the rest
+    from detector.inference import load  # lazy, so that importing a loss stays light
 
     return load(path, device)

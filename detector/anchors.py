@@ -63,7 +63,7 @@ class Anchors:
         return self._cache[key]
 
     def build(self, grids: Sequence[tuple[int, int]], image_size: tuple[int, int]) -> Tensor:
-        """The same, anew and on the CPU."""
+        """The same, computed on the CPU and not cached."""
         levels = []
         for level, (height, width) in enumerate(grids):
             step_y, step_x = self.steps((height, width), level, image_size)

@@ -1,7 +1,7 @@
 """The menu: every name that YAML may say, and the parts built from it."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import pydantic
 import torch
 from pydantic import ConfigDict, ValidationError
 
-from detector import config, distributed, losses
+from detector import config, config_files, distributed, losses
 from detector.anchors import Anchors, TorchvisionAnchors
 from detector.assigner import ATSSAssigner, IoUAssigner
 from detector.backbone import BACKBONES, Backbone
@@ -17,46 +17,28 @@ from detector.box_coder import BoxCoder
 from detector.config import Config, Part
 from detector.criterion import Criterion
 from detector.device import pick_precision
-from detector.errors import UserError
+from detector.errors import UserError, one_line
 from detector.fpn import FPN
 from detector.head import Head
 from detector.model import RetinaNet
+from detector.option_errors import describe
 from detector.postprocess import Postprocess
 from detector.solver import Solver
 
 STRIDES = (8, 16, 32, 64, 128)  # of P3..P7
 ANCHORS = {"grid": Anchors, "torchvision": TorchvisionAnchors}
 ASSIGNERS = {"iou": IoUAssigner, "atss": ATSSAssigner}
-CLASS_LOSSES = {
-    "ce": losses.CrossEntropy,
-    "ohem": losses.OHEM,
-    "focal": losses.Focal,
-    "ghm_c": losses.GHMC,
-    "ghm_c_released": losses.GHMC.released,
-    "qfl": losses.QualityFocal,
-    "varifocal": losses.Varifocal,
-}
-BOX_LOSSES = {
-    "smooth_l1": losses.SmoothL1,
-    "l1": losses.L1,
-    "asl1": losses.ASL1,
-    "ghm_r": losses.GHMR,
-    "ghm_r_released": losses.GHMR.released,
-    "giou": losses.GIoU,
-    "diou": losses.DIoU,
-    "ciou": losses.CIoU,
-}
-PARTS: dict[str, dict[str, Callable]] = {
+PARTS: dict[str, Mapping[str, Any]] = {
     "anchors": ANCHORS,
     "assigner": ASSIGNERS,
-    "class_loss": CLASS_LOSSES,
-    "box_loss": BOX_LOSSES,
+    "class_loss": losses.CLASS_LOSSES,
+    "box_loss": losses.BOX_LOSSES,
 }
 
 
 def configure(path: str | Path, settings: list[str] | None = None) -> Config:
     """The config of a YAML file, every part's options checked and filled in; UserError for any slip."""
-    return resolve(config.read(path), str(path), settings or [])
+    return resolve(config_files.read(path), str(path), settings or [])
 
 
 def resolve(values: dict[str, Any], source: str, settings: list[str]) -> Config:
@@ -64,7 +46,7 @@ def resolve(values: dict[str, Any], source: str, settings: list[str]) -> Config:
 
     The UserError for a mistake names `source`, or the settings where it is theirs.
     """
-    changed = config.with_settings(values, settings)
+    changed = config_files.with_settings(values, settings)
     try:
         return complete(config.build(changed, source), source)
     except UserError as error:
@@ -77,7 +59,7 @@ def resolve(values: dict[str, Any], source: str, settings: list[str]) -> Config:
                 raise error from None
         message = str(error).removeprefix(f"{source}: ")
         suspects = [setting for setting in settings if _concerns(setting.partition("=")[0], message)] or settings
-        raise UserError(f"--set {config.one_line(' '.join(suspects))}: {message}") from None
+        raise UserError(f"--set {one_line(' '.join(suspects))}: {message}") from None
 
 
 def _concerns(key: str, message: str) -> bool:
@@ -109,7 +91,7 @@ def complete(cfg: Config, source: str) -> Config:
 def build_model(cfg: Config, num_classes: int) -> RetinaNet:
     """The detector with random weights; checkpoint.py fills in better ones."""
     options = cfg.model
-    backbone = Backbone(options.backbone, options.norm, options.frozen_stages)
+    backbone = Backbone(options.backbone, options.norm, options.frozen_stages or 0)
     fpn = FPN(backbone.channels, options.fpn_channels, options.p6_from)
     anchors = _build(cfg, "anchors")
     head = Head(options.fpn_channels, anchors.per_cell, num_classes, **options.head.model_dump())
@@ -176,7 +158,7 @@ def _build(cfg: Config, section: str) -> Any:
         raise UserError(f"{section}: {error}") from None
 
 
-def _pick(menu: dict[str, Any], key: str, name: str) -> Any:
+def _pick(menu: Mapping[str, Any], key: str, name: str) -> Any:
     if name not in menu:
         raise UserError(f"{key}: no {name!r}; it may be one of {', '.join(menu)}")
     return menu[name]
@@ -188,10 +170,10 @@ def _typed_options(part: Callable, section: str, options: dict[str, Any], fixed:
     `fixed`: the keys that the section has whatever the part.
     """
     parameters = list(inspect.signature(part).parameters.values())
-    fields = {p.name: (p.annotation, ... if p.default is p.empty else p.default) for p in parameters}
+    fields: dict[str, Any] = {p.name: (p.annotation, ... if p.default is p.empty else p.default) for p in parameters}
     strict = ConfigDict(extra="forbid", allow_inf_nan=False)
     checked = pydantic.create_model(section, __config__=strict, **fields)
     try:
         return checked.model_validate(options).model_dump(mode="json")
     except ValidationError as error:
-        raise UserError(config.describe(error, checked, where=section, also=fixed)) from None
+        raise UserError(describe(error, checked, where=section, also=fixed)) from None

@@ -1,4 +1,4 @@
-"""Anchors + ground truth -> what each anchor is taught."""
+"""Anchors + ground truth -> which anchor learns which box."""
 
 from collections.abc import Iterator
 
@@ -95,22 +95,35 @@ class ATSSAssigner:
     @torch.no_grad()
     def __call__(self, anchors: Tensor, gt_boxes: Tensor, levels: tuple[int, ...], per_cell: int) -> Assignment:
         """Anchors (A, 4), boxes of one image (G, 4), anchors in each level and in each cell; G may be 0."""
-        centres = (anchors[:, :2] + anchors[:, 2:]) / 2
-        best_iou = anchors.new_zeros(len(anchors))
-        gt_index = torch.zeros(len(anchors), dtype=torch.int64, device=anchors.device)
-        for index, box in enumerate(gt_boxes):
-            distance = (centres - (box[:2] + box[2:]) / 2).square().sum(dim=1)
-            nearest, start = [], 0
-            for level in distance.split(levels):
-                count = min(self.cells * per_cell, len(level))
-                nearest.append(start + level.topk(count, largest=False, sorted=False).indices)
-                start += len(level)
-            candidates = torch.cat(nearest)
-            iou = box_ops.iou_with_one(anchors[candidates], box)
-            threshold = iou.mean() + (iou.std() if len(iou) > 1 else 0)
-            inside = (centres[candidates] > box[:2]).all(dim=1) & (centres[candidates] < box[2:]).all(dim=1)
-            taken = (iou >= threshold) & inside & (iou > best_iou[candidates])
-            best_iou[candidates] = torch.where(taken, iou, best_iou[candidates])
-            gt_index[candidates] = torch.where(taken, index, gt_index[candidates])
+        candidates = self._candidates(anchors, gt_boxes, levels, per_cell)
+        centres = (anchors[:, :2] + anchors[:, 2:])[candidates] / 2
+        boxes = gt_boxes[:, None]
+        iou = box_ops.iou_of_pairs(anchors[candidates], boxes)  # (G, K)
+        mean = iou.mean(dim=1, keepdim=True)
+        variance = (iou - mean).square().sum(dim=1, keepdim=True) / max(iou.shape[1] - 1, 1)
+        threshold = mean + variance.sqrt()
+        inside = ((centres > boxes[..., :2]) & (centres < boxes[..., 2:])).all(dim=2)
+        iou = torch.where((iou >= threshold) & inside, iou, 0)
+
+        best_iou = anchors.new_zeros(len(anchors)).scatter_reduce(0, candidates.flatten(), iou.flatten(), "amax")
         positive = best_iou > 0
-        return Assignment(gt_index, positive, torch.zeros_like(positive))
+        # The first box where several overlap an anchor alike.
+        index = torch.arange(len(gt_boxes), device=anchors.device)[:, None].expand_as(candidates)
+        index = torch.where((iou == best_iou[candidates]) & (iou > 0), index, len(gt_boxes))
+        gt_index = torch.full_like(positive, len(gt_boxes), dtype=torch.int64)
+        gt_index = gt_index.scatter_reduce(0, candidates.flatten(), index.flatten(), "amin")
+        return Assignment(torch.where(positive, gt_index, 0), positive, torch.zeros_like(positive))
+
+    def _candidates(self, anchors: Tensor, gt_boxes: Tensor, levels: tuple[int, ...], per_cell: int) -> Tensor:
+        """Indices of the anchors in each box's nearest cells, (G, K)."""
+        first = anchors[::per_cell]  # all anchors of a cell have one centre
+        away = (
+            (first[:, :2] + first[:, 2:] - (gt_boxes[:, :2] + gt_boxes[:, 2:])[:, None]).square().sum(dim=2)
+        )  # (G, cells)
+        nearest, start = [], 0
+        for distance in away.split([count // per_cell for count in levels], dim=1):
+            cells = distance.shape[1]
+            nearest.append(start + distance.topk(min(self.cells, cells), largest=False, sorted=False).indices)
+            start += cells
+        shapes = torch.arange(per_cell, device=anchors.device)
+        return (torch.cat(nearest, dim=1)[..., None] * per_cell + shapes).flatten(1)

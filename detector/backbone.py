@@ -1,16 +1,11 @@
 """ResNet / ResNeXt stages C3..C5 from torchvision."""
 
-import pickle
 from itertools import pairwise
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import torch
 import torchvision
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
-
-from detector.errors import UserError
 
 BACKBONES = {
     "resnet18": (torchvision.models.resnet18, torchvision.models.ResNet18_Weights.IMAGENET1K_V1),
@@ -35,21 +30,29 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 class FrozenBatchNorm(FrozenBatchNorm2d):
-    """torchvision's, whose work the convolution before it has done already."""
+    """Identity: the FoldedConv before it already applies the statistics and the affine part."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x
 
 
 class FoldedConv(nn.Conv2d):
-    """A convolution and the frozen BatchNorm behind it in one: scaled are the weights, not the activations.
+    """A convolution and the frozen BatchNorm behind it in one, which scales the weights and not the activations.
 
-    Saves two passes over the activations, and under autocast having them in float32.
+    Saves two passes over the activations, and under autocast keeping them in float32.
     """
 
     def __init__(self, conv: nn.Conv2d, norm: FrozenBatchNorm):
-        options = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation, "groups": conv.groups}
-        super().__init__(conv.in_channels, conv.out_channels, conv.kernel_size, bias=False, **options)
+        super().__init__(
+            conv.in_channels,
+            conv.out_channels,
+            cast(tuple[int, int], conv.kernel_size),
+            stride=cast(tuple[int, int], conv.stride),
+            padding=cast(tuple[int, int], conv.padding),
+            dilation=cast(tuple[int, int], conv.dilation),
+            groups=conv.groups,
+            bias=False,
+        )
         self.weight = conv.weight
         self._norm = (norm,)  # in a tuple: its tensors keep their names
 
@@ -63,7 +66,7 @@ def fold(module: nn.Module) -> None:
     """Replace each convolution before a FrozenBatchNorm by the FoldedConv of both."""
     for parent in list(module.modules()):
         for (name, conv), (_, norm) in list(pairwise(parent.named_children())):
-            if isinstance(norm, FrozenBatchNorm):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, FrozenBatchNorm):
                 setattr(parent, name, FoldedConv(conv, norm))
 
 
@@ -80,8 +83,8 @@ class Backbone(nn.Module):
 
     Args:
         name: a key of `BACKBONES`
-        norm: a key of `NORMS`; frozen_bn keeps the statistics and the affine part of the weights it is given,
-            sync_bn is bn whose statistics are of all processes' images, with the same tensors
+        norm: a key of `NORMS`; frozen_bn keeps the statistics and the affine part of the weights it is given;
+            sync_bn is bn with statistics over the images of all processes, and has the same tensors
         frozen_stages: 0 none, 1 the stem and the first stage (C2), ... 4 all
     """
 
@@ -108,52 +111,6 @@ class Backbone(nn.Module):
 
     def train(self, mode: bool = True) -> "Backbone":
         super().train(mode)
-        for stage in self._frozen:  # a frozen stage's BatchNorm must not go on counting
+        for stage in self._frozen:  # the statistics of a frozen BatchNorm must not move
             stage.eval()
         return self
-
-
-def load_backbone_weights(backbone: Backbone, name: str, weights: str) -> None:
-    """Fill the backbone from ImageNet ("imagenet") or from a file with torchvision's names.
-
-    Raises UserError if the file is not there, is no state dict of this backbone, or cannot be downloaded.
-    """
-    if weights == "imagenet":
-        try:
-            state = BACKBONES[name][1].get_state_dict(progress=True, check_hash=True)
-        except (OSError, RuntimeError) as error:
-            raise UserError(
-                f"model.weights: imagenet weights of {name} cannot be downloaded ({error}); "
-                "set model.weights to a local file with them, or to none"
-            ) from None
-    else:
-        state = read_weights(weights)
-    state = {key: value for key, value in state.items() if not key.startswith("fc.")}
-    missing = [key for key in backbone.state_dict() if key not in state and "num_batches" not in key]
-    if missing:
-        raise UserError(
-            f"model.weights: {weights} is no {name}: it lacks {missing[0]} and {len(missing) - 1} more; "
-            "give a state dict with torchvision's names"
-        )
-    try:
-        backbone.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        detail = str(error).splitlines()[-1].strip()
-        raise UserError(f"model.weights: {weights} is no {name}: {detail}") from None
-
-
-def read_weights(path: str | Path) -> dict[str, Any]:
-    """A file of plain tensors; UserError where it is none."""
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:  # its words are about how to load it all the same, which may run what is in it
-        told = "it is none of PyTorch's, or holds more than tensors"
-        raise UserError(f"{path}: not a readable weights file ({told})") from None
-    except Exception as error:
-        detail = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-        raise UserError(f"{path}: not a readable weights file ({detail})") from None
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise UserError(f"{path}: holds a {type(content).__name__}, not a dict of tensors by name")
-    return content

@@ -1,5 +1,7 @@
 """Pure box arithmetic. Boxes are (..., 4) as (x1, y1, x2, y2) in pixels."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ def area(boxes: Tensor) -> Tensor:
     return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 
 
-def clip(boxes: Tensor, size: tuple[int | Tensor, int | Tensor]) -> Tensor:
+def clip(boxes: Tensor, size: Iterable[int | Tensor]) -> Tensor:
     """(D, 4) -> (D, 4) inside an image of (height, width), or each in its own: of (D,) heights and (D,) widths."""
     height, width = (torch.as_tensor(side, dtype=boxes.dtype, device=boxes.device) for side in size)
     x1, y1, x2, y2 = boxes.clamp(min=0).unbind(-1)
@@ -22,15 +24,10 @@ def rescale(boxes: Tensor, size: tuple[int, int], new_size: tuple[int, int]) -> 
     return boxes * boxes.new_tensor([x, y, x, y])
 
 
-def iou_with_one(boxes: Tensor, box: Tensor) -> Tensor:
-    """IoU of (A, 4) boxes with a single (4,) box -> (A,)."""
-    return iou_of_pairs(boxes, box)
-
-
 def iou_of_pairs(boxes: Tensor, others: Tensor) -> Tensor:
-    """IoU of (P, 4) boxes, each with its own of (P, 4) others -> (P,)."""
-    width = boxes[:, 2].minimum(others[..., 2]) - boxes[:, 0].maximum(others[..., 0])
-    height = boxes[:, 3].minimum(others[..., 3]) - boxes[:, 1].maximum(others[..., 1])
+    """IoU of (..., 4) boxes, each with its own of (..., 4) others; the two are broadcast -> (...)."""
+    width = boxes[..., 2].minimum(others[..., 2]) - boxes[..., 0].maximum(others[..., 0])
+    height = boxes[..., 3].minimum(others[..., 3]) - boxes[..., 1].maximum(others[..., 1])
     intersection = width.clamp_(min=0) * height.clamp_(min=0)
     return intersection / (area(boxes) + area(others) - intersection)
 

@@ -1,16 +1,10 @@
-"""The options, typed, with their defaults. YAML says what differs; a slip is one clear line.
+"""The options, typed, with their defaults, which a YAML file changes (config_files.py).
 
-`read(path)` reads a file and the file it is based on (key `base`), `with_settings(values, ["solver.lr=0.02"])` puts
-one-off settings on top, and `build(values, source)` checks. Where an option is text it is taken as written: `run:
-2024-05-01` is no date.
-The options of a swappable part (`{name: ..., its options}`) are the arguments of its constructor, and are
-checked where the parts are known, in assemble.py.
+The options of a swappable part (`{name: ..., its options}`) are the arguments of its constructor, and are checked in
+assemble.py, which knows the parts.
 """
 
-import difflib
 import os
-from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,17 +21,15 @@ from pydantic import (
 )
 
 from detector.errors import CONTROL, UserError
+from detector.option_errors import describe
 
-MAX_LEVELS = 20  # levels of a YAML text
-MAX_VALUES = 10_000  # of a YAML text, an alias counting as all that it stands for
-MAX_OPTION = 1e6  # of a part; a billion octaves or bins would fill the memory before anybody could say so
-MAX_SHOWN = 300  # characters of a message
+MAX_OPTION = 1e6  # of a part: a billion octaves or bins would fill the memory before any check of their own
 
 FilePath = Annotated[str, AfterValidator(os.path.expanduser)]  # no shell expands the ~ of key=~/x, or of a file
 
 
 class _Checked(BaseModel):
-    """What no option may hold, whichever it is."""
+    """Checks of every option."""
 
     @field_validator("*")
     @classmethod
@@ -54,7 +46,7 @@ class Options(_Checked):
 
 
 class Part(_Checked):
-    """A swappable part: its name in the menu of assemble.py, and whatever options it takes."""
+    """A swappable part: its name in the menu of assemble.py, and its options."""
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
     name: str
@@ -78,7 +70,7 @@ class LossPart(Part):
 
 class Files(Options):
     annotations: FilePath = ""  # a COCO annotation file
-    images: FilePath = ""  # the folder its file names start from; left out, it is looked for beside the annotation file
+    images: FilePath = ""  # the folder its file names start from; by default searched beside the annotation file
 
 
 class Data(Options):
@@ -92,8 +84,8 @@ class Data(Options):
     vertical_flip: float = Field(0.0, ge=0, le=1)  # probability
     scale_jitter: tuple[float, float] = (1.0, 1.0)  # training images are resized by a factor drawn from this range
     strong: bool = False  # also colour, crops that keep boxes, affine maps
-    cache: FilePath = ""  # a folder to keep the images in, decoded and resized, for sets that fit on its disk
-    trust: bool = False  # take boxes as they stand that look like another format, and train without any box
+    cache: FilePath = ""  # a folder for the decoded and resized images, where its disk has room for them
+    trust: bool = False  # accept boxes that look like another format, and training without any box
 
     @model_validator(mode="after")
     def _ordered(self) -> "Data":
@@ -153,10 +145,10 @@ class Solver(Options):
     lr: float = Field(0.01, gt=0)  # for batches of lr_batch_size
     lr_batch_size: int | None = Field(16, ge=1)  # lr scales from here to batch_size; null: lr is as given
     batch_size: int = Field(16, ge=1, le=2**20)  # images a step, over all processes and accumulated parts
-    # Parts a step is computed in, one after the other, to save memory. The loss is that of the whole batch, for which
-    # each part is computed twice: once for what the model says of all, once for the gradient.
+    # Parts in which a step is computed, one after the other, to save memory. The loss is that of the whole batch, so
+    # each part is computed twice: once for its predictions, once for the gradient.
     accumulate: int = Field(1, ge=1)
-    epochs: int = Field(12, ge=1)  # times that each image is seen
+    epochs: int = Field(12, ge=1)  # how often each image is seen
     max_steps: int | None = Field(None, ge=1)  # ends the training, and its schedule, earlier
     momentum: float = Field(0.9, ge=0, lt=1)  # of sgd
     weight_decay: float = Field(1e-4, ge=0)  # not of norms and biases
@@ -167,7 +159,7 @@ class Solver(Options):
     decay_factor: float = Field(0.1, gt=0, lt=1)  # of lr, each time
     clip_norm: float | None = Field(None, gt=0)  # largest norm of the gradient
     ema: float | None = Field(None, gt=0, lt=1)  # decay of the averaged weights; evaluation then uses them
-    skip_nonfinite: int = Field(0, ge=0)  # steps of a run that may be left out where loss or gradient is not finite
+    skip_nonfinite: int = Field(0, ge=0)  # steps of a run that may be skipped where loss or gradient is not finite
 
     @model_validator(mode="after")
     def _whole_parts(self) -> "Solver":
@@ -179,9 +171,9 @@ class Solver(Options):
 
 
 class PostprocessOptions(Options):
-    score_threshold: float = Field(0.05, ge=0, lt=1)  # what scores no more is dropped
+    score_threshold: float = Field(0.05, ge=0, lt=1)  # detections that do not exceed it are dropped
     top_k: int = Field(1000, ge=1)  # a level, before NMS
-    nms_iou: float = Field(0.5, ge=0, le=1)  # of two boxes of a class that overlap more, the better stays
+    nms_iou: float = Field(0.5, ge=0, le=1)  # of two boxes of a class that overlap more, the worse is dropped
     max_detections: int = Field(100, ge=1)  # an image
 
 
@@ -198,7 +190,7 @@ class TensorBoard(Options):
     enabled: bool = True  # write its files
     every: int = Field(20, ge=1)  # steps
     images: int = Field(8, ge=0)  # validation images drawn at each evaluation
-    gradients: int = Field(200, ge=0)  # steps between two pictures of what the losses do to the gradient; 0: none
+    gradients: int = Field(200, ge=0)  # steps between two histograms of the gradient; 0: none
 
 
 class Config(Options):
@@ -206,10 +198,10 @@ class Config(Options):
     output: FilePath = "runs"  # the folder of all runs
     seed: int = Field(0, ge=0, lt=2**63)  # of the initial weights, the order of images and their augmentation
     device: str = "auto"  # auto | cpu | cuda | cuda:1 | mps
-    # Of the model; the criterion is always float32. auto: bfloat16 where the hardware gains by it
+    # Of the model; the criterion is always float32. auto: bfloat16 where that is faster
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    channels_last: bool = True  # the memory format of images and activations, which convolutions are fastest in
-    compile: bool = False  # torch.compile: slow first steps, then faster; anew for each padded size (data.pad_to)
+    channels_last: bool = True  # the memory format of images and activations: the fastest for convolutions
+    compile: bool = False  # torch.compile: faster after slow first steps, once for each padded size (data.pad_to)
     data: Data = Data()
     model: Model = Model()
     anchors: Part = Part(name="grid")
@@ -247,69 +239,17 @@ class Config(Options):
         return Path(self.output) / self.run
 
 
-def read(path: str | Path) -> dict[str, Any]:
-    """The values of a YAML file over those of its bases, not checked yet; UserError where it cannot be read."""
-    return _read(Path(path), ())
-
-
-def with_settings(values: dict[str, Any], settings: Iterable[str]) -> dict[str, Any]:
-    """Plain values with `settings` ("a.b=value") on top: text as it is typed, all else in YAML."""
-    for setting in settings:
-        key, equals, text = setting.partition("=")
-        source = one_line(f"--set {setting}")
-        if not equals or not all(key.split(".")) or key.count(".") > MAX_LEVELS:
-            raise UserError(f"{source}: write it as key=value, such as --set solver.lr=0.02")
-        kind = _kind(key)
-        value = text if kind is str else _parse(text, source, kind)
-        for part in reversed(key.split(".")):
-            value = {part: value}
-        values = merge(values, value)
-    return values
-
-
 def build(values: dict[str, Any], source: str) -> Config:
-    """Checked options from plain values; `source` is named in the UserError that a slip raises."""
+    """Checked options from plain values; the UserError for a mistake names `source`."""
     try:
         return Config.model_validate(values)
     except ValidationError as error:
         raise UserError(f"{source}: " + describe(error, Config)) from None
 
 
-def merge(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`values` with `changes` on top, key by key; a part that gets another name gives up its old options."""
-    merged = dict(values)
-    for key, change in changes.items():
-        old = merged.get(key)
-        both = isinstance(old, dict) and isinstance(change, dict)
-        renamed = both and change.get("name", old.get("name")) != old.get("name")
-        merged[key] = merge(old, change) if both and not renamed else change
-    return merged
-
-
-def describe(error: ValidationError, options: type[BaseModel], where: str = "", also: Iterable[str] = ()) -> str:
-    """The first slip in one line, with the key meant where a key is unknown, and how many more there are.
-
-    `also`: keys that may stand beside those of `options`.
-    """
-    first = error.errors(include_url=False)[0]
-    location = ".".join(str(part) for part in first["loc"])
-    key = ".".join(part for part in (where, location) if part)
-    if first["type"] == "extra_forbidden":
-        known = [*_fields(options, first["loc"][:-1]), *also]
-        close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"it may be one of {', '.join(known)}"
-        text = f"{key}: unknown option; {hint}"
-    else:
-        message = first["msg"].removeprefix("Value error, ")
-        found = "" if isinstance(first["input"], (dict, BaseModel)) else f" (found {_shown(first['input'])})"
-        text = f"{key}: {message}{found}" if key else message  # a rule of the whole names its options itself
-    more = error.error_count() - 1
-    return one_line(text) + (f" (and {more} more)" if more else "")
-
-
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested options under dotted keys."""
-    result = {}
+    result: dict[str, Any] = {}
     for key, value in values.items():
         result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return result
@@ -320,134 +260,11 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def one_line(text: str) -> str:
-    """The text with control characters as Python writes them, and its middle left out where it is long."""
-    text = CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
-    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN // 2]} ... {text[-MAX_SHOWN // 2 :]}"
-
-
-def _kind(key: str) -> Any:
-    """The type that a dotted key is declared with; None where it is not declared here."""
-    kind = Config
-    for part in key.split("."):
-        field = _declared(kind).get(part)
-        if field is None:
-            return None
-        kind = field.annotation
-    return kind
-
-
-def _declared(kind: Any) -> dict[str, Any]:
-    return kind.model_fields if isinstance(kind, type) and issubclass(kind, BaseModel) else {}
-
-
-def _fields(options: type[BaseModel], location: tuple) -> list[str]:
-    for part in location:
-        options = options.model_fields[part].annotation
-    return list(options.model_fields)
-
-
 def _size(value: float | str) -> float:
-    """How large a number is, be it written as a text; 0 for other texts."""
+    """The magnitude of a number, or of a text that is one; 0 for other texts."""
     try:
         return abs(float(value))
     except OverflowError:
         return float("inf")
     except ValueError:
         return 0.0
-
-
-def _shown(value: Any) -> str:
-    try:
-        return repr(value)
-    except (ValueError, RecursionError):  # a whole number of more than 4,300 digits, a list in itself
-        return f"a huge {type(value).__name__}"
-
-
-# What YAML may take a text for. Not null, which says that there is none.
-AS_WRITTEN = {f"tag:yaml.org,2002:{tag}" for tag in ("bool", "float", "int", "merge", "timestamp", "value")}
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML's plain types, where no key is given twice and aliases do not multiply what they stand for.
-
-    `kind`: what is to be read, Config or a type in it. Where that is text, YAML makes no number or date of it.
-    """
-
-    def __init__(self, stream: str, kind: Any = None):
-        super().__init__(stream)
-        self._kind = kind
-
-    def construct_document(self, node: yaml.Node) -> Any:
-        self._weigh(node, {})
-        self._keep_text(node, self._kind)
-        return super().construct_document(node)
-
-    def _keep_text(self, node: yaml.Node, kind: Any) -> None:
-        if kind is str and node.tag in AS_WRITTEN:
-            node.tag = "tag:yaml.org,2002:str"
-        elif isinstance(node, yaml.MappingNode):
-            declared = _declared(kind)
-            for key, value in node.value:
-                if isinstance(key, yaml.ScalarNode) and key.value in declared:
-                    self._keep_text(value, declared[key.value].annotation)
-
-    def _weigh(self, node: yaml.Node, known: dict[yaml.Node, tuple[float, int]]) -> tuple[float, int]:
-        """Values and levels of a node, its aliases spelled out; YAMLError where they are too many."""
-        if node not in known:
-            known[node] = (float("inf"), 0)  # until it is known: an alias of what it is in has no end
-            children = [] if isinstance(node, yaml.ScalarNode) else node.value
-            if isinstance(node, yaml.MappingNode):
-                self._check_keys([key for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
-                children = [child for pair in node.value for child in pair]
-            weights = [self._weigh(child, known) for child in children]
-            known[node] = (
-                1 + sum(values for values, _ in weights),
-                1 + max((levels for _, levels in weights), default=0),
-            )
-            if known[node][0] > MAX_VALUES or known[node][1] > MAX_LEVELS:
-                problem = f"more than {MAX_VALUES} values or {MAX_LEVELS} levels, aliases spelled out"
-                raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
-        return known[node]
-
-    def _check_keys(self, keys: list[yaml.ScalarNode]) -> None:
-        seen = set()
-        for key in keys:
-            if key.value in seen:  # PyYAML would take the last
-                raise yaml.MarkedYAMLError(problem=f"{key.value!r} is given twice", problem_mark=key.start_mark)
-            seen.add(key.value)
-
-
-def _parse(text: str, source: str, kind: Any) -> Any:
-    """The value of a YAML text that is to become a `kind`; UserError, naming `source`, where it is no YAML."""
-    try:
-        return yaml.load(text, partial(_Loader, kind=kind))
-    except Exception as error:  # PyYAML raises all kinds: ValueError for 2024-13-45, KeyError for !!bool x
-        mark = getattr(error, "problem_mark", None)
-        place = f"line {mark.line + 1}: " if mark else ""
-        problem = " ".join(str(getattr(error, "problem", None) or error).split()) or type(error).__name__
-        raise UserError(f"{source}: {place}{one_line(f'not YAML ({problem})')}") from None
-
-
-def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    """The values of a file over those of its base; `base` is a path beside the file."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such config file") from None
-    except (OSError, ValueError) as error:  # ValueError: bytes that are not UTF-8
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    values = _parse(text, str(path), Config)
-    if values is None:
-        values = {}
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: holds a {type(values).__name__}; write `key: value` lines")
-    base = values.pop("base", None)
-    if base is None:
-        return values
-    if not isinstance(base, str) or CONTROL.search(base):
-        raise UserError(f"{path}: base is {one_line(_shown(base))}; give the path of another config file")
-    base_path = path.parent / os.path.expanduser(base)
-    if path.resolve() in seen:
-        raise UserError(f"{path}: its bases lead back to itself")
-    return merge(_read(base_path, (*seen, path.resolve())), values)

@@ -57,7 +57,7 @@ class Criterion(nn.Module):
         if getattr(self.class_loss, "takes_quality", False):
             iou = box_ops.iou_of_pairs(self.coder.decode(deltas, matches.anchors), matches.boxes)
             quality = iou.new_zeros(matches.labels.numel())
-            quality[matches.rows] = iou if matches.taught is None else torch.where(matches.taught, iou, 0)
+            quality[matches.rows] = iou if matches.is_positive is None else torch.where(matches.is_positive, iou, 0)
             cells.append(quality.view_as(matches.labels))
         parts = predictions.levels if _by_level(self.class_loss) else (sum(predictions.levels),)
         return sum(
@@ -68,26 +68,27 @@ class Criterion(nn.Module):
         )
 
     def _box_loss(self, predictions: Predictions, matches: "Matches", deltas: Tensor) -> Tensor:
-        taught = matches.taught
-        if taught is not None:
-            deltas = torch.where(taught[:, None], deltas, 0)
+        is_positive = matches.is_positive
+        if is_positive is not None:
+            deltas = torch.where(is_positive[:, None], deltas, 0)
         if getattr(self.box_loss, "takes_boxes", False):
-            found, wanted = self.coder.decode(deltas, matches.anchors), matches.boxes
+            predicted, truth = self.coder.decode(deltas, matches.anchors), matches.boxes
         else:
-            found, wanted = deltas, self.coder.encode(matches.boxes, matches.anchors)
-        if taught is not None:  # what is not taught is as it should be: loss and gradient are 0
-            wanted = torch.where(taught[:, None], wanted, found.detach())
-        masks = [taught]
+            predicted, truth = deltas, self.coder.encode(matches.boxes, matches.anchors)
+        if is_positive is not None:  # the other rows are given as perfect: their loss and gradient are 0
+            truth = torch.where(is_positive[:, None], truth, predicted.detach())
+        masks = [is_positive]
         if _by_level(self.box_loss):
             level = torch.cat([matches.labels.new_full((count,), i) for i, count in enumerate(predictions.levels)])
             level = level.repeat(len(matches.labels))[matches.rows]
-            masks = [level == i if taught is None else taught & (level == i) for i in range(len(predictions.levels))]
+            of_level = [level == i for i in range(len(predictions.levels))]
+            masks = [mask if is_positive is None else mask & is_positive for mask in of_level]
         if getattr(self.box_loss, "takes_valid", False):
-            return sum(self.box_loss(found, wanted, matches.num_pos, mask) for mask in masks)
-        return self.box_loss(found, wanted, matches.num_pos)
+            return sum(self.box_loss(predicted, truth, matches.num_pos, mask) for mask in masks)
+        return self.box_loss(predicted, truth, matches.num_pos)
 
     def match(self, predictions: Predictions, targets: list[Target]) -> "Matches":
-        """What each anchor of each image is taught."""
+        """Which box each anchor of each image learns."""
         grid = (predictions.levels, predictions.per_cell)
         assignments = [self.assigner(predictions.anchors, target.boxes, *grid) for target in targets]
         _, positive, ignored = (torch.stack(values) for values in zip(*assignments))  # (B, A) each
@@ -95,33 +96,32 @@ class Criterion(nn.Module):
         num_pos = distributed.all_sum(positive.sum()).clamp(min=1)
 
         starts = accumulate((len(target.boxes) for target in targets), initial=0)
-        in_batch = torch.stack([one.gt_index + start for one, start in zip(assignments, starts)])
-        # One more box, for images without any to point at.
+        in_batch = torch.stack([assignment.gt_index + start for assignment, start in zip(assignments, starts)])
+        # One more box, since images without any point at one too.
         boxes = torch.cat([*(target.boxes for target in targets), predictions.anchors.new_zeros(1, 4)])
+        rows: Tensor | slice = slice(None)
+        is_positive: Tensor | None = positive.flatten()
         if _may_wait(labels.device):
-            rows = positive.flatten().nonzero().squeeze(1)
-            taught, anchors = None, predictions.anchors[rows % len(predictions.anchors)]
-        else:
-            rows = slice(None)
-            taught, anchors = positive.flatten(), predictions.anchors.repeat(len(targets), 1)
-        return Matches(labels, ~ignored, positive, num_pos, rows, taught, anchors, boxes[in_batch.flatten()[rows]])
+            rows, is_positive = positive.flatten().nonzero().squeeze(1), None
+        anchors = predictions.anchors.repeat(len(targets), 1)[rows]
+        return Matches(labels, ~ignored, positive, num_pos, rows, is_positive, anchors, boxes[in_batch.flatten()[rows]])
 
 
 class Matches(NamedTuple):
-    """Anchors of a batch and what they are taught.
+    """The anchors of a batch, and the class and box that each learns.
 
-    The boxes that are taught are those of P anchors, `rows` of the B x A. On a CPU these are the positives. Elsewhere
-    they are all, and `taught` says which of them are positive: to know how many there are, one would have to wait.
+    Boxes are learnt by P anchors, `rows` of the B x A. On a CPU these are the positives. On other devices they are all
+    anchors, and `is_positive` marks the positives, because counting them would wait for the device.
     """
 
-    labels: Tensor  # (B, A) int64, C for background and whatever is ignored
+    labels: Tensor  # (B, A) int64, C for background and ignored anchors
     valid: Tensor  # (B, A) bool, not ignored
     positive: Tensor  # (B, A) bool
     num_pos: Tensor  # positive anchors of all processes, at least 1
     rows: Tensor | slice  # (P,)
-    taught: Tensor | None  # (P,) bool; None: all
+    is_positive: Tensor | None  # (P,) bool; None: all are
     anchors: Tensor  # (P, 4)
-    boxes: Tensor  # (P, 4) their ground truth; any box where not taught
+    boxes: Tensor  # (P, 4) their ground truth; any box where not positive
 
 
 def _may_wait(device: torch.device) -> bool:
@@ -133,7 +133,7 @@ def _by_level(loss: nn.Module) -> bool:
 
 
 def _labels(assignment: Assignment, target: Target, num_classes: int) -> Tensor:
-    """(A,) class of each anchor; background, and whatever is ignored, is `num_classes`."""
+    """(A,) class of each anchor; `num_classes` for background and ignored ones."""
     if len(target.labels) == 0:
         return torch.full_like(assignment.gt_index, num_classes)
     return torch.where(assignment.positive, target.labels[assignment.gt_index], num_classes)
@@ -142,9 +142,9 @@ def _labels(assignment: Assignment, target: Target, num_classes: int) -> Tensor:
 @torch.no_grad()
 def _true_class_probability(logits: Tensor, matches: Matches) -> Tensor:
     """Mean over all positives of all processes; this process's share of it, scaled to be averaged over them."""
-    own = matches.labels.flatten()[matches.rows].clamp(max=logits.shape[-1] - 1)  # background has no logit
-    logit = logits.flatten(0, 1)[matches.rows].gather(1, own[:, None]).squeeze(1)
+    label = matches.labels.flatten()[matches.rows].clamp(max=logits.shape[-1] - 1)  # background has no logit
+    logit = logits.flatten(0, 1)[matches.rows].gather(1, label[:, None]).squeeze(1)
     probability = logit.float().sigmoid()
-    if matches.taught is not None:
-        probability = torch.where(matches.taught, probability, 0)
+    if matches.is_positive is not None:
+        probability = torch.where(matches.is_positive, probability, 0)
     return probability.sum() / matches.num_pos * distributed.world_size()

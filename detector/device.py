@@ -1,9 +1,10 @@
-"""Which device and precision to compute in, and how memory is kept."""
+"""The device: which one, in which precision and memory format, and how much memory it took."""
 
 import ctypes
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from detector.errors import UserError
 
@@ -20,6 +21,16 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def place(model: nn.Module, device: torch.device, *, channels_last: bool) -> None:
+    """Move a model to the device, in the memory format in which it is to compute."""
+    model.to(device).to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
+    """A context in which a model computes in this precision; float32 leaves it alone."""
+    return torch.autocast(device.type, precision, enabled=precision != torch.float32)
+
+
 def pick_precision(name: str, device: torch.device) -> tuple[str, str]:
     """The precision of this name, and for `auto` the reason: bfloat16 where the hardware gains by it, else float32."""
     if name != "auto":
@@ -29,7 +40,7 @@ def pick_precision(name: str, device: torch.device) -> tuple[str, str]:
     elif device.type == "cpu":
         gains, units = _bfloat16_units(), "matrix units"
     else:
-        gains, units = False, "units that are known"
+        gains, units = False, "known units"
     return "bfloat16" if gains else "float32", f"the {device.type} has {'' if gains else 'no '}{units} for bfloat16"
 
 
@@ -45,7 +56,7 @@ def _bfloat16_units() -> bool:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes in use at once so far: of the tensors on a GPU, of the process on a CPU; 0 where it is not told."""
+    """Most bytes in use at once so far: of tensors on a GPU, of the process on a CPU; 0 where that is unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -55,12 +66,14 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # in KiB on Linux
 
 
-def keep_freed_memory() -> None:
-    """Have the C library keep what a step on the CPU frees for the next one.
+def keep_freed_memory(device: torch.device | None = None) -> None:
+    """Have the C library keep the memory that a step on the CPU frees, for the next step. On a GPU, do nothing.
 
-    Otherwise glibc hands large blocks back and asks for them anew; where the first touch of a page is dear, as on
-    virtual machines, that was half of a training step.
+    By default glibc returns large blocks to the system and asks for them again. Where the first touch of a page is
+    slow, as on virtual machines, that was half of a training step.
     """
+    if device is not None and device.type != "cpu":
+        return
     trim_threshold, mmap_max = -1, -4  # numbers of <malloc.h>
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt

@@ -18,7 +18,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from detector.errors import SIGNALS, LostProcess, Stopped, UserError, listen
 
-# What gloo, NCCL and torchrun's store say when another process is gone.
+# Messages of gloo, NCCL and torchrun's store when another process has ended.
 GONE = re.compile(
     r"closed by peer|reset by peer|Broken pipe|remote process exited|Connection was likely closed|recv, got 0"
 )
@@ -46,16 +46,16 @@ def setup(device: torch.device) -> torch.device:
     if not {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys() or os.environ["WORLD_SIZE"] == "1":
         return device
     if device.type == "cuda":
-        local_rank, found = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if local_rank >= found:
+        local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local_rank >= gpus:
             raise UserError(
-                f"process {local_rank} of this machine has no GPU, there are {found}: lower --nproc_per_node"
+                f"process {local_rank} of this machine has no GPU, there are {gpus}: lower --nproc_per_node"
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    if sys.platform == "linux":  # a launcher that is killed would leave us behind, training on
+    if sys.platform == "linux":  # end with the launcher, even if it is killed
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    before = listen(signal.SIG_DFL, *SIGNALS)  # Python hears no signal while it waits for the others: end by it
+    before = listen(signal.SIG_DFL, *SIGNALS)  # while Python waits for the others it handles no signal: let one end it
     store, rank, world_size = next(rendezvous("env://"))
     store = _unused(store, rank, world_size)
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -66,21 +66,21 @@ def setup(device: torch.device) -> torch.device:
 
 
 def _unused(store: dist.Store, rank: int, world_size: int) -> dist.Store:
-    """The part of `store` under a name that these processes, and none before them, agree on.
+    """The part of `store` under a new name, which these processes agree on.
 
-    torchrun keeps its store when it starts the processes again. The addresses of those that are gone are still in it,
-    and gloo would wait for them. How often it did so, each machine counts for itself, so that cannot be the name.
+    When torchrun restarts processes it keeps its store, with the addresses of those that have ended, and gloo would
+    wait for them. Each machine counts the restarts by itself, so that number cannot be the name.
     """
     if rank > 0:
         question = uuid.uuid4().hex
         store.set(f"question/{rank}", question)
-        name = store.get(f"answer/{question}").decode()  # waits for process 0, of this start
+        name = store.get(f"answer/{question}").decode()  # waits for process 0 of this start
         store.set(f"{name}/{rank}", "taken")
         return dist.PrefixStore(name, store)
     name = uuid.uuid4().hex
     for other in range(1, world_size):
         while not store.check([f"{name}/{other}"]):
-            if store.check([f"question/{other}"]):  # it may be an old one, whose answer nobody reads
+            if store.check([f"question/{other}"]):  # perhaps from an earlier start: then nobody reads the answer
                 store.set(f"answer/{store.get(f'question/{other}').decode()}", name)
             time.sleep(0.01)
     return dist.PrefixStore(name, store)
@@ -105,18 +105,18 @@ def is_main() -> bool:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """A block after which all processes raise the UserError or Stopped that one of them met in it.
+    """A block after which all processes raise the UserError or Stopped that one of them raised in it.
 
     In the block they must not wait for each other.
     """
     error = None
     try:
         yield
-    except (UserError, Stopped) as own:
-        error = own
-    for one in gather(error):
-        if one is not None:
-            raise one
+    except (UserError, Stopped) as raised:
+        error = raised
+    for of_process in gather(error):
+        if of_process is not None:
+            raise of_process
 
 
 def all_sum(tensor: Tensor) -> Tensor:
@@ -170,16 +170,16 @@ def from_main(value: Any) -> Any:
 
 
 def same_everywhere(values: dict[str, Any]) -> None:
-    """UserError on every process, naming what differs, unless all have equal values under the same names."""
+    """UserError on every process, with what differs, unless all have equal values under the same names."""
     everyone = gather(values)
-    for name in dict.fromkeys(name for one in everyone for name in one):
-        found = [one.get(name) for one in everyone]
-        if found.count(found[0]) < len(found):
-            raise UserError(f"{name} differs between processes: {_by_rank(found)}; give all of them the same")
+    for name in dict.fromkeys(name for of_process in everyone for name in of_process):
+        given = [of_process.get(name) for of_process in everyone]
+        if given.count(given[0]) < len(given):
+            raise UserError(f"{name} differs between processes: {_by_rank(given)}; give all of them the same")
 
 
 def share_buffers(module: nn.Module) -> None:
-    """Give every process the first one's buffers: each has counted BatchNorm statistics of its own images."""
+    """Give every process the buffers of the first: BatchNorm's statistics are of each process's own images."""
     if world_size() > 1:
         for buffer in module.buffers():
             dist.broadcast(buffer, src=0)
@@ -188,7 +188,7 @@ def share_buffers(module: nn.Module) -> None:
 def replicate(model: nn.Module, device: torch.device) -> nn.Module:
     """The model whose gradients are averaged over processes; the model itself alone.
 
-    UserError where it has a SyncBatchNorm, which counts all processes' images, and the processes have no GPU.
+    UserError for SyncBatchNorm, which shares statistics between processes, on processes without a GPU.
     """
     if world_size() == 1:
         return model
@@ -202,7 +202,7 @@ def replicate(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def _by_rank(values: list[Any]) -> str:
-    """What each process has, equal values together; of long ones the stretch where they part."""
+    """The value of each process, equal ones together; of long values the part from where they differ."""
     texts = [str(value) for value in values]
     start = 0
     if max(map(len, texts)) > 80:

@@ -1,4 +1,4 @@
-"""How a command ends: a user's error in one line, a signal, a fault."""
+"""How a command ends: with a user's error in one line, by a signal, or with a bug's traceback."""
 
 import errno
 import io
@@ -8,10 +8,14 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
-# In a name or a message these would break the line it is told in, and what draws and logs it.
+# These would break a line of messages, and the drawing and logging of names.
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+MAX_SHOWN = 300  # characters of a message
 
 
 class UserError(Exception):
@@ -26,7 +30,7 @@ class LostProcess(Exception):
 
 
 class Stopped(BaseException):
-    """A signal asked the process to end. No Exception, as KeyboardInterrupt: nobody shall catch it by chance."""
+    """A signal asked the process to end. No Exception, like KeyboardInterrupt, so that nothing catches it by chance."""
 
     def __init__(self, number: int):
         super().__init__(number)
@@ -36,11 +40,20 @@ class Stopped(BaseException):
         return f"stopped by {signal.Signals(self.number).name}"
 
 
+def one_line(text: str) -> str:
+    """The text with control characters escaped, and its middle left out where it is long."""
+    text = CONTROL.sub(lambda match: repr(match[0])[1:-1], text)
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN // 2]} ... {text[-MAX_SHOWN // 2 :]}"
+
+
 # What asks a process to end: Ctrl-C; scancel, timeout, systemd, torchrun; a terminal that is closed.
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
-def listen(handler: Callable[[int, object], None], *signals: int) -> dict[int, object]:
+Handler = Callable[[int, FrameType | None], Any] | int | signal.Handlers | None  # as signal.signal takes it
+
+
+def listen(handler: Handler, *signals: int) -> dict[int, Handler]:
     """Have the handler called on these signals; returns the handlers before. What nohup ignores stays ignored."""
     hang_up = getattr(signal, "SIGHUP", None)
     heard = [number for number in signals if number != hang_up or signal.getsignal(number) != signal.SIG_IGN]
@@ -56,7 +69,7 @@ class _Output(io.FileIO):
 
     failure: OSError | None = None
 
-    def write(self, data: bytes) -> int:
+    def write(self, data: Any) -> int:
         try:
             return super().write(data)
         except OSError as error:
@@ -94,7 +107,7 @@ def _check_output() -> None:
             raise UserError(f"all is done, but not all of what it says could be printed ({failure.strerror})")
 
 
-_stopped: Stopped | None = None  # kept, since a library may make another error of what is raised in its callbacks
+_stopped: Stopped | None = None  # a library may turn what is raised in its callbacks into another error
 
 
 def run_main(main: Callable[[], None], *, after_stop: str = "") -> None:
@@ -120,7 +133,7 @@ def run_main(main: Callable[[], None], *, after_stop: str = "") -> None:
         finally:
             listen(_ignore, *SIGNALS[1:])  # it is ending already
     except (UserError, FloatingPointError, LostProcess) as error:
-        line = "error: " + CONTROL.sub(lambda found: ascii(found[0])[1:-1], str(error))
+        line = "error: " + CONTROL.sub(lambda match: ascii(match[0])[1:-1], str(error))
         code = 2 if isinstance(error, UserError) else 1
     except BaseException as error:
         stopped = Stopped(signal.SIGINT) if isinstance(error, KeyboardInterrupt) else _stopped or error

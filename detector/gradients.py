@@ -66,12 +66,12 @@ def observe(
         cells = Regions(*(value.to(logits.device) for value in cells))
         for image in range(len(logits)):  # one by one: a full-size image has 16 million cells
             z = logits_against_truth(logits[image], matches.labels[image], matches.valid[image])
-            own = _regions(z.sigmoid(), to_logits[image], matches.valid[image], cell_bins)
-            cells = Regions(cells.counts + own.counts, cells.gradient + own.gradient)
+            more = _regions(z.sigmoid(), to_logits[image], matches.valid[image], cell_bins)
+            cells = Regions(cells.counts + more.counts, cells.gradient + more.gradient)
         d = deltas.flatten(0, 1)[matches.rows] - criterion.coder.encode(matches.boxes, matches.anchors)
-        taught = torch.ones_like(d[:, 0], dtype=torch.bool) if matches.taught is None else matches.taught
-        norms = torch.where(taught[:, None], d.abs() / torch.hypot(d, torch.full_like(d, MU)), 0)
-        boxes = _regions(norms, to_deltas.flatten(0, 1)[matches.rows], taught, box_bins)
+        is_positive = torch.ones_like(d[:, 0], dtype=torch.bool) if matches.is_positive is None else matches.is_positive
+        norms = torch.where(is_positive[:, None], d.abs() / torch.hypot(d, torch.full_like(d, MU)), 0)
+        boxes = _regions(norms, to_deltas.flatten(0, 1)[matches.rows], is_positive, box_bins)
     return Observation(*(Regions(*map(distributed.all_sum, part)) for part in (cells, boxes)))
 
 

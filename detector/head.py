@@ -42,6 +42,7 @@ class Head(nn.Module):
                 nn.init.normal_(module.weight, std=0.01)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        assert self.logits.bias is not None
         nn.init.constant_(self.logits.bias, -math.log((1 - prior) / prior))
 
     def forward(self, levels: list[Tensor]) -> tuple[Tensor, Tensor]:

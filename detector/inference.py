@@ -1,4 +1,4 @@
-"""A trained model, ready to use: images in, what is in them out."""
+"""A trained model, ready to use: images in, detections out."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,19 +11,18 @@ from torch import Tensor
 
 from detector import assemble, checkpoint
 from detector import boxes as box_ops
-from detector.device import keep_freed_memory, pick_device, pick_precision
+from detector.device import autocast, keep_freed_memory, pick_device, pick_precision, place
 from detector.model import RetinaNet
 from detector.postprocess import Postprocess
-from detector.resize import resize_image, target_size
+from detector.resize import STRIDE, resize_image, target_size
 from detector.solver import PRECISIONS
 from detector.structures import Detections
 
-UNKNOWN_THRESHOLD = 0.3  # of a class for which no evaluation has found the best one
-MULTIPLE = 32  # of padded sides: the stride of C5
+UNKNOWN_THRESHOLD = 0.3  # of a class that no evaluation had a hit in
 
 
-class Found(NamedTuple):
-    """What is in one image, best first."""
+class NamedDetections(NamedTuple):
+    """The objects found in one image, best first."""
 
     boxes: Tensor  # (D, 4) float32 xyxy, in pixels of the image as given
     scores: Tensor  # (D,) float32
@@ -31,10 +30,10 @@ class Found(NamedTuple):
 
 
 class Detector:
-    """A model with all that belongs to its use; see `load`.
+    """A model with everything needed to use it; see `load`.
 
     Args:
-        thresholds: of each class, the score from which on a detection is shown
+        thresholds: of each class, the lowest score of a detection that is shown
     """
 
     def __init__(
@@ -56,12 +55,12 @@ class Detector:
         self.short_side, self.long_side = short_side, long_side
         self.precision, self.device = precision, device or torch.device("cpu")
 
-    def __call__(self, image: np.ndarray | Image.Image, min_score: float | None = None) -> Found:
-        """What is in an image, (h, w, 3) uint8 RGB or PIL's, that reaches its class's threshold or `min_score`."""
-        (found,) = self.detect([_as_array(image)])
-        sure = found.scores >= (self.thresholds[found.labels] if min_score is None else min_score)
-        labels = found.labels[sure].tolist()
-        return Found(found.boxes[sure], found.scores[sure], [self.class_names[label] for label in labels])
+    def __call__(self, image: np.ndarray | Image.Image, min_score: float | None = None) -> NamedDetections:
+        """Objects in an image, (h, w, 3) uint8 RGB or PIL's, that reach `min_score` or their class's threshold."""
+        ((boxes, scores, labels),) = self.detect([_as_array(image)])
+        shown = scores >= (self.thresholds[labels] if min_score is None else min_score)
+        names = [self.class_names[label] for label in labels[shown].tolist()]
+        return NamedDetections(boxes[shown], scores[shown], names)
 
     @torch.no_grad()
     def detect(self, images: Sequence[np.ndarray]) -> list[Detections]:
@@ -71,18 +70,19 @@ class Detector:
         FloatingPointError where the model's output is not finite.
         """
         originals = [image.shape[:2] for image in images]
-        sizes = [target_size(*size, self.short_side, self.long_side) for size in originals]
-        height, width = (-(-max(sides) // MULTIPLE) * MULTIPLE for sides in zip(*sizes))
+        sizes = [target_size(height, width, self.short_side, self.long_side) for height, width in originals]
+        height, width = (-(-max(sides) // STRIDE) * STRIDE for sides in zip(*sizes))
         batch = np.zeros((len(images), height, width, 3), np.uint8)
         for padded, image, size in zip(batch, images, sizes):
             padded[: size[0], : size[1]] = resize_image(image, *size)
         pixels = torch.from_numpy(batch).permute(0, 3, 1, 2).to(self.device)
-        with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
+        with autocast(self.device, self.precision):
             predictions = self.model(pixels, sizes)
-        found = []
-        for one, size, original in zip(self.postprocess(predictions, sizes), sizes, originals):
-            found.append(Detections(*(v.cpu() for v in one._replace(boxes=box_ops.rescale(one.boxes, size, original)))))
-        return found
+        results = []
+        for (boxes, scores, labels), size, original in zip(self.postprocess(predictions, sizes), sizes, originals):
+            boxes = box_ops.rescale(boxes, size, original)
+            results.append(Detections(boxes.cpu(), scores.cpu(), labels.cpu()))
+        return results
 
 
 def load(path: str | Path, device: str = "auto") -> Detector:
@@ -92,34 +92,31 @@ def load(path: str | Path, device: str = "auto") -> Detector:
     """
     content = checkpoint.read(path)
     model, cfg = checkpoint.build_model(content, path)
-    place = pick_device(device)
-    if place.type == "cpu":
-        keep_freed_memory()
-    model.to(place, memory_format=torch.channels_last if cfg.channels_last else torch.contiguous_format)
-    ids = content["category_ids"]
-    thresholds = content.get("score_thresholds") or [-1.0] * len(ids)
+    where = pick_device(device)
+    keep_freed_memory(where)
+    place(model, where, channels_last=cfg.channels_last)
     return Detector(
         model,
         assemble.build_postprocess(cfg),
-        content["class_names"] or [f"category {one}" for one in ids],
-        ids,
-        [UNKNOWN_THRESHOLD if value < 0 else value for value in thresholds],
+        checkpoint.class_names(content),
+        content["category_ids"],
+        checkpoint.score_thresholds(content, UNKNOWN_THRESHOLD),
         short_side=cfg.data.short_side,
         long_side=cfg.data.long_side,
-        precision=PRECISIONS[pick_precision(cfg.precision, place)[0]],
-        device=place,
+        precision=PRECISIONS[pick_precision(cfg.precision, where)[0]],
+        device=where,
     )
 
 
 def _as_array(image: np.ndarray | Image.Image) -> np.ndarray:
     if isinstance(image, Image.Image):
-        if image.mode.startswith("I;16"):  # PIL would cut 16 bits off at 255
+        if image.mode.startswith("I;16"):  # PIL would clip 16 bits at 255
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         elif image.mode in ("I", "F"):
             raise ValueError(f"pixels of PIL mode {image.mode!r} have no fixed range; convert the image to 8 bits")
-        # Turned as its camera says, which PIL leaves to others.
+        # PIL does not apply the EXIF rotation by itself.
         image = np.array(ImageOps.exif_transpose(image).convert("RGB"))
     if not (isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3):
-        found = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
-        raise ValueError(f"an image is a PIL image or a uint8 array (height, width, 3) RGB, not {found}")
+        given = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise ValueError(f"an image is a PIL image or a uint8 array (height, width, 3) RGB, not {given}")
     return image

@@ -10,10 +10,10 @@ from detector.fpn import FPN
 from detector.head import Head
 from detector.structures import Predictions
 
-# Of ImageNet, in 0..255: what the backbones' weights were trained with.
+# Of ImageNet's pixels, 0..255: the backbones' weights were trained with these.
 MEAN = (123.675, 116.28, 103.53)
 STD = (58.395, 57.12, 57.375)
-MAX_SIZES = 64  # of padded images, that are compiled for; others run as they are
+MAX_SIZES = 64  # sizes of padded images to compile for; others run uncompiled
 
 
 class RetinaNet(nn.Module):
@@ -21,6 +21,9 @@ class RetinaNet(nn.Module):
 
     Takes uint8 images, so that a quarter of the bytes cross to the device, and normalises there.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, backbone: Backbone, fpn: FPN, head: Head, anchors: Anchors):
         super().__init__()
@@ -32,28 +35,33 @@ class RetinaNet(nn.Module):
         """Images (B, 3, H, W) uint8 RGB, H and W multiples of 32; sizes: (height, width) inside the padding."""
         levels = self.fpn(self.backbone(self.normalize(images, sizes)))
         logits, deltas = self.head(levels)
-        grids = [tuple(level.shape[-2:]) for level in levels]
-        anchors = self.anchors(grids, tuple(images.shape[-2:]), images.device)
+        grids = [(level.shape[-2], level.shape[-1]) for level in levels]
+        anchors = self.anchors(grids, (images.shape[-2], images.shape[-1]), images.device)
         counts = tuple(height * width * self.anchors.per_cell for height, width in grids)
         return Predictions(logits, deltas, anchors, counts, self.anchors.per_cell)
 
     def compile_parts(self) -> None:
-        """Have backbone, pyramid and heads compiled at their next call, anew for each size of images.
+        """Compile backbone, pyramid and heads at their next call, again for each new size of images.
 
         Raises UserError where torch.compile does not work.
         """
         device = self.mean.device
         try:
             torch.compile(lambda x: x.cos() + 1)(torch.ones(8, device=device))
-        except Exception as error:  # a compiler that is missing, or too old: of all kinds
+        except Exception as error:  # a compiler that is missing or too old raises all kinds
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"compile: torch.compile does not work here ({reason}); set it to false") from None
-        torch._dynamo.config.recompile_limit = MAX_SIZES  # by default 8, and then slow for good
+        torch._dynamo.config.recompile_limit = MAX_SIZES  # beyond the limit, 8 by default, other sizes run uncompiled
         for part in (self.backbone, self.fpn, self.head):
             part.compile(dynamic=False)
 
+    def describe(self) -> str:
+        trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in self.parameters())
+        return f"{total / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained"
+
     def normalize(self, images: Tensor, sizes: list[tuple[int, int]] | None) -> Tensor:
-        """To mean 0 and deviation 1; the padding to 0, the mean colour, as the peers have it."""
+        """To mean 0 and deviation 1; the padding to 0, which is the mean colour."""
         images = (images.to(self.mean.dtype) - self.mean) / self.std
         for image, (height, width) in zip(images, sizes or []):
             image[:, height:] = 0

@@ -25,10 +25,10 @@ class NonFiniteOutput(FloatingPointError):
 
 
 class Postprocess:
-    """What RetinaNet does with its outputs at test time.
+    """From RetinaNet's outputs to detections.
 
     Args:
-        score_threshold: cells that score no more than this are dropped before anything is sorted or decoded
+        score_threshold: cells that do not exceed it are dropped before anything is sorted or decoded
         top_k: best cells kept of each pyramid level of an image, before NMS
         nms_iou: of two boxes of one class that overlap more than this, the better stays
         max_detections: kept for an image
@@ -51,11 +51,11 @@ class Postprocess:
         """Sizes: (height, width) of each image inside its padding -> Detections of each, in input pixels.
 
         Raises NonFiniteOutput where a logit or delta is NaN or infinite. A NaN passes no threshold: without this check
-        a model that has diverged would find nothing, and nobody would know why.
+        a model that has diverged would find nothing, without any message.
         """
         logits = predictions.logits.float()
         num_images, num_anchors, num_classes = logits.shape
-        # The sigmoid is monotonous: compare logits, and take the sigmoid of the few that are left.
+        # The sigmoid is monotonic: compare logits, and take the sigmoid of the few that remain.
         low = math.log(self.score_threshold / (1 - self.score_threshold)) if self.score_threshold > 0 else -math.inf
         cell = (logits.flatten() > low).nonzero().squeeze(1)
         anchor = cell // num_classes % num_anchors
@@ -75,8 +75,8 @@ class Postprocess:
         finite = _finite(logits) & _finite(predictions.deltas)
         counts, finite = torch.stack([image[keep].bincount(minlength=num_images), finite]).tolist()  # one wait for both
         if not all(finite):
-            raise NonFiniteOutput([index for index, one in enumerate(finite) if not one])
-        return [Detections(*one) for one in zip(*(values[keep].split(counts) for values in (boxes, scores, label)))]
+            raise NonFiniteOutput([index for index, is_finite in enumerate(finite) if not is_finite])
+        return [Detections(*parts) for parts in zip(*(values[keep].split(counts) for values in (boxes, scores, label)))]
 
 
 def _finite(values: Tensor) -> Tensor:

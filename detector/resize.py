@@ -3,6 +3,8 @@
 import cv2
 import numpy as np
 
+STRIDE = 32  # of C5: padded sides must be multiples of it
+
 
 def target_size(height: int, width: int, short_side: float, long_side: float) -> tuple[int, int]:
     """(height, width) with the short side at `short_side`, unless the long side would pass `long_side`.

@@ -1,4 +1,4 @@
-"""Optimizer, warm-up and schedule, clipping, averaged weights: all that turns gradients into new weights."""
+"""From gradients to new weights: optimizer, warm-up and schedule, clipping, averaged weights."""
 
 import math
 from typing import Any, Literal
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+Tensors = tuple[Tensor, ...] | list[Tensor]
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -17,8 +18,8 @@ class Solver:
     al., 2017), by the square root for AdamW (Malladi et al., 2022). Warm-up steps scale the other way, so
     that warm-up covers the same number of images. The schedule spans `total_steps`.
 
-    Weight decay is of the parameters with two dimensions or more, the weights of convolutions and linear layers: norms
-    and biases, which have one, are left out.
+    Weight decay applies to the weights of convolutions and linear layers, which have two dimensions or more; norms and
+    biases, which have one, are left out.
     """
 
     def __init__(
@@ -53,22 +54,22 @@ class Solver:
         self._described = (lr, lr_batch_size, batch_size, optimizer, warmup_steps)
 
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        # Fused: one pass over the weights instead of ten, on the CPU as on a GPU. Not in float16: there a first step
-        # that overflows would leave fused SGD's momentum as it found the memory.
-        common = {"lr": self.lr, "fused": precision != "float16"}
+        # Fused: one pass over the weights instead of ten, on the CPU as on a GPU. Not in float16: if the first step
+        # overflows, fused SGD leaves its momentum uninitialised.
+        fused = precision != "float16"
         groups = [
             {"params": [p for p in self.parameters if p.ndim > 1], "weight_decay": weight_decay},
             {"params": [p for p in self.parameters if p.ndim <= 1], "weight_decay": 0.0},
         ]
         if optimizer == "sgd":
-            self.optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, momentum=momentum, **common)
+            self.optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, self.lr, momentum, fused=fused)
         else:
-            self.optimizer = torch.optim.AdamW(groups, **common)
+            self.optimizer = torch.optim.AdamW(groups, self.lr, fused=fused)
         self.clip_norm = clip_norm
         self.precision = PRECISIONS[precision]
         self.scaler = torch.amp.GradScaler(self.parameters[0].device.type, enabled=precision == "float16")
         self.model = model
-        self.step_count = 0  # steps done, those skipped among them
+        self.step_count = 0  # steps done, with those skipped
         self.skipped, self.may_skip = 0, skip_nonfinite  # steps whose gradient was not finite
         self.averaged = AveragedModel(model, multi_avg_fn=self._average, use_buffers=True) if ema else None
         self.ema = ema
@@ -90,7 +91,7 @@ class Solver:
         return lr
 
     def describe(self) -> str:
-        """The learning rate and schedule as they came out, in one line."""
+        """The resulting learning rate and schedule, in one line."""
         lr, lr_batch_size, batch_size, optimizer, warmup = self._described
         text = f"{optimizer}: lr {self.lr:.4g}"
         if lr_batch_size and lr_batch_size != batch_size:
@@ -108,13 +109,13 @@ class Solver:
         """Compute the gradients of a batch."""
         self.scaler.scale(loss).backward()
 
-    def gradient_norm(self) -> Tensor:
-        """Norm over all parameters, before clipping; the gradients are clipped. Once a step, before `step`."""
+    def clip_gradients(self) -> Tensor:
+        """Scale the gradients down to `clip_norm`; returns their norm before that. Once a step, before `step`."""
         self.scaler.unscale_(self.optimizer)
         return nn.utils.clip_grad_norm_(self.parameters, self.clip_norm or math.inf)
 
     def step(self) -> None:
-        """Update the weights and their average from the gradients, and clear those."""
+        """Update the weights and their average, and clear the gradients."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr_at(self.step_count)
         self.scaler.step(self.optimizer)
@@ -127,13 +128,13 @@ class Solver:
     def skip(self) -> None:
         """Count a step, and leave the weights as they are."""
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.update(self.scaler.get_scale())  # and its scale: it has seen this step's gradients
+        self.scaler.update(self.scaler.get_scale())  # resets it: it has seen this step's gradients
         self.step_count += 1
         self.skipped += 1
 
     @property
     def evaluated_model(self) -> nn.Module:
-        """The averaged weights where there are such, else the trained ones."""
+        """The averaged weights if there are any, else the trained ones."""
         return self.averaged.module if self.averaged is not None else self.model
 
     def state_dict(self) -> dict[str, Any]:
@@ -146,7 +147,7 @@ class Solver:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ValueError where the state is of another optimizer: torch's would take it, and fail at the step."""
+        """ValueError for the state of another optimizer, which torch would accept and fail with at the next step."""
         if state["optimizer"]["param_groups"][0].keys() != self.optimizer.state_dict()["param_groups"][0].keys():
             raise ValueError("the optimizer is another")
         self.step_count, self.skipped = state["step"], state["skipped"]
@@ -156,13 +157,13 @@ class Solver:
             self.averaged.load_state_dict(state["averaged"])
 
     @torch.no_grad()
-    def _average(self, averages: list[Tensor], currents: list[Tensor], _: Tensor) -> None:
+    def _average(self, averages: Tensors, currents: Tensors, _: Tensor | int) -> None:
         """Move the exponential moving average of weights and statistics; called by AveragedModel from step 2 on.
 
-        Its decay grows as (1 + n) / (10 + n) up to `ema`, so that a short run's average is not mostly its start.
+        Its decay grows as (1 + n) / (10 + n) up to `ema`, so that the average of a short run is not mostly its start.
         """
-        n = self.step_count - 1  # steps averaged so far; AveragedModel's own count would be fetched from the device
-        weight = 1 - min(self.ema, (1 + n) / (10 + n))
+        n = self.step_count - 1  # steps averaged so far; reading AveragedModel's own count would wait for the device
+        weight = 1 - min(self.ema or 0.0, (1 + n) / (10 + n))
         if averages[0].is_floating_point():
             torch._foreach_lerp_(averages, currents, weight)
         else:

@@ -5,21 +5,21 @@ import threading
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
-from detector.errors import SIGNALS, Stopped, listen
+from detector.errors import SIGNALS, Handler, Stopped, listen
 
 Item = TypeVar("Item")
 
 
 class Stop:
-    """A context in which the first of SIGNALS is noted in `number`, and raises Stopped only in `between`.
+    """A context that notes the first of SIGNALS in `number`, and raises Stopped only in `between`.
 
-    A second Ctrl-C ends the process at once, as it would without us. SIGTERM and SIGHUP may come any number of times:
-    torchrun passes on what the whole group has got already.
+    A second Ctrl-C ends the process at once, as Python does. SIGTERM and SIGHUP may come more than once: torchrun
+    passes on what the whole group has received already.
     """
 
     def __init__(self) -> None:
         self.number: int | None = None  # of the signal that came
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Handler] = {}
         self._waiting = False
 
     def __enter__(self) -> "Stop":
@@ -33,17 +33,17 @@ class Stop:
 
     def between(self, items: Iterable[Item]) -> Iterator[Item]:
         """The items; Stopped instead of the next one, even while waiting for it."""
-        items, end = iter(items), object()
+        iterator = iter(items)
         while True:
             self._waiting = True
             try:
                 if self.number is not None:
                     raise Stopped(self.number)
-                item = next(items, end)
+                item = next(iterator)
+            except StopIteration:
+                return
             finally:
                 self._waiting = False
-            if item is end:
-                return
             yield item
 
     def _note(self, number: int, _frame: object) -> None:

@@ -32,12 +32,13 @@ class Stopwatch:
 
     def each(self, stage: str, items: Iterable[Item]) -> Iterator[Item]:
         """The items, the time to get each counting for the stage."""
-        items, end = iter(items), object()
+        iterator = iter(items)
         while True:
             with self(stage):
-                item = next(items, end)
-            if item is end:
-                return
+                try:
+                    item = next(iterator)
+                except StopIteration:
+                    break
             yield item
 
     def _wait(self) -> None:

@@ -10,7 +10,7 @@ a label (the class losses), it is C.
 """
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ class Batch(NamedTuple):
 
 
 class Predictions(NamedTuple):
-    """What the model says, all levels joined: level, then row, column, anchor shape."""
+    """The model's output, all levels joined: level, then row, column, anchor shape."""
 
     logits: Tensor  # (B, A, C)
     deltas: Tensor  # (B, A, 4)
@@ -50,7 +50,7 @@ class Predictions(NamedTuple):
 
 
 class Assignment(NamedTuple):
-    """What each anchor of one image is taught."""
+    """The target of each anchor of one image."""
 
     gt_index: Tensor  # (A,) int64, meaningful only where positive
     positive: Tensor  # (A,) bool
@@ -70,8 +70,51 @@ class Losses:
 
 
 class Detections(NamedTuple):
-    """What is found in one image, best first."""
+    """The objects found in one image, best first."""
 
     boxes: Tensor  # (D, 4) float32
     scores: Tensor  # (D,) float32
     labels: Tensor  # (D,) int64
+
+
+class ClassMetrics(TypedDict):
+    """Of one class, fractions 0..1 or -1 without ground truth."""
+
+    AP: float
+    AP50: float
+    AP75: float
+    AR100: float
+    threshold: float  # the score above which F1 at an IoU of 0.5 is best
+    boxes: int  # of the ground truth, crowds left out
+
+
+AP = Literal["AP", "AP50", "AP75", "AP80", "AP90", "APs", "APm", "APl"]
+AR = Literal["AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
+
+
+class Metrics(TypedDict):
+    """An evaluation, as metrics.json has it: fractions 0..1, or -1 where there is no ground truth to measure on."""
+
+    AP: float
+    AP50: float
+    AP75: float
+    AP80: float
+    AP90: float
+    APs: float
+    APm: float
+    APl: float
+    AR1: float
+    AR10: float
+    AR100: float
+    ARs: float
+    ARm: float
+    ARl: float
+    by_iou: list[float]  # AP at an IoU of 0.50, 0.55 ... 0.95
+    precision_by_recall: list[float]  # mean over classes at a recall of 0.00, 0.01 ... 1.00, at an IoU of 0.5
+    per_class: dict[str, ClassMetrics]
+    images: int  # how many were scored
+    engine: str  # name and version
+    step: NotRequired[int | None]  # of the weights
+    epoch: NotRequired[int | None]
+    seconds_per_step: NotRequired[float | None]  # of the training
+    peak_memory: NotRequired[int]  # bytes

@@ -1,12 +1,12 @@
-"""A data set as the detector will see it: what is wrong with it, and which boxes no anchor fits.
+"""Check a data set as the detector will see it: what is wrong with it, and which boxes no anchor fits.
 
     python scripts/check_data.py --config configs/bccd/focal.yaml [--set KEY=VALUE ...]
     python scripts/check_data.py --train mine/train.json --val mine/val.json [--images mine/images]
 
-Reads annotation files and images with the code that training reads them with, and refuses what training would refuse.
-On the page --output (data.html) are then the classes, the sizes and shapes of boxes at the size that the network is
-given, the share of them that no anchor overlaps by half, with other anchors where those are shown to do better; images
-that are in train and in val (equal, or nearly so by their perceptual hash); boxes that look like slips; and samples.
+Reads annotation files and images with the same code as training, and refuses what training would refuse. The page
+--output (data.html) then shows the classes; the sizes and shapes of boxes at the network's input size; the share of
+boxes that no anchor overlaps with an IoU of 0.5, and better anchors if it finds some; images that are in both train and
+val (equal, or nearly so by their perceptual hash); boxes that look like mistakes; and samples.
 """
 
 import argparse
@@ -15,9 +15,6 @@ import sys
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
-
-# Started as a file, Python puts scripts/ on the path and not the repository that holds `detector`.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import imagehash
 import numpy as np
@@ -31,71 +28,71 @@ from data.coco import CocoDataset
 from data.draw import GROUND_TRUTH, draw_boxes
 from data.images import remark_lines
 from data.transforms import EvalTransform
-from detector import assemble, config
+from detector import assemble, config, config_files
 from detector import boxes as box_ops
 from detector.anchors import Anchors
 from detector.config import Config
 from detector.errors import UserError, run_main
-from detector.inference import MULTIPLE
-from scripts import page
+from detector.resize import STRIDE
+from scripts.comparison import page
 
-FITS = 0.5  # IoU from which an anchor is taught a box
-BITS = 4  # of 64, in which the perceptual hashes of two pictures of one scene may differ
-MANY = 0.05  # share of boxes without an anchor from which other anchors are looked for
-TRIED = 20_000  # boxes that they are tried on
-SHOWN = 12  # pictures, and examples of a kind
+FITS = 0.5  # an anchor with this IoU learns the box
+BITS = 4  # of 64: near duplicates differ in at most so many bits of their perceptual hash
+MANY = 0.05  # above this share of boxes without an anchor, other anchors are tried
+TRIED = 20_000  # boxes to try them on
+SHOWN = 12  # pictures, and examples of each kind
 SIZES = {"below 16": (0, 16), "16 to 32": (16, 32), "32 to 96": (32, 96), "96 to 256": (96, 256), "above": (256, 1e9)}
-ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1)  # bits that are set in a byte
+ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1)  # number of set bits of each byte
 
 
 class Seen(NamedTuple):
-    """A data set as the network is given it; N boxes of all images."""
+    """A data set as the network sees it: N boxes of I images."""
 
     dataset: CocoDataset
     boxes: np.ndarray  # (N, 4) float32 x1, y1, x2, y2 in pixels of the resized image
     labels: np.ndarray  # (N,)
-    image: np.ndarray  # (N,) which image each is in
+    image: np.ndarray  # (N,) the index of each box's image
     sizes: list[tuple[int, int]]  # (height, width) of each resized image
     hashes: np.ndarray  # (I, 8) uint8, perceptual
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", metavar="FILE", help="whose data, image size and anchors are taken")
-    parser.add_argument("--train", metavar="FILE", help="annotation file, in the place of the config's")
-    parser.add_argument("--val", metavar="FILE")
-    parser.add_argument("--images", metavar="FOLDER", help="of both files; left out, it is looked for beside each")
+    parser.add_argument("--config", metavar="FILE", help="take data, image size and anchors from this config")
+    parser.add_argument("--train", metavar="FILE", help="training annotations, instead of the config's")
+    parser.add_argument("--val", metavar="FILE", help="validation annotations, instead of the config's")
+    parser.add_argument("--images", metavar="FOLDER", help="images of both files (default: searched beside each)")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="other options")
     parser.add_argument("--output", type=Path, default=Path("data.html"), metavar="FILE")
     args = parser.parse_args(argv)
     page.refuse_folder(args.output)
     cfg = options(args)
 
-    train = look(cfg, "train")
-    val = look(cfg, "val", like=train.dataset) if cfg.data.val.annotations else None
-    both = [one for one in (train, val) if one is not None]
+    train = read_dataset(cfg, "train")
+    val = read_dataset(cfg, "val", like=train.dataset) if cfg.data.val.annotations else None
+    both = [seen for seen in (train, val) if seen is not None]
     anchors: Anchors = assemble.build_model(cfg.model_copy(update={"model": small(cfg)}), 1).anchors
     best = best_iou(anchors, train.boxes, [train.sizes[i] for i in train.image])
     advice = suggest(cfg, anchors, train, best) if len(best) and (best < FITS).mean() > MANY else None
-    pairs = twins(train, val) if val else []
-    slips = suspicious(both)
+    pairs = near_duplicates(train, val) if val else []
+    suspicious = suspicious_boxes(both)
 
-    lines = words(both, best, advice, pairs, slips)
+    lines = summary(both, best, advice, pairs, suspicious)
     sections = [
         ("", [page.items(lines)]),
         ("Classes", [classes(both)]),
         ("Boxes and anchors", fit(train, anchors, best)),
-        ("In train and in val", twin_pictures(pairs, train, val)),
-        ("Boxes to look at", slip_tables(slips)),
+        ("In both train and val", duplicate_pictures(pairs, train, val)),
+        ("Boxes to check", suspicious_tables(suspicious)),
         ("Samples", [page.row(samples(train))]),
     ]
-    page.write(args.output, f"Data of {train.dataset.path}", [one for one in sections if one[1]])
+    page.write(args.output, f"Data of {train.dataset.path}", [(title, parts) for title, parts in sections if parts])
     print("\n".join(lines))
     print(f"written: {args.output}")
 
 
 def options(args: argparse.Namespace) -> Config:
-    """The config, or the defaults, with the files that are named on top."""
+    """The config or the defaults, with the given files on top."""
     if not args.config and not args.train:
         raise UserError("give --config FILE, or --train FILE")
     if args.images and not (args.train or args.val):
@@ -104,14 +101,16 @@ def options(args: argparse.Namespace) -> Config:
     for split in files.values():
         if split["annotations"]:
             split["images"] = args.images or ""
-    named = {split: one if one["annotations"] else {} for split, one in files.items()}
+    named = {split: given if given["annotations"] else {} for split, given in files.items()}
     if args.train and not args.val:
         named["val"] = {"annotations": "", "images": ""}
     source = args.config or "the defaults"
-    values = config.build({"model": {"weights": "none", "norm": "bn"}}, source)  # the defaults would be downloaded
+    values = config.build(
+        {"model": {"weights": "none", "norm": "bn"}}, source
+    )  # the default weights would be downloaded
     if args.config:
         values = assemble.configure(args.config)
-    changed = config.merge(values.model_dump(mode="json"), {"data": named})
+    changed = config_files.merge(values.model_dump(mode="json"), {"data": named})
     cfg = assemble.resolve(changed, source, args.set)
     if not cfg.data.train.annotations:
         raise UserError(f"{source}: names no training set; give --train FILE")
@@ -119,35 +118,35 @@ def options(args: argparse.Namespace) -> Config:
 
 
 def small(cfg: Config):
-    """Of the model the anchors alone matter here."""
+    """A small model: only its anchors matter here."""
     return cfg.model.model_copy(update={"backbone": "resnet18", "weights": "none", "norm": "bn", "frozen_stages": 0})
 
 
-def look(cfg: Config, split: str, like: CocoDataset | None = None) -> Seen:
-    """Open and read a whole data set; UserError, after all of it, where images cannot be read."""
+def read_dataset(cfg: Config, split: str, like: CocoDataset | None = None) -> Seen:
+    """Read a whole data set. Raises UserError at the end if images cannot be read."""
     files = getattr(cfg.data, split)
     given = {"category_ids": like.category_ids, "class_names": like.class_names} if like else {}
     size = EvalTransform(cfg.data.short_side, cfg.data.long_side)
     dataset = CocoDataset(files.annotations, files.images, size, **given, trust=cfg.data.trust)
     if split == "train" and not cfg.data.trust:
         dataset.refuse_without_boxes()
-    boxes, labels, image, sizes, hashes, flaws = [], [], [], [], [], []
+    boxes, labels, image, sizes, hashes, errors = [], [], [], [], [], []
     for index in tqdm(range(len(dataset)), desc=f"reading {split}", unit="image"):
         try:
             pixels, target, _, _ = dataset[index]
         except UserError as error:
-            flaws.append(str(error))
+            errors.append(str(error))
             continue
         boxes.append(target.boxes.numpy())
         labels.append(target.labels.numpy())
         image.append(np.full(len(target.labels), index))
         sizes.append(tuple(pixels.shape[1:]))
         hashes.append(np.packbits(imagehash.phash(Image.fromarray(pixels.permute(1, 2, 0).numpy())).hash.flatten()))
-    if flaws:
-        for flaw in flaws:
-            print(flaw, file=sys.stderr)
-        count = f"{len(flaws)} of {len(dataset)} images cannot be used"
-        raise UserError(f"{files.annotations}: {count}, the first: {flaws[0]}")
+    if errors:
+        for error in errors:
+            print(error, file=sys.stderr)
+        count = f"{len(errors)} of {len(dataset)} images cannot be used"
+        raise UserError(f"{files.annotations}: {count}, the first: {errors[0]}")
     columns = (np.concatenate([np.zeros((0, 4), np.float32), *boxes]), np.concatenate([np.zeros(0, int), *labels]))
     hashed = np.stack(hashes) if hashes else np.zeros((0, 8), np.uint8)
     return Seen(dataset, *columns, np.concatenate([np.zeros(0, int), *image]), sizes, hashed)
@@ -159,34 +158,34 @@ def look(cfg: Config, split: str, like: CocoDataset | None = None) -> Seen:
 def best_iou(anchors: Anchors, boxes: np.ndarray, sizes: list[tuple[int, int]]) -> np.ndarray:
     """The best IoU that any anchor of its image has with each box (N, 4); sizes: (height, width) of its image.
 
-    Of the anchors of one shape and level it is that of the cell whose centre is nearest, the others need not be tried.
+    Among the anchors of one shape and level, the one with the nearest centre has the best IoU, so only that is tried.
     """
     best = np.zeros(len(boxes), np.float32)
     by_size: dict[tuple[int, int], list[int]] = {}
-    for place, size in enumerate(sizes):
-        by_size.setdefault(tuple(-(-side // MULTIPLE) * MULTIPLE for side in size), []).append(place)
-    for size, places in by_size.items():
-        own = torch.from_numpy(boxes[places])
-        centres = (own[:, :2] + own[:, 2:]) / 2
+    for index, size in enumerate(sizes):
+        by_size.setdefault(tuple(-(-side // STRIDE) * STRIDE for side in size), []).append(index)
+    for size, indices in by_size.items():
+        of_size = torch.from_numpy(boxes[indices])
+        centres = (of_size[:, :2] + of_size[:, 2:]) / 2
         of_level = []
         for level, shapes in enumerate(anchors.shapes):
             grid = tuple(-(-side // anchors.strides[level]) for side in size)
             steps = torch.tensor(anchors.steps(grid, level, size)[::-1])  # x first
             cells = (centres / steps).round().clamp(min=torch.zeros(2), max=torch.tensor(grid[::-1]) - 1)
             placed = (cells * steps).repeat(1, 2)[:, None] + shapes  # (n, shapes, 4)
-            repeated = own[:, None].expand_as(placed)
-            iou = box_ops.iou_of_pairs(placed.flatten(0, 1), repeated.flatten(0, 1)).view(len(own), -1)
+            repeated = of_size[:, None].expand_as(placed)
+            iou = box_ops.iou_of_pairs(placed.flatten(0, 1), repeated.flatten(0, 1)).view(len(of_size), -1)
             of_level.append(iou.amax(dim=1))
-        best[places] = torch.stack(of_level).amax(dim=0).numpy()
+        best[indices] = torch.stack(of_level).amax(dim=0).numpy()
     return best
 
 
 class Advice(NamedTuple):
     sizes: list[float]
     ratios: list[float]
-    before: float  # share of the boxes that no anchor fits
+    before: float  # share of boxes without an anchor
     after: float
-    boxes: int  # that it was tried on
+    boxes: int  # number of boxes that it was tried on
 
     @property
     def settings(self) -> str:
@@ -194,7 +193,7 @@ class Advice(NamedTuple):
 
 
 def suggest(cfg: Config, anchors: Anchors, train: Seen, best: np.ndarray) -> Advice | None:
-    """Other sizes and ratios that fit at least a third of the boxes that none fits now; None where none is found."""
+    """Anchor sizes and ratios that leave at most 2/3 as many boxes without an anchor; None if none are found."""
     now = cfg.anchors.options
     if cfg.anchors.name != "grid":
         return None
@@ -204,45 +203,45 @@ def suggest(cfg: Config, anchors: Anchors, train: Seen, best: np.ndarray) -> Adv
     sides = boxes[:, 2:] - boxes[:, :2]
     shapes = np.quantile(sides[:, 1] / np.maximum(sides[:, 0], 1e-6), [0.1, 0.5, 0.9])
     of_data = [round(float(ratio), 2) for ratio in np.clip(shapes, 0.1, 10)]
-    found = []
+    candidates = []
     for factor in (0.25, 0.35, 0.5, 0.7, 1, 1.4, 2):
         scaled = [round(size * factor, 1) for size in now["sizes"]]
         for ratios in (list(now["ratios"]), of_data, sorted({*now["ratios"], of_data[0], of_data[2]})):
             other = Anchors(tuple(scaled), now["octaves"], tuple(ratios))
             missed = float((best_iou(other, boxes, sizes) < FITS).mean())
-            found.append((missed + 0.002 * len(ratios), missed, scaled, ratios))  # a shape more costs time
-    _, missed, scaled, ratios = min(found)
+            candidates.append((missed + 0.002 * len(ratios), missed, scaled, ratios))  # each ratio costs time
+    _, missed, scaled, ratios = min(candidates)
     return Advice(scaled, ratios, before, missed, len(tried)) if missed <= before * 2 / 3 else None
 
 
 # ------------------------------------------------------------------------------------------- duplicates, odd boxes
 
 
-def twins(train: Seen, val: Seen) -> list[tuple[int, int]]:
-    """(train image, val image) whose perceptual hashes differ in at most BITS bits."""
-    found = []
-    for place, one in enumerate(val.hashes):
-        gaps = ONES[train.hashes ^ one].sum(axis=1)
-        found += [(int(other), place) for other in np.flatnonzero(gaps <= BITS)]
-    return found
+def near_duplicates(train: Seen, val: Seen) -> list[tuple[int, int]]:
+    """Pairs (train image, val image) whose perceptual hashes differ in at most BITS bits."""
+    pairs = []
+    for index, val_hash in enumerate(val.hashes):
+        gaps = ONES[train.hashes ^ val_hash].sum(axis=1)
+        pairs += [(int(train_index), index) for train_index in np.flatnonzero(gaps <= BITS)]
+    return pairs
 
 
-def suspicious(both: list[Seen]) -> dict[str, list[str]]:
-    """What may be a slip -> where."""
-    found: dict[str, list[str]] = {
+def suspicious_boxes(both: list[Seen]) -> dict[str, list[str]]:
+    """Kind of likely mistake -> the boxes."""
+    suspicious: dict[str, list[str]] = {
         "less than 4 pixels wide or high, as the network sees it": [],
         "more than 95% of the image": [],
         "more than ten times as long as wide": [],
         "the same class twice in one place (IoU above 0.95)": [],
     }
-    tiny, huge, thin, twice = found.values()
+    tiny, huge, thin, twice = suspicious.values()
     for seen in both:
         names = seen.dataset.class_names
         for index in range(len(seen.sizes)):
-            own = slice(*np.searchsorted(seen.image, [index, index + 1]))
-            boxes, labels = seen.boxes[own], seen.labels[own]
-            told = [f"{names[label]} {box.round(1).tolist()}" for box, label in zip(boxes, labels)]
-            where = [f"{seen.dataset.file_names[index]}: {one}" for one in told]
+            of_image = slice(*np.searchsorted(seen.image, [index, index + 1]))
+            boxes, labels = seen.boxes[of_image], seen.labels[of_image]
+            file = seen.dataset.file_names[index]
+            where = [f"{file}: {names[label]} {box.round(1).tolist()}" for box, label in zip(boxes, labels)]
             sides = boxes[:, 2:] - boxes[:, :2]
             area = seen.sizes[index][0] * seen.sizes[index][1]
             short, long = sides.min(axis=1, initial=1e9), sides.max(axis=1, initial=0)
@@ -252,14 +251,14 @@ def suspicious(both: list[Seen]) -> dict[str, list[str]]:
             iou = box_ops.iou(torch.from_numpy(boxes), torch.from_numpy(boxes)).numpy()
             same = np.triu((iou > 0.95) & (labels[:, None] == labels), 1)
             twice += [where[i] for i in np.flatnonzero(same.any(axis=0))]
-    return found
+    return suspicious
 
 
 # ------------------------------------------------------------------------------------------------------------ the page
 
 
-def words(
-    both: list[Seen], best: np.ndarray, advice: Advice | None, pairs: list, slips: dict[str, list[str]]
+def summary(
+    both: list[Seen], best: np.ndarray, advice: Advice | None, pairs: list, suspicious: dict[str, list[str]]
 ) -> list[str]:
     lines = [seen.dataset.summary() for seen in both]
     for seen in both:
@@ -271,13 +270,13 @@ def words(
             if absent:
                 what = "learnt" if split == "train" else "scored"
                 lines.append(f"classes without a box in {split}, which cannot be {what}: {', '.join(absent[:20])}")
-        lines.append(f"{len({i for i, _ in pairs})} training images are, or nearly are, in val too")
+        lines.append(f"{len({i for i, _ in pairs})} training images are also in val, equal or nearly so")
     if len(best):
         lines.append(f"{(best < FITS).mean():.1%} of the training boxes have no anchor with an IoU of {FITS}")
     if advice:
-        tried = f"tried on {advice.boxes:,} boxes, where now it is {advice.before:.1%}"
-        lines.append(f"with {advice.settings} it is {advice.after:.1%}, {tried}")
-    lines += [f"{len(where)} boxes: {kind}" for kind, where in slips.items() if where]
+        tried = f"of {advice.boxes:,} boxes that were tried, instead of {advice.before:.1%}"
+        lines.append(f"with {advice.settings} it is {advice.after:.1%} {tried}")
+    lines += [f"{len(where)} boxes: {kind}" for kind, where in suspicious.items() if where]
     return lines
 
 
@@ -293,14 +292,15 @@ def classes(both: list[Seen]) -> str:
 
 def fit(train: Seen, anchors: Anchors, best: np.ndarray) -> list[str]:
     if not len(train.boxes):
-        return [page.text("There are no boxes to teach.")]
+        return [page.text("There are no boxes to learn from.")]
     sides = train.boxes[:, 2:] - train.boxes[:, :2]
     size, ratio = np.sqrt(sides.prod(axis=1)), sides[:, 1] / sides[:, 0]
     rows = []
     for name, (low, high) in SIZES.items():
-        own = (size >= low) & (size < high)
-        if own.any():
-            rows.append((name, int(own.sum()), f"{(best[own] < FITS).mean():.1%}", f"{np.median(best[own]):.2f}"))
+        inside = (size >= low) & (size < high)
+        if inside.any():
+            ious = best[inside]
+            rows.append((name, len(ious), f"{(ious < FITS).mean():.1%}", f"{np.median(ious):.2f}"))
     rows.append(("all", len(best), f"{(best < FITS).mean():.1%}", f"{np.median(best):.2f}"))
     table = page.table(("side, pixels", "boxes", f"no anchor with IoU {FITS}", "median best IoU"), rows)
     shapes = torch.cat(anchors.shapes)
@@ -313,7 +313,7 @@ def fit(train: Seen, anchors: Anchors, best: np.ndarray) -> list[str]:
         plot, axis = plt.subplots(figsize=page.FIGURE, layout="constrained")
         edges = np.geomspace(max(values.min(), 1e-2) * 0.99, values.max() * 1.01 + 1e-6, 50)
         axis.hist([values[best >= FITS], values[best < FITS]], edges, stacked=True, color=["#1f77b4", "#d62728"],
-                  label=["an anchor fits", "none does"])  # fmt: skip
+                  label=["an anchor fits", "no anchor fits"])  # fmt: skip
         for mark in np.unique(marks.round(3)):
             axis.axvline(mark, color="black", linewidth=0.6, alpha=0.4)
         axis.set(xlabel=label, ylabel="boxes", xscale="log")
@@ -321,23 +321,23 @@ def fit(train: Seen, anchors: Anchors, best: np.ndarray) -> list[str]:
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.minorticks_off()
         axis.legend(fontsize=8)
-        plots.append(page.figure(plot, f"{label}; lines are the anchors'"))
+        plots.append(page.figure(plot, f"{label}; the lines are anchors"))
     return [table, page.row(plots)]
 
 
-def twin_pictures(pairs: list[tuple[int, int]], train: Seen, val: Seen | None) -> list[str]:
+def duplicate_pictures(pairs: list[tuple[int, int]], train: Seen, val: Seen | None) -> list[str]:
     shown = []
-    for one, other in pairs[:SHOWN]:
-        for seen, index, split in ((train, one, "train"), (val, other, "val")):
+    for train_index, val_index in pairs[:SHOWN]:
+        for seen, index, split in ((train, train_index, "train"), (val, val_index, "val")):
             shown.append(page.photo(drawn(seen, index), f"{split}: {seen.dataset.file_names[index]}"))
     return [page.row(shown)] if shown else []
 
 
-def slip_tables(slips: dict[str, list[str]]) -> list[str]:
+def suspicious_tables(suspicious: dict[str, list[str]]) -> list[str]:
     parts = []
-    for kind, where in slips.items():
+    for kind, where in suspicious.items():
         if where:
-            more = f", of which the first {SHOWN}" if len(where) > SHOWN else ""
+            more = f"; the first {SHOWN}" if len(where) > SHOWN else ""
             parts += [page.text(f"{len(where)} boxes, {kind}{more}:"), page.items(where[:SHOWN])]
     return parts
 

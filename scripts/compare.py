@@ -1,82 +1,83 @@
-"""Compare runs: a row for each loss, over its seeds, and whether it beats the first row or may do so by chance.
+"""Compare runs: a row for each loss over its seeds, and whether its difference from the first row is more than chance.
 
     python scripts/compare.py runs/ce runs/focal runs/ghm_c --markdown table.md
     python scripts/compare.py results/bccd/*.json --csv runs.csv
 
-A run is the folder that train.py wrote, or the small JSON file that scripts/ablate.py keeps of one. Runs of one variant
+A run is a folder that train.py wrote, or the small JSON file that scripts/ablate.py keeps of one. Runs of one variant
 are one row: mean and standard deviation over its seeds. AP is in percent. ECE is the expected calibration error of the
-scores, GB the peak of the memory. Of AP, AP50, AP75, AP80 and AP90 the highest is marked where it is better than each
-other row beyond chance.
+scores, GB the peak memory. In AP, AP50, AP75, AP80 and AP90 the highest value is marked if it is better than each other
+row beyond chance.
 
-Below stand the differences in AP (--metric) from the first row, or --baseline, each with its 95% interval over other
+Below are the differences in AP (--metric) from the first row (or --baseline), each with its 95% interval over other
 seeds and other validation images. "better" and "worse" are corrected for the number of rows: at most one study in 20
-has any false one among them. A row with one seed gets no verdict. The last line says how large a difference these runs
-can tell, and how many seeds a smaller one takes. scripts/verdict.py has the formulas.
+has any false one. A row with one seed gets no verdict. The last line says how large a difference these runs can detect,
+and how many seeds a smaller one takes. The formulas are in scripts/comparison/verdict.py.
 
-A run on COCO is shown the number that others report of its config, from results/published.yaml. A warning is given
-for whatever the runs differ in besides the losses, the seed and the head's prior.
+Published numbers of the same config, from results/published.yaml, are shown beside runs on COCO. A warning lists
+every other setting in which the runs differ, besides the losses, the seed and the head's prior.
 """
 
 import argparse
 import csv
 import json
 import statistics
-import sys
 from pathlib import Path
-
-# Started as a file, Python puts scripts/ on the path and not the repository that holds `detector`.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import yaml
 
 from detector.config import flat
 from detector.errors import UserError, run_main
-from scripts import result
-from scripts.differences import Difference, best_rows, differences, in_words, named, what_they_tell
-from scripts.rows import AP, METRICS, Costs, Row, costs, numbers, read_rows
+from scripts.comparison import result
+from scripts.comparison.differences import Difference, best_rows, describe, detectable_differences, differences, named
+from scripts.comparison.rows import AP, METRICS, Costs, Row, costs, numbers, read_rows
 
 HEADER = ("run", "class loss", "box loss", *AP, "ECE", "s/step", "GB")
-LEFT = 3  # the first columns are text, aligned left
-COMPARED = ("run", "output", "seed", "class_loss", "box_loss", "model.head.prior")  # what runs are meant to differ in
-EVALUATED = ("step", "epoch", "images")  # of the metrics: what was scored, and when
+LEFT = 3  # the first columns are text, aligned to the left
+MAY_DIFFER = ("run", "output", "seed", "class_loss", "box_loss", "model.head.prior")  # between compared runs
+MUST_AGREE = ("step", "epoch", "images")  # metrics that say what was scored, and when
 PUBLISHED = Path(__file__).resolve().parent.parent / "results" / "published.yaml"
 ON_COCO = "instances_val2017.json"  # the validation file of the published numbers
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, or a result file of scripts/ablate.py")
-    parser.add_argument("--baseline", metavar="NAME", help="the row that others are compared with (the first)")
-    parser.add_argument("--metric", choices=METRICS, default="AP", help="what is compared (AP); choose it beforehand")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder, or a result file of scripts/ablate.py")
+    parser.add_argument("--baseline", metavar="NAME", help="the row to compare the others with (default: the first)")
+    parser.add_argument(
+        "--metric",
+        choices=METRICS,
+        default="AP",
+        help="the metric to compare (default: AP); choose it before you see results",
+    )
     parser.add_argument("--markdown", metavar="FILE", help="also write the tables as Markdown")
-    parser.add_argument("--html", metavar="FILE", help="also write a page with curves and, of run folders, pictures")
-    parser.add_argument("--csv", metavar="FILE", help="also write the numbers, a line for each run")
+    parser.add_argument("--html", metavar="FILE", help="also write a page with curves and, for run folders, pictures")
+    parser.add_argument("--csv", metavar="FILE", help="also write the numbers, one line for each run")
     args = parser.parse_args(argv)
 
     rows = read_rows(args.runs)
     cost = costs(rows)
     table = [cells(row, cost) for row in rows]
     marked = marks(rows)
-    found = differences(rows, args.baseline, args.metric)
-    judged = in_words(found, named(rows, args.baseline).name, args.metric)
-    told = what_they_tell(rows, found, args.metric)
+    results = differences(rows, args.baseline, args.metric)
+    verdicts = describe(results, named(rows, args.baseline).name, args.metric)
+    detectable = detectable_differences(rows, results, args.metric)
     notes = [f"- {cost.remark}"] * bool(cost.remark) + published(rows) + warn(rows)
     if args.html:
-        from scripts import report  # matplotlib, for those who ask for it
+        from scripts.comparison import report  # imports matplotlib, which only the page needs
 
-        heading = judged[0] if judged else ""
-        report.write(Path(args.html), rows, HEADER, table, found, heading, told, cost, notes)
+        heading = verdicts[0] if verdicts else ""
+        report.write(Path(args.html), rows, HEADER, table, results, heading, detectable, cost, notes)
     if args.markdown:
-        text = "\n".join(sections(markdown(table, marked), judged, told, notes)) + "\n"
+        text = "\n".join(sections(markdown(table, marked), verdicts, detectable, notes)) + "\n"
         with opened("--markdown", args.markdown) as file:
             file.write(text)
     if args.csv:
-        write_csv(args.csv, rows, cost, found, args.metric)
-    print("\n".join(sections(aligned(table, marked), judged, told, notes)))
+        write_csv(args.csv, rows, cost, results, args.metric)
+    print("\n".join(sections(aligned(table, marked), verdicts, detectable, notes)))
 
 
 def cells(row: Row, cost: Costs) -> list[str]:
-    """A line of the table; "-" where a number is absent."""
+    """A line of the table, with "-" for absent numbers."""
     if not row.runs:
         return [row.name, *["-"] * (len(HEADER) - 2), "failed"]
     config = row.runs[0]["config"]
@@ -92,51 +93,53 @@ def cells(row: Row, cost: Costs) -> list[str]:
 
 
 def marks(rows: list[Row]) -> set[tuple[int, int]]:
-    """(row, column) of what is the best of its column beyond chance."""
+    """The (row, column) of each cell that is the best of its column beyond chance."""
     names = [row.name for row in rows]
     return {(names.index(name), HEADER.index(metric)) for metric, name in best_rows(rows).items()}
 
 
 def warn(rows: list[Row]) -> list[str]:
-    """What failed, and a warning for each setting, by its dotted key, in which the runs differ though not meant to."""
+    """The failed runs, and a warning for each setting in which the runs differ but must agree."""
     warnings = [f"- failed: {row.name}, {failure}" for row in rows for failure in row.failures]
     settings = []
     for row in rows:
         for run in row.runs:
-            own = {k: v for k, v in flat(run["config"]).items() if not k.startswith(COMPARED)}
-            own |= {f"metrics.{key}": run["metrics"][key] for key in EVALUATED if key in run["metrics"]}
-            own["seeds"] = row.seeds
-            own["machine"] = run["machine"]["device"] if "machine" in run else None
-            own["processes"] = run.get("processes", 1)
-            settings.append((row.name if len(row.runs) == 1 else f"{row.name} seed {run['config']['seed']}", own))
-    for key in dict.fromkeys(key for _, own in settings for key in own):
-        who: dict[str, list[str]] = {}  # value -> the runs that have it
-        for name, own in settings:
-            who.setdefault(json.dumps(own[key], default=str) if key in own else "absent", []).append(name)
-        if len(who) > 1:
-            values = " / ".join(f"{value} in {', '.join(having)}" for value, having in who.items())
+            of_run = {k: v for k, v in flat(run["config"]).items() if not k.startswith(MAY_DIFFER)}
+            of_run |= {f"metrics.{key}": run["metrics"][key] for key in MUST_AGREE if key in run["metrics"]}
+            of_run["seeds"] = row.seeds
+            of_run["machine"] = run["machine"]["device"] if "machine" in run else None
+            of_run["processes"] = run.get("processes", 1)
+            settings.append((row.name if len(row.runs) == 1 else f"{row.name} seed {run['config']['seed']}", of_run))
+    for key in dict.fromkeys(key for _, of_run in settings for key in of_run):
+        runs_by_value: dict[str, list[str]] = {}
+        for name, of_run in settings:
+            value = json.dumps(of_run[key], default=str) if key in of_run else "absent"
+            runs_by_value.setdefault(value, []).append(name)
+        if len(runs_by_value) > 1:
+            values = " / ".join(f"{value} in {', '.join(names)}" for value, names in runs_by_value.items())
             warnings.append(f"- warning: not a fair comparison, {key} differs: {values}")
     return warnings
 
 
 def published(rows: list[Row]) -> list[str]:
-    """What others report of the rows that are trained on COCO."""
-    entries = result.parse(PUBLISHED, yaml.safe_load, "it comes with this repository", kind=list)
+    """The published numbers of the rows that were trained on COCO."""
+    entries = result.parse(PUBLISHED, yaml.safe_load, "it is part of this repository", kind=list)
     lines = []
     for row in rows:
         config = flat(row.runs[0]["config"]) if row.runs else {}
         if Path(str(config.get("data.val.annotations", ""))).name != ON_COCO:
             continue
-        fitting = [one for one in entries if all(config.get(key) == value for key, value in one["where"].items())]
-        if fitting:
-            one = max(fitting, key=lambda one: len(one["where"]))
-            shown = ", ".join(f"{column} {one[column]}" for column in AP if column in one)
-            lines.append(f"- published, {row.name}: {shown} ({one['source']})")
+        matching = [entry for entry in entries if all(config.get(k) == v for k, v in entry["where"].items())]
+        if matching:
+            entry = max(matching, key=lambda entry: len(entry["where"]))
+            shown = ", ".join(f"{column} {entry[column]}" for column in AP if column in entry)
+            lines.append(f"- published, {row.name}: {shown} ({entry['source']})")
     return lines
 
 
-def sections(table: list[str], judged: list[str], told: list[str], notes: list[str]) -> list[str]:
-    return [line for part in (table, judged, told, notes) if part for line in ("", *part)][1:]
+def sections(*parts: list[str]) -> list[str]:
+    """The lines of all parts, with an empty line between parts; empty parts are left out."""
+    return [line for part in parts if part for line in ("", *part)][1:]
 
 
 def aligned(table: list[list[str]], best: set[tuple[int, int]]) -> list[str]:
@@ -154,16 +157,18 @@ def markdown(table: list[list[str]], best: set[tuple[int, int]]) -> list[str]:
     return ["| " + " | ".join(line) + " |" for line in escaped]
 
 
-def write_csv(path: str, rows: list[Row], cost: Costs, found: list[Difference], metric: str) -> None:
-    """A line for each run; what is known of its row stands in each of them."""
-    judged = {one.name: [metric, one.mean, one.low, one.high, one.p, one.verdict, one.reason] for one in found}
+def write_csv(path: str, rows: list[Row], cost: Costs, results: list[Difference], metric: str) -> None:
+    """A line for each run; the numbers of its row are repeated in each."""
+    of_rows = {
+        diff.name: [metric, diff.mean, diff.low, diff.high, diff.p, diff.verdict, diff.reason] for diff in results
+    }
     with opened("--csv", path) as file:
         writer = csv.writer(file)
         header = ["variant", "seed", *HEADER[1:], "compared", "difference", "low", "high", "p, corrected"]
         header += ["verdict", "reason", "failure"]
         writer.writerow(header)
         for row in rows:
-            of_row = [*judged.get(row.name, [""] * 7)]
+            of_row = of_rows.get(row.name, [""] * 7)
             taken = [cost.seconds.get(row.name, ""), cost.memory.get(row.name, 0) / 1e9 or ""]
             for run in row.runs:
                 config, known = run["config"], numbers(run)

@@ -2,13 +2,13 @@
 
     python scripts/download.py coco2017 [--only val] [--output datasets/coco]
 
-These are the official archives, 20.4 GB; with --only val 1.1 GB, with --only train 19.6 GB, the annotations included:
+Downloads the official archives: 20.4 GB, with --only val 1.1 GB, with --only train 19.6 GB, each with the annotations.
 
     datasets/coco/annotations/instances_train2017.json, instances_val2017.json
     datasets/coco/train2017/, val2017/
 
-A download that breaks goes on where it ended, by itself and when the same command is given again. Each archive's size
-and MD5 are checked before it is unpacked, and it is removed afterwards; what is there already is left alone.
+An interrupted download resumes by itself, or when you run the same command again. Each archive's size and MD5 are
+checked before it is unpacked, and it is deleted afterwards. Existing files are left alone.
 """
 
 import argparse
@@ -28,28 +28,25 @@ import zipfile
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import NamedTuple, NoReturn
 
-# Started as a file, Python puts scripts/ on the path and not the repository that holds `detector`.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from tqdm import tqdm
 
 from detector.errors import UserError, run_main
 
 SERVER = "http://images.cocodataset.org"
 CHUNK = 2**20  # bytes read at a time
-TIMEOUT = 60  # seconds without a byte
-TRIES = 6  # attempts in a row that bring nothing
-PAUSE = 1.0  # seconds before the second of them; doubled each time
+TIMEOUT = 60  # seconds without data
+TRIES = 6  # attempts in a row without data
+PAUSE = 1.0  # seconds before the second attempt; doubled each time
 
 
 class Archive(NamedTuple):
-    """A zip file on the server, and what is taken of it."""
+    """A zip file on the server, and what to unpack from it."""
 
     path: str
     size: int  # bytes
     md5: str
-    unpacked: int  # bytes, about
-    holds: dict[str, int]  # a file, or a folder and how many files are in it: 1 and N
+    unpacked: int  # bytes, approximately
+    holds: dict[str, int]  # a file: 1, or a folder: its number of files
 
 
 ARCHIVES = {
@@ -72,42 +69,44 @@ ARCHIVES = {
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", choices=["coco2017"])
-    parser.add_argument("--only", choices=["train", "val"], help="one part, with its annotations")
+    parser.add_argument("--only", choices=["train", "val"], help="download one part and the annotations")
     parser.add_argument("--output", type=Path, default=Path("datasets/coco"), metavar="FOLDER")
-    parser.add_argument("--mirror", default=SERVER, metavar="URL", help=f"another server ({SERVER})")
+    parser.add_argument(
+        "--mirror", default=SERVER, metavar="URL", help=f"download from another server (default: {SERVER})"
+    )
     args = parser.parse_args(argv)
     try:
         known = urllib.parse.urlsplit(args.mirror)
-        fits = known.scheme in ("http", "https") and bool(known.hostname)
-    except ValueError:  # brackets that are no IPv6 address
-        fits = False
-    if not fits:
+        valid = known.scheme in ("http", "https") and bool(known.hostname)
+    except ValueError:  # brackets without an IPv6 address
+        valid = False
+    if not valid:
         raise UserError(f"--mirror {args.mirror}: give an address that starts with http:// or https://")
 
-    wanted = [one for name, one in ARCHIVES.items() if args.only in (None, name) or name == "annotations"]
-    missing = [one for one in wanted if not is_unpacked(one, args.output)]
+    wanted = [archive for name, archive in ARCHIVES.items() if args.only in (None, name) or name == "annotations"]
+    missing = [archive for archive in wanted if not is_unpacked(archive, args.output)]
     try:
         args.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(error, args.output)
     if missing:
-        largest = max(one.size - there(one, args.output) for one in missing)
-        check_space(args.output, largest + sum(one.unpacked for one in missing))
+        largest = max(archive.size - downloaded(archive, args.output) for archive in missing)
+        check_space(args.output, largest + sum(archive.unpacked for archive in missing))
     for archive in missing:
         file = fetch(f"{args.mirror.rstrip('/')}/{archive.path}", archive, args.output)
         unpack(file, args.output, archive.holds)
         file.unlink()
-    print(f"{args.output} holds " + ", ".join(name for one in wanted for name in one.holds))
+    print(f"{args.output} holds " + ", ".join(name for archive in wanted for name in archive.holds))
 
 
 def is_unpacked(archive: Archive, folder: Path) -> bool:
-    """UserError where a folder is there that is not whole: it is not ours to replace."""
+    """Whether all its files are there. Raises UserError for an incomplete folder, which may belong to the user."""
     for name, count in archive.holds.items():
         path = folder / name
         if not path.exists():
             return False
-        if path.is_dir() and (found := sum(1 for _ in path.iterdir())) < count:
-            raise UserError(f"{path} holds {found:,} of {count:,} files: move it away, and it is downloaded anew")
+        if path.is_dir() and (files := sum(1 for _ in path.iterdir())) < count:
+            raise UserError(f"{path} holds {files:,} of {count:,} files: move it away to download it again")
     return True
 
 
@@ -120,12 +119,12 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 def part_of(archive: Archive, folder: Path) -> Path:
-    """Where an archive is as long as it is not whole."""
+    """The file of an incomplete archive."""
     return folder / f"{PurePosixPath(archive.path).name}.part"
 
 
-def there(archive: Archive, folder: Path) -> int:
-    """Bytes of an archive that need no room any more: a part of it, or all."""
+def downloaded(archive: Archive, folder: Path) -> int:
+    """The bytes of an archive that are on the disk already."""
     part = part_of(archive, folder)
     return max(size_of(part), size_of(part.with_suffix("")))
 
@@ -135,27 +134,29 @@ def size_of(file: Path) -> int:
 
 
 def fetch(address: str, archive: Archive, folder: Path) -> Path:
-    """The archive in `folder`, downloaded unless it is there; a file of that name is whole and has been checked."""
+    """The archive in `folder`, downloaded if it is missing. A file with its final name is complete and checked."""
     part = part_of(archive, folder)
     file = part.with_suffix("")
-    for _ in range(2):  # once more where bytes were damaged on the way
+    for _ in range(2):  # again if the data was damaged on the way
         if file.exists():
             return file
         receive(address, part, archive.size)
-        found = md5(part)
+        digest = md5(part)
         version_of(part).unlink(missing_ok=True)
-        if found == archive.md5:
+        if digest == archive.md5:
             os.replace(part, file)
         else:
             part.unlink()
-            print(f"{address}: damaged on the way, its MD5 is {found} and not {archive.md5}", file=sys.stderr)
+            print(f"{address}: damaged on the way, its MD5 is {digest} instead of {archive.md5}", file=sys.stderr)
     if file.exists():
         return file
-    raise UserError(f"{address}: is not the official file, or is damaged each time (MD5 {found}); try another --mirror")
+    raise UserError(
+        f"{address}: is not the official file, or is damaged each time (MD5 {digest}); try another --mirror"
+    )
 
 
 def receive(address: str, part: Path, size: int) -> None:
-    """Download to `part` until it has `size` bytes, over as many connections as it takes."""
+    """Download to `part` until it has `size` bytes, with as many connections as necessary."""
     failures = 0
     if size_of(part) > size:
         part.unlink()
@@ -175,8 +176,8 @@ def receive(address: str, part: Path, size: int) -> None:
             failures = 0 if size_of(part) > have else failures + 1
             if failures == TRIES:
                 raise UserError(
-                    f"{address}: nothing came in {TRIES} attempts ({reason}); {size_of(part):,} of {size:,} bytes are"
-                    " kept, the same command goes on from there"
+                    f"{address}: no data in {TRIES} attempts ({reason}); {size_of(part):,} of {size:,} bytes are kept,"
+                    " and the same command continues from there"
                 )
             if size_of(part) < size:
                 time.sleep(PAUSE * 2**failures / 2)
@@ -184,27 +185,27 @@ def receive(address: str, part: Path, size: int) -> None:
 
 
 def receive_once(address: str, part: Path, size: int, progress: tqdm) -> None:
-    """Add to `part` what one connection brings."""
+    """Append the data of one connection to `part`."""
     have, version = size_of(part), version_of(part)
     headers = {"User-Agent": "curl/8"}  # some servers refuse Python's own
     if have:
         headers["Range"] = f"bytes={have}-"
-        if version.exists():  # otherwise two versions of a file could be joined
+        if version.exists():  # otherwise two versions of a file could be mixed
             headers["If-Range"] = version.read_text(encoding="utf-8")
     with urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=TIMEOUT) as answer:
         total = answer.headers.get("Content-Length")
-        if goes_on := answer.status == 206:
-            told = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", answer.headers.get("Content-Range", ""))
-            if not told or int(told[1]) != have:
-                part.unlink()  # another part than was asked for
-                raise http.client.HTTPException("the server does not go on where it was asked to")
-            total = None if told[2] == "*" else told[2]
+        if resumed := answer.status == 206:
+            content_range = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", answer.headers.get("Content-Range", ""))
+            if not content_range or int(content_range[1]) != have:
+                part.unlink()  # the server sent another part
+                raise http.client.HTTPException("the server did not continue where it was asked to")
+            total = None if content_range[2] == "*" else content_range[2]
         if total is not None and total.isdigit() and int(total) != size:
-            raise UserError(f"{address}: has {int(total):,} bytes and not {size:,}: not the official file")
+            raise UserError(f"{address}: has {int(total):,} bytes instead of {size:,}: not the official file")
         try:
-            if told := answer.headers.get("ETag") or answer.headers.get("Last-Modified"):
-                version.write_text(told, encoding="utf-8")
-            with part.open("ab" if goes_on else "wb") as file:
+            if tag := answer.headers.get("ETag") or answer.headers.get("Last-Modified"):
+                version.write_text(tag, encoding="utf-8")
+            with part.open("ab" if resumed else "wb") as file:
                 progress.n = file.tell()
                 while chunk := answer.read(CHUNK):
                     if file.tell() + len(chunk) > size:
@@ -224,7 +225,7 @@ def write(file, chunk: bytes, name: Path) -> None:
 
 
 def version_of(part: Path) -> Path:
-    """The file that keeps what the server calls this version of the archive."""
+    """The file that holds the server's name of this version of the archive."""
     return part.with_suffix(".version")
 
 
@@ -238,30 +239,30 @@ def md5(file: Path) -> str:
 
 
 def unpack(file: Path, folder: Path, holds: dict[str, int]) -> None:
-    """Put what `holds` names of a zip file into `folder`: each of them whole, or not at all.
+    """Unpack the files and folders in `holds` into `folder`, each completely or not at all.
 
-    UserError, with nothing unpacked, where an entry would leave the folder (an absolute path, "..", a link) or the disk
-    has no room for what the entries say they hold.
+    Raises UserError, with nothing unpacked, if an entry would leave the folder (an absolute path, "..", a link) or the
+    disk lacks room for the sizes that the entries state.
     """
     beside = folder / f".{file.stem}.unpacking"
-    shutil.rmtree(beside, ignore_errors=True)  # of an earlier attempt
+    shutil.rmtree(beside, ignore_errors=True)  # from an earlier attempt
     try:
         with zipfile.ZipFile(file) as archive:
             for entry in archive.infolist():
                 check_entry(file, entry)
-            entries = [one for one in archive.infolist() if not one.is_dir() and is_within(one.filename, holds)]
-            check_space(folder, sum(one.file_size for one in entries))
+            entries = [entry for entry in archive.infolist() if not entry.is_dir() and is_within(entry.filename, holds)]
+            check_space(folder, sum(entry.file_size for entry in entries))
             for entry in tqdm(entries, desc=f"unpacking {file.name}", unit="file"):
                 archive.extract(entry, beside)
         for name, count in holds.items():
-            found = sum(1 for one in entries if is_within(one.filename, [name]))
-            if found != count:
-                raise UserError(f"{file}: holds {found:,} files of {name}, and not {count:,}: not the official file")
+            files = sum(1 for entry in entries if is_within(entry.filename, [name]))
+            if files != count:
+                raise UserError(f"{file}: holds {files:,} files of {name} instead of {count:,}: not the official file")
         for name in holds:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(beside / name, folder / name)
     except (zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, EOFError) as error:
-        raise UserError(f"{file}: cannot be unpacked ({error}); remove it to have it downloaded again") from None
+        raise UserError(f"{file}: cannot be unpacked ({error}); delete it to download it again") from None
     except OSError as error:
         fail(error, folder)
     finally:
@@ -269,11 +270,13 @@ def unpack(file: Path, folder: Path, holds: dict[str, int]) -> None:
 
 
 def check_entry(file: Path, entry: zipfile.ZipInfo) -> None:
-    """UserError where an entry of a zip file is not a plain file or folder below where it is unpacked."""
+    """Raise UserError if an entry of a zip file is a link or would leave the folder."""
     name = entry.filename
     outside = PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor or ".." in re.split(r"[/\\]", name)
     if outside or stat.S_ISLNK(entry.external_attr >> 16):
-        raise UserError(f"{file}: its entry {name!r} would leave the folder; nothing was unpacked, do not trust it")
+        raise UserError(
+            f"{file}: its entry {name!r} would leave the folder; nothing was unpacked, do not trust this file"
+        )
 
 
 def is_within(name: str, places) -> bool:
@@ -281,7 +284,7 @@ def is_within(name: str, places) -> bool:
 
 
 def fail(error: OSError, where: Path) -> NoReturn:
-    advice = "make room, and give the same command again" if error.errno == errno.ENOSPC else "give another --output"
+    advice = "make room and run the same command again" if error.errno == errno.ENOSPC else "give another --output"
     raise UserError(f"{where}: cannot be written ({error.strerror}); {advice}") from None
 
 

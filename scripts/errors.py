@@ -1,58 +1,60 @@
-"""What a trained model does wrong, on one page with pictures.
+"""Show what a trained model does wrong, on one page with pictures.
 
     python scripts/errors.py --checkpoint runs/mine/best.pt [--data annotations.json images/] [--output errors.html]
 
-On the page are AP by class, what each kind of error costs (classification, localisation, both, duplicate, background,
-missed: TIDE's kinds), precision against recall, how far the scores can be believed, which classes are taken for which,
-and the images with the most errors, drawn. Confusion, pictures and counts are of the detections that reach the best
-score threshold of their class, which the run's last evaluation has found (0.3 where it found none); all else is of all.
+The page has AP by class, the cost of each kind of error (TIDE's: classification, localisation, both, duplicate,
+background, missed), precision against recall, the calibration of the scores, the confusion matrix, and the images
+with the most errors. Confusion, pictures and counts use the detections above the best score threshold of their class,
+from the run's last evaluation (0.3 if it found none). Everything else uses all detections.
 
-The model is run as eval.py runs it, on its validation set or --data; --detections takes a detections.json instead.
+The model runs as in eval.py, on its validation set or on --data. With --detections, a detections.json is used instead.
 """
 
 import argparse
 import json
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
-
-# Started as a file, Python puts scripts/ on the path and not the repository that holds `detector`.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from data.analysis import IGNORED, KINDS, MISSED, RIGHT, Judged, confusion, costs, judge
+from data.analysis import IGNORED, KINDS, MISSED, RIGHT, ImageErrors, classify_errors, confusion, costs
+from data.assemble import open_dataset
 from data.coco import CocoDataset
-from data.coco_eval import coco_results, from_coco_results, score
+from data.coco_eval import score
+from data.coco_results import coco_results, from_coco_results
 from data.draw import draw_boxes
 from data.images import read_image
-from data.matches import Matches, calibration_error, match, precision_recall, reliability
+from data.matches import Outcomes, calibration_error, match, precision_recall, reliability
 from detector import checkpoint
 from detector.device import keep_freed_memory, pick_device
 from detector.errors import UserError, run_main
 from detector.inference import UNKNOWN_THRESHOLD
-from eval import detect, open_dataset
-from scripts import page, result
+from eval import detect
+from scripts.comparison import page, result
 
 COLOURS = {RIGHT: "#2ca02c", IGNORED: "#7f7f7f", "classification": "#e377c2", "localisation": "#ff7f0e"}
 COLOURS |= {"both": "#8c564b", "duplicate": "#17becf", "background": "#d62728", MISSED: "#1f77b4"}
-CURVES = 10  # classes whose curve is drawn: the worst
-NUMBERED = 20  # classes up to which the confusion matrix has its numbers
-LONG = 24  # letters of a name beside it
-SIDE = 800  # pixels of a picture's longer side, at least
+CURVES = 10  # how many classes get a curve: the worst
+NUMBERED = 20  # up to so many classes, the confusion matrix shows numbers
+LONG = 24  # longest class name beside it, in letters
+SIDE = 800  # pixels: smaller pictures are enlarged to this longer side
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, metavar="FILE")
-    parser.add_argument("--data", nargs=2, metavar=("ANNOTATIONS", "IMAGES"), help="not the run's validation set")
-    parser.add_argument("--detections", type=Path, metavar="FILE", help="what was found, in COCO's results format")
+    parser.add_argument(
+        "--data", nargs=2, metavar=("ANNOTATIONS", "IMAGES"), help="use this data instead of the run's validation set"
+    )
+    parser.add_argument(
+        "--detections", type=Path, metavar="FILE", help="use these detections, in COCO's results format"
+    )
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: errors.html beside the checkpoint")
-    parser.add_argument("--images", type=int, default=12, metavar="N", help="pictures (12)")
+    parser.add_argument("--images", type=int, default=12, metavar="N", help="number of pictures (default: 12)")
     args = parser.parse_args(argv)
     if args.images < 0:
         raise UserError(f"--images {args.images}: give 0 or more")
@@ -63,26 +65,22 @@ def main(argv: list[str] | None = None) -> None:
     model, cfg = checkpoint.build_model(content, args.checkpoint)
     dataset = open_dataset(args.checkpoint, content, cfg, args.data)
     if args.detections:
-        given = result.parse(args.detections, json.loads, "give what eval.py or train.py wrote", kind=list)
+        given = result.parse(args.detections, json.loads, "give a file that eval.py or train.py wrote", kind=list)
         try:
             detections = from_coco_results(given, dataset.image_ids, dataset.category_ids)
         except UserError as error:
             raise UserError(f"{args.detections}: {error}") from None
     else:
         device = pick_device(cfg.device)
-        if device.type == "cpu":
-            keep_freed_memory()
+        keep_freed_memory(device)
         detections = detect(model, cfg, dataset, device)
     try:
         metrics = score(dataset.annotations, detections, dataset.category_ids)
     except FloatingPointError as error:
         raise UserError(f"{args.detections or args.checkpoint}: {error}") from None
     results = coco_results(detections, dataset.category_ids)
-    known = content.get("score_thresholds") or [-1.0] * len(dataset.category_ids)
-    thresholds = {
-        category: UNKNOWN_THRESHOLD if value < 0 else value for category, value in zip(dataset.category_ids, known)
-    }
-    sure = [one for one in results if one["score"] >= thresholds[one["category_id"]]]
+    thresholds = dict(zip(dataset.category_ids, checkpoint.score_thresholds(content, UNKNOWN_THRESHOLD)))
+    sure = [entry for entry in results if entry["score"] >= thresholds[entry["category_id"]]]
     judged = judge_all(dataset, sure)
     matches = match(dataset.annotations, results)
     lost = costs(dataset.annotations, results)
@@ -93,8 +91,8 @@ def main(argv: list[str] | None = None) -> None:
         ("By class", [by_class(metrics)]),
         ("What the errors cost", kinds(judged, lost)),
         ("Precision and recall", [page.row(curves(matches, names))]),
-        ("Can the scores be believed?", [page.row([page.figure(calibration(matches), told(matches))])]),
-        ("Which classes are taken for which", confused(dataset, sure)),
+        ("Calibration of the scores", [page.row([page.figure(calibration(matches), calibration_in_words(matches))])]),
+        ("Which classes are confused", confused(dataset, sure)),
         ("The images with the most errors", pictures(dataset, sure, judged, args.images)),
     ]
     page.write(target, f"Errors of {args.checkpoint}", sections)
@@ -102,10 +100,10 @@ def main(argv: list[str] | None = None) -> None:
     print(f"written: {target}")
 
 
-def summary(dataset: CocoDataset, metrics: dict, matches: Matches) -> str:
+def summary(dataset: CocoDataset, metrics: dict, matches: Outcomes) -> str:
     numbers = ", ".join(f"{key} {percent(metrics[key])}" for key in ("AP", "AP50", "AP75", "APs", "APm", "APl"))
-    believed = calibration_error(matches)
-    calibrated = f"; calibration error {believed:.3f}" if believed >= 0 else ""
+    error = calibration_error(matches)
+    calibrated = f"; calibration error {error:.3f}" if error >= 0 else ""
     return f"{dataset.path}: {len(dataset)} images, {dataset.num_boxes} boxes; {numbers}{calibrated}"
 
 
@@ -113,16 +111,16 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f}" if value >= 0 else "-"
 
 
-def judge_all(dataset: CocoDataset, sure: list[dict]) -> dict[int, Judged]:
-    """By image id, of detections that are shown."""
+def judge_all(dataset: CocoDataset, sure: list[dict]) -> dict[int, ImageErrors]:
+    """The errors among the detections that are shown, by image id."""
     truth = by_image(dataset, dataset.annotations.document()["annotations"])
-    return {image: judge(truth[image], found) for image, found in by_image(dataset, sure).items()}
+    return {image: classify_errors(truth[image], found) for image, found in by_image(dataset, sure).items()}
 
 
 def by_image(dataset: CocoDataset, entries: list[dict]) -> dict[int, list[dict]]:
     grouped: dict[int, list[dict]] = {image: [] for image in dataset.image_ids}
-    for one in entries:
-        grouped[one["image_id"]].append(one)
+    for entry in entries:
+        grouped[entry["image_id"]].append(entry)
     return grouped
 
 
@@ -130,42 +128,42 @@ def by_class(metrics: dict) -> str:
     lines = [
         (
             name,
-            one["boxes"],
-            *(percent(one[key]) for key in ("AP", "AP50", "AP75", "AR100")),
-            "-" if one["threshold"] < 0 else f"{one['threshold']:.2f}",
+            numbers["boxes"],
+            *(percent(numbers[key]) for key in ("AP", "AP50", "AP75", "AR100")),
+            "-" if numbers["threshold"] < 0 else f"{numbers['threshold']:.2f}",
         )
-        for name, one in sorted(metrics["per_class"].items(), key=lambda item: item[1]["AP"])
+        for name, numbers in sorted(metrics["per_class"].items(), key=lambda item: item[1]["AP"])
     ]
     return page.table(("class", "boxes", "AP", "AP50", "AP75", "AR100", "best threshold"), lines)
 
 
-def kinds(judged: dict[int, Judged], lost: dict[str, float] | None) -> list[str]:
+def kinds(judged: dict[int, ImageErrors], lost: dict[str, float] | None) -> list[str]:
     counts = Counter(kind for one in judged.values() for kind in one.kinds)
     counts[MISSED] = sum(len(one.missed) for one in judged.values())
     cost = {kind: f"{100 * lost[kind]:.1f}" if lost else "-" for kind in KINDS}
-    table = page.table(("kind of error", "AP50 it costs", "how many"), [(k, cost[k], counts[k]) for k in KINDS])
-    words = f"{counts[RIGHT]} detections are right. What a kind costs is what would be won were it mended alone."
+    table = page.table(("kind of error", "AP50 it costs", "count"), [(k, cost[k], counts[k]) for k in KINDS])
+    words = f"{counts[RIGHT]} detections are right. The cost of a kind is the AP50 gained if only this kind were fixed."
     if not lost:
-        return [page.text(words + " To know the costs, pip install hotcoco."), table]
+        return [page.text(words + " To see the costs, pip install hotcoco."), table]
     plot, axis = plt.subplots(figsize=page.FIGURE, layout="constrained")
     axis.barh(KINDS[::-1], [100 * lost[kind] for kind in KINDS[::-1]], color=[COLOURS[kind] for kind in KINDS[::-1]])
     axis.set_xlabel("AP50, percent")
     return [page.text(words), table, page.figure(plot, "AP50 that each kind of error costs")]
 
 
-def curves(matches: Matches, names: dict[int, str]) -> list[str]:
-    """Of the worst classes, at an IoU of 0.5 and of 0.75."""
+def curves(matches: Outcomes, names: dict[int, str]) -> list[str]:
+    """Precision against recall of the worst classes, at IoUs of 0.5 and 0.75."""
     drawn = []
     for index, iou in ((0, 0.5), (5, 0.75)):
         of_class = []
-        for one, name in zip(matches.classes, (names[key] for key in sorted(names))):
-            if one.truth.sum():
-                precision, recall = precision_recall(one, index)
+        for class_matches, name in zip(matches.classes, (names[key] for key in sorted(names))):
+            if class_matches.truth.sum():
+                precision, recall = precision_recall(class_matches, index)
                 of_class.append(
                     (float(np.trapezoid(precision, recall)) if len(recall) else 0.0, name, precision, recall)
                 )
         plot, axis = plt.subplots(figsize=page.FIGURE, layout="constrained")
-        for _, name, precision, recall in sorted(of_class, key=lambda one: one[0])[:CURVES]:
+        for _, name, precision, recall in sorted(of_class, key=lambda curve: curve[0])[:CURVES]:
             axis.plot(recall, precision, label=page.label(name))
         axis.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
         if of_class:
@@ -175,12 +173,12 @@ def curves(matches: Matches, names: dict[int, str]) -> list[str]:
     return drawn
 
 
-def calibration(matches: Matches) -> Figure:
+def calibration(matches: Outcomes) -> Figure:
     counts, scores, right = reliability(matches)
-    there = counts > 0
+    filled = counts > 0
     plot, axis = plt.subplots(figsize=page.FIGURE, layout="constrained")
     axis.plot([0, 1], [0, 1], color="#7f7f7f", linewidth=1)
-    axis.plot(scores[there] / counts[there], right[there] / counts[there], "o-", color="#1f77b4")
+    axis.plot(scores[filled] / counts[filled], right[filled] / counts[filled], "o-", color="#1f77b4")
     axis.set(xlabel="mean score", ylabel="share that is right (IoU 0.5)", xlim=(0, 1), ylim=(0, 1))
     beside = axis.twinx()
     middles = (np.arange(len(counts)) + 0.5) / len(counts)
@@ -189,18 +187,18 @@ def calibration(matches: Matches) -> Figure:
     return plot
 
 
-def told(matches: Matches) -> str:
+def calibration_in_words(matches: Outcomes) -> str:
     error = calibration_error(matches)
     if error < 0:
-        return "There are no detections to tell."
-    return f"On the line, a score is the probability of being right. Expected calibration error {error:.3f}."
+        return "There are no detections."
+    return f"On the line, a score equals the share that is right. Expected calibration error {error:.3f}."
 
 
 def confused(dataset: CocoDataset, sure: list[dict]) -> list[str]:
-    found = confusion(dataset.annotations, sure)
-    if found is None:
-        return [page.text("Nothing is shown: it needs hotcoco (pip install hotcoco) and detections.")]
-    matrix, names = found
+    result = confusion(dataset.annotations, sure)
+    if result is None:
+        return [page.text("The confusion matrix needs hotcoco (pip install hotcoco) and detections.")]
+    matrix, names = result
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     side = min(12, max(page.FIGURE[0], 1.2 + 0.32 * len(names)))
     plot, axis = plt.subplots(figsize=(side, side * 0.85), layout="constrained")
@@ -209,49 +207,51 @@ def confused(dataset: CocoDataset, sure: list[dict]) -> list[str]:
     short = [name if len(name) <= LONG else f"{name[: LONG - 1]}…" for name in names]
     axis.set_xticks(range(len(names)), short, rotation=90, fontsize=size)
     axis.set_yticks(range(len(names)), short, fontsize=size)
-    axis.set(xlabel="found as", ylabel="is")
+    axis.set(xlabel="detected as", ylabel="labelled as")
     if len(names) <= NUMBERED:
         for row, column in np.argwhere(matrix > 0):
             shade = "white" if share[row, column] > 0.5 else "black"
             axis.text(column, row, matrix[row, column], ha="center", va="center", fontsize=7, color=shade)
-    words = "Rows are what is there, columns what it was found as; shades are shares of the row. "
-    return [page.figure(plot, words + "Background as a row: found where nothing is; as a column: not found.")]
+    words = "Rows are labels, columns are detections; shades are shares of the row. "
+    return [
+        page.figure(plot, words + "Background row: detections without an object. Background column: missed objects.")
+    ]
 
 
-def pictures(dataset: CocoDataset, sure: list[dict], judged: dict[int, Judged], count: int) -> list[str]:
-    """The worst images, each box in the colour of what is wrong with it."""
+def pictures(dataset: CocoDataset, sure: list[dict], judged: dict[int, ImageErrors], count: int) -> list[str]:
+    """The images with the most errors, each box in the colour of its kind of error."""
     errors = {
         image: Counter(kind for kind in one.kinds if kind in KINDS) + Counter({MISSED: len(one.missed)})
         for image, one in judged.items()
     }
     worst = sorted((image for image in errors if errors[image]), key=lambda image: -errors[image].total())[:count]
-    truth, found = by_image(dataset, dataset.annotations.document()["annotations"]), by_image(dataset, sure)
+    truth, detections = by_image(dataset, dataset.annotations.document()["annotations"]), by_image(dataset, sure)
     names = dataset.annotations.names
-    place = {image: number for number, image in enumerate(dataset.image_ids)}
+    index_of = {image: index for index, image in enumerate(dataset.image_ids)}
     shown = []
     for image in worst:
-        number = place[image]
+        number = index_of[image]
         pixels = torch.from_numpy(read_image(dataset.folder / dataset.file_names[number], dataset.sizes[number]))
         pixels = pixels.permute(2, 0, 1)
-        zoom = max(1.0, SIDE / max(pixels.shape[1:]))  # captions of a small image would cover it
+        zoom = max(1.0, SIDE / max(pixels.shape[1:]))  # on a small image the captions would hide it
         if zoom > 1:
             size = [round(side * zoom) for side in pixels.shape[1:]]
             pixels = torch.nn.functional.interpolate(pixels[None].float(), size=size, mode="bilinear")[0].byte()
-        drawn = [(kind, one, f"{one['score']:.2f}") for kind, one in zip(judged[image].kinds, found[image])]
+        drawn = [(kind, box, f"{box['score']:.2f}") for kind, box in zip(judged[image].kinds, detections[image])]
         drawn += [(MISSED, truth[image][missed], "") for missed in judged[image].missed]
-        for kind in COLOURS:  # what is right first, beneath
-            own = [(one, names[one["category_id"]] + " " + text) for what, one, text in drawn if what == kind]
-            pixels = draw_boxes(pixels, xyxy(own) * zoom, [text.strip() for _, text in own], COLOURS[kind])
+        for kind in COLOURS:  # right boxes first, beneath the others
+            boxes = [(box, names[box["category_id"]] + " " + text) for of_kind, box, text in drawn if of_kind == kind]
+            pixels = draw_boxes(pixels, xyxy(boxes) * zoom, [text.strip() for _, text in boxes], COLOURS[kind])
         words = ", ".join(f"{number} {kind}" for kind, number in errors[image].most_common())
         shown.append(page.photo(pixels.permute(1, 2, 0).numpy(), f"{dataset.file_names[number]}: {words}", "plot"))
     if not shown:
-        return [page.text("No errors among the detections that are shown.")]
+        return [page.text("No errors among these detections.")]
     legend = "".join(f'<li style="color:{colour}">{kind}</li>' for kind, colour in COLOURS.items() if kind != IGNORED)
     return [f"<ul>{legend}</ul>", page.row(shown)]
 
 
 def xyxy(boxes: list[tuple[dict[str, Any], str]]) -> torch.Tensor:
-    sides = torch.tensor([one["bbox"] for one, _ in boxes], dtype=torch.float32).reshape(-1, 4)
+    sides = torch.tensor([box["bbox"] for box, _ in boxes], dtype=torch.float32).reshape(-1, 4)
     return torch.cat([sides[:, :2], sides[:, :2] + sides[:, 2:]], dim=1)
 
 

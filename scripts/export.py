@@ -1,35 +1,28 @@
-"""A trained model as one ONNX file, checked against PyTorch before it is called done.
+"""Export a trained model as one ONNX file, and check it against PyTorch.
 
     python scripts/export.py --checkpoint runs/mine/best.pt --format onnx [--output mine.onnx]
-    python scripts/run_onnx.py mine.onnx photo.jpg        uses it, without torch
+    python scripts/run_onnx.py mine.onnx photo.jpg        runs it without torch
 
-Any number of images, all of one size, and any size. Images are resized before: the rule is in the file's metadata, and
-scripts/run_onnx.py has it in two lines. By choice are inside or outside
+The model takes any number of images of one size, which may be any size. Resize them first: the rule is in the file's
+metadata, and takes two lines in scripts/run_onnx.py. You choose what is inside the graph:
 
     --preprocessing  inside: images (B, H, W, 3) uint8 RGB, normalised and padded in the graph
                      outside: images (B, 3, H, W) float32, normalised by the metadata's mean and std, H and W multiples
                      of 32
     --nms            inside: boxes (D, 4) x1, y1, x2, y2 in pixels of the input, scores (D,), labels (D,) and
-                     image (D,), which image each is of, best first; as evaluation has them
+                     image (D,), the index of its image; best first, as in evaluation
                      outside: boxes (B, A, 4) and scores (B, A, C) of all anchors
 
 The check runs PyTorch and onnxruntime, both in float32, on --images real images (20) of the checkpoint's validation
-set, or of --data, and asks for the same boxes within 0.05 pixels and the same scores within 0.0001. A file that fails
-it is not kept.
+set or of --data. Boxes must agree within 0.05 pixels and scores within 0.0001, otherwise the file is not kept.
 """
 
 import argparse
-import contextlib
 import json
 import math
-import os
-import sys
 import time
 import warnings
 from pathlib import Path
-
-# Started as a file, Python puts scripts/ on the path and not the repository that holds `detector`.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
@@ -37,20 +30,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from data.assemble import open_dataset
 from data.coco import CocoDataset
-from detector import assemble, checkpoint
+from detector import assemble, atomic, checkpoint
 from detector.device import keep_freed_memory
 from detector.errors import UserError, run_main
-from detector.inference import MULTIPLE
 from detector.model import MEAN, STD, RetinaNet
 from detector.postprocess import Postprocess
+from detector.resize import STRIDE
 from detector.structures import Predictions
-from eval import open_dataset
 
-PIXELS, SCORE = 0.05, 1e-4  # how far a box and a score may differ
+PIXELS, SCORE = 0.05, 1e-4  # tolerances of boxes and scores
 TIMED = 10  # images
-# What comes before the network where preprocessing is inside. Traced with it, each size in the network would be an
-# expression of the size before padding, which takes torch.export ten times as long.
+# Comes before the network if preprocessing is inside. If torch.export traced it too, each size in the network would be
+# an expression of the size before padding, and the export would take several times as long.
 HEAD = """
 <ir_version: {ir}, opset_import: ["" : {opset}]>
 head (uint8[B, h, w, 3] images) => (float[B, 3, H, W] pixels, float[2] size) {{
@@ -70,7 +63,7 @@ head (uint8[B, h, w, 3] images) => (float[B, 3, H, W] pixels, float[2] size) {{
   size = Cast <to = 1> (image_sides)
 }}
 """
-# What follows the network where NMS is inside. `kept` is where a detection's rank in its image is below the limit.
+# Follows the network if NMS is inside. `kept` are the detections whose rank in their image is below the limit.
 TAIL = """
 <ir_version: {ir}, opset_import: ["" : {opset}]>
 tail (float[B, A, C] all_scores, float[B, A, 4] all_boxes)
@@ -126,8 +119,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: beside the checkpoint, .onnx")
     parser.add_argument("--preprocessing", choices=["inside", "outside"], default="inside")
     parser.add_argument("--nms", choices=["inside", "outside"], default="inside")
-    parser.add_argument("--data", nargs=2, metavar=("ANNOTATIONS", "IMAGES"), help="to check it on")
-    parser.add_argument("--images", type=int, default=20, metavar="N", help="to check it on (20)")
+    parser.add_argument(
+        "--data",
+        nargs=2,
+        metavar=("ANNOTATIONS", "IMAGES"),
+        help="check on this data instead of the run's validation set",
+    )
+    parser.add_argument("--images", type=int, default=20, metavar="N", help="number of images to check (default: 20)")
     args = parser.parse_args(argv)
     if args.images < 1:
         raise UserError(f"--images {args.images}: give at least 1")
@@ -146,11 +144,10 @@ def main(argv: list[str] | None = None) -> None:
     exported = Exported(
         model.eval(), postprocess, preprocessing=args.preprocessing == "inside", nms=args.nms == "inside"
     )
-    thresholds = content.get("score_thresholds") or [-1.0] * len(content["category_ids"])
     about = {
-        "class_names": content["class_names"] or [f"category {one}" for one in content["category_ids"]],
+        "class_names": checkpoint.class_names(content),
         "category_ids": content["category_ids"],
-        "score_thresholds": thresholds,
+        "score_thresholds": checkpoint.score_thresholds(content),
         "short_side": cfg.data.short_side,
         "long_side": cfg.data.long_side,
         "mean": MEAN,
@@ -161,25 +158,21 @@ def main(argv: list[str] | None = None) -> None:
     target = args.output or Path(args.checkpoint).with_suffix(".onnx")
     if target.is_dir():
         raise UserError(f"--output {target}: is a folder; give the name of a file, such as {target / 'mine.onnx'}")
-    beside = target.with_name(target.name + ".tmp")
     print(f"exporting {args.checkpoint}, which takes a minute", flush=True)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        beside.touch()  # where it cannot be written, that is said before the minute
-        graph = to_onnx(exported, about)
-        onnx.save(graph, beside)
-        session = onnxruntime.InferenceSession(str(beside), providers=["CPUExecutionProvider"])
-        worst = check(exported, session, dataset, args.images)
-        os.replace(beside, target)
+        with atomic.replacing(target) as beside:
+            beside.touch()  # fails now, not after a minute, if it cannot be written
+            graph = to_onnx(exported, about)
+            onnx.save(graph, beside)
+            session = onnxruntime.InferenceSession(str(beside), providers=["CPUExecutionProvider"])
+            worst = check(exported, session, dataset, args.images)
     except OSError as error:
         raise UserError(f"--output {target}: cannot be written ({error.strerror or error})") from None
-    finally:
-        with contextlib.suppress(OSError):
-            beside.unlink()
     print(
         f"{target}: {target.stat().st_size / 1e6:.1f} MB, opset {graph.opset_import[0].version}; {worst['boxes']} "
-        f"boxes of {worst['images']} images as PyTorch has them, the worst {worst['pixels']:.4f} pixels and "
-        f"{worst['score']:.6f} in score off"
+        f"boxes of {worst['images']} images agree with PyTorch, at worst within {worst['pixels']:.4f} pixels and a "
+        f"score of {worst['score']:.6f}"
     )
     speed(exported, session, dataset)
 
@@ -187,7 +180,7 @@ def main(argv: list[str] | None = None) -> None:
 class Exported(nn.Module):
     """The detector as one function of tensors; returns (boxes (B, A, 4), scores (B, A, C)).
 
-    With `nms` scores are 0 in cells that evaluation would not give to NMS: all but the `top_k` best of each level.
+    With `nms`, scores are 0 in cells that evaluation would not pass to NMS: all but the `top_k` best of each level.
     """
 
     def __init__(self, model: RetinaNet, postprocess: Postprocess, *, preprocessing: bool, nms: bool):
@@ -196,7 +189,7 @@ class Exported(nn.Module):
         self.preprocessing, self.nms = preprocessing, nms
 
     def forward(self, pixels: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Of normalised images, padded to multiples of 32; `size` is their (height, width) before, where that differs.
+        """Of normalised images, padded to multiples of 32. `size`: their (height, width) before padding, if it differs.
 
         With `preprocessing`, HEAD makes both from the images.
         """
@@ -212,7 +205,7 @@ class Exported(nn.Module):
         return boxes, scores
 
     def predictions(self, images: Tensor) -> Predictions:
-        """As RetinaNet.forward, of normalised images and with anchors that are part of the graph."""
+        """Like RetinaNet.forward, but for normalised images and with the anchors inside the graph."""
         levels = self.model.fpn(self.model.backbone(images))
         logits, deltas = self.model.head(levels)
         grids = [(level.shape[-2], level.shape[-1]) for level in levels]
@@ -221,27 +214,27 @@ class Exported(nn.Module):
         return Predictions(logits, deltas, anchors.to(deltas.device), counts)
 
     def best_of(self, scores: Tensor) -> Tensor:
-        """Scores (B, a, C) of a level, 0 below the `top_k`-th of each image."""
+        """Scores (B, a, C) of a level, set to 0 below the `top_k`-th of each image."""
         flat = scores.flatten(1)
-        filled = F.pad(flat, (0, self.postprocess.top_k))  # small levels have fewer
+        filled = F.pad(flat, (0, self.postprocess.top_k))  # small levels have fewer scores
         least = filled.topk(self.postprocess.top_k).values[:, -1, None, None]
         return torch.where(scores >= least, scores, 0)
 
 
 def to_onnx(exported: Exported, about: dict):
-    """The graph, an onnx.ModelProto with `about` in its metadata."""
+    """The graph as an onnx.ModelProto with `about` in its metadata."""
     import onnx
 
     dynamic = torch.export.Dim.DYNAMIC
-    # No side is a multiple of another, so that none is taken for a constant.
-    example = [torch.zeros(2, 3, 5 * MULTIPLE, 7 * MULTIPLE)]
+    # No side is a multiple of another, so the exporter takes none for a constant.
+    example = [torch.zeros(2, 3, 5 * STRIDE, 7 * STRIDE)]
     inputs, free = ["images"], [{0: dynamic, 2: dynamic, 3: dynamic}]
     if exported.preprocessing:
-        example.append(torch.tensor([5.0 * MULTIPLE, 7.0 * MULTIPLE]))
+        example.append(torch.tensor([5.0 * STRIDE, 7.0 * STRIDE]))
         inputs, free = ["pixels", "size"], [*free, None]
     names = ["all_boxes", "all_scores"] if exported.nms else ["boxes", "scores"]
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # of the exporter, about itself
+        warnings.simplefilter("ignore")  # the exporter warns about itself
         program = torch.onnx.export(
             exported,
             tuple(example),
@@ -256,7 +249,7 @@ def to_onnx(exported: Exported, about: dict):
     version = {"ir": graph.ir_version, "opset": graph.opset_import[0].version}
     if exported.preprocessing:
         mean, std = (", ".join(map(str, values)) for values in (MEAN, STD))
-        head = onnx.parser.parse_model(HEAD.format(**version, mean=mean, std=std, multiple=MULTIPLE))
+        head = onnx.parser.parse_model(HEAD.format(**version, mean=mean, std=std, multiple=STRIDE))
         graph = onnx.compose.merge_models(head, graph, io_map=[(name, name) for name in inputs])
     if exported.nms:
         after = exported.postprocess
@@ -275,7 +268,7 @@ def to_onnx(exported: Exported, about: dict):
 
 
 def images_of(exported: Exported, dataset: CocoDataset, count: int):
-    """Images as the graph takes them, (1, ...) each: spread over the set, as evaluation resizes them."""
+    """Inputs of the graph, (1, ...) each: images spread over the set, resized as in evaluation."""
     count = min(count, len(dataset))
     for number in range(count):
         image = dataset[number * len(dataset) // count][0]  # (3, h, w) uint8
@@ -283,42 +276,42 @@ def images_of(exported: Exported, dataset: CocoDataset, count: int):
             yield image.permute(1, 2, 0)[None].contiguous().numpy()
         else:
             pixels = (image.float() - exported.model.mean) / exported.model.std
-            padding = (0, -image.shape[2] % MULTIPLE, 0, -image.shape[1] % MULTIPLE)
+            padding = (0, -image.shape[2] % STRIDE, 0, -image.shape[1] % STRIDE)
             yield F.pad(pixels, padding)[None].numpy()
 
 
 @torch.no_grad()
 def reference(exported: Exported, images: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Boxes, scores and labels of each image, by the code of evaluation."""
+    """Boxes, scores and labels of each image from the code that evaluation uses."""
     pixels = torch.from_numpy(images)
     if exported.preprocessing:
         size = tuple(images.shape[1:3])
         pixels = pixels.permute(0, 3, 1, 2)
-        pixels = F.pad(pixels, (0, -size[1] % MULTIPLE, 0, -size[0] % MULTIPLE))
+        pixels = F.pad(pixels, (0, -size[1] % STRIDE, 0, -size[0] % STRIDE))
         predictions = exported.model(pixels, [size] * len(images))
     else:
         size = tuple(images.shape[2:])
         predictions = exported.predictions(pixels)
-    found = exported.postprocess(predictions, [size] * len(images))
-    return [tuple(value.numpy() for value in one) for one in found]
+    detections = exported.postprocess(predictions, [size] * len(images))
+    return [tuple(value.numpy() for value in of_image) for of_image in detections]
 
 
-def found_by(exported: Exported, session, images: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """The same by onnxruntime; where NMS is outside, by the project's own from the graph's boxes and scores."""
+def onnx_detections(exported: Exported, session, images: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """The same from onnxruntime. If NMS is outside the graph, this project's NMS follows."""
     outputs = session.run(None, {"images": images})
     by_name = {output.name: value for output, value in zip(session.get_outputs(), outputs)}
     boxes, scores = by_name["boxes"], by_name["scores"]
     if exported.nms:
-        of = [by_name["image"] == number for number in range(len(images))]
-        return [(boxes[own], scores[own], by_name["labels"][own]) for own in of]
+        masks = [by_name["image"] == index for index in range(len(images))]
+        return [(boxes[mask], scores[mask], by_name["labels"][mask]) for mask in masks]
     after = exported.postprocess
-    found = []
-    for one_boxes, one_scores in zip(boxes, scores):
-        anchor, label = np.nonzero(one_scores > after.score_threshold)
-        score, box = one_scores[anchor, label], one_boxes[anchor]
+    detections = []
+    for of_image, scores_of_image in zip(boxes, scores):
+        anchor, label = np.nonzero(scores_of_image > after.score_threshold)
+        score, box = scores_of_image[anchor, label], of_image[anchor]
         keep = box_nms(box, score, label, after.nms_iou)[: after.max_detections]
-        found.append((box[keep], score[keep], label[keep]))
-    return found
+        detections.append((box[keep], score[keep], label[keep]))
+    return detections
 
 
 def box_nms(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, iou: float) -> np.ndarray:
@@ -328,25 +321,25 @@ def box_nms(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, iou: floa
 
 
 def check(exported: Exported, session, dataset: CocoDataset, count: int) -> dict[str, float]:
-    """The worst differences over real images, one at a time and two at once; UserError where one is too large."""
+    """The worst differences over real images, one and two at a time. Raises UserError if one is too large."""
     worst = {"images": 0, "boxes": 0, "pixels": 0.0, "score": 0.0}
     for images in tqdm(images_of(exported, dataset, count), total=min(count, len(dataset)), unit="image"):
-        # Beside it the same image upside down, and turned: a batch, and another size.
+        # Also a batch with the same image upside down, and another size: the image transposed.
         turned = images.transpose(0, 2, 1, 3) if exported.preprocessing else images.transpose(0, 1, 3, 2)
         pair = np.concatenate([images, images[:, ::-1] if exported.preprocessing else images[:, :, ::-1]])
         for batch in (images, pair, np.ascontiguousarray(turned)):
-            for theirs, ours in zip(reference(exported, batch), found_by(exported, session, batch), strict=True):
+            for theirs, ours in zip(reference(exported, batch), onnx_detections(exported, session, batch), strict=True):
                 compare(theirs, ours, exported.postprocess, worst)
         worst["images"] += 1
     return worst
 
 
 def compare(theirs: tuple, ours: tuple, after: Postprocess, worst: dict[str, float]) -> None:
-    """Match two sets of detections; UserError where one has what the other lacks."""
-    # What is on the edge of being shown may be on either side of it.
+    """Match two sets of detections. Raises UserError if one has a detection that the other lacks."""
+    # A score at the threshold may fall on either side of it.
     edge = after.score_threshold + SCORE
     if max(len(theirs[0]), len(ours[0])) >= after.max_detections:
-        edge = max(edge, min(one[1].min() for one in (theirs, ours) if len(one[1])) + SCORE)
+        edge = max(edge, min(scores.min() for _, scores, _ in (theirs, ours) if len(scores)) + SCORE)
     free = np.ones(len(ours[0]), bool)
     for box, score, label in zip(*theirs):
         gap = np.abs(ours[0] - box).max(axis=1, initial=0) if len(ours[0]) else np.zeros(0)
@@ -356,8 +349,8 @@ def compare(theirs: tuple, ours: tuple, after: Postprocess, worst: dict[str, flo
             if score > edge:
                 nearest = f"the nearest is {gap[best]:.3f} pixels off" if best >= 0 and gap[best] < math.inf else "none"
                 raise UserError(
-                    f"the export is not the model: PyTorch finds {np.round(box, 2).tolist()} with {score:.5f}, and of"
-                    f" onnxruntime's boxes with that class and score {nearest}; nothing is kept"
+                    f"the export differs from the model: PyTorch finds {np.round(box, 2).tolist()} with {score:.5f}; of"
+                    f" onnxruntime's boxes with that class and score, {nearest}; nothing is kept"
                 )
             continue
         free[best] = False
@@ -366,13 +359,13 @@ def compare(theirs: tuple, ours: tuple, after: Postprocess, worst: dict[str, flo
         worst["score"] = max(worst["score"], float(abs(ours[1][best] - score)))
     if (ours[1][free] > edge).any():
         raise UserError(
-            f"the export is not the model: onnxruntime finds {int((ours[1][free] > edge).sum())} boxes that PyTorch "
-            "does not; nothing is kept"
+            f"the export differs from the model: onnxruntime finds {int((ours[1][free] > edge).sum())} boxes that "
+            "PyTorch does not; nothing is kept"
         )
 
 
 def speed(exported: Exported, session, dataset: CocoDataset) -> None:
-    """Say how many images a second each does, one image at a time and taking turns."""
+    """Print the images per second of each, one image at a time and taking turns."""
     images = list(images_of(exported, dataset, TIMED))
     seconds: dict[str, list[float]] = {"PyTorch": [], "onnxruntime": []}
     for image in (images[0], *images):  # the first warms up
@@ -380,9 +373,9 @@ def speed(exported: Exported, session, dataset: CocoDataset) -> None:
             start = time.perf_counter()
             call(exported, image) if call else session.run(None, {"images": image})
             seconds[name].append(time.perf_counter() - start)
-    told = {name: 1 / float(np.median(taken[1:])) for name, taken in seconds.items()}
-    ratio = told["onnxruntime"] / told["PyTorch"]
-    print(", ".join(f"{name} {value:.2f} images/s" for name, value in told.items()) + f" on the CPU: {ratio:.2f}x")
+    rates = {name: 1 / float(np.median(taken[1:])) for name, taken in seconds.items()}
+    ratio = rates["onnxruntime"] / rates["PyTorch"]
+    print(", ".join(f"{name} {value:.2f} images/s" for name, value in rates.items()) + f" on the CPU: {ratio:.2f}x")
 
 
 if __name__ == "__main__":

@@ -1,42 +1,38 @@
-"""The three figures of the GHM paper, of a trained model on real images.
+"""Draw the three figures of the GHM paper for a trained model on real images.
 
     python scripts/gradients.py --checkpoint runs/coco_ce/best.pt [--data annotations.json images/]
 
 Writes into the checkpoint's folder, or --output:
 
-    gradient_norms.png  how many cells and box coordinates have which gradient norm
-    gradient_class.png  gradient norm that CE, Focal and GHM-C make of a cell's, against CE's own
-    gradient_box.png    the same of smooth L1, ASL1 and GHM-R, against ASL1's
+    gradient_norms.png  histogram of the gradient norms of cells and box coordinates
+    gradient_class.png  gradient norm of a cell under CE, Focal and GHM-C, against that under CE
+    gradient_box.png    the same for smooth L1, ASL1 and GHM-R, against ASL1
 
 Li, Liu, Wang, "Gradient Harmonized Single-stage Detector", AAAI 2019, arXiv 1811.05181, figures 2, 3 and 5. The
-curves of a figure are scaled to one total gradient over the examples shown: a loss weight may scale any of them.
+curves of a figure are scaled to the same total gradient over the examples shown, because loss weights are arbitrary.
 """
 
 import argparse
-import sys
 from pathlib import Path
-
-# Started as a file, Python puts scripts/ on the path and not the repository that holds `detector`.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import matplotlib
 
-matplotlib.use("Agg")  # files only: no window, wherever this runs
+matplotlib.use("Agg")  # draws into files and needs no display
 
 import torch
 from matplotlib import pyplot as plt
 from torch import Tensor
 from tqdm import tqdm
 
+from data.assemble import open_dataset
 from data.loader import eval_loader
 from detector import assemble, checkpoint
 from detector.config import LossPart
-from detector.device import keep_freed_memory, pick_device
+from detector.device import keep_freed_memory, pick_device, place
 from detector.errors import UserError, run_main
 from detector.gradients import MU, Regions, observe
-from eval import open_dataset
 
-FINE = 300  # regions of the figures: a multiple of both numbers below
+FINE = 300  # regions in the figures: a multiple of both numbers below
 CELL_BINS, BOX_BINS = 30, 10  # of GHM-C and GHM-R
 COLOURS = {"CE": "#7f7f7f", "Focal": "#1f77b4", "GHM-C": "#d62728"}
 COLOURS |= {"smooth L1": "#7f7f7f", "ASL1": "#1f77b4", "GHM-R": "#d62728"}
@@ -45,8 +41,10 @@ COLOURS |= {"smooth L1": "#7f7f7f", "ASL1": "#1f77b4", "GHM-R": "#d62728"}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, metavar="FILE")
-    parser.add_argument("--data", nargs=2, metavar=("ANNOTATIONS", "IMAGES"), help="not the run's validation set")
-    parser.add_argument("--images", type=int, default=100, metavar="N", help="the first N images (default 100)")
+    parser.add_argument(
+        "--data", nargs=2, metavar=("ANNOTATIONS", "IMAGES"), help="use this data instead of the run's validation set"
+    )
+    parser.add_argument("--images", type=int, default=100, metavar="N", help="use the first N images (default: 100)")
     parser.add_argument("--output", type=Path, metavar="FOLDER")
     args = parser.parse_args()
     if args.images < 1:
@@ -69,15 +67,14 @@ def main() -> None:
 
 
 def measure(source: str, data: list[str] | None, count: int) -> tuple[Regions, Regions]:
-    """Gradient norms of the checkpoint's model, with FINE regions, over the first `count` images of a data set."""
+    """Gradient norms of the checkpoint's model over the first `count` images of a data set, in FINE regions."""
     content = checkpoint.read(source)
     model, cfg = checkpoint.build_model(content, source)
     dataset = open_dataset(source, content, cfg, data)
     device = pick_device(cfg.device)
-    if device.type == "cpu":
-        keep_freed_memory()
-    model.to(device, memory_format=torch.channels_last if cfg.channels_last else torch.contiguous_format).eval()
-    # The losses whose slope is the norm itself: the sums of gradients are then those of the norms.
+    keep_freed_memory(device)
+    place(model, device, channels_last=cfg.channels_last)
+    # With these losses the slope is the norm itself, so the sums of gradients are sums of norms.
     plain = {"class_loss": LossPart(name="ce"), "box_loss": LossPart(name="asl1", mu=MU)}
     criterion = assemble.build_criterion(assemble.complete(cfg.model_copy(update=plain), source)).to(device)
     total: list[Regions] = []
@@ -96,18 +93,18 @@ def measure(source: str, data: list[str] | None, count: int) -> tuple[Regions, R
 
 
 def norms(regions: Regions) -> Tensor:
-    """Middle of each region."""
+    """The middle of each region."""
     return (torch.arange(len(regions.counts)) + 0.5).double() / len(regions.counts)
 
 
 def harmonized(regions: Regions, bins: int) -> Tensor:
-    """beta g, with the density of `bins` regions."""
+    """beta g, with the density from `bins` regions."""
     coarse = Regions(regions.counts.view(bins, -1).sum(1), regions.gradient.view(bins, -1).sum(1))
     return coarse.beta.repeat_interleave(len(regions.counts) // bins) * norms(regions)
 
 
 def class_curves(regions: Regions) -> dict[str, Tensor]:
-    p = norms(regions)  # of a negative cell; a positive one's curve is the same, times alpha / (1 - alpha)
+    p = norms(regions)  # for a negative cell; a positive cell has the same curve times alpha / (1 - alpha)
     focal = p**2 * (2 * (1 - p) * -torch.log1p(-p) + p)
     return {"CE": p, "Focal": focal, "GHM-C": harmonized(regions, CELL_BINS)}
 
@@ -132,10 +129,10 @@ def draw_curves(regions: Regions, curves: dict[str, Tensor], label: str) -> plt.
     figure, axis = plt.subplots(figsize=(6.5, 4.5), layout="constrained")
     total = (regions.counts * norms(regions)).sum()
     for name, curve in curves.items():
-        own = (regions.counts * curve).sum()
-        drawn = (curve * total / own).where(curve > 0, torch.nan) if own > 0 else curve * torch.nan
+        curve_total = (regions.counts * curve).sum()
+        drawn = (curve * total / curve_total).where(curve > 0, torch.nan) if curve_total > 0 else curve * torch.nan
         axis.plot(norms(regions).numpy(), drawn.numpy(), label=name, color=COLOURS[name], drawstyle="steps-mid")
-    axis.set(xlabel=label, ylabel="gradient norm after, one total for all", yscale="log", xlim=(0, 1))
+    axis.set(xlabel=label, ylabel="gradient norm under each loss, same total", yscale="log", xlim=(0, 1))
     axis.legend()
     return figure
 

@@ -1,17 +1,17 @@
-"""What a trained model finds in images, folders of them and videos: pictures of it, and a file.
+"""Detect objects in images, folders and videos: draws the boxes and writes them to a file.
 
     python scripts/predict.py --checkpoint runs/mine/best.pt photo.jpg more_photos/ film.mp4
 
 Writes into the folder --output (predictions/)
 
     photo.jpg, more_photos/..., film.mp4   each with its boxes drawn
-    detections.json                        all boxes in COCO's results format, and the file, and of a video the frame,
-                                           that each is of; image_id counts images and frames
+    detections.json                        all boxes in COCO's results format, each with its file and, for a video, its
+                                           frame; image_id counts images and frames
 
-Shown is what scores at least --score, or, without it, what its class's best threshold in the run's last evaluation asks
-(the one of the best F1 at an IoU of 0.5; 0.3 where none is known). An image that cannot be read, or is of a kind that
-cannot, such as .heic, does not keep the others from being done; the exit code is then 2. Other files in a folder are
-counted. A video that ends early is done as far as it goes, and that is said. No file that is given is written over.
+Boxes are shown from --score up, or else from the best threshold of their class in the run's last evaluation (the best
+F1 at an IoU of 0.5; 0.3 if none is known). If an image cannot be read, or its format is not supported (such as .heic),
+the others are processed and the exit code is 2. Other files in a folder are counted. A video that ends early is
+processed as far as it goes, with a message. Source files are never overwritten.
 """
 
 import argparse
@@ -26,9 +26,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# Started as a file, Python puts scripts/ on the path and not the repository that holds `detector`.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import cv2
 import numpy as np
 import torch
@@ -37,11 +34,11 @@ from tqdm import tqdm
 
 from data.draw import annotate
 from data.images import Remarks, read_image, remark_lines, suffixes
-from detector import load
+from detector import atomic, load
 from detector.errors import UserError, run_main
-from detector.inference import Detector, Found
-from scripts.found_files import Notes, kind_of, tell_unused
-from scripts.found_files import list_files as files_below
+from detector.inference import Detector, NamedDetections
+from scripts.conversion.found_files import Notes, kind_of, tell_unused
+from scripts.conversion.found_files import list_files as files_below
 
 VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp")
 COLOURS = ("#ff7f0e", "#17becf", "#e377c2", "#bcbd22", "#2ca02c", "#9467bd", "#d62728", "#1f77b4")
@@ -53,15 +50,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("sources", nargs="+", type=Path, metavar="IMAGE|FOLDER|VIDEO")
     parser.add_argument("--checkpoint", required=True, metavar="FILE")
     parser.add_argument("--output", type=Path, default=Path("predictions"), metavar="FOLDER")
-    parser.add_argument("--score", type=float, metavar="0..1", help="the least that is shown, for all classes")
+    parser.add_argument("--score", type=float, metavar="0..1", help="show boxes from this score up, for all classes")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     args = parser.parse_args(argv)
     if args.score is not None and not 0 <= args.score <= 1:
         raise UserError(f"--score {args.score}: give a number from 0 to 1")
     if (args.output / "config.yaml").exists():
-        raise UserError(f"--output {args.output}: is a run's folder, whose files would be replaced; give another")
-    passed: Notes = defaultdict(list)
-    files, unread = list_files(args.sources, args.output, passed)
+        raise UserError(f"--output {args.output}: is a run folder, whose files would be overwritten; give another")
+    skipped: Notes = defaultdict(list)
+    files, unreadable = list_files(args.sources, args.output, skipped)
     detector = load(args.checkpoint, args.device)
     if args.score is not None:
         detector.thresholds.fill_(args.score)
@@ -69,58 +66,59 @@ def main(argv: list[str] | None = None) -> None:
     print("shown from a score of: " + ", ".join(shown[:20] + ["..."] * (len(shown) > 20)))
 
     results: list[dict[str, Any]] = []
-    flaws: list[UserError] = []
+    errors: list[UserError] = []
     remarks: Remarks = {}
     counted, start = 0, time.perf_counter()
     try:
         for source, target in tqdm(files, unit="file"):
             try:
-                done = film if source.suffix.lower() in VIDEOS else picture
-                counted += done(detector, source, target, counted, results, remarks)
+                process = process_video if source.suffix.lower() in VIDEOS else process_image
+                counted += process(detector, source, target, counted, results, remarks)
             except CannotWriteError:
-                raise  # nor what comes after
+                raise  # the next files cannot be written either
             except UserError as error:
-                flaws.append(error)
+                errors.append(error)
             except FloatingPointError as error:
                 raise FloatingPointError(f"{source}: {error}") from None
-    finally:  # also of what was done before Ctrl-C
+    finally:  # also after Ctrl-C
         write(args.output / RESULTS, json.dumps(results).encode())
     seconds = time.perf_counter() - start
-    found = Counter(one["category"] for one in results)
-    counts = ", ".join(f"{name} {count}" for name, count in found.most_common(20))
+    by_class = Counter(entry["category"] for entry in results)
+    counts = ", ".join(f"{name} {count}" for name, count in by_class.most_common(20))
     print(f"{counted} images, {len(results)} boxes ({counts}) in {seconds:.1f} s, {counted / seconds:.1f} images/s")
     print(f"written: {args.output / RESULTS} and the pictures beside it")
     for line in remark_lines(remarks):
         print(line)
-    for kind, where in passed.items():
+    for kind, where in skipped.items():
         print(f"{kind}: {len(where)} ({'; '.join(where[:3])}{'; ...' * (len(where) > 3)})")
-    flaws += [UserError(f"{path}: a picture of this kind cannot be read; save it as .jpg") for path in unread]
-    for flaw in flaws:
-        print(f"left out: {flaw}", file=sys.stderr)
-    if flaws:
-        raise UserError(f"{len(flaws)} of {len(files) + len(unread)} files could not be used, the first: {flaws[0]}")
+    errors += [UserError(f"{path}: this image format cannot be read; save it as .jpg") for path in unreadable]
+    for error in errors:
+        print(f"skipped: {error}", file=sys.stderr)
+    if errors:
+        total = len(files) + len(unreadable)
+        raise UserError(f"{len(errors)} of {total} files could not be used, the first: {errors[0]}")
 
 
-def list_files(sources: list[Path], output: Path, passed: Notes) -> tuple[list[tuple[Path, Path]], list[Path]]:
-    """Each image and video with where its picture goes, no two to one place; and the pictures that cannot be read.
+def list_files(sources: list[Path], output: Path, skipped: Notes) -> tuple[list[tuple[Path, Path]], list[Path]]:
+    """(source, target) of each image and video, with distinct targets, and the images in unsupported formats.
 
-    What else is in the folders is added to `passed`.
+    Other files in the folders are added to `skipped`.
     """
     pairs: list[tuple[Path, Path]] = []
-    unread: list[Path] = []
+    unreadable: list[Path] = []
     known = {*suffixes(), *VIDEOS}
     for source in sources:
         if source.is_dir():
-            every = [*files_below(source, passed).values()]
-            every = [path for path in every if output.resolve() not in path.resolve().parents]  # our own pictures
-            inside = [path for path in every if path.suffix.lower() in known]
-            unread += [path for path in every if kind_of(path.name) == "picture"]
-            tell_unused([str(path) for path in sorted({*every} - {*inside, *unread})], passed)
-            if not inside:
-                there = "".join(f"; {kind}: {where[0]}" for kind, where in passed.items())
-                there += f"; {unread[0]} cannot be read, save it as .jpg" if unread else ""
-                raise UserError(f"{source}: no image or video in it ({' '.join(sorted(known))}){there}")
-            pairs += [(path, Path(source.resolve().name) / path.relative_to(source)) for path in inside]
+            paths = [*files_below(source, skipped).values()]
+            paths = [path for path in paths if output.resolve() not in path.resolve().parents]  # written by us
+            usable = [path for path in paths if path.suffix.lower() in known]
+            unreadable += [path for path in paths if kind_of(path.name) == "picture"]
+            tell_unused([str(path) for path in sorted({*paths} - {*usable, *unreadable})], skipped)
+            if not usable:
+                others = "".join(f"; {kind}: {where[0]}" for kind, where in skipped.items())
+                others += f"; {unreadable[0]} cannot be read, save it as .jpg" if unreadable else ""
+                raise UserError(f"{source}: no image or video in it ({' '.join(sorted(known))}){others}")
+            pairs += [(path, Path(source.resolve().name) / path.relative_to(source)) for path in usable]
         elif not source.exists():
             raise UserError(f"{source}: no such file or folder")
         elif source.suffix.lower() not in known:
@@ -137,29 +135,29 @@ def list_files(sources: list[Path], output: Path, passed: Notes) -> tuple[list[t
             number, target = number + 1, output / name.with_stem(f"{name.stem}_{number}")
         taken.add(target)
         placed.append((source, target))
-    return placed, unread
+    return placed, unreadable
 
 
-def picture(
+def process_image(
     detector: Detector, source: Path, target: Path, number: int, results: list[dict[str, Any]], remarks: Remarks
 ) -> int:
-    """Do one image; how many there were."""
+    """Process one image; returns 1, the number of images."""
     image = read_image(source, remarks=remarks)
     found = detector(image)
     drawn = io.BytesIO()
     try:
         Image.fromarray(draw(image, found, detector)).save(drawn, "JPEG", quality=92)
     except OSError as error:
-        raise UserError(f"{source}: no picture of it can be made ({error})") from None
+        raise UserError(f"{source}: cannot be drawn on ({error})") from None
     write(target, drawn.getvalue())
     results += entries(found, detector, {"image_id": number, "file_name": str(source)})
     return 1
 
 
-def film(
+def process_video(
     detector: Detector, source: Path, target: Path, number: int, results: list[dict[str, Any]], remarks: Remarks
 ) -> int:
-    """Do a video; how many frames it had. It has its own name only when it is whole."""
+    """Process a video; returns its number of frames. The file gets its final name when it is complete."""
     reader = cv2.VideoCapture(str(source))
     rate, expected = reader.get(cv2.CAP_PROP_FPS) or 25.0, int(reader.get(cv2.CAP_PROP_FRAME_COUNT))
     beside, writer, count = target.with_suffix(".part.mp4"), cv2.VideoWriter(), 0
@@ -177,7 +175,7 @@ def film(
             raise UserError(f"{source}: no frame of it can be decoded; give another video")
         writer.release()
         written = sum(1 for _ in frames(cv2.VideoCapture(str(beside))))
-        if written < count:  # OpenCV's writer never says so
+        if written < count:  # OpenCV's writer reports no errors
             raise OSError(f"{written} of {count} frames are in it; is the disk full?")
         os.replace(beside, target)
     except OSError as error:
@@ -185,24 +183,24 @@ def film(
     finally:
         reader.release()
         writer.release()
-        with contextlib.suppress(OSError):  # it may never have been
+        with contextlib.suppress(OSError):  # it may not exist
             beside.unlink()
-    if count + 1 < expected:  # what a file says of itself may be one off
-        tqdm.write(f"{source}: {count} frames could be decoded of the {expected} that it says it has", file=sys.stderr)
+    if count + 1 < expected:  # the file's own count may be off by one
+        tqdm.write(f"{source}: {count} of {expected} frames could be decoded", file=sys.stderr)
     return count
 
 
 def frames(reader: cv2.VideoCapture) -> Iterator[np.ndarray]:
     """Images (h, w, 3) uint8 RGB."""
     while True:
-        there, image = reader.read()
-        if not there:
+        success, image = reader.read()
+        if not success:
             return
         yield cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
-def entries(found: Found, detector: Detector, about: dict[str, Any]) -> list[dict[str, Any]]:
-    """In COCO's results format, with `about` in each."""
+def entries(found: NamedDetections, detector: Detector, about: dict[str, Any]) -> list[dict[str, Any]]:
+    """The detections in COCO's results format, each with `about` added."""
     category = dict(zip(detector.class_names, detector.category_ids))
     sides = torch.cat([found.boxes[:, :2], found.boxes[:, 2:] - found.boxes[:, :2]], dim=1).double().numpy().round(3)
     return [
@@ -211,7 +209,7 @@ def entries(found: Found, detector: Detector, about: dict[str, Any]) -> list[dic
     ]
 
 
-def draw(image: np.ndarray, found: Found, detector: Detector) -> np.ndarray:
+def draw(image: np.ndarray, found: NamedDetections, detector: Detector) -> np.ndarray:
     """A copy of the image with boxes and captions."""
     canvas = Image.fromarray(image)
     captions = [f"{name} {score:.2f}" for name, score in zip(found.names, found.scores.tolist())]
@@ -221,21 +219,18 @@ def draw(image: np.ndarray, found: Found, detector: Detector) -> np.ndarray:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Whole or not at all."""
-    beside = path.with_name(path.name + ".tmp")
+    """Write to a temporary file and rename it, so that the file is complete or absent."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_bytes(content)
-        os.replace(beside, path)
+        with atomic.replacing(path) as beside:
+            beside.write_bytes(content)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            beside.unlink()
         raise CannotWriteError(path, error) from None
 
 
 class CannotWriteError(UserError):
     def __init__(self, path: Path, error: OSError):
-        super().__init__(f"{path}: cannot be written ({error.strerror or error}); give another folder by --output")
+        super().__init__(f"{path}: cannot be written ({error.strerror or error}); give another folder with --output")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A model that scripts/export.py wrote, used without torch: python scripts/run_onnx.py mine.onnx photo.jpg ...
+"""Run a model that scripts/export.py wrote, without torch: python scripts/run_onnx.py mine.onnx photo.jpg ...
 
 Needs onnxruntime, numpy and OpenCV. Prints a line for each box: file, class, score, x1, y1, x2, y2 in pixels.
 """
@@ -10,11 +10,11 @@ import cv2
 import numpy as np
 import onnxruntime
 
-sys.stdout.reconfigure(errors="backslashreplace")  # a class name may have letters that the terminal has not
+sys.stdout.reconfigure(errors="backslashreplace")  # class names may have letters that the terminal lacks
 
 if len(sys.argv) < 3:
-    slip = "error: give a model and images: python scripts/run_onnx.py mine.onnx photo.jpg"
-    sys.exit(print(__doc__) if "--help" in sys.argv else slip)
+    usage = "error: give a model and images: python scripts/run_onnx.py mine.onnx photo.jpg"
+    sys.exit(print(__doc__) if "--help" in sys.argv else usage)
 try:
     session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
     about = {key: json.loads(text) for key, text in session.get_modelmeta().custom_metadata_map.items()}
@@ -22,12 +22,12 @@ try:
     if about["preprocessing"] == "outside" or about["nms"] == "outside":
         sys.exit(f"error: {sys.argv[1]}: export it with preprocessing and NMS inside")
 except Exception as error:
-    sys.exit(f"error: {sys.argv[1]}: no model of scripts/export.py ({str(error).splitlines()[0]})")
+    sys.exit(f"error: {sys.argv[1]}: not a model of scripts/export.py ({str(error).splitlines()[0]})")
 
 for path in sys.argv[2:]:
     try:
         height, width = (image := cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)).shape[:2]
-    except (AttributeError, OSError, cv2.error):  # no image, or too large a one
+    except (AttributeError, OSError, cv2.error):  # not an image, or too large
         sys.exit(f"error: {path}: cannot be read as an image")
     scale = min(short_side / min(height, width), long_side / max(height, width))
     size = max(1, round(width * scale)), max(1, round(height * scale))

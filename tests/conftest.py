@@ -1,8 +1,13 @@
 """What the tests of whole runs share: a small demo set, drawn rectangles, and a config that trains in seconds."""
 
 import os
+from pathlib import Path
 
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # before data.transforms is imported: it would ask the network
+if not os.path.exists("/dev/nvidiactl"):
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its kernels then run on a CPU
+# Commands that tests start import this checkout too, even if another one is installed in the environment.
+os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
 
 import json
 import resource
@@ -11,7 +16,6 @@ import signal
 import sys
 import threading
 from contextlib import contextmanager
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -25,7 +29,7 @@ from matplotlib import font_manager
 import train
 from data import fonts
 from data.demo import write_demo
-from detector import assemble, config
+from detector import assemble, config_files
 from detector.errors import SIGNALS, run_main
 
 COLOURS = ((255, 60, 60), (60, 255, 60), (90, 90, 255))
@@ -120,7 +124,7 @@ def tiny(demo):
             "tensorboard": {"every": 1, "images": 1},
         }
         path = folder / "tiny.yaml"
-        path.write_text(yaml.safe_dump(config.merge(values, changes)))
+        path.write_text(yaml.safe_dump(config_files.merge(values, changes)))
         return str(path)
 
     return write
@@ -191,7 +195,7 @@ def overfit(rectangles):
             "evaluation": {"every": 3},
             "tensorboard": {"every": 10, "images": 2},
         }  # fmt: skip
-        (folder / "overfit.yaml").write_text(yaml.safe_dump(config.merge(values, changes)))
+        (folder / "overfit.yaml").write_text(yaml.safe_dump(config_files.merge(values, changes)))
         cfg = assemble.configure(str(folder / "overfit.yaml"))
         return cfg.folder, train.train(cfg, torch.device("cpu"))
 

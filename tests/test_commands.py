@@ -72,7 +72,7 @@ def test_a_documented_command_is_one_that_there_is(text, command):
         if word.startswith("--"):
             break
         for part in word.split("+"):
-            assert part == "smoothed_ce" or (ROOT / config).with_name(f"{part}.yaml").exists(), part
+            assert part == "gce" or (ROOT / config).with_name(f"{part}.yaml").exists(), part
     assemble.configure(
         str(ROOT / config), [one for one in settings if not one.startswith(("class_loss.", "box_loss."))]
     )
@@ -203,8 +203,8 @@ def test_the_commands_of_a_document_run(document, place, learnt, command, monkey
         if script == "train.py":
             given += ["--set", *CHEAP]
         if script == "scripts/ablate.py":
-            # docs/new_loss.md makes smoothed_ce, and tests/test_docs.py what is made there.
-            given = [word for word in given if word != "smoothed_ce"] + ["--dry-run"]
+            # docs/new_loss.md makes gce, and tests/test_docs.py what is made there.
+            given = [word for word in given if word != "gce"] + ["--dry-run"]
         if ROOT / script in SCRIPTS:
             loaded = module(ROOT / script)
             if script == "scripts/download.py":  # all is there

@@ -11,9 +11,11 @@ import yaml
 import train
 from detector import assemble
 from detector.losses import CrossEntropy
-from scripts import compare, noise, reference
+from scripts import compare, compare_label_noise, summarize, write_config_docs
 
 ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+DOCUMENTS += sorted((ROOT / "docs").glob("*.md"))
 
 
 def test_the_losses_example_trains_a_foreign_detector():
@@ -45,9 +47,9 @@ def test_the_losses_example_trains_a_foreign_detector():
 
 
 def test_the_reference_is_current(command):
-    code, _, err = command(reference.main, "--check")
+    code, _, err = command(write_config_docs.main, "--check")
     assert code == 0, err
-    text = reference.render()
+    text = write_config_docs.render()
     for expected in ("`solver.lr`", "`data.train.annotations`", "| `ghm_c` |", "`model.backbone`", "`precision`"):
         assert expected in text
     for line in text.splitlines():
@@ -58,22 +60,22 @@ def test_the_example_of_a_loss_trains(tiny, tmp_path, monkeypatch):
     text = (ROOT / "docs" / "new_loss.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
     (config,) = re.findall(r"```yaml\n(.*?)```", text, re.S)
-    names = {"__name__": "smoothed"}
+    names = {"__name__": "generalized"}
     exec(code, names)
-    loss = names["SmoothedCrossEntropy"]
-    monkeypatch.setitem(assemble.PARTS["class_loss"], "smoothed_ce", loss)
+    loss = names["GeneralizedCrossEntropy"]
+    monkeypatch.setitem(assemble.PARTS["class_loss"], "gce", loss)
     said = yaml.safe_load(config)
     cfg = assemble.configure(tiny(tmp_path, class_loss=said["class_loss"], box_loss=said["box_loss"]))
-    assert cfg.class_loss.options == {"epsilon": 0.02}
+    assert cfg.class_loss.options == {"q": 0.5}
     assert train.train(cfg, torch.device("cpu"))["step"] == 4
     cells = torch.randn(20, 3), torch.randint(0, 4, (20,)), torch.rand(20) < 0.8
-    torch.testing.assert_close(loss(0.0)(*cells, 5.0), CrossEntropy()(*cells, 5.0))
+    torch.testing.assert_close(loss(1e-3)(*cells, 5.0), CrossEntropy()(*cells, 5.0), rtol=1e-2, atol=0)
 
 
 @pytest.mark.parametrize(
     ("document", "results", "baseline"),
     [
-        ("README.md", "bccd", "ce"),
+        ("docs/results.md", "bccd", "ce"),
         ("docs/results.md", "switches", "ghm_c[scope=batch]"),
         ("docs/results.md", "counts", "ghm_c[local_counts=false]"),
         ("docs/results.md", "scope", "ghm_c[scope=batch][weight=4]"),
@@ -89,8 +91,38 @@ def test_a_table_of_results_is_what_the_command_writes(tmp_path, monkeypatch, do
     assert table in (ROOT / document).read_text(encoding="utf-8")
 
 
+def test_the_table_of_the_readme_is_what_the_command_writes(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    runs = sorted(map(str, Path("results/bccd").glob("*.json")))
+    summarize.main([*runs, "--baseline", "ce", "--output", str(tmp_path / "losses.png")])
+    table = "\n".join(line for line in capsys.readouterr().out.splitlines() if line.startswith("|"))
+    assert table.count("\n") == 12 and f"\n\n{table}\n\n" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_readme_is_short_and_shows_pictures():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) < 100
+    assert text.index("![") < text.index("\n| ") < text.index("    pip install")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_and_pictures_lead_somewhere(document):
+    text = re.sub(r"```.*?```", "", document.read_text(encoding="utf-8"), flags=re.S)
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        if "://" in target:
+            continue
+        name, _, anchor = target.partition("#")
+        path = document.parent / name if name else document
+        assert path.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.M)
+            assert anchor in {re.sub(r"[^\w\- ]", "", one.lower()).replace(" ", "-") for one in headings}, target
+        if path.suffix in (".png", ".jpg"):
+            assert path.stat().st_size < 300_000, target
+
+
 def test_the_table_of_wrong_labels_is_what_the_command_writes(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    noise.main(["results/noise", "--output", str(tmp_path / "noise.png")])
+    compare_label_noise.main(["results/noise", "--output", str(tmp_path / "noise.png")])
     table = "\n".join(line for line in capsys.readouterr().out.splitlines() if line.startswith("|"))
     assert table.count("\n") == 5 and table in (ROOT / "docs" / "results.md").read_text(encoding="utf-8")

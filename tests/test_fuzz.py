@@ -16,8 +16,6 @@ from collections import Counter
 from pathlib import Path
 
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
-if __name__ == "__main__":  # started as a file, Python puts tests/ on the path and not the repository
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import cv2
 import numpy as np
@@ -28,7 +26,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data.coco import CocoDataset
-from data.coco_eval import metrics_table, per_class_table, score
+from data.coco_eval import score
+from data.tables import metrics_table, per_class_table
 from data.transforms import TrainTransform
 from detector import assemble, config
 from detector.errors import UserError

@@ -1,5 +1,7 @@
-"""The wheel holds the losses, which need torch alone."""
+"""The wheel holds `detector`, whose losses need torch alone; an editable install makes the repository importable."""
 
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -31,16 +33,19 @@ NOT_NEEDED = ["albumentations", "cv2", "hotcoco", "matplotlib", "numpy", "pycoco
 NOT_NEEDED += ["tensorboard", "torchvision"]
 
 
+def copy_sources(folder):
+    """What setuptools sees of the repository; it leaves files beside them."""
+    folder.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE", "train.py", "eval.py"):
+        shutil.copy(ROOT / name, folder)
+    for name in ("detector", "data", "scripts"):
+        shutil.copytree(ROOT / name, folder / name)
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    folder, source = (
-        tmp_path_factory.mktemp("wheel"),
-        tmp_path_factory.mktemp("source"),
-    )  # setuptools leaves things there
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    for name in ("detector", "data", "scripts"):
-        shutil.copytree(ROOT / name, source / name)
+    folder, source = tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("sources") / "copy"
+    copy_sources(source)
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(source)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -68,6 +73,44 @@ def test_a_loss_runs_in_an_environment_with_torch_alone(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(packages)
     (packages / "torch.pth").write_text(str(Path(torch.__file__).parents[1]))  # a gigabyte that is here already
     python = tmp_path / "env" / "bin" / "python"
-    done = subprocess.run([python, "-c", USE % NOT_NEEDED], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([python, "-I", "-c", USE % NOT_NEEDED], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().startswith(str(packages))
+
+
+def test_the_extras_are_what_requirements_txt_installs(wheel):
+    (path,) = (name for name in zipfile.ZipFile(wheel).namelist() if name.endswith("METADATA"))
+    lines = zipfile.ZipFile(wheel).read(path).decode().splitlines()
+    extras = [line.removeprefix("Provides-Extra: ") for line in lines if line.startswith("Provides-Extra: ")]
+    (installed,) = re.findall(r"^-e \.\[(.*)\]$", (ROOT / "requirements.txt").read_text(encoding="utf-8"), re.M)
+    assert sorted(extras) == sorted(installed.split(","))
+    for package in ("torchvision", "scikit-learn", "onnxruntime"):
+        assert any(line.startswith(f"Requires-Dist: {package}") for line in lines), package
+
+
+def test_an_editable_install_is_imported_and_run_from_anywhere(tmp_path):
+    source, env, elsewhere = tmp_path / "source", tmp_path / "env", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    copy_sources(source)
+    venv.create(env, with_pip=False)
+    python = env / "bin" / "python"
+    install = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "-e", source]
+    alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(install, cwd=elsewhere, env=alone, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (packages,) = env.glob("lib/python*/site-packages")
+    (packages / "torch.pth").write_text(str(Path(torch.__file__).parents[1]))
+    code = "import detector, data.coco, scripts.compare as s; print(detector.__file__, data.coco.__file__, s.__file__)"
+    for command in ([python, "-c", code], [python, source / "scripts" / "compare.py", "--help"]):
+        done = subprocess.run(command, cwd=elsewhere, env=alone, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        if command[1] == "-c":
+            assert all(path.startswith(str(source)) for path in done.stdout.split()), done.stdout
+
+
+def test_no_file_changes_the_path():
+    """The editable install puts the repository on Python's path; nothing else does."""
+    files = [path for folder in ("detector", "data", "scripts", "tests") for path in (ROOT / folder).rglob("*.py")]
+    assert len(files) > 100
+    for path in [ROOT / "train.py", ROOT / "eval.py", *files]:
+        assert not re.search(r"sys\.path\.(insert|append)", path.read_text(encoding="utf-8")), path

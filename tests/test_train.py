@@ -16,6 +16,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
+from data.assemble import build_datasets
 from data.coco import CocoDataset
 from detector import assemble, checkpoint
 from detector.errors import Stopped, UserError
@@ -141,7 +142,7 @@ def test_training_without_a_box_is_refused(rectangles, tiny, folder, command):
 def test_the_image_folder_may_be_left_out(tiny, folder):
     cfg = assemble.configure(tiny(folder), ["data.train.images=", "data.val.images="])
     named = assemble.configure(tiny(folder))
-    for found, given in zip(train.build_datasets(cfg), train.build_datasets(named)):
+    for found, given in zip(build_datasets(cfg), build_datasets(named)):
         assert found.folder == given.folder and found.fingerprint() == given.fingerprint()
 
 
@@ -221,14 +222,14 @@ def test_an_interrupted_and_resumed_run_equals_the_whole(tiny, trained, folder, 
 def test_a_run_resumed_within_an_epoch_sees_the_images_it_had_not_seen(tiny, folder, monkeypatch):
     seen = []
 
-    def look(model, criterion, batches, solver, logger, device, until):
+    def look(model, criterion, batches, solver, logger, device, step):
         for batch in batches:
             seen.append(batch.image_ids)
             solver.step_count += 1
-            if solver.done or solver.step_count == until:
+            if solver.done or solver.step_count == step:
                 break
 
-    monkeypatch.setattr(train, "train_one_epoch", look)
+    monkeypatch.setattr(train, "train_until", look)
     path = tiny(folder, solver={"batch_size": 2})
     train.train(assemble.configure(path, ["run=whole"]), CPU)
     whole, seen[:] = list(seen), []

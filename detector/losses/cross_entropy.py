@@ -2,8 +2,8 @@
 
 from torch import Tensor, nn
 
-from detector.losses.cells import balanced_sum, cross_entropy, logits_against_truth, sum_cells
-from detector.losses.fused import cell_sum, sigmoid_softplus
+from detector.losses.cells import sigmoid_softplus
+from detector.losses.fused import cell_sum
 
 
 class CrossEntropy(nn.Module):
@@ -31,19 +31,12 @@ class CrossEntropy(nn.Module):
 
     def forward(self, logits: Tensor, labels: Tensor, valid: Tensor, num_pos: Tensor | float) -> Tensor:
         """logits (N, C), labels (N,) int64 with C = background, valid (N,) bool -> scalar."""
-        alpha = 0.5 if self.alpha is None else self.alpha
-        scale = 2 if self.alpha is None else 1
-        weights = {"negative": scale * (1 - alpha), "positive": scale * alpha}
-        return cell_sum(_curve, logits, labels, valid, num_pos=num_pos, **weights)
-
-    def definition(self, logits: Tensor, labels: Tensor, valid: Tensor, num_pos: Tensor | float) -> Tensor:
-        """The same in its plain form, by which the fast one is tested."""
-        ce = cross_entropy(logits_against_truth(logits, labels, valid))
-        if self.alpha is None:
-            return sum_cells(ce, valid) / num_pos
-        return balanced_sum(ce, labels, valid, self.alpha) / num_pos
+        negative, positive = (1.0, 1.0) if self.alpha is None else (1 - self.alpha, self.alpha)
+        return cell_sum(
+            _curve, logits, labels, valid, num_pos=num_pos, negative_weight=negative, positive_weight=positive
+        )
 
 
-def _curve(z: Tensor, positive: Tensor | None) -> tuple[Tensor, Tensor]:
+def _curve(z: Tensor, is_positive: Tensor | None) -> tuple[Tensor, Tensor]:
     p, softplus = sigmoid_softplus(z)
     return softplus, p

@@ -1,11 +1,9 @@
 """Focal loss: cross entropy, easy cells turned down."""
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detector.losses.cells import balanced_sum, cross_entropy, logits_against_truth
-from detector.losses.fused import cell_sum, sigmoid_softplus
+from detector.losses.cells import power, sigmoid_softplus
+from detector.losses.fused import cell_sum
 
 
 class Focal(nn.Module):
@@ -35,19 +33,20 @@ class Focal(nn.Module):
 
     def forward(self, logits: Tensor, labels: Tensor, valid: Tensor, num_pos: Tensor | float) -> Tensor:
         """logits (N, C), labels (N,) int64 with C = background, valid (N,) bool -> scalar."""
-        weights = {"negative": 1 - self.alpha, "positive": self.alpha}
-        return cell_sum(_curve, logits, labels, valid, self.gamma, num_pos=num_pos, **weights)
+        return cell_sum(
+            _curve,
+            logits,
+            labels,
+            valid,
+            self.gamma,
+            num_pos=num_pos,
+            negative_weight=1 - self.alpha,
+            positive_weight=self.alpha,
+        )
 
-    def definition(self, logits: Tensor, labels: Tensor, valid: Tensor, num_pos: Tensor | float) -> Tensor:
-        """The same in its plain form, by which the fast one is tested."""
-        z = logits_against_truth(logits, labels, valid)
-        # (1 - p_t)^gamma by its logarithm: sigmoid(z) underflows to 0, where the slope of a power below 1 is inf.
-        modulator = torch.exp(self.gamma * F.logsigmoid(z))
-        return balanced_sum(modulator * cross_entropy(z), labels, valid, self.alpha) / num_pos
 
-
-def _curve(z: Tensor, positive: Tensor | None, gamma: float) -> tuple[Tensor, Tensor]:
+def _curve(z: Tensor, is_positive: Tensor | None, gamma: float) -> tuple[Tensor, Tensor]:
     """p^gamma softplus(z) and its derivative, with p = sigmoid(z) = 1 - p_t."""
     p, softplus = sigmoid_softplus(z)
-    modulator = p * p if gamma == 2 else torch.exp(gamma * (z - softplus))  # log p = z - softplus(z)
+    modulator = power(p, gamma, z - softplus)
     return modulator * softplus, modulator * (gamma * (1 - p) * softplus + p)

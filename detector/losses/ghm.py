@@ -1,211 +1,23 @@
-"""Gradient harmonizing: every example weighs the inverse of how many share its gradient norm.
+"""The gradient harmonizing losses: GHM-C for classes, GHM-R for boxes.
 
-Li, Liu, Wang, "Gradient Harmonized Single-stage Detector", AAAI 2019, arXiv 1811.05181: density, GHM-C, GHM-R.
+Li, Liu, Wang, "Gradient Harmonized Single-stage Detector", AAAI 2019, arXiv 1811.05181.
 """
-
-import math
-from collections.abc import Callable
-from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from detector.distributed import all_cat, all_sum, world_size
-from detector.losses import fused
-from detector.losses.cells import cross_entropy, logits_against_truth, sum_cells
-
-try:
-    import numpy as np
-except ImportError:  # torch runs without it, and so do the losses
-    np = None
-
-Density = Literal["unit_region", "near_exact", "exact"]
-Scope = Literal["batch", "level"]
-Normalizer = Literal["valid_bins", "all_bins"]
-FINE = 128  # cells of the grid, to a window's width, that "near_exact" puts gradient norms on
-RELEASED = {
-    "density": "unit_region",
-    "scope": "level",
-    "normalizer": "valid_bins",
-    "corrected": False,
-    "local_counts": True,
-    "max_weight": None,
-}
-
-
-class GradientDensity(nn.Module):
-    """The weights beta of gradient norms g in [0, 1]: what GHMC and GHMR share.
-
-    density "unit_region": the unit interval is cut into `bins` equal regions; R_j counts the examples in region j.
-
-        S_j = a S_j + (1 - a) R_j               moving average, a = momentum; without momentum S = R
-        S_j / (1 - a^t)                         corrected for its start at 0, t = training updates so far
-        beta_j = N / (S_j n)                    n = regions that hold an example ("valid_bins") or `bins` ("all_bins")
-
-    density "exact": a window of width e = 1 / `bins` around every example, cut off at 0 and 1, and no memory.
-
-        beta_i = N l / #{k: g_i - e/2 <= g_k < g_i + e/2},   l = min(g_i + e/2, 1) - max(g_i - e/2, 0)
-
-    density "near_exact": the same in a thirtieth of the time, for norms put on a grid of step h = e / 128. What it
-    takes for #{} lies between the exact numbers of a window with both edges moved in by h and of one with both moved
-    out by h, and l is at most h / 2 off.
-
-    More switches:
-
-        max_weight      beta is at most this. In neither the paper nor its code: a region weighs as much with three
-                        examples as with a million, so that in small batches a few outliers may drown the rest.
-        scope           "batch": call it once on all cells. "level": the caller is asked to call it once for each
-                        pyramid level and add up; all calls share one moving average.
-        local_counts    each process counts its own examples only, and the processes' losses are averaged.
-        corrected       False: S is not corrected for its start, so that the first weights are 1 / (1 - a) too
-                        large, and an empty region keeps its S.
-
-    The paper describes one density for the batch, "all_bins" and no moving average. `released()` sets all switches
-    as the code that its authors released and others ported has them.
-
-    Buffers, moved only in training mode and only by a batch with an example in it: `average` (bins,), float32
-    whatever the module is converted to, `updates` () int64. In evaluation the average that this batch would give is
-    used and not kept. Unless counts are local, each process must call at every step, whether or not it has examples.
-    """
-
-    def __init__(
-        self,
-        bins: int = 30,
-        momentum: float = 0.75,
-        *,
-        density: Density = "unit_region",
-        scope: Scope = "batch",
-        normalizer: Normalizer = "valid_bins",
-        corrected: bool = True,
-        local_counts: bool = False,
-        max_weight: float | None = None,
-    ) -> None:
-        super().__init__()
-        name = type(self).__name__
-        if bins < 1:
-            raise ValueError(f"{name}: bins is {bins}; it must be at least 1")
-        if not 0 <= momentum < 1:
-            raise ValueError(f"{name}: momentum is {momentum}; it must be in [0, 1), 0 for no moving average")
-        if max_weight is not None and not max_weight > 0:
-            raise ValueError(f"{name}: max_weight is {max_weight}; it must be positive, or None for no limit")
-        for option, value, choices in (
-            ("density", density, get_args(Density)),
-            ("scope", scope, get_args(Scope)),
-            ("normalizer", normalizer, get_args(Normalizer)),
-        ):
-            if value not in choices:
-                raise ValueError(f"{name}: {option} is {value!r}; it must be {' or '.join(choices)}")
-        self.bins = bins
-        self.momentum = momentum
-        self.density = density
-        self.regions = bins * FINE if density == "near_exact" else bins
-        self.scope = scope
-        self.normalizer = normalizer
-        self.corrected = corrected
-        self.local_counts = local_counts
-        self.max_weight = max_weight
-        self.register_buffer("average", torch.zeros(bins))
-        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
-
-    def _apply(self, fn: Callable, recurse: bool = True) -> "GradientDensity":
-        """What .to(), .half() and their like do to tensors; the average stays float32: float16 ends at 65,504 cells."""
-        before = self.average
-        super()._apply(fn, recurse)
-        if self.average.dtype != torch.float32:
-            self.average = before.to(self.average.device)
-        return self
-
-    @torch.no_grad()
-    def shares(self, norms: Tensor, valid: Tensor | None = None) -> Tensor:
-        """beta / N of every example, a constant for the backward pass; 0 in rows that are not valid.
-
-        norms (N, K) in [0, 1], valid (N,) bool or None for all -> (N, K). Over all processes the sum of share x loss is
-        the mean.
-        """
-        if self.density == "exact":
-            return self._exact_shares(norms, valid)
-        region = fused.region_of(norms, self.regions)
-        share = self.region_shares(fused.count(region, valid, self.regions))
-        return _without(share[region], valid)
-
-    @torch.no_grad()
-    def region_shares(self, counts: Tensor) -> Tensor:
-        """beta / N of every region (regions,) float32, from this process's counts (regions,) int64.
-
-        `regions` is the number of equal parts that examples are counted in. Moves the average, where there is one.
-        """
-        counts = counts if self.local_counts else all_sum(counts)
-        if self.density == "near_exact":
-            return self._limited(self._windowed(counts), counts)
-        filled = counts > 0
-        average = self._averaged(counts, filled)
-        divisor = filled.sum() if self.normalizer == "valid_bins" else self.bins
-        share = (average * divisor).reciprocal().masked_fill(~filled, 0)  # N of beta and N of the mean cancel
-        return self._limited(share, counts)
-
-    def _averaged(self, counts: Tensor, filled: Tensor) -> Tensor:
-        """Moving average with this batch in it (bins,), stored in training mode."""
-        seen = filled.any()  # an empty batch says nothing about the density; decided without a host copy
-        updates = self.updates + seen
-        moved = self.momentum * self.average + (1 - self.momentum) * counts
-        average = torch.where(seen if self.corrected else filled, moved, self.average)
-        if self.training:
-            self.average.copy_(average)
-            self.updates.copy_(updates)
-        if not self.corrected or self.momentum == 0:
-            return average
-        return average / -torch.expm1(updates * math.log(self.momentum))  # 1 - a^t, without its cancellation
-
-    def _windowed(self, counts: Tensor) -> Tensor:
-        """l / #{} at the centre of every region: those that reach half into the window are half counted."""
-        up_to = F.pad(counts.cumsum(0), (1, 0))
-        at = torch.arange(self.regions, device=counts.device)
-        half = FINE // 2
-        inner = up_to[(at + half).clamp(max=self.regions)] - up_to[(at - half + 1).clamp(min=0)]
-        outer = up_to[(at + half + 1).clamp(max=self.regions)] - up_to[(at - half).clamp(min=0)]
-        centre = (at + 0.5) / self.regions
-        reach = 0.5 / self.bins
-        length = (centre + reach).clamp(max=1) - (centre - reach).clamp(min=0)
-        return (2 * length / (inner + outer)).masked_fill(outer == 0, 0)
-
-    def _exact_shares(self, norms: Tensor, valid: Tensor | None) -> Tensor:
-        """As `shares`, from a sort and two searches: O(N log N)."""
-        own = _without(norms, valid, 2).flatten()  # past every window
-        g, order = _sort(own)
-        everyone = g if self.local_counts or world_size() == 1 else _sort(all_cat(own))[0]
-        half = 0.5 / self.bins
-        # Asked for in order, so that neighbouring searches touch the same memory.
-        count = torch.searchsorted(everyone, g + half) - torch.searchsorted(everyone, g - half)
-        length = (g + half).clamp(max=1) - (g - half).clamp(min=0)
-        share = torch.empty_like(g)
-        share[order] = length / count
-        return self._limited(_without(share.view_as(norms), valid), everyone < 2)
-
-    def _limited(self, share: Tensor, counts: Tensor) -> Tensor:
-        """`share` where beta is at most `max_weight`; the counts add up to N."""
-        if self.max_weight is not None:
-            share = share.clamp(max=self.max_weight / counts.sum())
-        return share / world_size() if self.local_counts else share
-
-
-def _without(values: Tensor, valid: Tensor | None, fill: float = 0) -> Tensor:
-    """`values` (N, K) with `fill` in rows that are not valid."""
-    return values if valid is None else values.masked_fill(~valid[:, None], fill)
-
-
-def _sort(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Values (N,) not below 0, in ascending order, and where each was."""
-    by_torch = values.device.type != "cpu" or values.dtype != torch.float32 or len(values) >= 2**32
-    if by_torch or np is None or torch.compiler.is_compiling():  # in torch.compile there are no NumPy integers
-        return values.sort()
-    # The bits of floats that are not negative order as the floats do. With the index beneath them NumPy sorts both as
-    # one integer, three times as fast as torch sorts floats.
-    keys = values.numpy().view(np.uint32).astype(np.uint64) << 32
-    keys |= np.arange(len(keys), dtype=np.uint64)
-    keys.sort()
-    ordered = (keys >> 32).astype(np.uint32).view(np.float32)
-    return torch.from_numpy(ordered), torch.from_numpy((keys & 0xFFFFFFFF).astype(np.int64))
+from detector.losses.cells import (
+    cross_entropy,
+    logits_against_truth,
+    lookup,
+    region_of,
+    sigmoid_softplus,
+    sum_cells,
+)
+from detector.losses.density import RELEASED, Density, GradientDensity, Normalizer, Scope
+from detector.losses.fused import cell_sum
+from detector.losses.regions import count_regions
 
 
 class GHMC(GradientDensity):
@@ -229,21 +41,17 @@ class GHMC(GradientDensity):
 
     def forward(self, logits: Tensor, labels: Tensor, valid: Tensor, num_pos: Tensor | float) -> Tensor:
         """logits (N, C), labels (N,) int64 with C = background, valid (N,) bool -> scalar."""
-        if self.density == "exact":
-            return self.definition(logits, labels, valid, num_pos)
-        share = self.region_shares(fused.count_regions(logits, labels, valid, self.regions))
-        return fused.cell_sum(_curve, logits, labels, valid, _without_gaps(share))
-
-    def definition(self, logits: Tensor, labels: Tensor, valid: Tensor, num_pos: Tensor | float) -> Tensor:
-        """The same in its plain form, by which the fast one is tested; exact density has no other."""
-        z = logits_against_truth(logits, labels, valid)
-        return sum_cells(self.shares(z.sigmoid(), valid) * cross_entropy(z), valid)
+        if self.density == "exact":  # each cell has a weight of its own, which no table holds
+            z = logits_against_truth(logits, labels, valid)
+            return sum_cells(self.shares(z.sigmoid(), valid) * cross_entropy(z), valid)
+        share = self.region_shares(count_regions(logits, labels, valid, self.regions))
+        return cell_sum(_curve, logits, labels, valid, _without_gaps(share), self.regions)
 
 
-def _curve(z: Tensor, positive: Tensor | None, share: Tensor) -> tuple[Tensor, Tensor]:
-    p, softplus = fused.sigmoid_softplus(z)
-    share = share[fused.region_of(p, len(share))].to(z.dtype)
-    return share * softplus, share * p
+def _curve(z: Tensor, is_positive: Tensor | None, share: Tensor, bins: int) -> tuple[Tensor, Tensor]:
+    p, softplus = sigmoid_softplus(z)
+    weight = lookup(share, region_of(p, bins))
+    return weight * softplus, weight * p
 
 
 def _without_gaps(share: Tensor) -> Tensor:

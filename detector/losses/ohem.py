@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-from detector.losses.cells import cross_entropy, logits_against_truth, sum_cells
-from detector.losses.fused import cell_sum, kth_largest, sigmoid_softplus
+from detector.losses import dispatch
+from detector.losses.cells import accumulator, logits_against_truth, lookup, ordered_bits, sigmoid_softplus
+from detector.losses.fused import cell_sum
+from detector.losses.regions import histogram
 
 
 class OHEM(nn.Module):
@@ -19,7 +21,7 @@ class OHEM(nn.Module):
 
     Shrivastava, Gupta, Girshick, "Training Region-based Object Detectors with Online Hard Example Mining",
     CVPR 2016, arXiv 1604.03540; for one-stage detectors and the 3:1 ratio Lin et al., arXiv 1708.02002, 5.1.
-    Normalised by num_pos, the positive anchors of all processes. On a GPU it sorts all cells.
+    Normalised by num_pos, the positive anchors of all processes.
 
         class_loss = OHEM(ratio=3.0)
         labels = torch.where(positive, gt_labels[gt_index], num_classes)  # (N,), num_classes = background
@@ -39,19 +41,9 @@ class OHEM(nn.Module):
 
     def forward(self, logits: Tensor, labels: Tensor, valid: Tensor, num_pos: Tensor | float) -> Tensor:
         """logits (N, C), labels (N,) int64 with C = background, valid (N,) bool -> scalar."""
-        threshold, tied = kth_largest(logits, labels, valid, self._places(logits, labels, valid), self.top_k is None)
-        return cell_sum(_curve, logits, labels, valid, threshold, tied, self.top_k is None, num_pos=num_pos)
-
-    def definition(self, logits: Tensor, labels: Tensor, valid: Tensor, num_pos: Tensor | float) -> Tensor:
-        """The same in its plain form, by which the fast one is tested."""
-        z = logits_against_truth(logits, labels, valid)
-        always = (torch.arange(z.shape[1], device=z.device) == labels[:, None]) & (self.top_k is None)
-        ranked = z[valid[:, None] & ~always].sort(descending=True).values
-        places = min(int(self._places(logits, labels, valid)), len(ranked))
-        last = ranked[places - 1] if places else z.new_tensor(torch.inf)
-        above, level = (ranked > last).sum(), (ranked == last).sum().clamp(min=1)
-        weight = torch.where(always, 1, (z > last) + (z == last) * (places - above) / level)
-        return sum_cells(weight * cross_entropy(z), valid) / num_pos
+        keep_positives = self.top_k is None
+        limits = kth_largest(logits, labels, valid, self._places(logits, labels, valid), negatives=keep_positives)
+        return cell_sum(_curve, logits, labels, valid, limits, keep_positives, num_pos=num_pos)
 
     def _places(self, logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor | int:
         """How many cells are kept; with a ratio, how many negative ones."""
@@ -61,9 +53,78 @@ class OHEM(nn.Module):
         return (self.ratio * positives.clamp(min=1)).round().long()
 
 
-def _curve(z: Tensor, positive: Tensor | None, threshold: Tensor, tied: Tensor, always: bool) -> tuple[Tensor, Tensor]:
+def _curve(z: Tensor, is_positive: Tensor | None, limits: Tensor, keep_positives: bool) -> tuple[Tensor, Tensor]:
     p, softplus = sigmoid_softplus(z)
-    weight = torch.where(z > threshold, 1.0, torch.where(z == threshold, tied, 0.0)).to(z.dtype)
-    if positive is not None and always:
-        weight = torch.where(positive, 1.0, weight)
+    weight = torch.where(z == lookup(limits, 0), lookup(limits, 1), torch.where(z > lookup(limits, 0), 1.0, 0.0))
+    if is_positive is not None and keep_positives:
+        weight = torch.where(is_positive, 1.0, weight)
     return weight * softplus, weight * p
+
+
+@torch.no_grad()
+def kth_largest(logits: Tensor, labels: Tensor, valid: Tensor, k: Tensor | int, negatives: bool) -> Tensor:
+    """The k-th largest z of all valid cells, or of the negative ones alone; inf for k = 0. And the share of the cells
+    that tie with it that are among the k largest -> (2,). A k beyond their number stands for it.
+    """
+    logits = logits.detach()
+    if logits.device.type != "cpu" and logits.dtype != torch.float64:
+        return _by_digits(logits, labels, valid, k, negatives)
+    hardest = logits.new_empty(0, dtype=accumulator(logits))
+    bound: Tensor | float = -torch.inf
+    k = int(k)
+    for rows in dispatch.pieces(logits):
+        z = logits_against_truth(logits[rows], labels[rows], valid[rows])
+        ranks = valid[rows, None] & (z >= bound)
+        if negatives:
+            ranks &= torch.arange(z.shape[1], device=z.device) != labels[rows, None]
+        hardest = torch.cat([hardest, z[ranks]])
+        if 0 < k < len(hardest):
+            bound = hardest.topk(k, sorted=False).values.min()
+            hardest = hardest[hardest >= bound]  # and what ties
+    k = min(k, len(hardest))
+    if k == 0:
+        return hardest.new_tensor([torch.inf, 0])
+    last = hardest.kthvalue(len(hardest) - k + 1).values
+    tied = (k - (hardest > last).sum()) / (hardest == last).sum()
+    return torch.stack([last, tied.to(last.dtype)])
+
+
+# What a GPU does instead of sorting: it finds the number's bits, 11 at a time, by counting how many cells have which.
+DIGITS = ((21, 11), (10, 11), (0, 10))  # lowest bit, and width
+
+
+def _by_digits(logits: Tensor, labels: Tensor, valid: Tensor, k: Tensor | int, negatives: bool) -> Tensor:
+    digits = DIGITS[: 3 if logits.dtype == torch.float32 else 2]  # float16 and bfloat16 leave the last bits 0
+    place = torch.as_tensor(k, device=logits.device)
+    prefix = torch.zeros(1, dtype=torch.int32, device=logits.device)
+    for low, width in digits:
+        first = low + width == 32
+        counts = histogram(_digit, logits, labels, valid, 2**width, prefix, negatives, low, width, first)
+        at_least = counts.flip(0).cumsum(0).flip(0)
+        place = place.clamp(max=at_least[0])
+        digit = ((at_least >= place).sum() - 1).clamp(min=0)
+        ties = counts.take(digit)
+        place = place - at_least.take(digit) + ties
+        prefix = ((digit - 2 ** (width - 1)) if first else (prefix << width) + digit).to(torch.int32).view(1)
+    low = digits[-1][0]
+    bits = (prefix << low) + torch.where(prefix < 0, 2**low - 1, 0)  # what is left of a negative number's bits are ones
+    last = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32)
+    limits = torch.stack([last[0], place / ties.clamp(min=1)])
+    none = torch.full_like(limits, torch.inf)
+    none[1] = 0
+    return torch.where(place > 0, limits, none)
+
+
+def _digit(
+    z: Tensor, is_positive: Tensor | None, prefix: Tensor, negatives: bool, low: int, width: int, first: bool
+) -> Tensor:
+    """`width` bits of each z from bit `low` on, where the bits above them are `prefix`; elsewhere 2 ** width."""
+    bits = ordered_bits(z)
+    if first:
+        digit = (bits >> low) + 2 ** (width - 1)  # the sign's bit turns
+    else:
+        digit = (bits >> low) & (2**width - 1)
+        digit = torch.where((bits >> (low + width)) == lookup(prefix, 0), digit, 2**width)
+    if is_positive is not None and negatives:
+        digit = torch.where(is_positive, 2**width, digit)
+    return digit

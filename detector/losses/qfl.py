@@ -1,10 +1,10 @@
-"""Quality focal loss: the score of a positive is taught how good its box is."""
+"""Quality focal loss: the score of a positive learns how good its box is."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detector.losses.cells import cross_entropy, label_logits, logits_against_truth, sum_cells, with_positives
+from detector.losses.cells import power, sigmoid_softplus
+from detector.losses.fused import cell_sum
 
 
 class QualityFocal(nn.Module):
@@ -39,9 +39,21 @@ class QualityFocal(nn.Module):
 
         Without a quality every positive has 1.
         """
-        z = logits_against_truth(logits, labels, valid)
-        background = torch.exp(self.beta * F.logsigmoid(z)) * cross_entropy(z)
-        x = label_logits(logits, labels, valid)
-        y = torch.ones_like(x) if quality is None else quality.detach().to(x.dtype)[:, None]
-        positive = (y - x.sigmoid()).abs() ** self.beta * (cross_entropy(x) - y * x)
-        return sum_cells(with_positives(background, labels, positive), valid) / num_pos
+        if quality is None:
+            quality = torch.ones_like(labels, dtype=torch.float32)
+        return cell_sum(_curve, logits, labels, valid, self.beta, num_pos=num_pos, quality=quality.detach())
+
+
+def _curve(z: Tensor, is_positive: Tensor | None, quality: Tensor | None, beta: float) -> tuple[Tensor, Tensor]:
+    """|p - m|^beta (softplus(z) - m z) and its derivative, with p = sigmoid(z).
+
+    m, what a positive lacks to full quality, is where p should be: 0 for background.
+    """
+    p, softplus = sigmoid_softplus(z)
+    lack = 0.0 if is_positive is None or quality is None else torch.where(is_positive, 1 - quality, 0.0)
+    off = p - lack
+    distance = torch.abs(off)
+    entropy = softplus - lack * z
+    towards = beta * power(distance, beta - 1) * torch.sign(off) * p * (1 - p)
+    modulator = power(distance, beta)
+    return modulator * entropy, towards * entropy + modulator * off

@@ -1,10 +1,10 @@
 """Varifocal loss: positives weigh by how good their box is, easy background is turned down."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detector.losses.cells import cross_entropy, label_logits, logits_against_truth, sum_cells, with_positives
+from detector.losses.cells import power, sigmoid_softplus
+from detector.losses.fused import cell_sum
 
 
 class Varifocal(nn.Module):
@@ -41,12 +41,22 @@ class Varifocal(nn.Module):
 
         Without a quality every positive has 1.
         """
-        z = logits_against_truth(logits, labels, valid)
-        background = self._background(z)
-        x = label_logits(logits, labels, valid)
-        q = torch.ones_like(x) if quality is None else quality.detach().to(x.dtype)[:, None]
-        positive = torch.where(q > 0, q * (cross_entropy(x) - q * x), self._background(x))
-        return sum_cells(with_positives(background, labels, positive), valid) / num_pos
+        if quality is None:
+            quality = torch.ones_like(labels, dtype=torch.float32)
+        # An anchor whose box misses its object altogether is background.
+        labels = torch.where(quality > 0, labels, logits.shape[1])
+        options = self.alpha, self.gamma
+        return cell_sum(_curve, logits, labels, valid, *options, num_pos=num_pos, quality=quality.detach())
 
-    def _background(self, x: Tensor) -> Tensor:
-        return self.alpha * torch.exp(self.gamma * F.logsigmoid(x)) * cross_entropy(x)
+
+def _curve(
+    z: Tensor, is_positive: Tensor | None, quality: Tensor | None, alpha: float, gamma: float
+) -> tuple[Tensor, Tensor]:
+    """Background: alpha p^gamma softplus(z). Positives: q (softplus(z) - (1 - q) z). And their derivatives."""
+    p, softplus = sigmoid_softplus(z)
+    modulator = alpha * power(p, gamma, z - softplus)
+    value, slope = modulator * softplus, modulator * (gamma * (1 - p) * softplus + p)
+    if is_positive is not None and quality is not None:
+        value = torch.where(is_positive, quality * (softplus - (1 - quality) * z), value)
+        slope = torch.where(is_positive, quality * (p - (1 - quality)), slope)
+    return value, slope

@@ -1,6 +1,6 @@
 """Run every benchmark and write docs/benchmarks.md: python scripts/bench/all.py [--only step loader ...] [--out FILE]
 
-Takes about half an hour on two cores, which nothing else should use meanwhile. With --only the other sections stay.
+Takes about half an hour on two otherwise idle cores. --only runs some sections and keeps the others.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs/benchmarks.md"
-SECTIONS = {  # title, and what is run
+SECTIONS = {  # title and command
     "step": ("Training step", "scripts/bench/step.py"),
     "assigner": ("Assignment", "scripts/bench/assigner.py"),
     "losses": ("Losses", "scripts/bench/losses.py --slow --step"),
@@ -28,8 +28,8 @@ SECTIONS = {  # title, and what is run
 }
 HEAD = """# Benchmarks
 
-Ours beside its peers, each section one run in which both took turns: only ratios within a section compare. What each
-script measures, and how, its first lines say. Written by `python scripts/bench/all.py`.
+This project beside its peers. In each section both took turns in one run, so compare numbers only within a section. The
+first lines of each script say what it measures and how. Written by `python scripts/bench/all.py`.
 """
 
 
@@ -55,14 +55,14 @@ def run(title: str, command: str) -> str:
 
 
 def write(path: Path, section: str) -> None:
-    """Put the section into the page, where the one of its title was; what stands above the first stays as it is."""
+    """Replace the section with the same title in the page, or insert it; the text above the first section stays."""
     head, *parts = re.split(
         r"^(?=## )", path.read_text(encoding="utf-8") if path.is_file() else HEAD, flags=re.MULTILINE
     )
-    found = {part.splitlines()[0]: part for part in parts}
-    found[section.splitlines()[0]] = section
+    by_title = {part.splitlines()[0]: part for part in parts}
+    by_title[section.splitlines()[0]] = section
     titles = [f"## {title}" for title, _ in SECTIONS.values()]
-    parts = [head, *(found[title] for title in titles if title in found)]
+    parts = [head, *(by_title[title] for title in titles if title in by_title)]
     path.write_text("\n\n".join(part.strip() for part in parts) + "\n", encoding="utf-8")
 
 

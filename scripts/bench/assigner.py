@@ -1,16 +1,12 @@
-"""Anchors matched to boxes, ours beside torchvision's Matcher: milliseconds and peak memory of an image.
+"""Matching anchors to boxes, ours beside torchvision's Matcher: milliseconds and peak memory for an image.
 
     python scripts/bench/assigner.py [--sides 512 1024] [--boxes 1 10 100 300] [--repeats 9]
 
-The peer computes the IoU of all pairs and calls Matcher, as torchvision's RetinaNet does. Both start from the same
-anchors and boxes, and the results are compared: "differ" is the number of anchors that are matched otherwise.
+The peer computes the IoU of all pairs and calls Matcher, like torchvision's RetinaNet. Both get the same anchors and
+boxes. "differ" is the number of anchors with different matches.
 """
 
 import argparse
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's packages, wherever this is started
 
 import torch
 from torch import Tensor
@@ -26,7 +22,7 @@ from scripts.bench import measure
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sides", type=int, nargs="+", default=[512, 1024], help="of square images, in pixels")
+    parser.add_argument("--sides", type=int, nargs="+", default=[512, 1024], help="sides of square images, in pixels")
     parser.add_argument("--boxes", type=int, nargs="+", default=[1, 10, 100, 300])
     parser.add_argument("--repeats", type=int, default=9)
     args = parser.parse_args()
@@ -34,8 +30,7 @@ def main() -> None:
     cases = [(side, count, *case(side, count, device)) for side in args.sides for count in args.boxes]
     calls = [{"torchvision": lambda c=c: theirs(*c), "ours": lambda c=c: IoUAssigner()(*c)} for _, _, *c in cases]
     memory = [{name: measure.peak(call) / measure.MIB for name, call in pair.items()} for pair in calls]
-    if device.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(device)
     rows = []
     for (side, count, anchors, _), pair, peaks in zip(cases, calls, memory):
         times = measure.alternate(pair, args.repeats)
@@ -56,7 +51,7 @@ def main() -> None:
 
 def case(side: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
     rng = torch.Generator().manual_seed(0)
-    sides = side * (1 / 32 + torch.rand(count, 2, generator=rng).square() / 2)  # more small ones than large
+    sides = side * (1 / 32 + torch.rand(count, 2, generator=rng).square() / 2)  # more small boxes than large ones
     corners = torch.rand(count, 2, generator=rng) * (side - sides)
     grids = [(-(-side // stride),) * 2 for stride in (8, 16, 32, 64, 128)]
     return Anchors()(grids, (side, side), device), torch.cat([corners, corners + sides], dim=1).to(device)
@@ -67,7 +62,7 @@ def theirs(anchors: Tensor, boxes: Tensor) -> Tensor:
 
 
 def matches(assignment: Assignment) -> Tensor:
-    """As torchvision writes it: index of the box, -1 background, -2 ignored."""
+    """In torchvision's notation: index of the box, -1 background, -2 ignored."""
     return torch.where(assignment.ignored, -2, torch.where(assignment.positive, assignment.gt_index, -1))
 
 

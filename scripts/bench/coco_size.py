@@ -1,11 +1,11 @@
-"""A data set of COCO train2017's shape: time and memory of start, reading, an epoch's order, scoring, a checkpoint.
+"""Time and memory on a data set of COCO's size: start, reading, an epoch's order, scoring, a checkpoint.
 
     python scripts/bench/coco_size.py [--images 118287] [--boxes 860001] [--repeats 3] [--beside CHECKOUT]
 
-Makes the annotation files in a temporary folder (473 MB with polygons, and 5,000 images for validation); the images are
-hard links to a few pictures. Each row is a process of its own: seconds by the clock, seconds of the processor (which
-other work on the machine hardly changes), and the most memory that it held, PyTorch's own included. `--beside` measures
-another checkout of this project in turns.
+Writes annotation files into a temporary folder (473 MB with polygons, and 5,000 images for validation). The images are
+hard links to a few pictures. Each row runs in its own process: seconds, CPU seconds (which other work on the machine
+hardly changes), and peak memory, including PyTorch itself. `--beside` also measures another checkout of this project,
+taking turns.
 """
 
 import argparse
@@ -18,8 +18,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's packages, wherever this is started
-
 import cv2
 import numpy as np
 
@@ -30,14 +28,14 @@ CLASSES, VAL_IMAGES, FOUND = 80, 5000, 100  # FOUND: detections of an image
 PICTURES = 8  # different ones
 POINTS = 20  # of a polygon, on average
 SIZE = (480, 640)  # height, width
-# Each prints its figures as JSON. STARTED is the time at which the process was asked for.
+# Each program prints its figures as JSON. STARTED is the time at which its process was started.
 HEAD = """
 import json, os, time
 def clock():
     return time.time(), time.process_time()
 def tell(begin):
     figures = [now - then for now, then in zip(clock(), begin)]
-    # Not getrusage's: that starts with what the process that started this one held.
+    # Not from getrusage, which starts with the memory of the parent process.
     peak = next(line for line in open("/proc/self/status", encoding="utf-8") if line.startswith("VmHWM"))
     figures.append(int(peak.split()[1]) * 1024 / 1e9)
     print("FIGURES", json.dumps(figures), flush=True)
@@ -46,11 +44,13 @@ def tell(begin):
 PROGRAMS = {
     "start to the first step": """
 import train
-epoch = train.train_one_epoch
+# An older checkout calls them otherwise.
+name, limit = ("train_until", "step") if hasattr(train, "train_until") else ("train_one_epoch", "until")
+train_until = getattr(train, name)
 def first_step(*args, **options):
-    epoch(*args, **options | {"until": 1})
+    train_until(*args, **options | {limit: 1})
     tell((float(os.environ["STARTED"]), 0))
-train.train_one_epoch = first_step
+setattr(train, name, first_step)
 train.main()
 """,
     "check_data.py and eval.py: reading train": """
@@ -94,7 +94,7 @@ def saved(path, *args, **options):
     begin = clock()
     save(path, *args, **options)
     tell(begin)
-train.train_one_epoch = lambda *args, **options: None
+train.train_until = train.train_one_epoch = lambda *args, **options: None  # the second in an older checkout
 train.checkpoint.save = saved
 train.main()
 """,
@@ -106,7 +106,9 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=118_287)
     parser.add_argument("--boxes", type=int, default=860_001)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--beside", type=Path, metavar="CHECKOUT", help="of this project, such as an older one")
+    parser.add_argument(
+        "--beside", type=Path, metavar="CHECKOUT", help="another checkout of this project, such as an older one"
+    )
     args = parser.parse_args()
     checkouts = {"": ROOT} | ({" before": args.beside} if args.beside else {})
     with tempfile.TemporaryDirectory() as name:
@@ -126,7 +128,7 @@ def main() -> None:
 
 
 def run(program: str, root: Path, folder: Path, images: int) -> list[float]:
-    """Seconds, those of the processor, and GB that a program of PROGRAMS prints, run in a checkout."""
+    """The seconds, CPU seconds and GB that a program of PROGRAMS prints when it runs in a checkout."""
     with tempfile.TemporaryDirectory(dir=folder) as output:
         settings = ["run=t", f"output={output}", "device=cpu", "tensorboard.enabled=false", "data.workers=0"]
         settings += [
@@ -152,7 +154,7 @@ def run(program: str, root: Path, folder: Path, images: int) -> list[float]:
 
 
 def write_set(folder: Path, images: int, boxes: int) -> None:
-    """train.json, val.json and the folder images/ of both."""
+    """Write train.json, val.json and the folder images/ of both."""
     rng = np.random.default_rng(0)
     (folder / "images").mkdir()
     originals = [folder / f"{number}.jpg" for number in range(PICTURES)]
@@ -174,7 +176,7 @@ def write_set(folder: Path, images: int, boxes: int) -> None:
 
 
 def about_image(number: int, name: str) -> dict:
-    """As long as COCO's own records."""
+    """A record as long as COCO's own."""
     return {
         "license": 3,
         "file_name": name,

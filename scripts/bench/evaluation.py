@@ -1,11 +1,11 @@
-"""COCO evaluation beside pycocotools as it is commonly called: from detections in tensors to the 12 numbers.
+"""COCO evaluation beside pycocotools: from detections in tensors to the 12 numbers.
 
     python scripts/bench/evaluation.py [--images 5000] [--detections 100] [--repeats 3] [--seed 0]
 
-The peer makes a list of result dicts, then calls COCO.loadRes and COCOeval; its ground truth is indexed beforehand,
-ours is read anew in each call. They alternate in one process; times are medians. Memory is what one call takes at most
-beyond the ground truth and the detections, each in a process of its own. Growth is ours from a tenth of the detections
-to all of them. The exit code is 1 unless the 12 numbers are equal to the bit.
+The peer makes a list of result dicts and calls COCO.loadRes and COCOeval, as is common. Its ground truth is indexed
+beforehand, ours is indexed in each call. They alternate in one process; times are medians. Memory is the peak of one
+call beyond the ground truth and the detections, each in its own process. The second table is ours with a tenth of the
+detections and with all. The exit code is 1 unless the 12 numbers are equal to the bit.
 """
 
 import argparse
@@ -16,10 +16,8 @@ import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's packages, wherever this is started
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all of this is the processor's work, and its memory
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # everything here runs on the CPU
 
 import numpy as np
 import torch
@@ -40,8 +38,8 @@ Case = tuple[Annotations, dict[int, Detections], list[int]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=5000)
-    parser.add_argument("--detections", type=int, default=100, help="of an image")
-    parser.add_argument("--repeats", type=int, default=3, help="a round of the default size takes about a minute")
+    parser.add_argument("--detections", type=int, default=100, help="detections of an image")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds, about a minute each at the default size")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     size = (args.images, args.detections, args.seed)
@@ -73,7 +71,7 @@ def main() -> None:
 
 
 def make_case(images: int, detections: int, seed: int) -> Case:
-    """Ground truth like COCO's, and detections as a detector might make: four fifths are near a box."""
+    """Ground truth like COCO's, and detections like a detector's: four fifths are near a box."""
     rng = np.random.default_rng(seed)
     counts = rng.poisson(7.4, images)
     owners = np.repeat(np.arange(images), counts)
@@ -143,7 +141,7 @@ def pycocotools(case: Case) -> Callable[[], dict]:
 
 
 def alone(name: str, *size: int) -> float:
-    """`peak` in a fresh process, where nothing that was freed is in the way."""
+    """`peak` in a new process, where no freed memory distorts it."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(peak, name, *size).result()
 

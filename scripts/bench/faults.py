@@ -1,16 +1,16 @@
-"""Interrupt trainings at random, go on with them, and compare their ends with those of trainings left alone.
+"""Interrupt trainings at random, resume them, and compare their results with uninterrupted trainings.
 
     python scripts/bench/faults.py [--faults 200] [--steps 12] [--seed 0] [--folder FOLDER]
 
-A run has one process or two, and lives several times. Each life has 0 or 2 loading processes for each process, is
-struck once (SIGKILL or SIGTERM to one process, or SIGTERM to the whole group with its loading processes) while it
-starts, trains, evaluates or writes a checkpoint, and the next goes on with --resume. Counted as wrong:
+A run has one process or two, and several lives. Each life has 0 or 2 loading processes for each process. It gets one
+signal (SIGKILL or SIGTERM to one process, or SIGTERM to the whole group with its loading processes) while it starts,
+trains, evaluates or writes a checkpoint. The next life continues with --resume. Counted as wrong:
 
-- lost: last.pt of a finished run is not, to the bit, that of the run left alone, or SIGTERM did not save the last step;
+- lost: last.pt of a finished run differs from that of the uninterrupted run, or SIGTERM did not save the last step;
 - exit: SIGTERM must end all processes with 143 and one line, SIGKILL the others with 1 and one line; no traceback;
-- left: a process, or a loading process, outlives its life by 10 s.
+- left: a process or a loading process runs for 10 s after the life has ended.
 
-The processes are forked from this one, so that each life is short: how Python starts is not struck.
+The processes are forked from this one to keep each life short, so the start of Python itself is never interrupted.
 """
 
 import os
@@ -33,8 +33,6 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's packages, wherever this is started
-
 import cv2
 import torch
 import yaml
@@ -47,12 +45,12 @@ from detector.solver import Solver
 
 STRIKES = ("KILL a process", "TERM a process", "TERM the group")
 PHASES = {"b": "start-up", "t": "training", "e": "evaluation", "s": "checkpoint"}
-PATIENCE = 60  # seconds; a process that takes longer hangs
+PATIENCE = 60  # seconds; a process that takes longer is hanging
 
 
 @dataclass
 class Life:
-    """The processes of a run from one start to its end, and what they have marked: (time, mark) of process 0."""
+    """The processes of a run from one start to their end, and the (time, mark) pairs of process 0."""
 
     processes: list[int]
     log: Path
@@ -61,7 +59,7 @@ class Life:
     codes: dict[int, int] = field(default_factory=dict)
 
     def look(self) -> None:
-        """Read the marks, and the exit codes of those that have ended."""
+        """Read new marks, and the exit codes of processes that have ended."""
         with contextlib.suppress(BlockingIOError):
             self.marks += [(time.monotonic(), mark) for mark in os.read(self.pipe, 4096).decode()]
         for process in set(self.processes) - self.codes.keys():
@@ -70,7 +68,7 @@ class Life:
                 self.codes[process] = os.waitstatus_to_exitcode(status)
 
     def count(self, mark: str) -> int:
-        return sum(own == mark for _, own in self.marks)
+        return sum(made == mark for _, made in self.marks)
 
     @property
     def phase(self) -> str:
@@ -84,9 +82,9 @@ class Life:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faults", type=int, default=200)
-    parser.add_argument("--steps", type=int, default=12, help="of a run")
+    parser.add_argument("--steps", type=int, default=12, help="steps of a run")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, help="for the runs (default: a temporary one)")
+    parser.add_argument("--folder", type=Path, help="folder for the runs (default: a temporary one)")
     args = parser.parse_args()
     torch.set_num_threads(1)  # threads would not survive a fork
     cv2.setNumThreads(0)
@@ -100,10 +98,10 @@ def main() -> None:
 
 
 def faults(folder: Path, wanted: int, steps: int, rng: random.Random) -> int:
-    """Strike so many times, and print how often and how it ended; returns how often it was wrong."""
+    """Interrupt `wanted` times, print how each life ended, and return how often that was wrong."""
     config = write_config(folder, steps)
     truth: dict[int, dict] = {}
-    lasts: dict[int, dict[str, float]] = {}  # seconds of each phase, by the number of processes
+    lasts: dict[int, dict[str, float]] = {}  # number of processes -> seconds of each phase
     struck, wrong, runs, lives = Counter(), [], 0, 0
     while struck.total() < wanted:
         processes, name = rng.choice((1, 2)), f"run{runs}"
@@ -113,7 +111,7 @@ def faults(folder: Path, wanted: int, steps: int, rng: random.Random) -> int:
             if any(life.codes.values()):
                 sys.exit(life.log.read_text(encoding="utf-8"))
             truth[processes], lasts[processes] = state(folder / f"runs/alone{processes}/last.pt"), durations(life)
-            print(f"left alone, {processes} process(es): {lasts[processes]}", flush=True)
+            print(f"uninterrupted, {processes} process(es): {lasts[processes]}", flush=True)
         done = False
         while not done:
             workers, every = rng.choice((0, 2)), rng.choice((1, 1000))
@@ -128,7 +126,7 @@ def faults(folder: Path, wanted: int, steps: int, rng: random.Random) -> int:
             complaints = [*left_behind(life)]
             if hit:
                 struck[how, PHASES[hit]] += 1
-                complaints += judge(life, how, hit, done, before, saved(folder / "runs" / name))
+                complaints += complaints_about(life, how, hit, done, before, saved(folder / "runs" / name))
             elif not done:
                 complaints.append("exit: ended by itself")
             for complaint in complaints:
@@ -138,21 +136,21 @@ def faults(folder: Path, wanted: int, steps: int, rng: random.Random) -> int:
             print(f"{struck.total()} {label}: {list(life.codes.values())}", flush=True)
             os.close(life.pipe)
         if not equal(state(folder / "runs" / name / "last.pt"), truth[processes]):
-            wrong.append("lost: another end")
-            print(f"WRONG {name}: it ends otherwise than the run left alone", flush=True)
+            wrong.append("lost: other weights")
+            print(f"WRONG {name}: its end differs from that of the uninterrupted run", flush=True)
         shutil.rmtree(folder / "runs" / name)
         runs += 1
     print(f"\n| | {' | '.join(PHASES.values())} |\n| --- |{' ---: |' * len(PHASES)}")
     for how in STRIKES:
         print(f"| {how} | {' | '.join(str(struck[how, phase]) for phase in PHASES.values())} |")
     kinds = Counter(complaint.partition(":")[0] for complaint in wrong)
-    told = ", ".join(f"{kinds[kind]} {kind}" for kind in ("lost", "exit", "left"))
-    print(f"\n{struck.total()} faults, {lives} lives, {runs} runs; wrong: {told}")
+    summary = ", ".join(f"{kinds[kind]} {kind}" for kind in ("lost", "exit", "left"))
+    print(f"\n{struck.total()} faults, {lives} lives, {runs} runs; wrong: {summary}")
     return len(wrong)
 
 
 def strike(life: Life, how: str, phase: str, lasts: dict[str, float], rng: random.Random) -> str:
-    """Send the signal at a random instant of a phase; returns the phase in which it came, "" if the life was over."""
+    """Send the signal at a random moment of a phase; returns the phase it hit, "" if the life was over."""
     wanted = {"b": 0, "t": rng.randint(1, 4), "e": 1, "s": rng.randint(1, 3)}[phase]
     until(life, lambda: life.count(phase) >= wanted)
     at = time.monotonic() + rng.uniform(0, lasts[phase])
@@ -168,65 +166,65 @@ def strike(life: Life, how: str, phase: str, lasts: dict[str, float], rng: rando
     return life.phase
 
 
-def judge(life: Life, how: str, hit: str, done: bool, before: int, after: int) -> list[str]:
-    """What is wrong with how a life ended that was struck."""
+def complaints_about(life: Life, how: str, hit: str, done: bool, before: int, after: int) -> list[str]:
+    """What is wrong with the end of an interrupted life."""
     log, codes = life.log.read_text(encoding="utf-8"), set(life.codes.values())
-    found = []
+    complaints = []
     if "Traceback" in log or (how.startswith("TERM") and "memory" in log):
-        found.append("exit: stray words")
-    early = hit == "b"  # before there are handlers, and before all have met
+        complaints.append("exit: unexpected output")
+    early = hit == "b"  # before handlers are installed and all processes are connected
     if how == "KILL a process":
         fine = {-signal.SIGKILL, 1, 128 + signal.SIGTERM, -signal.SIGTERM} if early else {-signal.SIGKILL, 1}
     else:
         fine = {128 + signal.SIGTERM, *({1, -signal.SIGTERM} if early else ())}
         fine |= {0} if "tensorboard --logdir" in log else set()  # process 0 had finished
     if not done and not codes <= fine:
-        found.append(f"exit: not of {sorted(fine)}")
+        complaints.append(f"exit: none of {sorted(fine)}")
     if how.startswith("TERM") and 128 + signal.SIGTERM in codes:
         if "stopped by SIGTERM" not in log:
-            found.append("exit: no line")
+            complaints.append("exit: no line")
         if not early and after != before + life.count("."):
-            found.append(f"lost: step {after} is saved, {before} + {life.count('.')} were done")
-    return found
+            complaints.append(f"lost: step {after} is saved, but {before} + {life.count('.')} were done")
+    return complaints
 
 
 def finish(life: Life) -> None:
-    """Wait for the end; as torchrun does, end the others where one has ended by a fault."""
-    told = None
+    """Wait for the end. Like torchrun, end the other processes if one has failed."""
+    failed_at = None
     while not life.over:
         life.look()
         now = time.monotonic()
-        if told is None and any(life.codes.values()):
-            told = now
+        if failed_at is None and any(life.codes.values()):
+            failed_at = now
         for process in set(life.processes) - life.codes.keys():
-            if told and now - told > PATIENCE:
+            if failed_at and now - failed_at > PATIENCE:
                 os.kill(process, signal.SIGKILL)
-            elif told and now - told > 5:
+            elif failed_at and now - failed_at > 5:
                 os.kill(process, signal.SIGTERM)
         time.sleep(0.01)
     life.look()
 
 
 def left_behind(life: Life) -> list[str]:
-    """One complaint where processes of the group live on; they are ended."""
+    """A complaint if processes of the group still run; they are killed."""
     end = time.monotonic() + 10
     while members(life.processes[0]):
         if time.monotonic() > end:
             os.killpg(life.processes[0], signal.SIGKILL)
-            return ["left: processes that live on"]
+            return ["left: processes still run"]
         time.sleep(0.02)
     return []
 
 
 def members(group: int) -> list[str]:
-    """Processes of a group that run (Linux)."""
-    found = []
+    """The running processes of a group (Linux)."""
+    running = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
-            state, _, own = path.read_text(encoding="utf-8").rpartition(") ")[2].split()[:3]
-            if int(own) == group and state != "Z":
-                found.append(path.parent.name)
-    return found
+            state, _, group_of = path.read_text(encoding="utf-8").rpartition(") ")[2].split()[:3]
+            if int(group_of) == group and state != "Z":
+                running.append(path.parent.name)
+    return running
 
 
 def until(life: Life, reached: object) -> None:
@@ -236,7 +234,7 @@ def until(life: Life, reached: object) -> None:
 
 
 def durations(life: Life) -> dict[str, float]:
-    """Mean seconds of each phase, of a life left alone."""
+    """Mean seconds of each phase of an uninterrupted life."""
     spent, times = Counter(), Counter()
     turns = [(moment, mark) for moment, mark in life.marks if mark in PHASES]
     for (begin, mark), (end, _) in pairwise(turns):
@@ -246,7 +244,7 @@ def durations(life: Life) -> dict[str, float]:
 
 
 def write_config(folder: Path, steps: int) -> Path:
-    """Tiny images and a tiny model, with everything that has state: GHM, averaged weights, momentum."""
+    """A config with tiny images and a tiny model, and all kinds of state: GHM, averaged weights, momentum."""
     write_demo(folder / "data", train_images=12, val_images=4)
     values = {
         "output": str(folder / "runs"),
@@ -281,7 +279,7 @@ def start(config: Path, run: str, processes: int, workers: int, every: int) -> L
         process = os.fork()
         if not process:
             live(words, environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, born, log, writing)
-        with contextlib.suppress(OSError):  # it may have done so itself
+        with contextlib.suppress(OSError):  # the child may have done it already
             os.setpgid(process, (born or [process])[0])
         born.append(process)
     os.close(writing)
@@ -289,7 +287,7 @@ def start(config: Path, run: str, processes: int, workers: int, every: int) -> L
 
 
 def live(words: list[str], environment: dict[str, str], born: list[int], log: Path, pipe: int) -> None:
-    """In the new process: train.py as the command line has it, marking what it does; never returns."""
+    """In the new process: run train.py and mark its phases; never returns."""
     code = 1
     try:
         os.setpgid(0, born[0] if born else 0)
@@ -313,7 +311,7 @@ def live(words: list[str], environment: dict[str, str], born: list[int], log: Pa
 
 
 def mark_calls(pipe: int) -> None:
-    """Write a letter at each start of a phase, and a point after each step."""
+    """Write a letter at the start of each phase, and a dot after each step."""
 
     def marking(call, before: bytes, after: bytes = b""):
         def marked(*arguments, **named):
@@ -325,20 +323,20 @@ def mark_calls(pipe: int) -> None:
         return marked
 
     os.write(pipe, b"b")
-    train.train_one_epoch = marking(train.train_one_epoch, b"t")
+    train.train_until = marking(train.train_until, b"t")
     train.predict = marking(train.predict, b"e")
     checkpoint.save = marking(checkpoint.save, b"s")
     Solver.step = marking(Solver.step, b"", b".")
 
 
 def saved(run: Path) -> int:
-    """The step of the newest checkpoint that is whole; 0 without any."""
+    """The step of the newest undamaged checkpoint; 0 without one."""
     newest = checkpoint.newest(run)
-    return newest[1]["run"]["solver"]["step"] if newest else 0
+    return newest.content["run"]["solver"]["step"] if newest else 0
 
 
 def state(path: Path) -> dict:
-    """What must not depend on how often a run was interrupted."""
+    """The parts of a checkpoint that must not depend on interruptions."""
     content = checkpoint.read(path)
     del content["run"]["seconds_per_step"], content["run"]["peak_memory"], content["config"]
     return content

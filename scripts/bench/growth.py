@@ -1,16 +1,12 @@
-"""How our training step grows with the batch and the image, and our evaluation with the detections; as a plot.
+"""How our training step grows with batch and image size, and our evaluation with the detections; draws a plot.
 
     python scripts/bench/growth.py [--backbone resnet18] [--batches 1 2 4 8] [--sides 256 384 512 768 1024]
         [--images 5000] [--repeats 3] [--plot docs/growth.png]
 
-Batches are of 512 px, sides in batches of 2. "per megapixel" is what would stay the same if the work grew linearly.
+--batches use 512 px, --sides use batches of 2. "s per megapixel" stays the same if the time grows linearly.
 """
 
 import argparse
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's packages, wherever this is started
 
 import matplotlib.pyplot as plt
 
@@ -25,7 +21,7 @@ def main() -> None:
     parser.add_argument("--backbone", default="resnet18")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--sides", type=int, nargs="+", default=[256, 384, 512, 768, 1024], help="in pixels")
-    parser.add_argument("--images", type=int, default=5000, help="of an evaluation")
+    parser.add_argument("--images", type=int, default=5000, help="images of an evaluation")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--plot", metavar="FILE")
     args = parser.parse_args()

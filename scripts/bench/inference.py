@@ -1,30 +1,26 @@
-"""Inference beside torchvision's RetinaNet: images per second, and the share of what follows the network.
+"""Inference beside torchvision's RetinaNet: images per second, and the share of postprocessing.
 
     python scripts/bench/inference.py [--work resnet18:512:2 resnet50:512:2] [--repeats 7]
 
-From images to boxes in pixels, both with the same backbone, sizes and images. "torchvision" is as its users run it, in
-float32; ours is what our configs do on this machine. "untrained" is the network at its start, whose scores are all near
-the prior of 0.01 and thus dropped; "trained" has logits as a trained one has: the class output is spread so that
-some 500 cells an image pass the threshold, in all classes. Rows of one group alternate in one process.
+Measures from images to boxes in pixels, both with the same backbone, sizes and images. "torchvision" runs by default,
+in float32; ours runs as our configs do on this machine. "untrained" is a new network, whose scores are all near the
+prior of 0.01 and thus dropped. "trained" imitates a trained network: the class output is spread so that some 500
+cells an image pass the threshold. The rows of a table alternate in one process.
 """
 
 import argparse
-import sys
 from collections.abc import Callable
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's packages, wherever this is started
 
 import torch
 from torch import Tensor, nn
 
 from detector import assemble
-from detector.device import keep_freed_memory, pick_device, pick_precision
+from detector.device import autocast, keep_freed_memory, pick_device, pick_precision
 from detector.model import RetinaNet
 from detector.solver import PRECISIONS
 from scripts.bench import measure, step
 
-CELLS = 500  # of an image, that pass the threshold in a trained network
+CELLS = 500  # cells of an image that pass the threshold in a trained network
 
 
 def main() -> None:
@@ -35,8 +31,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args()
     device = pick_device("auto")
-    if device.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(device)
     print(f"{measure.environment()}\nprecision of ours: {', '.join(pick_precision('auto', device))}")
     for work in args.work:
         name, side, batch = work.split(":")
@@ -57,26 +52,26 @@ def compare(name: str, side: int, batch: int, trained: bool, repeats: int) -> No
     floats = list(images.float() / 255)
     calls = {"torchvision": lambda: peer(floats), "ours": ours, "network": network, "after": after}
     with torch.no_grad():
-        found = [sum(len(one["boxes"]) for one in peer(floats)), sum(len(one.boxes) for one in ours())]
+        counts = [sum(len(result["boxes"]) for result in peer(floats)), sum(len(result.boxes) for result in ours())]
         times = measure.alternate(calls, repeats)
     medians = measure.medians(times)
     print(f"\nInference, {name}, {'trained' if trained else 'untrained'}, {batch} x {side} x {side} px\n")
     rows = [
         [label, f"{medians[label]:,.0f}", f"{1000 * batch / medians[label]:.2f}",
          f"{measure.ratio(times, 'torchvision', label):.2f}", boxes]
-        for label, boxes in zip(("torchvision", "ours"), found)
+        for label, boxes in zip(("torchvision", "ours"), counts)
     ]  # fmt: skip
     print(measure.table(["", "ms", "images/s", "x torchvision", "boxes"], rows))
     print(f"\nOurs: postprocessing is {100 * medians['after'] / medians['ours']:.1f}%, {medians['after']:.1f} ms")
 
 
 def our_calls(cfg: assemble.Config, model: RetinaNet, images: Tensor) -> list[Callable[[], object]]:
-    """From images to boxes, the network alone, and what follows it."""
+    """Functions for images to boxes, the network alone, and the postprocessing alone."""
     precision = PRECISIONS[pick_precision(cfg.precision, images.device)[0]]
     postprocess, sizes = assemble.build_postprocess(cfg), [tuple(images.shape[-2:])] * len(images)
 
     def network() -> object:
-        with torch.no_grad(), torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
+        with torch.no_grad(), autocast(images.device, precision):
             return model(images, sizes)
 
     predictions = network()

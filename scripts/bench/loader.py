@@ -1,28 +1,26 @@
-"""From JPEG files to a batch, ours beside torchvision's ways: images per second, on one thread.
+"""From JPEG files to a batch, ours beside torchvision: images per second, on one thread.
 
     python scripts/bench/loader.py [--images 64] [--repeats 5] [--fresh]
 
-640x480 crops of two photos, flipped half the time, to 512x384 and to 1067x800, in batches of 8. The peers open files
-with PIL, keep boxes as tv_tensors and end with a padded float batch; ours is uint8, to be normalised on the device.
+640x480 crops of two photos are flipped half the time and resized to 512x384 and to 1067x800, in batches of 8. The peers
+open files with PIL, keep boxes as tv_tensors and end with a padded float batch. Ours ends with uint8, which the model
+normalises on the device.
 
     v2, PIL            RandomHorizontalFlip, Resize, ToImage, ToDtype, Normalize: resized by PIL
     v2, tensors        ToImage, RandomHorizontalFlip, Resize, ToDtype, Normalize
     v2, in the model   RandomHorizontalFlip, ToImage, ToDtype, then GeneralizedRCNNTransform normalises and resizes
 
-All alternate in one process, with freed memory kept by it as in our training on a CPU, or with --fresh handed back to
-the system as everywhere else. The first epoch, which warms up, is left out.
+All alternate in one process. It keeps freed memory, as our training on a CPU does; --fresh returns it to the system,
+the default elsewhere. The first epoch warms up and is not counted.
 """
 
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's packages, wherever this is started
 
 import cv2
 import numpy as np

@@ -1,22 +1,19 @@
 """Class and box losses beside their peers: milliseconds of forward + backward, and memory beyond the logits.
 
-    python scripts/bench/losses.py [--rows 98208 380000] [--classes 80] [--logits -4 1.5] [--repeats 9]
-        [--slow] [--step]
+    python scripts/bench/losses.py [--rows 98208 380000] [--classes 80] [--logits -4 1.5] [--dtype float32]
+        [--repeats 9] [--slow] [--step]
 
-Peers: GHM-C and GHM-R as a loop over bins, the arithmetic of the released code written anew; torchvision's focal loss,
-alone and as its RetinaNet head calls it; cross entropy on dense targets; a sort with two searches for exact density.
-All alternate in one process, so that a slow moment of the machine meets all of them. Times are medians, with freed
-memory kept by the process; memory is the highest resident size of one call beyond that before it, in logits.
+Peers: GHM-C and GHM-R as a loop over bins, with the arithmetic of the released code; torchvision's focal loss, alone
+and as its RetinaNet head calls it; cross entropy on dense targets; a sort with two searches for exact density. They run
+on the GPU where there is one. All alternate in one process, so that a slow moment of the machine meets all of them.
+Times are medians, with freed memory kept by the process; memory is the peak of one call beyond what was held before it,
+in sizes of the logits.
 "Gradient error": Focal's, relative, against float64 where background is confident, beside torchvision's.
 --step: a whole training step, ResNet-18 at 512 px, 2 images, GHM-C + GHM-R beside CE + smooth L1.
 """
 
 import argparse
-import sys
 from collections.abc import Callable
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's packages, wherever this is started
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +21,7 @@ from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss
 
 from detector.device import keep_freed_memory, pick_device
-from detector.losses import ASL1, GHMC, GHMR, OHEM, CrossEntropy, Focal
+from detector.losses import ASL1, GHMC, GHMR, OHEM, CrossEntropy, Focal, QualityFocal, Varifocal
 from scripts.bench import measure
 from scripts.bench import step as training
 
@@ -43,36 +40,47 @@ def main() -> None:
         metavar=("MEAN", "STD"),
         help="default -4 1.5, hard for GHM-C: all rows have cells past the first region; trained models are near -6 1",
     )
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the logits")
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--slow", action="store_true", help="also OHEM and exact GHM-C, which sorts all cells")
+    parser.add_argument("--slow", action="store_true", help="also exact GHM-C, which sorts all cells")
     parser.add_argument("--step", action="store_true", help="also a whole training step, which takes some minutes")
     args = parser.parse_args()
     print(measure.environment())
+    device, dtype = pick_device("auto"), getattr(torch, args.dtype)
     memory = {}
     for rows in args.rows:  # all of it before memory is kept: then freed memory would be taken for used
-        logits, *rest = cells(rows, args.classes, *args.logits)
+        logits, *rest = cells(rows, args.classes, *args.logits, device, dtype)
         calls = class_losses(logits, *rest, args.slow)
         memory[rows] = {name: peak(call, logits) for name, call in calls.items()}
-    keep_freed_memory()
+    if device.type == "cpu":
+        keep_freed_memory()
     for rows in args.rows:
-        logits, *rest = cells(rows, args.classes, *args.logits)
+        logits, *rest = cells(rows, args.classes, *args.logits, device, dtype)
         share = (logits.sigmoid() >= 1 / 30).any(1).float().mean()
         print(f"\n{rows:,} x {args.classes} cells, {share:.0%} of rows with a cell past the first of 30 regions\n")
         report(class_losses(logits, *rest, args.slow), logits, args.repeats, memory[rows])
     print(f"\nBoxes, {POSITIVES} positives\n")
-    report(box_losses(), torch.zeros(POSITIVES, 4), args.repeats * 10, None)
+    report(box_losses(device), torch.zeros(POSITIVES, 4), args.repeats * 10, None)
     gradient_error()
     if args.step:
         whole_step(args.repeats)
 
 
-def cells(rows: int, classes: int, mean: float, std: float) -> tuple[Tensor, Tensor, Tensor]:
+def cells(
+    rows: int,
+    classes: int,
+    mean: float,
+    std: float,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Normal logits, POSITIVES positives, 2% of rows ignored."""
     rng = torch.Generator().manual_seed(0)
     logits = torch.randn(rows, classes, generator=rng) * std + mean
     labels = torch.full((rows,), classes)
     labels[torch.randperm(rows, generator=rng)[:POSITIVES]] = torch.randint(0, classes, (POSITIVES,), generator=rng)
-    return logits, labels, torch.rand(rows, generator=rng) > 0.02
+    valid = torch.rand(rows, generator=rng) > 0.02
+    return logits.to(device, dtype), labels.to(device), valid.to(device)
 
 
 def class_losses(logits: Tensor, labels: Tensor, valid: Tensor, slow: bool) -> dict[str, Callable[[], Tensor]]:
@@ -82,8 +90,10 @@ def class_losses(logits: Tensor, labels: Tensor, valid: Tensor, slow: bool) -> d
     x = logits.requires_grad_()
     sums = [0.0] * 30
     ours = {"CE": CrossEntropy(), "Focal": Focal(), "GHM-C": GHMC(), "GHM-C near-exact": GHMC(density="near_exact")}
+    ours |= {"QFL": QualityFocal(), "varifocal": Varifocal(), "OHEM": OHEM()}
     if slow:
-        ours |= {"OHEM": OHEM(), "GHM-C exact": GHMC(density="exact")}
+        ours |= {"GHM-C exact": GHMC(density="exact")}
+    ours = {name: loss.to(logits.device) for name, loss in ours.items()}
     calls = {name: lambda loss=loss: loss(x, labels, valid, POSITIVES) for name, loss in ours.items()}
 
     def cross_entropy() -> Tensor:
@@ -105,11 +115,11 @@ def class_losses(logits: Tensor, labels: Tensor, valid: Tensor, slow: bool) -> d
     return calls
 
 
-def box_losses() -> dict[str, Callable[[], Tensor]]:
+def box_losses(device: torch.device) -> dict[str, Callable[[], Tensor]]:
     rng = torch.Generator().manual_seed(0)
-    deltas, targets = torch.randn(2, POSITIVES, 4, generator=rng) * 0.1
+    deltas, targets = (torch.randn(2, POSITIVES, 4, generator=rng) * 0.1).to(device)
     deltas.requires_grad_()
-    ghm_r, asl1, sums = GHMR(), ASL1(), [0.0] * 10
+    ghm_r, asl1, sums = GHMR().to(device), ASL1(), [0.0] * 10
     return {
         "GHM-R": lambda: ghm_r(deltas, targets, POSITIVES),
         "ASL1": lambda: asl1(deltas, targets, POSITIVES),

@@ -1,7 +1,7 @@
-"""What the benchmarks share: calls that take turns, memory, and tables in Markdown.
+"""Shared by the benchmarks: timing calls in turns, peak memory, and tables in Markdown.
 
-Times are in milliseconds. All calls of a comparison alternate in one process, so that a slow moment of the machine
-meets all of them.
+Times are in milliseconds. All calls of a comparison alternate in one process, so a slow moment of the machine affects
+all of them.
 """
 
 import ctypes
@@ -19,7 +19,7 @@ MIB = 2**20
 
 
 def environment() -> str:
-    """Machine and versions, in a line."""
+    """Machine and versions, in one line."""
     if torch.cuda.is_available():
         machine = torch.cuda.get_device_name()
     else:
@@ -52,14 +52,14 @@ def medians(times: dict[str, list[float]]) -> dict[str, float]:
 
 
 def ratio(times: dict[str, list[float]], peer: str, ours: str) -> float:
-    """How many times as fast as the peer ours is: the median over rounds."""
+    """How many times as fast as the peer ours is, as the median over rounds."""
     return statistics.median(a / b for a, b in zip(times[peer], times[ours]))
 
 
 def peak(call: Callable[[], object]) -> float:
-    """Bytes that a call takes at most beyond what was held before it; nan where neither CUDA nor Linux is.
+    """The most bytes that a call needs beyond those in use before it; nan without CUDA or Linux.
 
-    On a CPU to be asked before `keep_freed_memory`: kept memory would be taken for used.
+    On a CPU, call this before `keep_freed_memory`, because kept memory would count as used.
     """
     gc.collect()
     if torch.cuda.is_available():
@@ -79,13 +79,13 @@ def peak(call: Callable[[], object]) -> float:
 
 
 def table(header: list[str], rows: Iterable[list[object]]) -> str:
-    """Markdown; the first column to the left, numbers to the right."""
+    """A Markdown table: the first column aligned left, the others right."""
     lines = [header, ["---"] + ["--:"] * (len(header) - 1), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def wait() -> None:
-    """Until the device is done."""
+    """Wait until the device has finished."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

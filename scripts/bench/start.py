@@ -2,7 +2,7 @@
 
     python scripts/bench/start.py [--config configs/demo/focal.yaml] [--set KEY=VALUE ...] [--repeats 3]
 
-Each round is a process of its own; its run folder is a temporary one.
+Each round is a new process with a temporary run folder.
 """
 
 import argparse
@@ -13,20 +13,18 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's packages, wherever this is started
-
 from scripts.bench import measure
 
 ROOT = Path(__file__).resolve().parents[2]
-# train.py, which leaves at the end of its first step.
+# train.py, but it exits after the first step.
 TRAIN = """
 import os, sys, train
-epoch = train.train_one_epoch
-def first_step(*args, **options):
-    epoch(*args, **options | {"until": 1})
+train_until = train.train_until
+def first_step(*args, step):
+    train_until(*args, step=1)
     print("first step done", flush=True)
     os._exit(0)
-train.train_one_epoch = first_step
+train.train_until = first_step
 train.main()
 """
 
@@ -50,7 +48,7 @@ def first_step(config: str, settings: list[str]) -> float:
         with subprocess.Popen(
             command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8"
         ) as process:
-            # Not until its output ends: loading processes hold it open a while longer.
+            # Does not wait for the end of the output, which loading processes keep open for longer.
             done = any("first step done" in line for line in process.stdout)
             taken = time.perf_counter() - start
             _, errors = process.communicate()

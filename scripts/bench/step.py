@@ -5,22 +5,20 @@
 
 Forward, losses, backward, clipping, SGD. Both have the same backbone with the same weights, BatchNorm and the first
 stage frozen, as both have by default, the same pyramid and head sizes, and the same images. "torchvision" is as its
-users run it: float32, a list of float images that its model normalises and pads; "tuned" is the same with channels_last
-and bfloat16 autocast. "ours" is what train.py does by default on this machine, keeping freed memory included; "float32"
-the same in float32. Each has a process of its own, and they take turns; memory is that of one call beyond the weights.
+users run it: float32, a list of float images that its model normalises and pads. "tuned" is the same with channels_last
+and autocast to the precision that ours picks on this machine. "ours" is what train.py does by default on this machine,
+keeping freed memory included; "float32" the same in float32. Each has a process of its own, and they take turns; memory
+is that of one call beyond the weights.
 --compile: also ours through torch.compile.
 """
 
 import argparse
 import contextlib
 import multiprocessing
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's packages, wherever this is started
 
 import torch
 import torchvision
@@ -33,9 +31,10 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from detector import assemble
 from detector.device import keep_freed_memory, pick_device, pick_precision
 from detector.model import RetinaNet
+from detector.solver import PRECISIONS
 from detector.structures import Target
 from scripts.bench import measure
-from scripts.timing import training_step
+from scripts.comparison.timing import training_step
 
 COCO = Path(__file__).resolve().parents[2] / "configs/coco/base.yaml"
 CLASSES = 80
@@ -179,8 +178,10 @@ def torchvision_step(
     floats = list(images.float() / 255)
     truth = [{"boxes": target.boxes, "labels": target.labels} for target in targets]
 
+    precision = PRECISIONS[pick_precision("auto", images.device)[0]]  # without units for it bfloat16 takes 12x as long
+
     def step() -> None:
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=tuned):
+        with torch.autocast(images.device.type, precision, enabled=tuned and precision != torch.float32):
             losses = model(floats, truth)
         optimizer.zero_grad()
         sum(losses.values()).backward()

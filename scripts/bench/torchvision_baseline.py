@@ -1,20 +1,16 @@
-"""Train torchvision's RetinaNet on our data, recipe and steps, and score it beside a run of ours.
+"""Train torchvision's RetinaNet with our data, recipe and steps, to compare it with a run of ours.
 
     python scripts/bench/torchvision_baseline.py --config configs/bccd/focal.yaml [--set run=... ...]
 
-Same backbone, pyramid and head sizes, anchors, images in the same order with the same augmentation, optimizer,
-schedule, averaged weights and evaluation; torchvision's are the model, its initial values, the assignment, the focal
-loss and L1 box loss, and the postprocessing. Writes the run folder <output>/<run>_torchvision, with a metrics.json
-that scripts/compare.py reads.
+From us: the sizes of backbone, pyramid and head, the anchors, the images with their order and augmentation, optimizer,
+schedule, averaged weights and evaluation. From torchvision: the model, its initial weights, the assignment, the focal
+loss and L1 box loss, and the postprocessing. Writes the run folder <output>/<run>_torchvision with a metrics.json that
+scripts/compare.py reads.
 """
 
 import argparse
 import json
-import sys
 import time
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's packages, wherever this is started
 
 import torch
 from torch import Tensor, nn
@@ -23,36 +19,39 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-import train
-from data.coco_eval import metrics_table, score
+from data.assemble import build_datasets
+from data.coco_eval import score
 from data.loader import eval_loader, train_loader
+from data.tables import metrics_table
 from detector import assemble, boxes, config
 from detector.backbone import BACKBONES, NORMS
 from detector.config import Config, LossPart
-from detector.device import keep_freed_memory, pick_device
+from detector.device import autocast, keep_freed_memory, pick_device
 from detector.errors import UserError, run_main
 from detector.model import MEAN, STD
+from detector.randomness import seed_everything
 from detector.structures import Batch, Detections
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, metavar="FILE", help="a config of ours")
-    parser.add_argument("--set", nargs="+", action="extend", metavar="KEY=VALUE", help="one-off options on top")
+    parser.add_argument("--config", required=True, metavar="FILE", help="a config of this project")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", metavar="KEY=VALUE", help="options that override the config"
+    )
     args = parser.parse_args()
     cfg = assemble.configure(args.config, args.set)
     if cfg.model.weights != "none" or cfg.anchors.name != "grid" or cfg.model.head.norm != "none":
-        raise UserError("this comparison is from scratch: it needs weights none, anchors grid and head norm none")
+        raise UserError("this comparison trains from scratch: it needs weights none, anchors grid and head norm none")
     losses = {"class_loss": LossPart(name="focal"), "box_loss": LossPart(name="l1")}
     cfg = cfg.model_copy(update={"run": cfg.run + "_torchvision", **losses})
     cfg.folder.mkdir(parents=True, exist_ok=True)
     (cfg.folder / "config.yaml").write_text(config.dump(cfg), encoding="utf-8")
 
     device = pick_device(cfg.device)
-    if device.type == "cpu":
-        keep_freed_memory()
-    train.seed_everything(cfg.seed)
-    train_set, val_set = train.build_datasets(cfg)
+    keep_freed_memory(device)
+    seed_everything(cfg.seed)
+    train_set, val_set = build_datasets(cfg)
     options = assemble.loader_options(cfg, device)
     batches = train_loader(train_set, cfg.solver.batch_size, **options, seed=cfg.seed)
     val_batches = eval_loader(val_set, assemble.evaluation_batch(cfg), **options)
@@ -66,11 +65,11 @@ def main() -> None:
         start = time.perf_counter()
         for batch in batches:
             images, targets = inputs(batch, device)
-            with torch.autocast(device.type, solver.precision, enabled=solver.precision != torch.float32):
+            with autocast(device, solver.precision):
                 losses = model(images, targets)
             total = torch.stack(list(losses.values())).sum()
             solver.backward(total)
-            solver.gradient_norm()
+            solver.clip_gradients()
             solver.step()
             end = time.perf_counter()
             seconds.append(end - start)
@@ -88,7 +87,7 @@ def main() -> None:
 
 
 def build(cfg: Config, num_classes: int) -> RetinaNet:
-    """torchvision's RetinaNet of the sizes that the config gives ours."""
+    """torchvision's RetinaNet with the sizes in the config."""
     options, anchors = cfg.model, cfg.anchors.options
     resnet = BACKBONES[options.backbone][0](weights=None, norm_layer=NORMS[options.norm])
     channels = [resnet.fc.in_features // part for part in (4, 2, 1)]
@@ -109,7 +108,9 @@ def build(cfg: Config, num_classes: int) -> RetinaNet:
     )
     # Its heads are always four convolutions deep, as wide as the pyramid.
     if options.head.width != options.fpn_channels:
-        raise UserError("torchvision's heads are as wide as its pyramid: set model.head.width to model.fpn_channels")
+        raise UserError(
+            "torchvision's heads are as wide as its pyramid: set model.head.width equal to model.fpn_channels"
+        )
     for tower in (model.head.classification_head, model.head.regression_head):
         tower.conv = tower.conv[: options.head.depth]
     model.transform = Prepared()
@@ -117,7 +118,7 @@ def build(cfg: Config, num_classes: int) -> RetinaNet:
 
 
 class Prepared(nn.Module):
-    """In the place of torchvision's transform: images come resized, padded and normalised from our loader."""
+    """Replaces torchvision's transform: our loader has resized, padded and normalised the images."""
 
     def forward(self, images, targets=None):
         return images, targets
@@ -127,7 +128,7 @@ class Prepared(nn.Module):
 
 
 class Images:
-    """What torchvision's model asks of its ImageList."""
+    """The part of ImageList that torchvision's model uses."""
 
     def __init__(self, tensors: Tensor, sizes: list[tuple[int, int]]):
         self.tensors, self.image_sizes = tensors, sizes

@@ -1,22 +1,22 @@
-"""How often the verdicts of a comparison err: simulated results whose true difference is known.
+"""How often the verdicts of a comparison err, from simulated results with a known difference.
 
     python scripts/bench/verdicts.py [--results results/bccd results/switches ...] [--simulations 2000]
 
-The variances of AP (seeds, images, and how much each seed and each loss likes other images) are fitted to the runs in a
-folder of results. Two more settings: "COCO-like" has a fold of BCCD's image variances that fits 5,000 images, and runs
-that differ by 0.2 AP; "own spreads" gives each simulated loss the seed variance of one loss of the folder, drawn at
-random, so that they differ widely.
+The variances of AP (seeds, images, and how differently seeds and losses react to images) are fitted to the runs in a
+folder of results. Two more settings: "COCO-like" scales BCCD's image variances to 5,000 images, with a standard
+deviation of 0.2 AP between runs. "own spreads" gives each simulated loss the seed variance of one loss of the folder,
+drawn at random, so that the variances differ widely.
 
 For each number of seeds, in percent:
 
     false               equal losses that are called better or worse by compare.py
-    false, bootstrap    the same by a bootstrap over seeds and images, which compare.py did before
-    covered             intervals that hold the true difference (with one seed: of the images alone)
-    sees                the difference in AP that is seen in 4 of 5 studies, as compare.py says
-    seen                how often it is seen
-    family              five equal losses beside one baseline, with any false verdict after the correction
-    family, bootstrap   the same by the bootstrap, without a correction
-    family, one t       the same by Holm's correction of one Satterthwaite t for seeds and images together
+    false, bootstrap    the same with a bootstrap over seeds and images, which compare.py used before
+    covered             intervals that contain the true difference (with one seed: over images only)
+    sees                the difference in AP that 4 of 5 studies should detect, as compare.py prints it
+    seen                how often it is detected
+    family              studies of five equal losses and a baseline with any false verdict after the correction
+    family, bootstrap   the same with the bootstrap, without a correction
+    family, one t       the same with Holm's correction and one Satterthwaite t for seeds and images together
 """
 
 import argparse
@@ -25,29 +25,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-# Started as a file, Python puts scripts/bench/ on the path and not the repository.
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 import numpy as np
 from scipy import special
 
 from detector.errors import UserError, run_main
-from scripts import verdict
 from scripts.bench import measure
-from scripts.differences import runs_of
-from scripts.rows import read_rows
+from scripts.comparison import verdict
+from scripts.comparison.differences import runs_of
+from scripts.comparison.rows import read_rows
 
 RESULTS = ["results/bccd", "results/switches", "results/noise/0", "results/noise/20"]
 SEEDS = (1, 2, 3, 5, 10)
 FAMILY = 5  # comparisons with one baseline
 LEGEND = """\
-false: equal losses called different. covered: intervals that hold the true difference. sees, seen: the difference in AP
-that 4 of 5 studies are said to see, and how many do. family: five equal losses beside a baseline, any false verdict.
-The seeds and the images keep a t of their own: with one t for both ("family, one t"), two seeds that agree by chance
-pass for well-known seeds. The price is that two seeds see only large differences. Verdicts use Hochberg's correction,
-which has Holm's limits and starts from the largest p; it misses fewer differences where several rows differ.
+false: equal losses called different. covered: intervals that contain the true difference. sees, seen: the difference in
+AP that 4 of 5 studies should detect, and how many do. family: any false verdict among five equal losses and a baseline.
+Seeds and images have separate t values: with one t for both ("family, one t"), two seeds that agree by chance make the
+variance look well known. The price is that two seeds detect only large differences. Verdicts use Hochberg's correction,
+which has Holm's limits but starts from the largest p; it misses fewer differences if several rows differ.
 """
-DRAWS = 100  # of images; 500 in a result, which changes nothing here and takes five times as long
+DRAWS = 100  # of images; results have 500, which takes five times as long here and changes nothing
 COUNTED = ("false", "false, bootstrap", "covered", "seen", "family", "family, bootstrap", "family, one t")
 COCO_IMAGES, COCO_SPREAD = 5000, 0.2  # AP
 
@@ -62,8 +59,12 @@ class Setting(NamedTuple):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", nargs="+", default=RESULTS, metavar="FOLDER", help="to fit variances to")
-    parser.add_argument("--simulations", type=int, default=2000, metavar="N", help="of each number (2000)")
+    parser.add_argument(
+        "--results", nargs="+", default=RESULTS, metavar="FOLDER", help="results to fit the variances to"
+    )
+    parser.add_argument(
+        "--simulations", type=int, default=2000, metavar="N", help="simulations for each number (default: 2000)"
+    )
     args = parser.parse_args()
     if args.simulations < 1:
         raise UserError("--simulations: give at least 1")
@@ -106,7 +107,7 @@ def own_spreads(folder: str) -> Setting:
 def _rows(folder: str) -> list[verdict.Runs]:
     files = sorted(map(str, Path(folder).glob("*.json")))
     if not files:
-        raise UserError(f"{folder}: no result files in it")
+        raise UserError(f"{folder}: has no result files")
     try:
         return [runs_of(row, "AP") for row in read_rows(files) if len(row.runs) > 1]
     except ValueError as error:
@@ -119,13 +120,13 @@ def simulate(setting: Setting, seeds: int, simulations: int, random: np.random.G
     counts = dict.fromkeys(COUNTED, 0)
     for _ in range(simulations):
         base, *others = draw(setting, seeds, 1 + FAMILY, random)
-        found = [verdict.difference(row, base) for row in others]
-        counts["covered"] += found[0].low <= 0 <= found[0].high
+        estimates = [verdict.difference(row, base) for row in others]
+        counts["covered"] += estimates[0].low <= 0 <= estimates[0].high
         old = [excludes_zero(*bootstrap(row.draws, base.draws, random)) for row in others]
         counts["false, bootstrap"] += old[0]
         counts["family, bootstrap"] += any(old)
         if seeds > 1:
-            ps = [one.p for one in found]
+            ps = [estimate.p for estimate in estimates]
             counts["false"] += ps[0] <= verdict.LEVEL
             counts["family"] += min(verdict.hochberg(ps)) <= verdict.LEVEL
             counts["family, one t"] += min(satterthwaite(row, base) for row in others) <= verdict.LEVEL / FAMILY
@@ -147,11 +148,11 @@ def simulate(setting: Setting, seeds: int, simulations: int, random: np.random.G
 
 
 def draw(setting: Setting, seeds: int, rows: int, random: np.random.Generator) -> list[verdict.Runs]:
-    """The runs of `rows` equal losses on one draw of images; what is common to all losses cancels, and is left out."""
+    """The runs of `rows` equal losses on one draw of images, without what all losses share, which cancels."""
     known = setting.known
     spread = np.sqrt(random.choice(setting.of_seeds, size=(rows, 1)) + known.both)
     aps = random.normal(0, known.image**0.5, (rows, 1)) + random.normal(0, 1, (rows, seeds)) * spread
-    # The images at hand know their own variance as well as so many images can.
+    # The variance estimated from these images has the error of an estimate from so many images.
     trust = (random.chisquare(known.images - 1) / (known.images - 1)) ** 0.5
     of_loss = random.normal(0, known.image**0.5, (rows, 1, DRAWS))
     of_seed = random.normal(0, known.both**0.5, (rows, seeds, DRAWS))
@@ -160,7 +161,7 @@ def draw(setting: Setting, seeds: int, rows: int, random: np.random.Generator) -
 
 
 def bootstrap(one: np.ndarray, other: np.ndarray, random: np.random.Generator) -> tuple[float, float]:
-    """Where 95% of the differences of means (seeds, draws) lie when seeds are drawn with replacement, in pairs."""
+    """The range of 95% of the differences of means (seeds, draws), with seeds drawn in pairs with replacement."""
     draws = np.arange(one.shape[1])[:, None]
     seeds = random.integers(len(one), size=(len(draws), len(one)))
     gaps = one[seeds, draws].mean(axis=1) - other[seeds, draws].mean(axis=1)
@@ -169,7 +170,7 @@ def bootstrap(one: np.ndarray, other: np.ndarray, random: np.random.Generator) -
 
 
 def satterthwaite(one: verdict.Runs, other: verdict.Runs) -> float:
-    """p by one t for the sum of all variances."""
+    """p from one t for the sum of all variances."""
     of_images = (one.draws.mean(axis=0) - other.draws.mean(axis=0)).var(ddof=1)
     parts = np.array([*(row.aps.var(ddof=1) / len(row.aps) for row in (one, other)), of_images])
     df = parts.sum() ** 2 / (parts**2 / [len(one.aps) - 1, len(other.aps) - 1, one.images - 1]).sum()

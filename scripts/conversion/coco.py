@@ -8,9 +8,9 @@ from urllib.parse import unquote
 
 from data.annotations import load_annotations
 from detector.errors import UserError
+from scripts.conversion.found_files import Index, folder_of, kind_of, list_files, part_of, tell_unused
 from scripts.conversion.label_formats import Box, Labels, Notes, bytes_of
 from scripts.conversion.source import Source
-from scripts.found_files import Index, folder_of, kind_of, list_files, part_of, tell_unused
 
 # Folders of which the images are often beside, and not in.
 OF_ANNOTATIONS = ("annotations", "annotation", "labels", "json", "jsons")

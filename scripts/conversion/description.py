@@ -6,8 +6,8 @@ from typing import NamedTuple
 import yaml
 
 from detector.errors import UserError
+from scripts.conversion.found_files import Index
 from scripts.conversion.label_formats import Classes, text_of
-from scripts.found_files import Index
 
 MOST_CLASSES = 100_000
 

@@ -10,6 +10,7 @@ from PIL import Image
 from data.images import suffixes
 from detector.errors import UserError
 from scripts.conversion.description import classes_of, describe, is_names
+from scripts.conversion.found_files import folder_of, kind_of, list_files, part_of, tell_unused
 from scripts.conversion.label_formats import (
     READERS,
     Classes,
@@ -23,7 +24,6 @@ from scripts.conversion.label_formats import (
 from scripts.conversion.pairing import pair
 from scripts.conversion.source import Source
 from scripts.conversion.splits import lists_among
-from scripts.found_files import folder_of, kind_of, list_files, part_of, tell_unused
 
 LABELS = {"yolo": ".txt", "voc": ".xml", "labelme": ".json"}
 

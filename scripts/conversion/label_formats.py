@@ -13,7 +13,7 @@ from typing import NamedTuple
 from xml.etree import ElementTree
 
 from detector.errors import UserError
-from scripts.found_files import Notes
+from scripts.conversion.found_files import Notes
 
 # What labelme and the tools after it call an outline of an object. The bounds of its points are its box.
 OUTLINES = ("rectangle", "polygon", "mask", "rotation", "quadrilateral", "cuboid", "oriented_rectangle", "oriented_box")

@@ -6,8 +6,8 @@ from pathlib import Path, PurePosixPath
 
 from data.spelling import spelling
 from detector.errors import UserError
+from scripts.conversion.found_files import Index, folder_of, part_of
 from scripts.conversion.label_formats import Notes, bytes_of
-from scripts.found_files import Index, folder_of, part_of
 
 APART = ("images", "jpegimages", "labels", "annotations")  # folders that keep images and labels apart
 

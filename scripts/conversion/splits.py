@@ -12,9 +12,9 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from detector.errors import UserError
+from scripts.conversion.found_files import PARTS, Index, common, folder_of, kind_of, part_of, pieces
 from scripts.conversion.label_formats import Notes, number, text_of
 from scripts.conversion.source import Source
-from scripts.found_files import PARTS, Index, common, folder_of, kind_of, part_of, pieces
 
 # Words that a list may have in its name.
 FILLERS = {"set", "list", "file", "files", "image", "images", "ids", "names", "split", "autosplit", "default", "voc",

@@ -11,7 +11,7 @@ from pycocotools.cocoeval import COCOeval
 from torchvision.ops import box_iou
 
 from data import analysis
-from data.analysis import IGNORED, RIGHT, costs, judge, overlaps
+from data.analysis import IGNORED, RIGHT, classify_errors, costs, overlaps
 from data.annotations import parse_annotations
 
 
@@ -39,15 +39,18 @@ FAR = (60, 60, 10, 10)
     ],
 )
 def test_each_kind_by_hand(detection, kind, missed):
-    assert judge(truth((1, BOX)), found(detection)) == ([kind], missed)
+    assert classify_errors(truth((1, BOX)), found(detection)) == ([kind], missed)
 
 
 def test_a_duplicate_is_the_less_sure_one_and_a_crowd_is_no_error():
-    assert judge(truth((1, BOX)), found((1, BOX), (1, BOX))).kinds == [RIGHT, "duplicate"]
+    assert classify_errors(truth((1, BOX)), found((1, BOX), (1, BOX))).kinds == [RIGHT, "duplicate"]
     one = truth((1, BOX), crowd=True) + truth((1, FAR))
-    assert judge(one, found((1, HALF), (2, HALF))) == ([IGNORED, "background"], [1])
-    assert judge([], found((1, BOX))) == (["background"], []) and judge(truth((1, BOX)), []) == ([], [0])
-    assert judge([], []) == ([], [])
+    assert classify_errors(one, found((1, HALF), (2, HALF))) == ([IGNORED, "background"], [1])
+    assert classify_errors([], found((1, BOX))) == (["background"], []) and classify_errors(truth((1, BOX)), []) == (
+        [],
+        [0],
+    )
+    assert classify_errors([], []) == ([], [])
 
 
 def test_overlaps_are_torchvisions():
@@ -91,7 +94,7 @@ def judged(document, results):
         boxes = [one for one in document["annotations"] if one["image_id"] == image["id"]]
         own = [n for n, one in enumerate(results) if one["image_id"] == image["id"]]
         own.sort(key=lambda n: -results[n]["score"])
-        one = judge(boxes, [results[n] for n in own])
+        one = classify_errors(boxes, [results[n] for n in own])
         kinds |= dict(zip(own, one.kinds))
         missed += [boxes[place]["id"] for place in one.missed]
     return [kinds[n] for n in range(len(results))], missed
@@ -118,7 +121,7 @@ def test_counts_are_hotcocos(seed):
     theirs = evaluation.tide_errors()["counts"]
     kinds, missed = judged(document, results)
     ours = {kind: kinds.count(kind) for kind in analysis.KINDS} | {analysis.MISSED: len(missed)}
-    assert ours == {kind: theirs[name] for kind, name in analysis.THEIRS.items()}
+    assert ours == {kind: theirs[name] for kind, name in analysis.HOTCOCO_NAMES.items()}
     assert sum(kind in ours for kind in kinds) > 10
 
 

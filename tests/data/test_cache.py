@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 import eval as evaluation
-import train
 from data import cache
+from data.assemble import build_datasets
 from data.coco import CocoDataset
 from data.loader import eval_loader, train_loader
 from data.transforms import EvalTransform, TrainTransform
@@ -120,7 +120,7 @@ def test_jittered_samples_are_nearly_the_same(folder):
 
 def test_both_splits_and_the_evaluation_of_a_checkpoint_use_it(tiny, tmp_path):
     cfg = assemble.configure(tiny(tmp_path, data={"cache": str(tmp_path / "cache")}))
-    train_set, val_set = train.build_datasets(cfg)
+    train_set, val_set = build_datasets(cfg)
     assert len(files(tmp_path)) == 2 and train_set.cache.path != val_set.cache.path
     content = {"category_ids": val_set.category_ids, "class_names": val_set.class_names}
     again = evaluation.open_dataset("x.pt", content, cfg, None)

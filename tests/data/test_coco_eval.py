@@ -1,4 +1,4 @@
-"""Laws of data/coco_eval.py: pycocotools' own numbers, and the cases that it stumbles over."""
+"""Laws of scoring: pycocotools' own numbers, and the cases that it gets wrong."""
 
 import contextlib
 import copy
@@ -14,9 +14,9 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from data import coco_eval
+from data import coco_engines, coco_eval
 from data.annotations import parse_annotations
-from data.coco_eval import coco_results, explain_missing, metrics_table, per_class_table
+from data.tables import explain_missing, metrics_table
 from detector.errors import UserError
 from detector.structures import Detections
 
@@ -184,11 +184,12 @@ def test_engines_agree_to_the_bit(seed, tmp_path, capfd):
 
 def test_without_hotcoco_it_is_pycocotools(monkeypatch):
     monkeypatch.setitem(sys.modules, "hotcoco", None)  # now its import fails
-    spec = importlib.util.spec_from_file_location("without_hotcoco", coco_eval.__file__)
+    spec = importlib.util.spec_from_file_location("without_hotcoco", coco_engines.__file__)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    document, *rest = random_case(0)
-    metrics = module.score(parse_annotations(document), *rest)
+    monkeypatch.setattr(coco_eval, "ENGINES", module.ENGINES)
+    metrics = score_by(*random_case(0))
+    monkeypatch.undo()
     assert metrics["engine"].startswith("pycocotools 2.")
     assert metrics == score_by(*random_case(0)) | {"engine": metrics["engine"]}
 
@@ -364,53 +365,3 @@ def test_input_is_not_modified(score):
     for image_id, kept in before[1].items():
         assert all(torch.equal(a, b) for a, b in zip(kept, detections[image_id]))
     assert score(annotations, detections, category_ids) == first
-
-
-def test_results_file():
-    detections = {
-        900100581904: found([[1.23456, 2, 11.5, 22]], [0.123456], [1]),
-        581929: found([[0, 0, 5, 6], [1, 1, 2, 2]], [0.9, 0.8], [0, 1]),
-    }
-    results = coco_results(detections, [3, 90])
-    assert results == json.loads(json.dumps(results))
-    assert results == [
-        {"image_id": 581929, "category_id": 3, "bbox": [0, 0, 5, 6], "score": 0.9},
-        {"image_id": 581929, "category_id": 90, "bbox": [1, 1, 1, 1], "score": 0.8},
-        {"image_id": 900100581904, "category_id": 90, "bbox": [1.235, 2, 10.265, 20], "score": 0.12346},
-    ]
-
-
-def test_table_by_eye(score):
-    categories = [(1, "a"), (2, "traffic light"), (3, "c")]
-    annotations = file_of([(1, 1, (0, 0, 50, 50)), (1, 2, (90, 90, 50, 50))], categories=categories)
-    detections = {1: found([[0, 0, 50, 50], [90, 90, 140, 130]], [0.9, 0.8], [0, 1])}  # IoU 1 and 0.8
-    metrics = score(annotations, detections, [1, 2, 3])
-    head, *table = metrics_table(metrics).splitlines()
-    assert head == f"1 images, {metrics['engine']}, in percent"
-    assert table == [
-        "",
-        "     AP   AP50   AP75   AP80   AP90    APs    APm    APl",
-        "   85.0  100.0  100.0  100.0   50.0      -   85.0      -",
-        "    AR1   AR10  AR100    ARs    ARm    ARl",
-        "   85.0   85.0   85.0      -   85.0      -",
-        "",
-        "APs and ARs are -1: the validation set has no small boxes (area < 32^2 px)",
-        "APl and ARl are -1: the validation set has no large boxes (area > 96^2 px)",
-        "AP of a class is -1, and not in the mean: the validation set has no boxes of c",
-    ]
-    assert per_class_table(metrics).splitlines() == [
-        "class            boxes     AP   AP50   AP75",
-        "a                    1  100.0  100.0  100.0",
-        "traffic light        1   70.0  100.0  100.0",
-        "c                    0      -      -      -",
-    ]
-
-
-def test_table_of_eighty_classes(score):
-    categories = [(i, f"class {i}") for i in range(1, 81)]
-    boxes = [(1, 1, (0, 0, 10, 10)), (1, 1, (0, 0, 50, 50)), (1, 1, (0, 0, 100, 100))]
-    metrics = score(file_of(boxes, categories=categories), {1: NOTHING}, list(range(1, 81)))
-    lines = per_class_table(metrics).splitlines()
-    assert len(lines) == 81 and len({len(line) for line in lines}) == 1
-    (line,) = explain_missing(metrics)
-    assert line.endswith("no boxes of class 2, class 3, class 4, class 5, class 6 and 74 more")

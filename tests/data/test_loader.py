@@ -1,46 +1,23 @@
-import errno
 import itertools
-import json
-import multiprocessing
-import os
-import re
-import resource
-import signal
-import time
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from torch.utils.data import DataLoader
 
-from data import loader
 from data.coco import CocoDataset
 from data.images import remark_lines
 from data.loader import EvalSampler, TrainSampler, collate, eval_loader, train_loader
 from data.transforms import EvalTransform, TrainTransform
-from detector.errors import SIGNALS, Stopped, UserError
+from detector.errors import UserError
 from detector.structures import Target
 
 ASPECTS = np.random.default_rng(0).uniform(0.5, 1.8, 53).tolist()
 
 
 @pytest.fixture
-def folder(tmp_path):
-    """Eleven noisy images, one box in all but the first."""
-    generator = np.random.default_rng(0)
-    images, annotations = [], []
-    for i in range(11):
-        height, width = generator.integers(20, 60, 2).tolist()
-        Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
-        images.append({"id": 100 + i, "file_name": f"{i}.png", "width": width, "height": height})
-        if i:
-            annotations.append({"id": i, "image_id": 100 + i, "category_id": 2, "bbox": [2, 3, 10, 12]})
-    document = {"images": images, "annotations": annotations, "categories": [{"id": 2, "name": "thing"}]}
-    (tmp_path / "annotations.json").write_text(json.dumps(document))
-    return tmp_path
+def folder(noisy_images):
+    return noisy_images
 
 
 def dataset(folder, transform):
@@ -211,221 +188,6 @@ def test_eval_loader_covers_the_set_and_leaves_random_numbers_alone(folder):
     assert sorted(i for batch in batches for i in batch.image_ids) == list(range(100, 111))
     assert loader.dataset.category_ids == [2]
     assert torch.equal(torch.get_rng_state(), state)
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_users_slip_in_a_worker_stays_one_line(folder, workers):
-    data = dataset(folder, EvalTransform(32, 64))
-    (folder / "4.png").write_bytes(b"broken")
-    with pytest.raises(UserError) as excinfo:
-        list(eval_loader(data, 4, workers=workers))
-    message = str(excinfo.value)
-    assert message.startswith(str(folder / "4.png")) and "\n" not in message and "Traceback" not in message
-
-
-class Dying(CocoDataset):
-    """Ends its process at one image: by a signal, or with an exit code."""
-
-    def __getitem__(self, key):
-        index = key[0] if isinstance(key, tuple) else key
-        if self.image_ids[index] == 104:
-            os.kill(os.getpid(), signal.SIGKILL) if self.how == "signal" else os._exit(1)
-        return super().__getitem__(key)
-
-
-@pytest.mark.parametrize(("workers", "how"), [(1, "exit"), (2, "signal")])
-def test_a_dead_worker_is_one_line(folder, workers, how):
-    data = Dying(folder / "annotations.json", folder, EvalTransform(32, 64))
-    data.how = how
-    with pytest.raises(UserError) as excinfo:
-        for _ in eval_loader(data, 2, workers=workers):
-            time.sleep(0.3)
-    message = str(excinfo.value)
-    assert message.startswith("a process that loads images ") and "\n" not in message
-    assert any(how in message for how in ("is killed by signal: Killed", "exited unexpectedly", "has ended"))
-    assert "data.workers" in message
-
-
-def test_a_workers_death_is_told_between_two_batches(folder):
-    loader = eval_loader(dataset(folder, EvalTransform(32, 64)), 1, workers=2)
-    batches = iter(loader)
-    next(batches)
-    os.kill(loader._iterator._workers[0].pid, signal.SIGKILL)
-    until = time.monotonic() + 0.5
-    while time.monotonic() < until:  # a step, which is not to be broken off
-        torch.ones(10).sum()
-    with pytest.raises(UserError, match="a process that loads images"):
-        list(batches)
-    assert len(list(eval_loader(dataset(folder, EvalTransform(32, 64)), 1, workers=1))) == 11  # others are well
-
-
-class Unsendable(CocoDataset):
-    """Fails at one image not in the worker's code, but where its batch is sent."""
-
-    def __getitem__(self, key):
-        image, target, image_id, size = super().__getitem__(key)
-        if image_id == 104:
-            if self.how == "no room":  # a file, of /dev/shm too, may not grow beyond this
-                resource.setrlimit(resource.RLIMIT_FSIZE, (16, 16))
-            else:
-                image_id = (unit for unit in ())  # cannot be pickled
-        return image, target, image_id, size
-
-
-def unsendable(folder, how, workers=2):
-    data = Unsendable(folder / "annotations.json", folder, EvalTransform(32, 64))
-    data.how = how
-    return eval_loader(data, 1, workers=workers)
-
-
-def test_a_full_shared_memory_is_one_line(folder, within, capfd):
-    with within(30), pytest.raises(UserError) as caught:
-        list(unsendable(folder, "no room"))
-    message = str(caught.value)
-    expected = ("shared memory is full", "/dev/shm has ", " MB", "--shm-size", "--ipc=host", "data.workers=0")
-    assert [part for part in expected if part not in message] == [] and "\n" not in message, message
-    assert "Traceback" not in capfd.readouterr().err
-
-
-def test_the_limit_of_open_files_is_raised(folder):
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (before[1] - 1, before[1]))
-    try:
-        assert len(list(eval_loader(dataset(folder, EvalTransform(32, 64)), 4, workers=1))) == 3
-        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (before[1], before[1])
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, before)
-
-
-def test_a_worker_whose_parent_left_in_the_middle_says_nothing(capsys):
-    for error in (BrokenPipeError(), ConnectionResetError(), EOFError()):
-        loader._unless_parent_left(type(error), error, None)
-    assert capsys.readouterr().err == ""
-    loader._unless_parent_left(ValueError, ValueError("a fault"), None)
-    assert "ValueError: a fault" in capsys.readouterr().err
-
-
-def test_a_fault_of_ours_in_sending_keeps_its_traceback(folder, within):
-    with within(30), pytest.raises(Exception, match="Original Traceback") as caught:
-        list(unsendable(folder, "bug"))
-    assert not isinstance(caught.value, UserError)
-
-
-def test_an_old_kernel_that_kills_instead_is_the_same_line():
-    error = RuntimeError(
-        "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out of "
-        "shared memory. Please try to raise your shared memory limit."
-    )
-    assert "shared memory is full" in loader._cause(error)
-
-
-@pytest.mark.parametrize(
-    ("error", "expected"),
-    [
-        (OSError(errno.ENOSPC, "No space left on device"), "cannot be started (No space left on device)"),
-        (BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), "cannot be started (Resource temp"),
-        (OSError(errno.EMFILE, "Too many open files"), "ulimit -n"),
-        (RuntimeError("received 0 items of ancdata"), "ulimit -n"),
-        (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), "has ended"),
-        (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback"), None),
-        (FileNotFoundError("Caught FileNotFoundError in DataLoader worker process 0."), None),
-        (RuntimeError("shape '[2]' is invalid for input of size 1"), None),
-    ],
-)
-def test_other_causes(error, expected):
-    cause = loader._cause(error)
-    assert cause is None if expected is None else expected in cause
-
-
-@pytest.mark.parametrize("number", SIGNALS)
-def test_workers_live_through_a_signal_to_the_group(folder, number):
-    loader = eval_loader(dataset(folder, EvalTransform(32, 64)), 1, workers=2)
-    batches = iter(loader)
-    next(batches), next(batches)  # one of each worker: both have started
-    for worker in loader._iterator._workers:
-        os.kill(worker.pid, number)
-    assert len(list(batches)) == 9
-
-
-def test_a_signal_while_workers_start_leaves_no_handler_of_torch(folder, monkeypatch):
-    """At exit they are killed, and torch's would raise there."""
-    start = DataLoader.__iter__
-
-    def interrupted(self):
-        start(self)
-        raise Stopped(signal.SIGTERM)
-
-    monkeypatch.setattr(DataLoader, "__iter__", interrupted)
-    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    try:
-        with pytest.raises(Stopped):
-            next(iter(eval_loader(dataset(folder, EvalTransform(32, 64)), 1, workers=1)))
-        assert signal.getsignal(signal.SIGCHLD) is loader._child_ended
-    finally:
-        signal.signal(signal.SIGCHLD, before)
-
-
-def signal_mask(pid: int) -> int:
-    return int(re.search(r"SigBlk:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())[1], 16)
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="sees blocked signals as Linux shows them")
-def test_no_signal_meets_a_worker_before_it_ignores_them(folder):
-    loader = eval_loader(dataset(folder, EvalTransform(32, 64)), 1, workers=1)
-    before = signal_mask(os.getpid())
-    next(iter(loader))
-    ours = sum(1 << (number - 1) for number in SIGNALS)
-    assert signal_mask(loader._iterator._workers[0].pid) & ours == ours
-    assert signal_mask(os.getpid()) == before and not before & ours
-
-
-class Waiting(CocoDataset):
-    """Its images but the first come never, as from a disk that is gone."""
-
-    def __getitem__(self, key):
-        if key != 0:
-            time.sleep(1000)
-        return super().__getitem__(key)
-
-
-def running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
-    except OSError:
-        return False
-
-
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="sees processes as Linux shows them")
-@pytest.mark.parametrize("how", ["killed", "exits"])
-def test_workers_end_with_their_parent(folder, within, how):
-    """However busy they are, and though they ignore SIGTERM, by which Python ends its children at exit."""
-    reading, writing = os.pipe()
-    data = Waiting(folder / "annotations.json", folder, EvalTransform(32, 64))
-
-    def parent():
-        waiting = eval_loader(data, 1, workers=2)
-        waiting.batch_sampler.batches = [[0], [1], [2], [3]]
-        next(iter(waiting))
-        os.write(writing, " ".join(str(child.pid) for child in multiprocessing.active_children()).encode())
-        if how == "killed":
-            time.sleep(1000)
-
-    process = multiprocessing.get_context("fork").Process(target=parent)
-    process.start()
-    workers = []
-    try:
-        with within(60):
-            workers = [int(pid) for pid in os.read(reading, 100).split()]
-            assert len(workers) == 2
-            if how == "killed":
-                process.kill()
-            process.join()
-            while any(map(running, workers)):
-                time.sleep(0.02)
-    finally:
-        process.kill()
-        for worker in filter(running, workers):
-            os.kill(worker, signal.SIGKILL)
 
 
 def test_padded_sides_are_multiples_of_what_is_asked():

@@ -1,9 +1,10 @@
-"""AP of images drawn anew, and calibration."""
+"""Bootstrap draws of images, and calibration."""
 
 import numpy as np
 import pytest
 import torch
 
+from data import analysis
 from data.annotations import parse_annotations
 from data.coco_eval import score
 from data.matches import average_precision, calibration_error, draw_images, match
@@ -129,3 +130,14 @@ def test_calibration_error_by_hand():
 def test_nothing_found_is_zero():
     annotations, _ = case(0)
     assert (average_precision(match(parse_annotations(annotations), []), np.ones(12, np.int64)) == 0).all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_calibration_is_hotcocos(seed):
+    pytest.importorskip("hotcoco")
+    document, detections = case(seed)
+    annotations, entries = parse_annotations(document), results(detections)
+    evaluation = analysis._evaluation(annotations, entries)
+    evaluation.evaluate()
+    theirs = evaluation.calibration(n_bins=10, iou_threshold=0.5)
+    assert calibration_error(match(annotations, entries)) == pytest.approx(theirs["ece"], rel=1e-12)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from detector import assemble
+from detector import assemble, losses
 from detector.backbone import BACKBONES
 from detector.config import Config, LossPart, Model, Part
 from detector.errors import UserError
@@ -86,8 +86,8 @@ def predictions():
     return found, [Target(boxes, torch.tensor([0, 2])), nothing]
 
 
-@pytest.mark.parametrize("class_loss", assemble.CLASS_LOSSES)
-@pytest.mark.parametrize("box_loss", assemble.BOX_LOSSES)
+@pytest.mark.parametrize("class_loss", losses.CLASS_LOSSES)
+@pytest.mark.parametrize("box_loss", losses.BOX_LOSSES)
 def test_any_class_loss_goes_with_any_box_loss(predictions, class_loss, box_loss):
     found, targets = predictions
     cfg = Config(class_loss=part("class_loss", class_loss), box_loss=part("box_loss", box_loss, weight=2))

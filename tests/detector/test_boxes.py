@@ -47,7 +47,7 @@ def test_rescale_there_and_back_is_identity():
 
 def test_iou_equals_torchvision():
     many, few = random_boxes(60), random_boxes(7, seed=1)
-    ours = torch.stack([boxes.iou_with_one(many, box) for box in few])
+    ours = torch.stack([boxes.iou_of_pairs(many, box) for box in few])
     assert torch.equal(ours, box_iou(few, many))
     assert ours.max() > 0.3 and ours.min() == 0  # the case has both kinds
 
@@ -55,7 +55,7 @@ def test_iou_equals_torchvision():
 def test_iou_by_hand():
     # 2 x 2 shared of 16 + 16; itself; a neighbour that shares an edge only; far away in both directions
     given = torch.tensor([[2.0, 2, 6, 6], [0, 0, 4, 4], [4, 0, 8, 4], [90, 90, 94, 94]])
-    assert boxes.iou_with_one(given, torch.tensor([0.0, 0, 4, 4])).tolist() == [
+    assert boxes.iou_of_pairs(given, torch.tensor([0.0, 0, 4, 4])).tolist() == [
         torch.tensor(4 / 28).item(),
         1,
         0,
@@ -68,7 +68,7 @@ def test_no_boxes():
     assert boxes.area(none).shape == (0,)
     assert boxes.clip(none, (4, 4)).shape == (0, 4)
     assert boxes.rescale(none, (4, 4), (8, 8)).shape == (0, 4)
-    assert boxes.iou_with_one(none, torch.tensor([0.0, 0, 4, 4])).shape == (0,)
+    assert boxes.iou_of_pairs(none, torch.tensor([0.0, 0, 4, 4])).shape == (0,)
 
 
 def test_iou_of_all_pairs_is_torchvisions():

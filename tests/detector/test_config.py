@@ -3,8 +3,9 @@
 import pytest
 import yaml
 
-from detector import assemble, config
-from detector.config import Config, merge
+from detector import assemble, config, config_files
+from detector.config import Config
+from detector.config_files import merge
 from detector.errors import UserError
 
 
@@ -174,10 +175,10 @@ def test_files_that_are_no_config(tmp_path):
         if content:
             path.write_bytes(content)
         with pytest.raises(UserError, match=path.name) as error:
-            config.read(path)
+            config_files.read(path)
         assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="cannot be read"):
-        config.read(tmp_path)
+        config_files.read(tmp_path)
 
 
 def test_a_key_given_twice_is_refused(slip, tmp_path):
@@ -216,7 +217,7 @@ def test_bases_that_lead_nowhere(tmp_path):
     (tmp_path / "orphan.yaml").write_text("base: gone.yaml")
     for name, text in (("a", "lead back to itself"), ("self", "lead back to itself"), ("orphan", "gone.yaml: no such")):
         with pytest.raises(UserError, match=text):
-            config.read(tmp_path / f"{name}.yaml")
+            config_files.read(tmp_path / f"{name}.yaml")
 
 
 def test_pyyaml_reads_1e_2_as_text_and_it_is_a_number_here(tmp_path):

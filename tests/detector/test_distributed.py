@@ -9,7 +9,7 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
-from detector import assemble, distributed, engine
+from detector import assemble, distributed, engine, losses
 from detector.anchors import Anchors
 from detector.backbone import Backbone
 from detector.config import Config
@@ -21,8 +21,8 @@ from detector.solver import Solver
 from detector.structures import Batch, Target
 
 STEPS, BATCH, SIDE, CLASSES = 4, 4, 128, 3
-CASES = {name: {"class_loss": {"name": name}} for name in assemble.CLASS_LOSSES}
-CASES |= {name: {"box_loss": {"name": name}} for name in assemble.BOX_LOSSES}
+CASES = {name: {"class_loss": {"name": name}} for name in losses.CLASS_LOSSES}
+CASES |= {name: {"box_loss": {"name": name}} for name in losses.BOX_LOSSES}
 CASES |= {
     "atss": {"assigner": {"name": "atss"}},
     "atss, ghm": {"assigner": {"name": "atss"}, "class_loss": {"name": "ghm_c"}, "box_loss": {"name": "ghm_r"}},
@@ -107,7 +107,7 @@ def run(case, shares, of):
         losses = [part(replica(images[i::of]), targets[i::of]) for i, part in zip(shares, parts)]
         terms = {name: distributed.all_sum(sum(one.terms[name].detach() for one in losses)) for name in losses[0].terms}
         solver.backward(sum(one.total for one in losses) * distributed.world_size())
-        told.append({**terms, "gradient_norm": solver.gradient_norm()})
+        told.append({**terms, "gradient_norm": solver.clip_gradients()})
         solver.step()
     moved = {name: value - start[name] for name, value in model.state_dict().items()}
     averaged = {f"averaged {name}": value - start[name] for name, value in solver.evaluated_model.state_dict().items()}
@@ -166,7 +166,7 @@ def ended_together(rank):
     def seen(error):
         shapes = []
         try:
-            for batch in engine._alike(batches(error), torch.device("cpu")):
+            for batch in engine._padded_alike(batches(error), torch.device("cpu")):
                 shapes.append(batch.images.shape)
         except Stopped as stopped:
             shapes.append(stopped.number)

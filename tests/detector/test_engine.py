@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from detector import assemble, engine
+from detector import assemble, engine, losses
 from detector.config import Config
-from detector.engine import predict, train_one_epoch
+from detector.engine import predict, train_until
 from detector.errors import Stopped
 from detector.stop import Stop
 from detector.structures import Batch, Detections, Losses, Predictions, Target
@@ -19,14 +19,20 @@ CPU = torch.device("cpu")
 
 
 class Recorder:
-    """What train_one_epoch tells the logger."""
+    """What train_until calls of the logger."""
 
     def __init__(self, observe=()):
         self.observed = dict.fromkeys(observe)
-        self.steps, self.said = [], []
+        self.steps, self.said, self.calls = [], [], []
 
-    def progress(self, batches, solver):
-        yield from batches
+    def start(self, step, total_steps):
+        self.calls.append(f"start {step} of {total_steps}")
+
+    def batch_arrived(self):
+        self.calls.append("arrived")
+
+    def batch_done(self):
+        self.calls.append("done")
 
     def wants_gradients(self, step):
         return step in self.observed
@@ -53,6 +59,10 @@ def make(norm="gn", steps=10, precision="float32", class_loss=None, box_loss=Non
     return net, assemble.build_criterion(cfg), assemble.build_solver(cfg, net, steps_per_epoch=steps)
 
 
+def train(model, criterion, batches, solver, logger, device):
+    train_until(model, criterion, batches, solver, logger, device, step=solver.total_steps)
+
+
 def batch(ids=(1, 2), seed=0, size=(64, 64)) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (len(ids), 3, *size), generator=generator, dtype=torch.uint8)
@@ -64,7 +74,7 @@ def test_a_step_moves_the_weights_and_is_told():
     model, criterion, solver = make(steps=3)
     before = copy.deepcopy(model.state_dict())
     logger = Recorder()
-    train_one_epoch(model, criterion, [batch()] * 2, solver, logger, CPU)
+    train(model, criterion, [batch()] * 2, solver, logger, CPU)
     assert any(not torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert [step for *_, step in logger.steps] == [1, 2] and solver.step_count == 2
     values, terms, lr, images, _ = logger.steps[0]
@@ -78,8 +88,9 @@ def test_a_step_moves_the_weights_and_is_told():
 def test_it_ends_where_the_solver_is_done():
     model, criterion, solver = make(steps=2)
     logger = Recorder()
-    train_one_epoch(model, criterion, [batch()] * 5, solver, logger, CPU)
+    train_until(model, criterion, [batch()] * 5, solver, logger, CPU, step=4)
     assert len(logger.steps) == 2 and solver.done
+    assert logger.calls == ["start 0 of 2", "arrived", "done", "arrived", "done"]
 
 
 def test_gradients_are_observed_when_asked_for_and_change_nothing():
@@ -87,7 +98,7 @@ def test_gradients_are_observed_when_asked_for_and_change_nothing():
     for observe in ((), (2,)):
         model, criterion, solver = make(steps=3)
         told = Recorder(observe)
-        train_one_epoch(model, criterion, [batch(seed=i) for i in range(3)], solver, told, CPU)
+        train(model, criterion, [batch(seed=i) for i in range(3)], solver, told, CPU)
         after.append([*model.state_dict().values(), *criterion.state_dict().values()])
         assert all(observation is not None for observation in told.observed.values())
     assert all(torch.equal(a, b) for a, b in zip(*after))
@@ -106,7 +117,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(value):
     criterion.forward = poisoned
     before = copy.deepcopy({key: value for key, value in model.named_parameters()})
     with pytest.raises(FloatingPointError) as error:
-        train_one_epoch(model, criterion, [batch(ids=(17, 39))], solver, Recorder(), CPU)
+        train(model, criterion, [batch(ids=(17, 39))], solver, Recorder(), CPU)
     message = str(error.value)
     assert "box = " in message and "step 7" in message and "[17, 39]" in message and "\n" not in message
     assert "class = " not in message
@@ -118,7 +129,7 @@ def test_a_gradient_that_is_not_finite_stops_as_well():
     model, criterion, solver = make()
     model.head.deltas.bias.register_hook(lambda gradient: gradient * float("inf"))
     with pytest.raises(FloatingPointError, match=r"gradient_norm = (inf|nan) at step 1"):
-        train_one_epoch(model, criterion, [batch()], solver, Recorder(), CPU)
+        train(model, criterion, [batch()], solver, Recorder(), CPU)
 
 
 def test_nan_weights_stop_it():
@@ -126,7 +137,7 @@ def test_nan_weights_stop_it():
     with torch.no_grad():
         model.head.logits.weight[0, 0, 0, 0] = float("nan")
     with pytest.raises(FloatingPointError, match="class = nan"):
-        train_one_epoch(model, criterion, [batch()], solver, Recorder(), CPU)
+        train(model, criterion, [batch()], solver, Recorder(), CPU)
 
 
 def test_accumulation_visits_every_image_once_in_order():
@@ -140,13 +151,13 @@ def test_accumulation_visits_every_image_once_in_order():
     model.forward = spied
     four = batch(ids=(1, 2, 3, 4))
     logger = Recorder()
-    train_one_epoch(model, criterion, [four], solver, logger, CPU)
+    train(model, criterion, [four], solver, logger, CPU)
     assert [len(images) for images in seen] == [2, 2, 2, 2]  # once for what they say, once for the gradient
     assert torch.equal(torch.cat(seen[:2]), four.images) and torch.equal(torch.cat(seen[2:]), four.images)
     assert solver.step_count == 1 and len(logger.steps) == 1 and logger.steps[0][3] == 4
 
 
-PAIRS = [(name, "smooth_l1") for name in assemble.CLASS_LOSSES] + [("focal", name) for name in assemble.BOX_LOSSES]
+PAIRS = [(name, "smooth_l1") for name in losses.CLASS_LOSSES] + [("focal", name) for name in losses.BOX_LOSSES]
 
 
 @pytest.mark.parametrize("class_loss, box_loss", PAIRS)
@@ -164,7 +175,7 @@ def test_accumulated_parts_are_the_whole_batch(class_loss, box_loss):
         for step in range(2):
             six = batch(ids=range(6), seed=step)
             six = six._replace(images=six.images.double())
-            train_one_epoch(model, criterion, [six], solver, logger, CPU)
+            train(model, criterion, [six], solver, logger, CPU)
         moved = torch.cat([(p.detach() - b).flatten() for p, b in zip(model.parameters(), before)])
         results.append((moved, [values for values, *_ in logger.steps], criterion.state_dict()))
     (moved, values, state), (moved_in_parts, values_in_parts, state_in_parts) = results
@@ -179,7 +190,7 @@ def test_accumulation_leaves_batchnorms_statistics_as_one_pass_does():
     counted = []
     for accumulate in (1, 2):
         model, criterion, solver = make(norm="bn", batch_size=4, accumulate=accumulate)
-        train_one_epoch(model, criterion, [batch(ids=range(4))], solver, Recorder(), CPU)
+        train(model, criterion, [batch(ids=range(4))], solver, Recorder(), CPU)
         counted.append(int(model.backbone.bn1.num_batches_tracked))
     assert counted == [1, 2]  # the parts, each once
 
@@ -189,20 +200,20 @@ def test_a_step_that_is_not_finite_may_be_skipped():
     hook = model.head.deltas.bias.register_hook(lambda gradient: gradient * float("inf"))
     before = copy.deepcopy({key: value for key, value in model.named_parameters()})
     logger = Recorder()
-    train_one_epoch(model, criterion, [batch()], solver, logger, CPU)
+    train(model, criterion, [batch()], solver, logger, CPU)
     assert solver.step_count == solver.skipped == 1 and "skipped, 0 more" in logger.said[0]
     assert all(torch.equal(before[key], value) for key, value in model.named_parameters())
     with pytest.raises(FloatingPointError, match="at step 2"):
-        train_one_epoch(model, criterion, [batch()], solver, logger, CPU)
+        train(model, criterion, [batch()], solver, logger, CPU)
     hook.remove()
     solver.optimizer.zero_grad()
-    train_one_epoch(model, criterion, [batch()], solver, logger, CPU)
+    train(model, criterion, [batch()], solver, logger, CPU)
     assert solver.step_count == 2 and any(not torch.equal(before[k], v) for k, v in model.named_parameters())
 
 
 def test_it_ends_at_the_step_it_is_told_and_between_two_where_it_is_asked_to():
     model, criterion, solver = make()
-    train_one_epoch(model, criterion, [batch()] * 5, solver, Recorder(), CPU, until=2)
+    train_until(model, criterion, [batch()] * 5, solver, Recorder(), CPU, step=2)
     assert solver.step_count == 2
     backward = solver.backward
 
@@ -212,7 +223,7 @@ def test_it_ends_at_the_step_it_is_told_and_between_two_where_it_is_asked_to():
 
     solver.backward = ask
     with Stop() as stop, pytest.raises(Stopped):
-        train_one_epoch(model, criterion, stop.between([batch()] * 5), solver, Recorder(), CPU)
+        train(model, criterion, stop.between([batch()] * 5), solver, Recorder(), CPU)
     assert solver.step_count == 3
 
 
@@ -280,7 +291,7 @@ def test_predict_stops_where_the_output_is_not_finite_and_all_processes_say_on_w
 
 def test_evaluation_leaves_statistics_and_the_losses_state_alone(same):
     model, criterion, solver = make(norm="bn")
-    train_one_epoch(model, criterion, [batch()], solver, Recorder(), CPU)
+    train(model, criterion, [batch()], solver, Recorder(), CPU)
     before = copy.deepcopy((model.state_dict(), criterion.state_dict(), solver.state_dict()))
     postprocess = assemble.build_postprocess(Config(postprocess={"score_threshold": 0}))
     found = predict(model, [batch(ids=(1, 2)), batch(ids=(3,), seed=1)], postprocess, CPU)
@@ -312,7 +323,7 @@ def test_bfloat16_is_for_the_model_alone():
 
     criterion.forward = spied
     # Not 64 pixels: of a P6 of one cell, torch 2.15 makes a bfloat16 gradient of P7's weights from stray memory (CPU).
-    train_one_epoch(model, criterion, [batch(size=(96, 96))], solver, Recorder(), CPU)
+    train(model, criterion, [batch(size=(96, 96))], solver, Recorder(), CPU)
     assert seen == [(torch.bfloat16, torch.float32, {torch.float32})]
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     found = predict(model, [batch()], assemble.build_postprocess(Config(postprocess={"score_threshold": 0})), CPU,

@@ -1,5 +1,7 @@
 """What is told, where, and when nothing is."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -9,12 +11,6 @@ from detector.gradients import Observation, Regions
 from detector.logger import Logger
 
 VALUES = {"class": 0.5, "box": 0.25, "gradient_norm": 2.0}
-
-
-class Clock:
-    """The solver, as far as the progress line knows it."""
-
-    total_steps, step_count = 10, 0
 
 
 def read(folder):
@@ -46,7 +42,7 @@ def test_curves_have_the_first_step_and_every_nth(tmp_path):
 def test_what_is_undefined_is_left_out(tmp_path):
     logger = Logger(tmp_path, every=1)
     metrics = {"AP": 0.25, "APs": -1.0, "AR100": 0.5, "images": 4, "engine": "x", "step": 3}
-    logger.metrics({**metrics, "per_class": {"cat": {"AP": 0.25}, "dog": {"AP": -1.0}}}, 3)
+    logger.curves.metrics({**metrics, "per_class": {"cat": {"AP": 0.25}, "dog": {"AP": -1.0}}}, 3)
     logger.close()
     assert set(read(tmp_path).Tags()["scalars"]) == {"eval/AP", "eval/AR100", "eval_per_class/cat"}
     assert scalars(tmp_path, "eval/AP") == {3: 0.25}
@@ -66,8 +62,8 @@ def test_a_resumed_run_hides_what_was_told_past_its_start(tmp_path):
 
 def test_pictures_config_and_hyper_parameters(tmp_path):
     logger = Logger(tmp_path, every=1)
-    logger.image("validation/0", torch.zeros(3, 8, 6, dtype=torch.uint8), 1)
-    logger.config("run: x", {"solver.lr": 0.1, "run": "x", "flag": True})
+    logger.curves.images("validation", [torch.zeros(3, 8, 6, dtype=torch.uint8)], 1)
+    logger.curves.config("run: x", {"solver.lr": 0.1, "run": "x", "flag": True})
     logger.close()
     tags = read(tmp_path).Tags()
     assert tags["images"] == ["validation/0"]
@@ -81,31 +77,44 @@ def test_the_other_processes_are_silent(tmp_path, monkeypatch, capsys):
     logger = Logger(tmp_path, every=1)
     log(logger, [1])
     logger.say("hello")
-    logger.scalars({"x": 1.0}, 1)
-    logger.image("x", torch.zeros(3, 2, 2, dtype=torch.uint8), 1)
-    logger.config("", {})
-    logger.metrics({"AP": 1.0, "per_class": {}}, 1)
+    logger.curves.scalars({"x": 1.0}, 1)
+    logger.curves.images("x", [torch.zeros(3, 2, 2, dtype=torch.uint8)], 1)
+    logger.curves.config("", {})
+    logger.curves.metrics({"AP": 1.0, "per_class": {}}, 1)
     logger.close()
     assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr() == ("", "")
 
 
-def test_progress_gives_every_batch_and_times_all_but_the_first(tmp_path, capsys):
+def test_the_progress_line_shows_and_times_all_but_the_first_steps(tmp_path, capsys):
     logger = Logger(tmp_path, every=100, seconds_per_step=9.0)
-    assert logger.seconds_per_step == 9.0  # of the part before, until there is something to go by
-
-    class Images:
-        images = torch.zeros(2)
-
-    batches = [Images() for _ in range(8)]
-    for step, batch in enumerate(logger.progress(batches, Clock()), start=1):
-        assert batch is batches[step - 1]
+    assert logger.seconds_per_step == 9.0  # from before it was resumed, until there are steps enough
+    logger.start(step=2, total_steps=10)
+    for step in range(3, 11):
+        logger.batch_arrived()
         logger.step(VALUES, ("class", "box"), 0.01, 2, step)
-        assert (logger.seconds_per_step == 9.0) == (step <= 6)
+        logger.batch_done()
+        assert (logger.seconds_per_step == 9.0) == (step - 2 <= 5)
     logger.close()
     assert 0 < logger.seconds_per_step < 1
-    told = capsys.readouterr()
-    assert told.out == "" and "8/10" in told.err and "loss 0.7500" in told.err
+    printed = capsys.readouterr()
+    assert printed.out == "" and "10/10" in printed.err and "loss 0.7500" in printed.err
+
+
+def test_waiting_for_data_is_part_of_a_step_and_shown(tmp_path, monkeypatch):
+    now = iter(range(1000))  # each look at the clock is a second later
+    monkeypatch.setattr("detector.logger.time", SimpleNamespace(perf_counter=lambda: next(now)))
+    logger = Logger(tmp_path, every=1)
+    for step in range(1, 9):
+        if step in (1, 5):  # where an epoch starts
+            logger.start(step=step - 1, total_steps=8)
+        logger.batch_arrived()
+        logger.step(VALUES, ("class", "box"), 0.01, 3, step)
+        logger.batch_done()
+    logger.close()
+    assert logger.seconds_per_step == 2
+    assert scalars(tmp_path, "speed/data_wait")[8] == 0.5
+    assert scalars(tmp_path, "speed/images_per_second")[8] == 1.5
 
 
 def test_say_goes_to_standard_output(tmp_path, capsys):
@@ -118,7 +127,7 @@ def test_say_goes_to_standard_output(tmp_path, capsys):
 @pytest.mark.parametrize("name", ["a/b", "ü b", "x (id 3)"])
 def test_class_names_of_any_kind_are_accepted(tmp_path, name):
     logger = Logger(tmp_path, every=1)
-    logger.metrics({"AP": 0.5, "per_class": {name: {"AP": 0.5}}}, 1)
+    logger.curves.metrics({"AP": 0.5, "per_class": {name: {"AP": 0.5}}}, 1)
     logger.close()
     assert len(read(tmp_path).Tags()["scalars"]) == 2
 
@@ -161,7 +170,7 @@ def test_a_disk_that_fills_up_ends_the_curves_and_not_the_run(tmp_path, capsys, 
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(logger._writer, "add_scalar", full)
+    monkeypatch.setattr(logger.curves._writer, "add_scalar", full)
     log(logger, range(2, 5))
     logger.close()
     assert capsys.readouterr().out.count("No space left on device") == 1

@@ -1,4 +1,4 @@
-"""scripts/ablate.py: what a variant may say, what is refused, and that every run gets a result once."""
+"""scripts/ablate.py: what a variant may set, what is refused, and that every run gets a result once."""
 
 import json
 import re
@@ -13,7 +13,8 @@ import yaml
 
 from detector import config
 from detector.errors import UserError
-from scripts import ablate, compare, result, supervise, timing
+from scripts import ablate, compare
+from scripts.comparison import result, supervise, timing
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def test_a_plus_takes_the_second_file_s_box_loss(base):
 
 def test_a_variant_that_changes_more_than_the_loss_is_refused(base):
     (base.parent / "cheat.yaml").write_text("base: base.yaml\nclass_loss: {name: ce}\nsolver: {epochs: 99}\n")
-    with pytest.raises(UserError, match=r"cheat\.yaml: solver\.epochs: a variant may say"):
+    with pytest.raises(UserError, match=r"cheat\.yaml: solver\.epochs: a variant may set only"):
         ablate.read_variant(base, "cheat")
 
 
@@ -68,7 +69,7 @@ def test_tuned_runs_end_as_results_which_a_second_start_keeps(base, tmp_path, co
     arguments += ["--tune", "box_loss.weight=x1,x2"]
     code, out, err = command(ablate.main, *arguments)
     assert code == 0, err
-    assert re.search(r"^focal: box_loss.weight x[12], at an end of what was tried", out, re.M)
+    assert re.search(r"^focal: box_loss.weight x[12], at an end of the range", out, re.M)
     results = tmp_path / "out" / "results"
     assert sorted(path.stem for path in results.iterdir()) == ["focal-s0", "tune-focal-x1", "tune-focal-x2"]
     whole, tried = result.read(results / "focal-s0.json"), result.read(results / "tune-focal-x2.json")
@@ -83,7 +84,7 @@ def test_tuned_runs_end_as_results_which_a_second_start_keeps(base, tmp_path, co
 
     times = {path: path.stat().st_mtime_ns for path in results.iterdir()}
     code, out, err = command(ablate.main, *arguments)
-    assert code == 0 and "1 of 1 runs are finished already" in out, err
+    assert code == 0 and "1 of 1 runs are already finished" in out, err
     assert {path: path.stat().st_mtime_ns for path in results.iterdir()} == times
 
 
@@ -143,7 +144,7 @@ def test_a_run_that_diverges_is_a_row_with_its_reason(base, tmp_path, command, p
     assert "class = inf" in failed["failure"] and "metrics" not in failed and whole["metrics"]["step"] == 2
     assert whole["processes"] == processes
     code, out, err = command(ablate.main, *arguments)
-    assert code == 0 and "2 of 2 runs are finished already" in out  # a failure is a result too
+    assert code == 0 and "2 of 2 runs are already finished" in out  # a failure is a result too
     code, out, _ = command(compare.main, *sorted(map(str, (tmp_path / "out" / "results").iterdir())))
     assert code == 0 and "failed: huge, seed 0: " in out
 
@@ -154,7 +155,7 @@ def test_a_slip_that_training_finds_ends_it_in_one_line(base, tmp_path, command,
     arguments = ["--config", base, "--variants", "focal", "--seeds", 1, "--output", tmp_path / "out"]
     arguments += ["--processes", processes, "--set", f"model.weights={tmp_path / 'none.pt'}"]
     code, _, err = command(ablate.main, *arguments)
-    assert code == 2 and re.search(r"^error: focal-s0: .*none\.pt.* \(its log: .*\)$", err.splitlines()[-1]), err
+    assert code == 2 and re.search(r"^error: focal-s0: .*none\.pt.* \(log: .*\)$", err.splitlines()[-1]), err
     assert not list((tmp_path / "out" / "results").glob("*"))  # once it is mended, the run is tried again
 
 
@@ -165,7 +166,7 @@ def test_other_numbers_of_processes_are_another_run(base, tmp_path, command):
     result.write(kept, {"config": run.cfg.model_dump(mode="json"), "failure": "none", **run.notes})
     arguments = ["--config", base, "--variants", "focal", "--seeds", 1, "--output", tmp_path / "out"]
     code, out, _ = command(ablate.main, *arguments)
-    assert code == 0 and "1 of 1 runs are finished" in out
+    assert code == 0 and "1 of 1 runs are already finished" in out
     code, _, err = command(ablate.main, *arguments, "--processes", 2)
     assert code == 2 and "processes 1, now 2" in err
 
@@ -202,7 +203,7 @@ def test_stopped_by_a_signal_it_saves_and_goes_on(base, tmp_path):
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGTERM and "go on with the same command" in err, err
+    assert process.returncode == 128 + signal.SIGTERM and "the same command continues" in err, err
     assert begun.exists() and not list((tmp_path / "out").glob("results/*.json"))
     done = subprocess.run(text, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from detector.errors import UserError
-from scripts import result
 from scripts.compare import main
+from scripts.comparison import result
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "compare.py"
 
@@ -45,10 +45,10 @@ def two(tmp_path):
 
 
 NO_COSTS = (
-    "- s/step and GB are not shown: nothing says that each run had the machine to itself; scripts/ablate.py --time "
-    "measures a step of each in turn"
+    "- s/step and GB are not shown: the results do not say whether each run had the machine to itself; "
+    "scripts/ablate.py --time measures the losses in turn"
 )
-NO_DRAWS = "- ghm_c: +0.1; no verdict: AP of ghm_c on other draws of the images is not known"
+NO_DRAWS = "- ghm_c: +0.1; no verdict: AP of ghm_c on resampled images is not known"
 
 
 def test_terminal_table(two, capsys):
@@ -130,13 +130,13 @@ def test_single_runs_get_no_verdict_but_what_to_do(tmp_path, capsys):
     main([kept(tmp_path, name, 0, ap, luck=place / 10) for place, (name, ap) in enumerate(runs.items())])
     out = capsys.readouterr().out
     assert not re.search("better|worse|undecided", out)
-    assert "- focal: +20.0 [+19.1, +20.9] from the images alone; no verdict: one seed of ce says nothing of" in out
+    assert "- focal: +20.0 [+19.1, +20.9] over images only; no verdict: ce has one seed; train" in out
     assert out.count("train at least 3 (--seeds 3)") == 2 and "4 of 5 studies" not in out
 
 
 def test_a_row_of_one_seed_is_named(tmp_path, capsys):
     main([*(kept(tmp_path, "ce", seed, 0.3 + seed / 100) for seed in range(3)), kept(tmp_path, "focal", 0, 0.5)])
-    assert "no verdict: one seed of focal says nothing" in capsys.readouterr().out
+    assert "no verdict: focal has one seed" in capsys.readouterr().out
 
 
 def test_rows_scored_on_other_images_are_not_judged(tmp_path, capsys):
@@ -144,7 +144,7 @@ def test_rows_scored_on_other_images_are_not_judged(tmp_path, capsys):
     other = {"AP": 0.5, "images": 60}
     files += [kept(tmp_path, "focal", seed, 0.5 + seed / 100, metrics=other) for seed in range(2)]
     main(files)
-    assert "- focal: +19.5; no verdict: focal and ce were scored on other images" in capsys.readouterr().out
+    assert "- focal: +19.5; no verdict: focal and ce were scored on different images" in capsys.readouterr().out
 
 
 def test_another_metric_is_judged_by_its_own_draws(tmp_path, capsys):
@@ -188,8 +188,8 @@ def test_what_these_runs_can_tell_is_said(tmp_path, capsys):
     main(files)
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("With 3 seeds a row"))
     # Standard deviation 1, no luck with images: the usual 17 seeds for 1 point, by t tests of two groups.
-    assert "these 50 images" in line and "A difference of 1.0 takes 17 seeds a row." in line
-    assert re.search(r"a difference of 3\.\d AP between two rows is seen in 4 of 5 studies, at", line)
+    assert "these 50 images" in line and "Detecting 1.0 takes 17 seeds a row." in line
+    assert re.search(r"4 of 5 studies detect a difference of 3\.\d AP between two rows, at", line)
 
 
 def test_costs_are_shown_of_runs_that_had_the_machine_to_themselves(tmp_path, capsys):
@@ -202,7 +202,7 @@ def test_costs_are_shown_of_runs_that_had_the_machine_to_themselves(tmp_path, ca
     out = shown(kept(tmp_path, "ce", 0, 0.3, jobs=1, **here), kept(tmp_path, "focal", 0, 0.3, jobs=1, **here))
     assert out.count(" 0.250  2.00") == 2 and "not shown" not in out
     out = shown(kept(tmp_path, "ce", 0, 0.3, jobs=1, **here), kept(tmp_path, "focal", 0, 0.3, jobs=1, **there))
-    assert "0.250" not in out and "s/step and GB are not shown: the runs are of different machines" in out
+    assert "0.250" not in out and "s/step and GB are not shown: the runs are from different machines" in out
     out = shown(kept(tmp_path, "ce", 0, 0.3, jobs=1, **here), kept(tmp_path, "focal", 0, 0.3, jobs=2, **here))
     assert "0.250" not in out and "not shown: runs shared the machine (--jobs 2)" in out
 
@@ -223,7 +223,7 @@ def test_baseline_of_another_name(tmp_path, capsys):
     runs = [kept(tmp_path, name, 0, ap) for name, ap in (("ce", 0.3), ("focal", 0.4))]
     main([*runs, "--baseline", "focal"])
     assert "AP minus that of focal" in (out := capsys.readouterr().out) and "- ce: -10.0 " in out
-    with pytest.raises(UserError, match="--baseline ghm: there is no such row; there are ce, focal"):
+    with pytest.raises(UserError, match="--baseline ghm: no such row; the rows are ce, focal"):
         main([*runs, "--baseline", "ghm"])
 
 
@@ -300,10 +300,10 @@ def test_a_lone_run_is_not_best(tmp_path, capsys):
 @pytest.mark.parametrize(
     "file, content, message",
     [
-        ("metrics.json", None, r"focal/metrics.json: no such file; this run is not evaluated yet"),
+        ("metrics.json", None, r"focal/metrics.json: no such file; this run has not been evaluated"),
         ("config.yaml", None, r"focal/config.yaml: no such file; this is not a run folder"),
         ("metrics.json", "{", r"focal/metrics.json: broken"),
-        ("metrics.json", "[1]", r"focal/metrics.json: broken: a dict is expected, found list"),
+        ("metrics.json", "[1]", r"focal/metrics.json: broken: expected a dict, found a list"),
         ("config.yaml", "a: [1\nb: {", r"focal/config.yaml: broken"),
         ("config.yaml", "a: !!python/object:os.system {}", r"focal/config.yaml: broken"),
         ("config.yaml", b"\xff\xfe\xff", r"focal/config.yaml: broken"),
@@ -342,23 +342,23 @@ def test_a_seed_given_twice_is_refused(tmp_path):
     first = kept(tmp_path, "ce", 0, 0.3)
     (tmp_path / "copy").mkdir()
     second = kept(tmp_path / "copy", "ce", 0, 0.3)
-    with pytest.raises(UserError, match=r"copy/ce-0\.json: is seed 0 of ce, as .*ce-0\.json is; give each run once"):
+    with pytest.raises(UserError, match=r"copy/ce-0\.json: is seed 0 of ce, like .*ce-0\.json; give each run once"):
         main([first, second])
 
 
 @pytest.mark.parametrize(
     "change, reason",
     [
-        ({"metrics": {"AP": -1, "images": 50}}, "AP of focal is not known of each run"),
-        ({"metrics": {"AP": None, "images": 50}}, "AP of focal is not known of each run"),
-        ({"metrics": {"AP": float("nan"), "images": 50}}, "AP of focal is not known of each run"),
-        ({"metrics": {"images": 50}}, "AP of focal is not known of each run"),
+        ({"metrics": {"AP": -1, "images": 50}}, "AP of focal is not known for each run"),
+        ({"metrics": {"AP": None, "images": 50}}, "AP of focal is not known for each run"),
+        ({"metrics": {"AP": float("nan"), "images": 50}}, "AP of focal is not known for each run"),
+        ({"metrics": {"images": 50}}, "AP of focal is not known for each run"),
         ({"metrics": {"AP": 0.3, "images": 1}}, "focal was not scored on several images"),
         ({"metrics": {"AP": 0.3}}, "focal was not scored on several images"),
-        ({"resampled": {"AP": [0.3, None]}}, "AP of focal on other draws of the images is not known of each draw"),
-        ({"resampled": {"AP": [0.3, -1]}}, "AP of focal on other draws of the images is not known of each draw"),
-        ({"resampled": {"AP": [0.3]}}, "AP of focal on other draws of the images is not known of each draw"),
-        ({"resampled": {}}, "AP of focal on other draws of the images is not known"),
+        ({"resampled": {"AP": [0.3, None]}}, "AP of focal is not known on each draw of images"),
+        ({"resampled": {"AP": [0.3, -1]}}, "AP of focal is not known on each draw of images"),
+        ({"resampled": {"AP": [0.3]}}, "AP of focal is not known on each draw of images"),
+        ({"resampled": {}}, "AP of focal on resampled images is not known"),
     ],
 )
 def test_what_is_not_known_gets_no_verdict(tmp_path, capsys, change, reason):
@@ -379,7 +379,7 @@ def test_sets_of_one_size_but_another_name_are_not_compared(tmp_path, capsys):
             path.write_text(json.dumps(content))
             files.append(str(path))
     main(files)
-    assert "no verdict: focal and ce were scored on other images" in capsys.readouterr().out
+    assert "no verdict: focal and ce were scored on different images" in capsys.readouterr().out
 
 
 def test_runs_that_all_failed_are_listed(tmp_path, capsys):

@@ -150,7 +150,7 @@ def test_a_part_of_another_version_is_not_added_to(server, get, folder, monkeypa
     monkeypatch.setattr(download, "TRIES", 1)
     server.tricks = ["", "break", "busy"]
     code, _, err = get()
-    assert code == 2 and "goes on from there" in one_line(err)
+    assert code == 2 and "continues from there" in one_line(err)
     part = folder / "coco" / "val2017.zip.part"
     part.write_bytes(b"x" * part.stat().st_size)
     server.version = '"two"'
@@ -173,7 +173,7 @@ def test_damaged_each_time_is_an_error_and_leaves_no_archive(server, get, folder
 
 
 @pytest.mark.parametrize(
-    ("tricks", "expected"), [(["", "too short"], "bytes and not"), (["", *["busy"] * 9], "HTTP 503")]
+    ("tricks", "expected"), [(["", "too short"], "bytes instead of"), (["", *["busy"] * 9], "HTTP 503")]
 )
 def test_a_server_that_lies_or_does_not_answer(server, get, folder, tricks, expected):
     server.tricks = tricks
@@ -204,7 +204,7 @@ def test_slips_are_one_line(server, get, folder, command, monkeypatch):
     server.shutdown()
     server.server_close()
     code, _, err = get("--output", folder / "new")
-    assert code == 2 and "nothing came" in one_line(err)
+    assert code == 2 and "no data in" in one_line(err)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: os.terminal_size((0, 0)) and type("", (), {"free": 5}))
     code, _, err = get("--output", folder / "new")
     assert code == 2 and "are free" in one_line(err)
@@ -212,11 +212,11 @@ def test_slips_are_one_line(server, get, folder, command, monkeypatch):
 
 def test_an_archive_that_is_there_needs_no_room(folder):
     one = download.ARCHIVES["val"]
-    assert download.there(one, folder) == 0
+    assert download.downloaded(one, folder) == 0
     (folder / "val2017.zip.part").write_bytes(b"1234")
-    assert download.there(one, folder) == 4
+    assert download.downloaded(one, folder) == 4
     (folder / "val2017.zip.part").rename(folder / "val2017.zip")
-    assert download.there(one, folder) == 4
+    assert download.downloaded(one, folder) == 4
 
 
 def test_a_full_disk_keeps_what_came(server, get, folder, monkeypatch):
@@ -256,7 +256,7 @@ def test_flawed_archives_unpack_nothing(folder):
     for name, data in flawed.items():
         file = folder / f"{name}.zip"
         file.write_bytes(data)
-        with pytest.raises(UserError, match=r"cannot be unpacked|and not 40"):
+        with pytest.raises(UserError, match=r"cannot be unpacked|instead of 40"):
             download.unpack(file, folder / "to", {"val2017": 40})
         assert not (folder / "to").exists() or not contents(folder / "to")
         (folder / "to").mkdir(exist_ok=True)

@@ -60,21 +60,23 @@ def test_the_file_says_what_pytorch_says(learnt, folder, command, preprocessing,
     choices = ("--preprocessing", preprocessing, "--nms", nms, "--images", 2)
     code, out, err = command(export.main, "--checkpoint", learnt, "--format", "onnx", "--output", target, *choices)
     assert code == 0, err
-    assert "boxes of 2 images as PyTorch has them" in out and "images/s" in out
+    assert "boxes of 2 images agree with PyTorch" in out and "images/s" in out
     assert [path.name for path in target.parent.iterdir()] == ["mine.onnx"]
     session = onnxruntime.InferenceSession(str(target))
     worst = {"boxes": 0, "pixels": 0.0, "score": 0.0}
     one = exported(learnt, preprocessing, nms)
     for size, count in (((64, 64), 1), ((96, 32), 3), ((352, 288), 2)):
         images = pixels(size, count, preprocessing == "inside")
-        pairs = zip(export.reference(one, images), export.found_by(one, session, images), strict=True)
+        pairs = zip(export.reference(one, images), export.onnx_detections(one, session, images), strict=True)
         for theirs, ours in pairs:
             export.compare(theirs, ours, one.postprocess, worst)
             assert (np.diff(ours[1]) <= 0).all()  # best first
     assert worst["boxes"] > 20 and worst["pixels"] < export.PIXELS and worst["score"] < export.SCORE
     if preprocessing == "inside":  # sides that are no multiples of 32
         images = pixels((75, 61), 2, True)
-        for theirs, ours in zip(export.reference(one, images), export.found_by(one, session, images), strict=True):
+        for theirs, ours in zip(
+            export.reference(one, images), export.onnx_detections(one, session, images), strict=True
+        ):
             export.compare(theirs, ours, one.postprocess, worst)
 
 
@@ -90,7 +92,7 @@ def test_another_model_is_caught_and_leaves_no_file(learnt, folder, command, mon
     monkeypatch.setattr(export, "to_onnx", spoilt)
     target = folder / "mine.onnx"
     code, _, err = command(export.main, "--checkpoint", learnt, "--format", "onnx", "--output", target)
-    assert code == 2 and "the export is not the model" in err and not list(folder.iterdir())
+    assert code == 2 and "the export differs from the model" in err and not list(folder.iterdir())
 
 
 def test_a_full_disk_is_one_line_and_keeps_the_file_before(learnt, folder, command, full_disk):

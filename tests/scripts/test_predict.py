@@ -115,7 +115,7 @@ def test_a_broken_image_does_not_stop_the_others(learnt, call, folder):
     (folder / "in" / "z.mp4").write_bytes(b"no video")
     code, out, err, results = call(folder / "in")
     assert code == 2 and one_line(err) and "2 of 4 files" in err
-    assert len(re.findall(r"^left out: .*(00\.png|z\.mp4)", err, re.M)) == 2  # each is told
+    assert len(re.findall(r"^skipped: .*(00\.png|z\.mp4)", err, re.M)) == 2  # each is told
     assert {Path(one["file_name"]).name for one in results} == {"0.png", "1.png"} and "2 images" in out
 
 
@@ -134,7 +134,7 @@ def test_every_kind_of_picture_is_done_and_the_rest_is_named(learnt, call, folde
     (folder / "in" / "phone.HEIC").write_text("?")
     code, out, err, _ = call(folder / "in")
     assert code == 2 and "6 images" in out and one_line(err)
-    assert "1 of 7 files" in err and "phone.HEIC: a picture of this kind cannot be read; save it as .jpg" in err
+    assert "1 of 7 files" in err and "phone.HEIC: this image format cannot be read; save it as .jpg" in err
 
 
 def test_slips_are_one_line(learnt, call, folder):
@@ -176,7 +176,7 @@ def test_no_original_is_written_over(learnt, folder, command):
     assert code == 0, err
     assert (place / "2.jpg").read_bytes() == before and (place / "2_2.jpg").exists() and (place / "0.jpg").exists()
     code, _, err = command(predict.main, *given, learnt[0].parent)
-    assert code == 2 and "is a run's folder" in err
+    assert code == 2 and "is a run folder" in err
 
 
 def test_pictures_stay_in_the_folder_for_them(learnt, folder, command, monkeypatch):
@@ -194,7 +194,7 @@ def test_a_picture_that_cannot_be_made_does_not_stop_the_others(learnt, call, fo
     Image.new("RGB", (70_000, 4)).save(folder / "in" / "a.png")  # wider than a JPEG may be
     shutil.copy(learnt[1] / "0.png", folder / "in" / "b.png")
     code, out, err, results = call(folder / "in")
-    assert code == 2 and one_line(err) and "a.png: no picture of it can be made" in err and "1 images" in out
+    assert code == 2 and one_line(err) and "a.png: cannot be drawn on" in err and "1 images" in out
     assert {Path(one["file_name"]).name for one in results} == {"b.png"}
 
 
@@ -223,7 +223,7 @@ def test_what_was_done_before_ctrl_c_is_kept(learnt, call, folder, monkeypatch):
             raise KeyboardInterrupt
         return whole(detector, source, *rest)
 
-    whole = predict.picture
-    monkeypatch.setattr(predict, "picture", interrupted)
+    whole = predict.process_image
+    monkeypatch.setattr(predict, "process_image", interrupted)
     code, _, _, results = call(learnt[1])
     assert code == 130 and {one["image_id"] for one in results} == {0}

@@ -1,4 +1,4 @@
-"""scripts/verdict.py: intervals cover as often as they say, against scipy's own tests and simulated studies."""
+"""scripts/comparison/verdict.py: intervals cover as often as they claim, against scipy and simulated studies."""
 
 import itertools
 
@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from scripts import verdict
 from scripts.bench import verdicts
-from scripts.verdict import Runs, Variances
+from scripts.comparison import verdict
+from scripts.comparison.verdict import Runs, Variances
 
 NO_IMAGES = np.zeros((3, 50))  # nothing depends on which images are drawn
 SEEDS_VARY = Variances(seed=4.1, image=0.12, both=0.14, images=150)  # as in results/switches

@@ -1,15 +1,13 @@
-"""Self-contained HTML pages: text, tables, figures and pictures in one file that opens offline, on any width.
+"""Self-contained HTML pages: text, tables, figures and pictures in one file that opens offline and fits any width.
 
     body = [page.text("Of 72 images."), page.table(("class", "AP"), rows), page.figure(fig, "Calibration")]
     page.write(Path("errors.html"), "Errors of runs/mine", [("Calibration", body)])
 
-A part of a page is a str of HTML; all text given to these functions is escaped.
+Each part of a page is a str of HTML. These functions escape all text that they are given.
 """
 
 import base64
-import contextlib
 import io
-import os
 import warnings
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -17,7 +15,7 @@ from pathlib import Path
 
 import matplotlib
 
-matplotlib.use("Agg")  # files only: no window, wherever this runs
+matplotlib.use("Agg")  # draws into files and needs no display
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -26,11 +24,12 @@ from matplotlib.text import Text
 from PIL import Image
 
 from data import fonts
+from detector import atomic
 from detector.errors import CONTROL, UserError
 
-matplotlib.rcParams["text.parse_math"] = False  # a class may be called $x
+matplotlib.rcParams["text.parse_math"] = False  # a class may be named $x
 
-FIGURE = (5, 3.4)  # inches: then the letters can be read on a phone, and two stand side by side on a screen
+FIGURE = (5, 3.4)  # inches: readable on a phone, and two fit side by side on a screen
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 1200px; margin: 0 auto; padding: 0 16px 48px; }
 h1 { font-size: 1.5em; overflow-wrap: anywhere; } h2 { font-size: 1.2em; margin-top: 2em; }
@@ -50,12 +49,12 @@ def text(words: str) -> str:
 
 
 def items(lines: Iterable[str]) -> str:
-    """A list of points."""
+    """A bulleted list."""
     return "<ul>" + "".join(f"<li>{_plain(line)}</li>" for line in lines) + "</ul>"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]], left: int = 1) -> str:
-    """The first `left` columns are words, the others numbers, aligned right; wider than the page, it scrolls."""
+    """A table with `left` columns of text, then numbers aligned right. It scrolls if it is wider than the page."""
     sides = ['class="text"' if column < left else "" for column in range(len(header))]
     head = "".join(f"<th {side}>{_plain(cell)}</th>" for side, cell in zip(sides, header, strict=True))
     body = "".join(
@@ -66,7 +65,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]], left: int = 1
 
 
 def figure(plot: Figure, caption: str) -> str:
-    """A matplotlib figure, of the size FIGURE unless it needs the page's width; it is closed."""
+    """A matplotlib figure, which is closed. One wider than FIGURE gets the page's full width."""
     from matplotlib import pyplot as plt
 
     data = io.BytesIO()
@@ -77,61 +76,57 @@ def figure(plot: Figure, caption: str) -> str:
 
 
 def save(plot: Figure, target: io.BytesIO | Path, **options: object) -> None:
-    """Save a matplotlib figure with fonts that have all its letters; `options` are those of its savefig."""
+    """Save a matplotlib figure with fonts that have all its characters; `options` go to savefig."""
     for axis in plot.axes:
-        axis.get_xticklabels(), axis.get_yticklabels()  # whose texts matplotlib makes when it is asked for them
+        axis.get_xticklabels(), axis.get_yticklabels()  # creates the tick labels, which matplotlib makes on demand
     texts = plot.findobj(Text)
-    files = dict.fromkeys(file for one in texts for _, file in fonts.stretches(one.get_text()))
-    for file in files.keys() - {one.fname for one in fontManager.ttflist}:
+    files = dict.fromkeys(file for text in texts for _, file in fonts.stretches(text.get_text()))
+    for file in files.keys() - {font.fname for font in fontManager.ttflist}:
         fontManager.addfont(file)
     families = [FontProperties(fname=file).get_name() for file in {fonts.DEJAVU: None} | files]
-    for one in texts:
-        one.set_fontfamily(families)
+    for text in texts:
+        text.set_fontfamily(families)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from")  # told by fonts, once
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # data/fonts.py reports them once
         plot.savefig(target, **options)
 
 
 def label(name: str) -> str:
-    """A name as matplotlib's legends take it: they leave out what begins with an underscore."""
+    """A name for a legend: matplotlib leaves out names that begin with an underscore."""
     return f" {name}" if name.startswith("_") else name
 
 
 def photo(image: np.ndarray, caption: str, kind: str = "photo") -> str:
-    """An image (h, w, 3) uint8 RGB; `kind` is "photo", "plot" or "large", which is how wide it is shown."""
+    """An image (h, w, 3) uint8 RGB; `kind`, "photo", "plot" or "large", sets its width on the page."""
     data = io.BytesIO()
     Image.fromarray(image).save(data, "JPEG", quality=85)
     return _picture(data.getvalue(), "jpeg", caption, kind)
 
 
 def row(parts: Iterable[str]) -> str:
-    """Figures and photos side by side, as many as there is room for."""
+    """Figures and photos side by side, as many as fit."""
     return f'<div class="row">{"".join(parts)}</div>'
 
 
 def refuse_folder(path: Path) -> None:
-    """UserError for what is no place of a page: told before the work and not after it."""
+    """Raise UserError if `path` is a folder. Commands call this before their work, not after it."""
     if path.is_dir():
         raise UserError(f"{path}: is a folder; give the name of a file, such as {path / 'page.html'}")
 
 
 def write(path: Path, title: str, sections: Iterable[tuple[str, Sequence[str]]]) -> None:
-    """Write the page: sections of a heading, which may be empty, and parts. UserError where it cannot be written."""
+    """Write the page: sections of a heading, which may be empty, and parts. Raises UserError if that fails."""
     refuse_folder(path)
     parts = [f"<h1>{_plain(title)}</h1>"]
     for heading, body in sections:
         parts += [f"<section>{f'<h2>{_plain(heading)}</h2>' if heading else ''}", *body, "</section>"]
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{_plain(title)}</title>'
     document = f'<!DOCTYPE html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head>\n<body>'
-    beside = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text("\n".join([document, *parts, "</body></html>\n"]), encoding="utf-8")
-        os.replace(beside, path)
+        atomic.write(path, "\n".join([document, *parts, "</body></html>\n"]))
     except OSError as error:
-        with contextlib.suppress(OSError):
-            beside.unlink()
-        raise UserError(f"{path}: cannot be written ({error.strerror}); give another place by --output") from None
+        raise UserError(f"{path}: cannot be written ({error.strerror}); give another file with --output") from None
 
 
 def _picture(data: bytes, kind: str, caption: str, shown: str) -> str:

@@ -8,7 +8,7 @@ import pytest
 from matplotlib import pyplot as plt
 
 from detector.errors import UserError
-from scripts import page
+from scripts.comparison import page
 
 
 def sections():

@@ -1,13 +1,19 @@
-"""A run as one small JSON file: all that a comparison needs of it, without its weights.
+"""A run as one small JSON file with all that a comparison needs, but without the weights.
 
-    result = collect(Path("runs/coco_focal"))     of a run folder, whose validation set is read once more
+    result = collect(Path("runs/coco_focal"))     a run folder, whose validation set is read again
     write(Path("results/coco_focal.json"), result); read("results/coco_focal.json")
 
-A result holds `config`, as resolved; `metrics`, of the last evaluation; `curve`, an evaluation each with step, AP,
-AP50 and AP75; `gradient`, the shares of easy, medium and outlier examples in it, as often as they were observed;
-`calibration_error`; `resampled`, {metric: its value on each of DRAWS draws of the validation images}, the same draws
-for all runs on that set; and `machine`. A run that failed has `failure`, a line, instead of metrics. scripts/ablate.py
-adds `jobs`, how many runs shared the machine, and with --time `timing`.
+The keys of a result:
+
+    config             as resolved
+    metrics            of the last evaluation
+    curve              step, AP, AP50 and AP75 of each evaluation
+    gradient           shares of easy, medium and outlier examples in the gradient, each time they were observed
+    calibration_error
+    resampled          {metric: its value on each of DRAWS draws of the validation images}; all runs on a set share them
+    machine
+    failure            one line, instead of metrics, if the run failed
+    jobs, timing       from scripts/ablate.py: how many runs shared the machine, and what --time measured
 """
 
 import json
@@ -25,6 +31,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from data.annotations import load_annotations
 from data.coco_eval import IOUS
 from data.matches import average_precision, calibration_error, draw_images, match
+from detector import atomic
 from detector.errors import UserError
 
 DRAWS = 500
@@ -33,12 +40,12 @@ SHARES = tuple(f"{name}_{band}" for name in ("class", "box") for band in ("easy"
 
 
 def collect(folder: Path) -> dict[str, Any]:
-    """The result of an evaluated run folder; UserError where a file of it is missing or broken."""
+    """The result of an evaluated run folder. Raises UserError if one of its files is missing or broken."""
     config = parse(folder / "config.yaml", yaml.safe_load, "this is not a run folder")
-    metrics = parse(folder / "metrics.json", json.loads, "this run is not evaluated yet; run eval.py on it")
+    metrics = parse(folder / "metrics.json", json.loads, "this run has not been evaluated; run eval.py on it")
     for loss in ("class_loss", "box_loss"):
         if not (isinstance(config.get(loss), dict) and "name" in config[loss]):
-            raise UserError(f"{folder / 'config.yaml'}: no {loss}.name; give a run that train.py wrote")
+            raise UserError(f"{folder / 'config.yaml'}: no {loss}.name; give a run folder that train.py wrote")
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
     result = {"config": config, "metrics": metrics, "machine": machine()}
@@ -55,13 +62,13 @@ def collect(folder: Path) -> dict[str, Any]:
 
 
 def draws(result: dict[str, Any], metric: str) -> list[float]:
-    """The metric on each draw of images; empty where it was not kept."""
-    kept = result.get("resampled") or {}
-    return (kept if isinstance(kept, dict) else {"AP": kept}).get(metric, [])  # older results hold AP alone
+    """The metric on each draw of images; empty if the result does not have it."""
+    resampled = result.get("resampled") or {}
+    return (resampled if isinstance(resampled, dict) else {"AP": resampled}).get(metric, [])  # older results: AP only
 
 
 def points(events: EventAccumulator, group: str, names: tuple[str, ...]) -> list[dict[str, float]]:
-    """The scalars GROUP/NAME that TensorBoard's files of a run hold, by step; empty without such files."""
+    """The scalars GROUP/NAME in a run's TensorBoard files, by step; empty without such files."""
     by_step: dict[int, dict[str, float]] = {}
     for name in names:
         if f"{group}/{name}" in events.Tags()["scalars"]:
@@ -71,13 +78,13 @@ def points(events: EventAccumulator, group: str, names: tuple[str, ...]) -> list
 
 
 def at_an_end(tuning: dict[str, Any]) -> bool:
-    """Whether the value that was chosen is the first or last of several: then the range may be too narrow."""
+    """Whether the chosen value is the first or last of several, so that the range may be too narrow."""
     tried = list(tuning["AP"])
     return len(tried) > 1 and tuning["chosen"] in (tried[0], tried[-1])
 
 
 def machine() -> dict[str, str]:
-    """What the seconds and bytes of a result were measured on."""
+    """The machine that the result's seconds and bytes were measured on."""
     processor = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -89,30 +96,28 @@ def machine() -> dict[str, str]:
 
 
 def write(path: Path, result: dict[str, Any]) -> None:
-    """Write beside and rename; UserError where it cannot be."""
+    """Write to a temporary file and rename it. Raises UserError if that fails."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(path.name + ".tmp")
-        beside.write_text(json.dumps(result) + "\n", encoding="utf-8")
-        os.replace(beside, path)
+        atomic.write(path, json.dumps(result) + "\n")
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """A result file; UserError for anything else."""
+    """Read a result file. Raises UserError for anything else."""
     result = parse(Path(path), json.loads, "give a run folder or a result file")
     config, about = result.get("config"), result.get("metrics", result.get("failure"))
     losses = isinstance(config, dict) and all(
         isinstance(config.get(key), dict) and "name" in config[key] for key in ("class_loss", "box_loss")
     )
     if not losses or not isinstance(about, dict if "metrics" in result else str):
-        raise UserError(f"{path}: no result of a run; give a file that scripts/ablate.py wrote, or a run folder")
-    return {key: value for key, value in result.items() if value is not None}  # what is null is not known
+        raise UserError(f"{path}: not a result of a run; give a file that scripts/ablate.py wrote, or a run folder")
+    return {key: value for key, value in result.items() if value is not None}  # null means unknown
 
 
 def parse(path: Path, load: Any, if_missing: str, kind: type = dict) -> Any:
-    """The content of a YAML or JSON file, a `kind`; UserError, with `if_missing`, for a slip."""
+    """The content of a YAML or JSON file, which must be a `kind`. Raises UserError, with `if_missing` for no file."""
     try:
         content = load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -123,5 +128,5 @@ def parse(path: Path, load: Any, if_missing: str, kind: type = dict) -> Any:
         # YAML's messages run over several lines.
         raise UserError(f"{path}: broken: {' '.join(str(error).split())}") from error
     if not isinstance(content, kind):
-        raise UserError(f"{path}: broken: a {kind.__name__} is expected, found {type(content).__name__}")
+        raise UserError(f"{path}: broken: expected a {kind.__name__}, found a {type(content).__name__}")
     return content

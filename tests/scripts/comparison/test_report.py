@@ -7,8 +7,9 @@ from html import unescape
 
 import pytest
 
-from scripts import compare, report, result
-from scripts.rows import Row
+from scripts import compare
+from scripts.comparison import report, result
+from scripts.comparison.rows import Row
 
 METRICS = ("AP", "AP50", "AP75", "AP80", "AP90", "APs", "APm", "APl")
 
@@ -67,12 +68,12 @@ def test_what_is_known_is_on_it(files, folder):
         "better",
         "worse",
         "corrected for 2 comparisons",
-        "is seen in 4 of 5 studies",
+        "4 of 5 studies detect",
         "cat <b>",
         "+16.4%",  # seconds a step, 0.71 over 0.61
         "box_loss.weight",
         "x1, an end",
-        "its run folder is not here",
+        "its run folder is missing",
     ):
         assert expected in told, expected
     assert (folder / "report.html").read_text().count("<img") == 1 + 3 + 1 + 2  # differences, curves, IoU, gradients
@@ -89,7 +90,7 @@ def test_pictures_are_of_the_run_and_not_of_another(learnt, folder, in_browser):
     parts = report.pictures([Row("mine", [one], [])])
     assert len(parts) == 1 + 2 and all(part.count("<img") == 2 for part in parts[1:])  # two images, with the truth each
     other = {**one, "metrics": {**one["metrics"], "AP": 0.123}}
-    assert "is of another run" in " ".join(report.pictures([Row("mine", [other], [])]))
+    assert "holds another run" in " ".join(report.pictures([Row("mine", [other], [])]))
     compare.main([str(learnt), "--html", str(folder / "report.html")])
     for width in (400, 1280):
         seen = in_browser(folder / "report.html", width)
@@ -115,7 +116,7 @@ def test_single_runs_get_no_verdict_there_either(folder):
         result.write(folder / f"{name}.json", fabricated(name, 0, ap) | {"jobs": 2})
     compare.main([str(folder / "ce.json"), str(folder / "focal.json"), "--html", str(folder / "report.html")])
     told = words(folder / "report.html")
-    assert "no verdict: one seed of ce" in told and "--seeds 3" in told and "studies" not in told
+    assert "no verdict: ce has one seed" in told and "--seeds 3" in told and "studies" not in told
     assert "not shown: runs shared the machine" in told and "seconds a step" not in told
 
 

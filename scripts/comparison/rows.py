@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from detector.errors import UserError
-from scripts import result
+from scripts.comparison import result
 
-METRICS = ("AP", "AP50", "AP75", "AP80", "AP90")  # kept on each draw of images: what can be judged
+METRICS = ("AP", "AP50", "AP75", "AP80", "AP90")  # known on each draw of images, so they can get a verdict
 AP = (*METRICS, "APs", "APm", "APl")
 
 Result = dict[str, Any]
@@ -25,7 +25,7 @@ class Row(NamedTuple):
 
 
 class Costs(NamedTuple):
-    """What a step of each row takes, where that can be compared."""
+    """What a training step of each row takes, if it can be compared."""
 
     seconds: dict[str, float]  # by name of the row
     memory: dict[str, float]  # bytes, at most
@@ -33,7 +33,7 @@ class Costs(NamedTuple):
 
 
 def read_rows(paths: list[str]) -> list[Row]:
-    """The runs by variant or name, in the order given; short runs that tuned something are left out."""
+    """The runs grouped by variant or name, in the order given, without the short runs of tuning."""
     by_name: dict[str, list[tuple[str, Result]]] = {}
     for path in paths:
         if not Path(path).exists():
@@ -42,12 +42,12 @@ def read_rows(paths: list[str]) -> list[Row]:
         if "tried" not in run:
             by_name.setdefault(str(run.get("variant") or run["config"].get("run", path)), []).append((path, run))
     if not by_name:
-        raise UserError("these are runs that tuned something, and no others; give the results of whole runs")
+        raise UserError("all of these are short runs of tuning; give the results of whole runs")
     rows = []
     for name, runs in by_name.items():
         if all("variant" in run for _, run in runs):
             _refuse_twice(name, runs)
-        if len(runs) > 1 and not all("variant" in run for _, run in runs):  # a name in common says nothing
+        if len(runs) > 1 and not all("variant" in run for _, run in runs):  # equal names do not mean equal configs
             rows += [_row(f"{name} ({path})", [run]) for path, run in runs]
         else:
             rows.append(_row(name, [run for _, run in runs]))
@@ -55,12 +55,12 @@ def read_rows(paths: list[str]) -> list[Row]:
 
 
 def _refuse_twice(name: str, runs: list[tuple[str, Result]]) -> None:
-    """UserError where a seed is there twice: seeds that agree because they are one would make a sure verdict."""
+    """UserError if a seed is given twice: two copies of one run would look like two seeds that agree."""
     files: dict[int, str] = {}
     for path, run in runs:
         seed = run["config"].get("seed", 0)
         if seed in files:
-            raise UserError(f"{path}: is seed {seed} of {name}, as {files[seed]} is; give each run once")
+            raise UserError(f"{path}: is seed {seed} of {name}, like {files[seed]}; give each run once")
         files[seed] = path
 
 
@@ -71,7 +71,7 @@ def _row(name: str, runs: list[Result]) -> Row:
 
 
 def numbers(run: Result) -> dict[str, float]:
-    """AP in percent and ECE; absent where it is null, or -1: nothing to measure it on."""
+    """AP in percent and ECE, without those that are null or -1 (nothing to measure them on)."""
     metrics = run["metrics"]
     known = {k: 100 * metrics[k] for k in AP if isinstance(metrics.get(k), int | float) and metrics[k] >= 0}
     if run.get("calibration_error", -1) >= 0:
@@ -80,9 +80,9 @@ def numbers(run: Result) -> dict[str, float]:
 
 
 def costs(rows: list[Row]) -> Costs:
-    """Seconds and memory of a step: of runs that had the same machine to themselves, or as `ablate.py --time` measured.
+    """Seconds and memory of a step, if each run had the same machine to itself or `ablate.py --time` measured them.
 
-    Runs that share a machine slow each other down, and one machine is slower than another: then nothing is shown.
+    Otherwise nothing is shown: runs that share a machine slow each other down, and machines differ.
     """
     runs = [run for row in rows for run in row.runs]
     if not runs:
@@ -92,13 +92,13 @@ def costs(rows: list[Row]) -> Costs:
     jobs = {run.get("jobs") for run in runs}
     machines = {str(run.get("machine", {}).get("device")) for run in runs}
     if None in jobs:
-        reason = "nothing says that each run had the machine to itself"
+        reason = "the results do not say whether each run had the machine to itself"
     elif jobs != {1}:
         reason = f"runs shared the machine (--jobs {max(jobs)})"
     elif all(timings) and not timed:
-        reason = "their steps were timed on different occasions"
+        reason = "their steps were not timed together"
     elif len(machines) > 1:
-        reason = "the runs are of different machines"
+        reason = "the runs are from different machines"
     else:
         reason = ""
     seconds = {} if reason else _means(rows, "seconds_per_step")
@@ -107,12 +107,12 @@ def costs(rows: list[Row]) -> Costs:
         seconds = {row.name: row.runs[0]["timing"]["seconds"] for row in rows if row.runs}
     remarks = [f"s/step: the losses took turns in one process, median of {timings[0]['steps']} steps"] if timed else []
     if reason:
-        cure = "" if timed else "; scripts/ablate.py --time measures a step of each in turn"
-        remarks.append(f"{'GB is' if timed else 's/step and GB are'} not shown: {reason}{cure}")
+        advice = "" if timed else "; scripts/ablate.py --time measures the losses in turn"
+        remarks.append(f"{'GB is' if timed else 's/step and GB are'} not shown: {reason}{advice}")
     return Costs(seconds, memory, ". ".join(remarks))
 
 
 def _means(rows: list[Row], key: str) -> dict[str, float]:
-    """Of the metric `key`, by row; rows without it are left out."""
+    """The mean of the metric `key` by row, without the rows that lack it."""
     values = {row.name: [run["metrics"][key] for run in row.runs if run["metrics"].get(key)] for row in rows}
     return {name: sum(known) / len(known) for name, known in values.items() if known}

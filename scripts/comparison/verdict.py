@@ -1,21 +1,21 @@
-"""The statistics of a comparison: intervals, verdicts, and what a comparison can see.
+"""The statistics of a comparison: intervals, verdicts, and which differences it can detect.
 
-A row is the runs of one loss: AP for each seed, and AP for each seed on each of D draws of the validation images. Two
-things make AP vary, the seed and which images are scored. The 95% interval of a difference covers both:
+A row holds the runs of one loss: AP for each seed, and AP for each seed on each of D draws of the validation images. AP
+varies with the seed and with the images that are scored. The 95% interval of a difference covers both:
 
     difference of means  +-  sqrt(t_s^2 (s1^2 / S1 + s0^2 / S0)  +  t_v^2 V)
 
     s     standard deviation of AP over the S seeds of a row
     t_s   quantile of Student's t for the degrees of freedom that Welch's test gives the seeds
-    V     variance, over the draws of images, of the difference of the seed means; less what s has counted already:
-          that the seeds of a row react to other images differently
+    V     variance, over the draws of images, of the difference of the seed means; minus the part that s already
+          includes, because the seeds of a row react differently to other images
     t_v   quantile of Student's t for images - 1 degrees of freedom
 
-p is the share at which such an interval just reaches 0. The two parts keep a t of their own (as in Graybill and Wang,
-"Confidence intervals on nonnegative linear combinations of variances", JASA 1980). With one Satterthwaite t for their
-sum, two seeds that agree by chance pass for well-known seeds: of studies with two seeds and five comparisons, some 10%
-had a false verdict.
-The seeds of two losses are not paired, since they hardly correlate. scripts/bench/verdicts.py measures all this.
+p is the level at which the interval just reaches 0. Each part has its own t (as in Graybill and Wang, "Confidence
+intervals on nonnegative linear combinations of variances", JASA 1980). With one Satterthwaite t for their sum, two
+seeds that agree by chance would make the variance look well known: some 10% of studies with two seeds and five
+comparisons then had a false verdict. The seeds of two losses are not paired, because they hardly correlate.
+scripts/bench/verdicts.py measures all this.
 """
 
 import math
@@ -25,8 +25,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy import optimize, special, stats
 
-LEVEL = 0.05  # how often, at most, equal losses may be called different
-POWER = 0.8  # how often a difference that "can be seen" is seen
+LEVEL = 0.05  # the most often that equal losses may be called different
+POWER = 0.8  # how often a "detectable" difference is detected
 MOST_SEEDS = 1000
 STUDIES = 2000
 TINY = 1e-12
@@ -48,22 +48,22 @@ class Estimate(NamedTuple):
     mean: float
     low: float  # of the interval that covers 95%
     high: float
-    p: float | None  # of so large a difference between equal losses; None where a row has one seed
+    p: float | None  # chance of such a difference between equal losses; None if a row has one seed
 
 
 class Variances(NamedTuple):
-    """Of the AP of one run, in percent squared: its parts."""
+    """The parts of the variance of one run's AP, in percent squared."""
 
     seed: float
-    image: float  # the images drawn favour one loss over another, whatever the seed
-    both: float  # the images drawn favour one seed of a loss over another
-    images: int  # how many images these are the variances of
+    image: float  # the drawn images favour one loss over another, for all seeds
+    both: float  # the drawn images favour one seed of a loss over another
+    images: int  # the number of images that these variances belong to
 
 
 def difference(one: Runs, other: Runs) -> Estimate:
-    """`one` minus `other`, which have the same draws of the same images.
+    """`one` minus `other`, which share their draws of images.
 
-    Where a row has one seed, nothing is known of how seeds differ: the interval is of the images alone, and p is None.
+    With one seed in a row, the spread of seeds is unknown: the interval covers the images only, and p is None.
     """
     mean = float(one.aps.mean() - other.aps.mean())
     of_images = float((one.draws.mean(axis=0) - other.draws.mean(axis=0)).var(ddof=1))
@@ -84,24 +84,24 @@ def _welch(one: Numbers, other: Numbers, df: int, other_df: int) -> Numbers:
 
 
 def _reach(level: float, of_seeds: Numbers, df: Numbers, of_images: float, images_df: int) -> Numbers:
-    """Half of the interval that leaves out `level`; `df` are the degrees of freedom of the seeds."""
+    """Half the width of the interval at `level`; `df` are the degrees of freedom of the seeds."""
     seeds, images = special.stdtrit(np.maximum(df, 1), level / 2), special.stdtrit(images_df, level / 2)
     return np.sqrt(seeds**2 * of_seeds + images**2 * of_images)
 
 
 def _share_that_reaches(mean: float, *known: float) -> float:
-    """The level at which half of the interval is `mean`; 0 for less than TINY."""
+    """The level at which half the interval's width is `mean`; 0 below TINY."""
     if mean == 0 or _reach(TINY, *known) <= mean:
         return float(mean == 0)
     return math.exp(optimize.brentq(lambda x: _reach(math.exp(x), *known) - mean, math.log(TINY), 0))
 
 
 def hochberg(ps: Sequence[float]) -> list[float]:
-    """p of each of several comparisons, adjusted so that in at most LEVEL of all studies any verdict is false.
+    """The p of several comparisons, adjusted so that at most LEVEL of all studies have any false verdict.
 
-    Holm's correction, stepped from the largest p and not from the smallest: the same limits, fewer true differences
-    missed. It asks that the tests do not depend on each other negatively; comparisons with one baseline depend
-    positively. Hochberg, "A sharper Bonferroni procedure for multiple tests of significance", Biometrika 75, 1988.
+    Like Holm's correction, but starting from the largest p: the same limits, and fewer true differences missed. It
+    requires tests without negative dependence; comparisons with one baseline depend positively. Hochberg, "A sharper
+    Bonferroni procedure for multiple tests of significance", Biometrika 75, 1988.
     """
     adjusted, least = [1.0] * len(ps), 1.0
     for factor, place in enumerate(sorted(range(len(ps)), key=ps.__getitem__, reverse=True), start=1):
@@ -111,35 +111,37 @@ def hochberg(ps: Sequence[float]) -> list[float]:
 
 
 def variances(rows: Sequence[Runs]) -> Variances | None:
-    """The mean parts over rows that share their draws of images; None unless two rows have two seeds or more."""
+    """The mean parts over rows that share their draws of images; None unless two rows have two or more seeds."""
     rows = [row for row in rows if len(row.aps) > 1]
     if len(rows) < 2:
         return None
     both = np.array([_seed_by_image(row.draws) for row in rows])
-    total = np.array([row.aps.var(ddof=1) for row in rows])  # a spread over seeds holds `both` as well
+    total = np.array([row.aps.var(ddof=1) for row in rows])  # the spread over seeds includes `both`
     means = np.array([row.draws.mean(axis=0) for row in rows])
     means -= means.mean(axis=1, keepdims=True)
-    means -= means.mean(axis=0)  # what is good or bad luck for all rows
+    means -= means.mean(axis=0)  # removes the luck that all rows share
     image = (means**2).sum() / ((means.shape[0] - 1) * (means.shape[1] - 1))
-    image -= np.mean([part / len(row.aps) for part, row in zip(both, rows)])  # what a mean over seeds still has of it
+    image -= np.mean(
+        [part / len(row.aps) for part, row in zip(both, rows)]
+    )  # the part that remains in a mean over seeds
     shared = min(float(both.mean()), float(total.mean()))
     return Variances(float(total.mean()) - shared, max(float(image), 0.0), shared, rows[0].images)
 
 
 def _seed_by_image(draws: np.ndarray) -> float:
-    """Variance of what is left of AP (S, D) after the mean of each seed and of each draw."""
+    """Variance of AP (S, D) after the mean of each seed and of each draw is subtracted."""
     rest = draws - draws.mean(axis=1, keepdims=True)
     rest -= rest.mean(axis=0)
     return float((rest**2).sum() / ((draws.shape[0] - 1) * (draws.shape[1] - 1)))
 
 
 def detectable(known: Variances, seeds: int, comparisons: int = 1) -> float:
-    """The least difference that POWER of all studies with so many seeds a row would see, in percent.
+    """The least difference, in percent, that POWER of all studies with `seeds` seeds a row would detect.
 
-    With several comparisons, where it is the only one: then the correction is hardest on it.
+    With several comparisons it is the only true difference, the case in which the correction is strictest.
     """
     of_seeds, of_images = (known.seed + known.both) / seeds, 2 * known.image
-    # What a study takes for its two seed variances is luck: the mean is over many studies, always the same.
+    # A study's estimates of its two seed variances vary, so average over many studies, the same ones in each call.
     one, other = of_seeds * np.random.default_rng(0).chisquare(seeds - 1, size=(2, STUDIES)) / (seeds - 1)
     df = _welch(one, other, seeds - 1, seeds - 1)
     reach = _reach(LEVEL / comparisons, one + other, df, of_images, known.images - 1)
@@ -154,7 +156,7 @@ def detectable(known: Variances, seeds: int, comparisons: int = 1) -> float:
 
 
 def seeds_needed(known: Variances, gap: float) -> int | None:
-    """How many seeds a row needs for a difference of `gap`; None where MOST_SEEDS are too few."""
+    """The number of seeds a row needs to detect a difference of `gap`; None if MOST_SEEDS are too few."""
     low, high = 1, 2
     while detectable(known, high) > gap:
         low, high = high, 2 * high
@@ -167,6 +169,6 @@ def seeds_needed(known: Variances, gap: float) -> int | None:
 
 
 def images_needed(known: Variances, gap: float) -> int:
-    """How many validation images it takes for a difference of `gap`, however many seeds there are."""
+    """The number of validation images needed to detect a difference of `gap` with any number of seeds."""
     reach = stats.norm.isf(LEVEL / 2) + stats.norm.ppf(POWER)
     return math.ceil(known.images * 2 * known.image * (reach / gap) ** 2)

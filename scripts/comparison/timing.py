@@ -1,7 +1,7 @@
-"""Seconds of a training step of each of several losses, which take turns in one process.
+"""The time of a training step of several losses, which take turns in one process.
 
-Trainings that run one after the other, or beside each other, meet other moments of the machine: on two cores the same
-loss was once 18% slower than itself. Here every loss meets the same moments, images and model.
+Separate trainings do not compare, whether they run one after another or at the same time: on two cores the same loss
+was once 18% slower than itself. Here all losses share the same minutes, images and model.
 """
 
 import statistics
@@ -10,33 +10,32 @@ from datetime import UTC, datetime
 from itertools import cycle, islice
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from data.assemble import build_datasets
 from data.loader import train_loader
 from detector import assemble
 from detector.config import Config
 from detector.criterion import Criterion
-from detector.device import keep_freed_memory, pick_device
+from detector.device import autocast, keep_freed_memory, pick_device, place
 from detector.model import RetinaNet
+from detector.randomness import seed_everything
 from detector.solver import Solver
 from detector.structures import Target
 from scripts.bench import measure
-from train import build_datasets, seed_everything
 
 BATCHES = 4
 ROUNDS = 20  # timed steps of each loss
 
 
 def time_steps(configs: dict[str, Config], rounds: int = ROUNDS) -> dict[str, dict[str, Any]]:
-    """The `timing` of each config, which differ in their losses alone: seconds (median), steps, started, machine.
+    """The `timing` of each config: seconds (median), steps, started, machine. They may differ only in losses.
 
-    One process; the weights are new, as at the start of a training.
+    Uses one process and fresh weights, as at the start of a training.
     """
     first = next(iter(configs.values()))
     device = pick_device(first.device)
-    if device.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(device)
     seed_everything(first.seed)
     train_set, _ = build_datasets(first)
     loader = train_loader(train_set, first.solver.batch_size, **assemble.loader_options(first, device), seed=first.seed)
@@ -44,8 +43,8 @@ def time_steps(configs: dict[str, Config], rounds: int = ROUNDS) -> dict[str, di
         (batch.images.to(device), [target.to(device) for target in batch.targets], batch.sizes)
         for batch in islice(loader, BATCHES)
     ]
-    layout = torch.channels_last if first.channels_last else torch.contiguous_format
-    model = assemble.build_model(first, len(train_set.category_ids)).to(device, memory_format=layout).train()
+    model = assemble.build_model(first, len(train_set.category_ids)).train()
+    place(model, device, channels_last=first.channels_last)
     solver = assemble.build_solver(first, model, steps_per_epoch=len(loader))
     if first.compile:
         model.compile_parts()
@@ -62,19 +61,19 @@ def time_steps(configs: dict[str, Config], rounds: int = ROUNDS) -> dict[str, di
 def training_step(
     model: RetinaNet, criterion: Criterion, solver: Solver
 ) -> Callable[[Tensor, list[Target], list[tuple[int, int]]], None]:
-    """A function of images, targets and sizes, all on the device, that updates the weights once."""
+    """A function that updates the weights once from images, targets and sizes, all on the device."""
 
     def step(images: Tensor, targets: list[Target], sizes: list[tuple[int, int]]) -> None:
-        with torch.autocast(images.device.type, solver.precision, enabled=solver.precision != torch.float32):
+        with autocast(images.device, solver.precision):
             predictions = model(images, sizes)
         solver.backward(criterion(predictions, targets).total)
-        solver.gradient_norm()
+        solver.clip_gradients()
         solver.step()
 
     return step
 
 
 def on_each(step: Callable, batches: list[tuple]) -> Callable[[], None]:
-    """`step` of the next of the batches, again and again."""
+    """A function that calls `step` on the next batch, and starts again after the last."""
     endless = cycle(batches)
     return lambda: step(*next(endless))

@@ -1,4 +1,4 @@
-"""The HTML page that scripts/compare.py --html writes: its tables, curves of them, and pictures."""
+"""The HTML page that scripts/compare.py --html writes: its tables, curves and pictures."""
 
 import json
 import math
@@ -13,13 +13,13 @@ import torch
 from matplotlib import pyplot as plt
 
 from data.coco import CocoDataset
-from data.coco_eval import from_coco_results
+from data.coco_results import from_coco_results
 from data.draw import WIDTH, validation_pictures
 from data.transforms import EvalTransform
 from detector.errors import UserError
-from scripts import page, result
-from scripts.differences import Difference, in_digits
-from scripts.rows import Costs, Row
+from scripts.comparison import page, result
+from scripts.comparison.differences import Difference, in_digits
+from scripts.comparison.rows import Costs, Row
 
 PICTURES = 4  # validation images
 COLUMNS = 3  # of a legend
@@ -32,27 +32,31 @@ def write(
     rows: list[Row],
     header: Sequence[str],
     table: list[list[str]],
-    found: list[Difference],
+    results: list[Difference],
     heading: str,
-    told: list[str],
+    detectable: list[str],
     cost: Costs,
     notes: list[str],
 ) -> None:
-    """The page, from what compare.py prints; `heading` is of the differences. UserError if it cannot be written."""
+    """Write the page from what compare.py prints; `heading` belongs to the differences. Raises UserError."""
     known = [row for row in rows if row.runs]
     sections = [
         ("", [page.text(summary(known)), page.table(header, table, left=3)]),
-        ("Better, or by chance?", differences(found, heading, told)),
-        ("Published, and what to know", [page.items(line.removeprefix("- ") for line in notes)] if notes else []),
-        ("While it learns", curves(known)),
-        ("How exact the boxes are", [by_iou(known)] if known else []),
+        ("Better, or chance?", differences(results, heading, detectable)),
+        ("Notes and published numbers", [page.items(line.removeprefix("- ") for line in notes)] if notes else []),
+        ("During training", curves(known)),
+        ("How precise the boxes are", [by_iou(known)] if known else []),
         ("By class", [by_class(known)]),
-        ("What it costs", costs(known, cost)),
+        ("Time and memory", costs(known, cost)),
         ("Where the gradient comes from", gradients(known)),
         ("How the losses were tuned", tuning(known)),
         ("The same images", pictures(known)),
     ]
-    page.write(path, "Comparison of " + ", ".join(row.name for row in rows), [one for one in sections if one[1]])
+    page.write(
+        path,
+        "Comparison of " + ", ".join(row.name for row in rows),
+        [(title, parts) for title, parts in sections if parts],
+    )
 
 
 def summary(rows: list[Row]) -> str:
@@ -64,47 +68,47 @@ def summary(rows: list[Row]) -> str:
     images = dict.fromkeys(str(run["metrics"].get("images")) for run in runs)
     return (
         f"{len(runs)} runs of {len(rows)} losses, scored on the {' / '.join(images)} images of {' / '.join(sets)}; "
-        f"on {' / '.join(machines) or 'a machine that was not noted'}. AP in percent, mean and standard deviation over "
+        f"on {' / '.join(machines) or 'an unknown machine'}. AP in percent, mean and standard deviation over "
         "seeds."
     )
 
 
-def differences(found: list[Difference], heading: str, told: list[str]) -> list[str]:
-    if not found:
+def differences(results: list[Difference], heading: str, detectable: list[str]) -> list[str]:
+    if not results:
         return []
-    drawn = [one for one in found if one.low is not None]
+    drawn = [diff for diff in results if diff.low is not None]
     plot, axis = plt.subplots(figsize=(page.FIGURE[0], 1 + 0.35 * len(drawn)), layout="constrained")
     colours = {"better": "#2ca02c", "worse": "#d62728"}
-    for place, one in enumerate(reversed(drawn)):
-        colour = colours.get(one.verdict, "#7f7f7f")
-        axis.plot([one.low, one.high], [place, place], color=colour, linewidth=3)
-        axis.plot([one.mean], [place], "o", color=colour)
+    for place, diff in enumerate(reversed(drawn)):
+        colour = colours.get(diff.verdict, "#7f7f7f")
+        axis.plot([diff.low, diff.high], [place, place], color=colour, linewidth=3)
+        axis.plot([diff.mean], [place], "o", color=colour)
     axis.axvline(0, color="black", linewidth=0.8)
-    axis.set_yticks(range(len(drawn)), [one.name for one in reversed(drawn)])
+    axis.set_yticks(range(len(drawn)), [diff.name for diff in reversed(drawn)])
     axis.set_xlabel("difference from the baseline, percent")
     lines = [
         (
-            one.name,
-            one.verdict + (f": {one.reason}" if one.reason else ""),
-            "-" if one.mean is None else f"{one.mean:+.1f}",
-            *("-" if end is None else f"{end:+.1f}" for end in (one.low, one.high)),
-            "-" if one.p is None else in_digits(one.p),
+            diff.name,
+            diff.verdict + (f": {diff.reason}" if diff.reason else ""),
+            "-" if diff.mean is None else f"{diff.mean:+.1f}",
+            *("-" if end is None else f"{end:+.1f}" for end in (diff.low, diff.high)),
+            "-" if diff.p is None else in_digits(diff.p),
         )
-        for one in found
+        for diff in results
     ]
     table = page.table(("run", "verdict", "difference", "from", "to", "p"), lines, left=2)
     words = (
-        "Difference from the baseline and its 95% interval, over other seeds and other images (over images alone where "
-        "a row has one seed). In colour: better or worse after the correction."
+        "Difference from the baseline and its 95% interval over other seeds and other images (over images only if a "
+        "row has one seed). Green is better and red is worse, after the correction."
     )
     picture = [page.figure(plot, words)] if drawn else []
     if not drawn:
         plt.close(plot)
-    return [page.text(heading), table, *map(page.text, told), *picture]
+    return [page.text(heading), table, *map(page.text, detectable), *picture]
 
 
 def axes_of(rows: list[Row], xlabel: str, ylabel: str):
-    """A figure with room for `legend_below`, and a colour and line style for each row."""
+    """A figure with room for `legend_below`, its axes, and a colour and line style for each row."""
     width, height = page.FIGURE
     plot, axis = plt.subplots(figsize=(width, height + 0.17 * math.ceil(len(rows) / COLUMNS)), layout="constrained")
     axis.set(xlabel=xlabel, ylabel=ylabel)
@@ -113,12 +117,12 @@ def axes_of(rows: list[Row], xlabel: str, ylabel: str):
 
 
 def legend_below(axis) -> None:
-    """Where it hides no curve, however many there are."""
+    """Below the axes, where it hides no curve."""
     axis.legend(fontsize=7, ncols=COLUMNS, loc="upper center", bbox_to_anchor=(0.5, -0.18))
 
 
 def spread(values: list[list[float]]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation over seeds of lists of one length each."""
+    """Mean and standard deviation over seeds of lists of equal length."""
     array = np.array(values, dtype=float)
     return array.mean(axis=0), array.std(axis=0, ddof=1) if len(array) > 1 else np.zeros(array.shape[1])
 
@@ -130,9 +134,9 @@ def curves(rows: list[Row]) -> list[str]:
         for row in rows:
             by_step = [{point["step"]: point.get(name) for point in run.get("curve", ())} for run in row.runs]
             steps = sorted(set.intersection(*map(set, by_step)))
-            steps = [step for step in steps if all(one[step] is not None for one in by_step)]
+            steps = [step for step in steps if all(values[step] is not None for values in by_step)]
             if steps:
-                mean, deviation = spread([[100 * one[step] for step in steps] for one in by_step])
+                mean, deviation = spread([[100 * values[step] for step in steps] for values in by_step])
                 axis.plot(steps, mean, marker=".", label=page.label(row.name), **styles[row.name])
                 axis.fill_between(
                     steps, mean - deviation, mean + deviation, color=styles[row.name]["color"], alpha=0.15, linewidth=0
@@ -146,7 +150,7 @@ def curves(rows: list[Row]) -> list[str]:
 
 
 def by_iou(rows: list[Row]) -> str:
-    plot, axis, styles = axes_of(rows, "IoU from which a box counts as found", "AP there, minus the first row's")
+    plot, axis, styles = axes_of(rows, "IoU threshold", "AP at this threshold, minus the first row's")
     first = None
     for row in rows:
         values = [run["metrics"]["by_iou"] for run in row.runs if len(run["metrics"].get("by_iou", ())) == len(IOUS)]
@@ -165,9 +169,9 @@ def by_class(rows: list[Row]) -> str:
     classes = dict.fromkeys(name for row in rows for run in row.runs for name in run["metrics"].get("per_class", ()))
     lines = []
     for name in classes:
-        found = [[run["metrics"].get("per_class", {}).get(name, {}).get("AP", -1) for run in row.runs] for row in rows]
-        found = [[value for value in values if value >= 0] for values in found]
-        lines.append([name, *(f"{100 * statistics.fmean(values):.1f}" if values else "-" for values in found)])
+        aps = [[run["metrics"].get("per_class", {}).get(name, {}).get("AP", -1) for run in row.runs] for row in rows]
+        aps = [[value for value in values if value >= 0] for values in aps]
+        lines.append([name, *(f"{100 * statistics.fmean(values):.1f}" if values else "-" for values in aps)])
     return page.table(("class", *(row.name for row in rows)), lines)
 
 
@@ -181,7 +185,7 @@ def costs(rows: list[Row], cost: Costs) -> list[str]:
     if not (cost.seconds or cost.memory):
         return remark
     lines = [(row.name, *beside(cost.seconds, row, 3, 1), *beside(cost.memory, row, 2, 1e9)) for row in rows]
-    return [*remark, page.table(("run", "seconds a step", "to the first", "GB at most", "to the first"), lines)]
+    return [*remark, page.table(("run", "seconds a step", "from the first", "peak GB", "from the first"), lines)]
 
 
 def gradients(rows: list[Row]) -> list[str]:
@@ -189,44 +193,46 @@ def gradients(rows: list[Row]) -> list[str]:
     for kind, words in (("class", "cells"), ("box", "box coordinates")):
         shares = {}
         for row in rows:
-            seen = [point for run in row.runs for point in run.get("gradient", ()) if f"{kind}_easy" in point]
-            if seen:
-                shares[row.name] = {band: statistics.fmean(one[f"{kind}_{band}"] for one in seen) for band in BANDS}
+            points = [point for run in row.runs for point in run.get("gradient", ()) if f"{kind}_easy" in point]
+            if points:
+                shares[row.name] = {band: statistics.fmean(p[f"{kind}_{band}"] for p in points) for band in BANDS}
         if not shares:
             continue
         plot, axis = plt.subplots(figsize=(page.FIGURE[0], 1.3 + 0.3 * len(shares)), layout="constrained")
         left = np.zeros(len(shares))
         for band, colour in BANDS.items():
-            width = np.array([one[band] for one in reversed(shares.values())])
+            width = np.array([of_row[band] for of_row in reversed(shares.values())])
             axis.barh(range(len(shares)), width, left=left, color=colour, label=band)
             left += width
         axis.set_yticks(range(len(shares)), list(reversed(shares)))
         axis.set(xlabel=f"share of the gradient of {words}", xlim=(0, 1))
         axis.legend(fontsize=7, ncols=COLUMNS, loc="lower center", bbox_to_anchor=(0.5, 1))
-        words = f"Of {words}: easy are gradient norms below 0.1, outliers above 0.9. Mean of all that was observed."
+        words = (
+            f"{words.capitalize()}: easy means a gradient norm below 0.1, outlier above 0.9. Mean of all observations."
+        )
         drawn.append(page.figure(plot, words))
     return [page.row(drawn)] if drawn else []
 
 
 def tuning(rows: list[Row]) -> list[str]:
     tuned = {row.name: run["tuning"] for row in rows for run in row.runs[:1] if "tuning" in run}
-    values = dict.fromkeys(value for one in tuned.values() for value in one["AP"])
+    values = dict.fromkeys(value for tuning in tuned.values() for value in tuning["AP"])
     if not tuned:
         return []
     lines = []
-    for name, one in tuned.items():
-        found = [one["AP"].get(value) for value in values]
-        chosen = one["chosen"] + (", an end" if result.at_an_end(one) else "")
-        lines.append([name, one["key"], *(f"{100 * ap:.1f}" if ap is not None else "-" for ap in found), chosen])
+    for name, tuning in tuned.items():
+        aps = [tuning["AP"].get(value) for value in values]
+        chosen = tuning["chosen"] + (", an end" if result.at_an_end(tuning) else "")
+        lines.append([name, tuning["key"], *(f"{100 * ap:.1f}" if ap is not None else "-" for ap in aps), chosen])
     words = (
-        "AP of short runs, trained on three quarters of the training images and scored on the others. Where the best "
-        "is at an end of what was tried, another range may hold a better one."
+        "AP of short runs, trained on three quarters of the training images and scored on the rest. If the best value "
+        "is at an end of the range, a wider range may hold a better one."
     )
     return [page.text(words), page.table(("run", "option", *values, "chosen"), lines, left=2)]
 
 
 def pictures(rows: list[Row]) -> list[str]:
-    """Validation images with the ground truth and what each row's first seed finds."""
+    """Validation images with the ground truth and the detections of each row's first seed."""
     sheets: dict[str, list[torch.Tensor]] = {}
     missing = []
     for row in rows:
@@ -240,22 +246,22 @@ def pictures(rows: list[Row]) -> list[str]:
         halves = [image[:, :, WIDTH:].permute(1, 2, 0).numpy() for image in images]
         parts.append(page.row([truth, *(page.photo(half, name) for name, half in zip(sheets, halves))]))
     if parts:
-        words = "Each picture shows as many of the highest-scoring boxes as the whole set has boxes; the first seed."
+        words = "The first seed. Drawn are the highest-scoring boxes of the whole set, as many as it has labels."
         parts.insert(0, page.text(words))
     return [*parts, *([page.items(missing)] if missing else [])]
 
 
 def of_run(run: dict[str, Any]):
-    """Pictures of a run whose folder is still there; UserError where it is not."""
+    """Pictures of a run from its folder. Raises UserError if the folder is gone."""
     config = run["config"]
     folder = Path(config.get("output", "runs")) / config.get("run", "")
-    metrics = result.parse(folder / "metrics.json", json.loads, "its run folder is not here")
+    metrics = result.parse(folder / "metrics.json", json.loads, "its run folder is missing")
     if metrics.get("AP") != run["metrics"]["AP"]:
-        raise UserError(f"{folder} is of another run")
-    found = result.parse(folder / "detections.json", json.loads, "no detections are kept", kind=list)
+        raise UserError(f"{folder} holds another run")
+    entries = result.parse(folder / "detections.json", json.loads, "it has no detections", kind=list)
     data = config["data"]
     size = EvalTransform(data["short_side"], data["long_side"])
     val = data["val"]
     dataset = CocoDataset(val["annotations"], val["images"], size, trust=data.get("trust", False))
-    detections = from_coco_results(found, dataset.image_ids, dataset.category_ids)
+    detections = from_coco_results(entries, dataset.image_ids, dataset.category_ids)
     return validation_pictures(dataset, detections, PICTURES)

@@ -1,6 +1,7 @@
-"""scripts/noise.py: the table is the results' means, and errors are one line."""
+"""scripts/compare_label_noise.py: the table is the results' means, and errors are one line."""
 
-from scripts import noise, result
+from scripts import compare_label_noise
+from scripts.comparison import result
 
 LOSSES = {"class_loss": {"name": "ce"}, "box_loss": {"name": "smooth_l1"}}
 
@@ -21,11 +22,11 @@ def test_means_and_what_is_lost(folder, command):
         write(folder, share, "single", 0, ap)
     failed = {"config": {"run": "ghm", "seed": 0, **LOSSES}, "failure": "loss inf", "variant": "ghm", "seed": 0}
     result.write(folder / "0" / "ghm-s0.json", failed)
-    code, out, err = command(noise.main, folder, "--output", folder / "plot.png")
+    code, out, err = command(compare_label_noise.main, folder, "--output", folder / "plot.png")
     assert code == 0, err
     # By hand: Student's t for 4 degrees of freedom, 2.776 sqrt(1/3 + 1/3).
     assert "| ce | 51.0±1.0 | 46.0±1.0 | 31.0±1.0 | 20.0 [17.7, 22.3], 39% |" in out
-    assert "| single | 50.0 | - | 30.0 | 20.0 [20.0, 20.0] from the images alone, 40% |" in out  # one seed
+    assert "| single | 50.0 | - | 30.0 | 20.0 [20.0, 20.0] over images only, 40% |" in out  # one seed
     assert "failed: ghm at 0%, seed 0: loss inf" in err
     assert "| focal | 60.0±0.0 | - | - | - |" in out
     assert "ghm" not in out
@@ -39,10 +40,10 @@ def test_errors_are_one_line(folder, command):
     write(folder / "good", 10, "ce", 0, 0.4)
     write(folder / "one", 0, "ce", 0, 0.5)
     for expected, arguments in {
-        "holds no folders": (folder / "empty",),
-        "no result files": (folder,),
-        "between two shares": (folder / "one",),
+        "has no folders": (folder / "empty",),
+        "has no result files": (folder,),
+        "at least two shares": (folder / "one",),
         "cannot be written": (folder / "good", "--output", "/dev/null/x.png"),
     }.items():
-        code, _, err = command(noise.main, *arguments)
+        code, _, err = command(compare_label_noise.main, *arguments)
         assert code == 2 and expected in err and err.startswith("error: ") and err.count("\n") == 1

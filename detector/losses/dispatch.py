@@ -1,0 +1,85 @@
+"""How a sweep over the cells is run: by Triton, by torch.compile, or in pieces that fit a processor's cache."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+COMPILED_FROM = 2**21  # cells; compiling takes seconds to a minute, which smaller inputs never earn back
+MAX_VARIANTS = 128  # that are compiled of one function in a process: by loss, dtype, settings
+PIECE = {"cpu": 2**17, "else": 2**25}  # cells; a GPU has no such cache, and each piece costs launches
+
+_broken: list[Exception] = []  # why torch.compile is not used any more
+_without_triton: set[Callable | None] = set()  # curves that Triton does not run; None: it runs none
+
+
+def triton_for(logits: Tensor) -> ModuleType | None:
+    """The module of Triton kernels where these logits can use it; None elsewhere."""
+    if logits.device.type != "cuda" or logits.dtype == torch.float64 or not logits.numel() or None in _without_triton:
+        return None
+    try:
+        from detector.losses import kernels
+    except Exception as error:  # not installed, or too old for what is imported from it
+        _give_up_triton(None, error)
+        return None
+    return kernels
+
+
+def by_triton(logits: Tensor, kernel: str, curve: Callable, *arguments: Any) -> Any:
+    """What the kernel `sweep` or `histogram` gives for this curve; None where Triton does not run it."""
+    kernels = None if curve in _without_triton else triton_for(logits)
+    if kernels is None:
+        return None
+    try:
+        return getattr(kernels, kernel)(curve, logits, *arguments)
+    except torch.OutOfMemoryError:  # what would run instead takes more
+        raise
+    except Exception as error:  # the curve uses what kernels.py does not know, or Triton is too old
+        _give_up_triton(curve, error)
+        return None
+
+
+def _give_up_triton(curve: Callable | None, error: Exception) -> None:
+    _without_triton.add(curve)
+    subject = "the losses run" if curve is None else f"{curve.__module__}.{curve.__qualname__} runs"
+    warnings.warn(f"{subject} without Triton, which is slower: {_first_line(error)}", stacklevel=3)
+
+
+def pieces(logits: Tensor) -> Iterator[slice]:
+    """Rows, as many at once as is fast."""
+    size = PIECE["cpu" if logits.device.type == "cpu" else "else"]
+    step = max(1, size // max(logits.shape[1], 1))
+    return (slice(start, start + step) for start in range(0, len(logits), step))
+
+
+def compiles(logits: Tensor) -> bool:
+    """Whether torch.compile is worth its time for these logits."""
+    return logits.numel() >= COMPILED_FROM and logits.device.type != "meta" and not _broken
+
+
+def compiled_or_plain(logits: Tensor, function: Callable, *arguments: Any) -> Any:
+    """function(*arguments), compiled where that is worth its time and works."""
+    if compiles(logits) and not torch.compiler.is_compiling():  # where a user compiles, it becomes part of that
+        try:
+            # One function serves all losses, and dynamo would give it up at the ninth combination of loss and dtype.
+            # Options are constants. As variables, torch 2.14 may take an earlier call's exponent from its disk cache.
+            with torch._dynamo.config.patch(recompile_limit=MAX_VARIANTS, specialize_float=True):
+                return _compiled(function)(*arguments)
+        except Exception as error:  # a missing or broken compiler raises many kinds
+            _broken.append(error)
+            warnings.warn(f"the losses run uncompiled, which is slower: {_first_line(error)}", stacklevel=2)
+    return function(*arguments)
+
+
+@cache
+def _compiled(function: Callable) -> Callable:
+    # Every index is clamped where it is made; checking it again would double the time of GHM's sweep.
+    return torch.compile(function, dynamic=True, options={"assert_indirect_indexing": False})
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

@@ -1,0 +1,304 @@
+"""The class losses' sweep and histogram as Triton kernels, for logits on a GPU.
+
+Each reads the logits once and keeps nothing of their size but the gradient. A loss's curve is not written again: the
+kernel calls the same Python function that a CPU runs, in which `torch` means Triton's functions (`translated`).
+"""
+
+import ast
+import inspect
+import linecache
+import textwrap
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import cache
+from types import ModuleType
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from detector.losses import cells
+
+BLOCK = 1024  # cells of a program
+PROGRAMS = 2048  # of the kernels whose programs loop over blocks
+
+
+# ---- The kernels. A cell's row is found from its block's first one: dividing 64-bit numbers by C would cost the most.
+
+
+@triton.jit
+def _cell(x_ptr, codes_ptr, block, total, CLASSES: tl.constexpr, BLOCK: tl.constexpr):
+    first = block * BLOCK
+    row = first // CLASSES
+    inside = (first - row * CLASSES).to(tl.int32) + tl.arange(0, BLOCK)
+    row += inside // CLASSES
+    cell = first + tl.arange(0, BLOCK)
+    exists = cell < total
+    x = tl.load(x_ptr + cell, mask=exists, other=0.0).to(tl.float32)
+    code = tl.load(codes_ptr + row, mask=exists, other=-1)
+    at_label = code == inside % CLASSES
+    return cell, row, exists, code >= 0, at_label, tl.where(at_label, -x, x)
+
+
+@triton.jit
+def _sweep(
+    x_ptr,
+    codes_ptr,
+    quality_ptr,
+    scale_ptr,
+    gradient_ptr,
+    sums_ptr,
+    total,
+    negative,
+    positive,
+    tables,
+    CURVE: tl.constexpr,
+    CLASSES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    block = tl.program_id(0).to(tl.int64)
+    cell, row, exists, counted, at_label, z = _cell(x_ptr, codes_ptr, block, total, CLASSES, BLOCK)
+    if quality_ptr is None:
+        value, slope = CURVE(z, at_label, *tables)
+    else:
+        quality = tl.load(quality_ptr + row, mask=at_label & exists, other=0.0).to(tl.float32)
+        value, slope = CURVE(z, at_label, quality, *tables)
+    scale = tl.load(scale_ptr)
+    weight = scale * tl.where(at_label, positive, negative)
+    value = tl.where(counted, value * weight, 0.0)
+    slope = tl.where(counted, slope * tl.where(at_label, -weight, weight), 0.0)
+    tl.store(gradient_ptr + cell, slope.to(gradient_ptr.dtype.element_ty), mask=exists)
+    tl.store(sums_ptr + block, tl.sum(value))
+
+
+@triton.jit
+def _histogram(
+    x_ptr,
+    codes_ptr,
+    counts_ptr,
+    total,
+    tables,
+    INDEX: tl.constexpr,
+    BINS: tl.constexpr,
+    PADDED: tl.constexpr,
+    CLASSES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    counts = tl.zeros((PADDED,), tl.int32)
+    for block in range(tl.program_id(0).to(tl.int64), tl.cdiv(total, BLOCK), tl.num_programs(0)):
+        _, _, _, counted, at_label, z = _cell(x_ptr, codes_ptr, block, total, CLASSES, BLOCK)
+        index = INDEX(z, at_label, *tables)
+        counts += tl.histogram(tl.where(counted & (index < BINS), index, BINS), PADDED)
+    bin = tl.arange(0, PADDED)
+    tl.atomic_add(counts_ptr + bin, counts.to(tl.int64), mask=(bin < BINS) & (counts > 0))
+
+
+@triton.jit
+def _scale(gradient_ptr, factor_ptr, total, BLOCK: tl.constexpr):
+    factor = tl.load(factor_ptr).to(tl.float32)
+    if factor != 1.0:  # as it mostly is: then nothing is read or written
+        for block in range(tl.program_id(0).to(tl.int64), tl.cdiv(total, BLOCK), tl.num_programs(0)):
+            cell = block * BLOCK + tl.arange(0, BLOCK)
+            gradient = tl.load(gradient_ptr + cell, mask=cell < total)
+            scaled = gradient.to(tl.float32) * factor
+            tl.store(gradient_ptr + cell, scaled.to(gradient.dtype), mask=cell < total)
+
+
+# ---- Starting them.
+
+
+@torch.compiler.disable
+def sweep(
+    curve: Callable,
+    logits: Tensor,
+    labels: Tensor,
+    valid: Tensor,
+    quality: Tensor | None,
+    weights: tuple[Tensor, float, float],
+    params: tuple,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Value () and gradient (N, C) of `dtype`, as `fused.cell_sum` asks for them."""
+    logits = logits.contiguous()
+    blocks = triton.cdiv(logits.numel(), BLOCK)
+    gradient = torch.empty_like(logits, dtype=dtype)
+    sums = torch.empty(blocks, dtype=torch.float32, device=logits.device)
+    quality = None if quality is None else quality.contiguous()
+    tables, numbers = _split(params)
+    with _device(logits):
+        _sweep[(blocks,)](
+            logits,
+            _codes(labels, valid),
+            quality,
+            weights[0],
+            gradient,
+            sums,
+            logits.numel(),
+            *weights[1:],
+            tables,
+            CURVE=translated(curve, numbers),
+            CLASSES=logits.shape[1],
+            BLOCK=BLOCK,
+        )
+    return sums.sum(dtype=torch.float64).float(), gradient
+
+
+@torch.compiler.disable
+def histogram(index: Callable, logits: Tensor, labels: Tensor, valid: Tensor, bins: int, params: tuple) -> Tensor:
+    """Counts (bins,) int64, as `regions.histogram` asks for them."""
+    logits = logits.contiguous()
+    counts = torch.zeros(bins, dtype=torch.int64, device=logits.device)
+    padded = triton.next_power_of_2(bins + 1)  # one more takes what does not count
+    block = max(BLOCK, padded)
+    tables, numbers = _split(params)
+    with _device(logits):
+        _histogram[(min(triton.cdiv(logits.numel(), block), PROGRAMS),)](
+            logits,
+            _codes(labels, valid),
+            counts,
+            logits.numel(),
+            tables,
+            INDEX=translated(index, numbers),
+            BINS=bins,
+            PADDED=padded,
+            CLASSES=logits.shape[1],
+            BLOCK=block,
+        )
+    return counts
+
+
+@torch.compiler.disable
+def scale_(gradient: Tensor, factor: Tensor) -> None:
+    """gradient *= factor (), in float32, without a wait and without any work where the factor is 1."""
+    if gradient.numel():
+        with _device(gradient):
+            programs = min(triton.cdiv(gradient.numel(), BLOCK), PROGRAMS)
+            _scale[(programs,)](gradient, factor, gradient.numel(), BLOCK=BLOCK)
+
+
+def _codes(labels: Tensor, valid: Tensor) -> Tensor:
+    """Labels (N,) int32, -1 in rows that do not count: one number to read for each cell instead of two."""
+    return torch.where(valid, labels, -1).to(torch.int32)
+
+
+def _split(params: tuple) -> tuple[tuple, tuple]:
+    """Tensors, and numbers: a kernel is compiled for each choice of these, which are options of a loss."""
+    tables = tuple(value for value in params if isinstance(value, Tensor))
+    return tables, params[len(tables) :]
+
+
+def _device(tensor: Tensor) -> torch.cuda.device | nullcontext:
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+# ---- What a curve is written in, in Triton's words.
+
+
+@triton.jit
+def _exp(x):
+    return tl.exp(x)
+
+
+@triton.jit
+def _log(x):
+    return tl.log(x)
+
+
+@triton.jit
+def _abs(x):
+    return tl.abs(x)
+
+
+@triton.jit
+def _sigmoid(x):
+    return tl.sigmoid(x)
+
+
+@triton.jit
+def _relu(x):
+    return tl.maximum(x, 0.0)
+
+
+@triton.jit
+def _sign(x):
+    return (x > 0).to(x.dtype) - (x < 0).to(x.dtype)
+
+
+@triton.jit
+def _clamp(x, low, high):
+    return tl.minimum(tl.maximum(x, low), high)
+
+
+@triton.jit
+def _where(condition, x, y):
+    return tl.where(condition, x, y)
+
+
+@triton.jit
+def _pow(x, y):
+    return tl.exp2(y * tl.log2(x))
+
+
+@triton.jit
+def _lookup(table, index):
+    return tl.load(table + index)
+
+
+@triton.jit
+def _ordered_bits(z):
+    bits = (z + 0.0).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+TORCH = ModuleType("torch")  # a module, since Triton lets kernels use modules' functions
+for _name, _meaning in {
+    "exp": _exp,
+    "log": _log,
+    "abs": _abs,
+    "sign": _sign,
+    "sigmoid": _sigmoid,
+    "relu": _relu,
+    "clamp": _clamp,
+    "pow": _pow,
+    "where": _where,
+    "int32": tl.int32,
+    "float64": tl.float64,
+}.items():
+    setattr(TORCH, _name, _meaning)
+
+INTERPRETED = not isinstance(_exp, triton.JITFunction)
+CELLS = {cells.lookup: _lookup, cells.ordered_bits: _ordered_bits}
+
+
+@cache
+def translated(function: Callable, numbers: tuple = ()) -> triton.JITFunction:
+    """A curve, or what it calls, as a Triton function: the same source, in which `torch` is TORCH.
+
+    Its last arguments, the loss's options, become the constants `numbers`.
+    """
+    if function in CELLS:
+        return CELLS[function]
+    if function is cells.sigmoid_softplus:
+        return translated(cells.sigmoid_softplus_in_one_sweep)
+    names = dict(function.__globals__, tl=tl)
+    for name in function.__code__.co_names:
+        value = names.get(name)
+        if value is torch:
+            names[name] = TORCH
+        elif inspect.isfunction(value):
+            names[name] = translated(value)
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    (definition,) = tree.body
+    assert isinstance(definition, ast.FunctionDef)
+    definition.returns = None  # Triton would look annotations up among its own types
+    arguments = definition.args.args
+    for argument in arguments:
+        argument.annotation = None
+    for argument, number in zip(reversed(arguments), reversed(numbers)):
+        names[argument.arg] = number if INTERPRETED else tl.constexpr(number)
+    del arguments[len(arguments) - len(numbers) :]
+    source, file = ast.unparse(tree), f"<{function.__module__}.{function.__qualname__} for Triton>"
+    linecache.cache[file] = len(source), None, source.splitlines(keepends=True), file  # where Triton reads it from
+    exec(compile(source, file, "exec"), names)
+    return triton.jit(names[function.__name__])

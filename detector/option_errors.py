@@ -1,0 +1,44 @@
+"""Errors in options, in one line each."""
+
+import difflib
+from collections.abc import Iterable
+from typing import Any, cast
+
+from pydantic import BaseModel, ValidationError
+
+from detector.errors import one_line
+
+
+def describe(error: ValidationError, options: type[BaseModel], where: str = "", also: Iterable[str] = ()) -> str:
+    """The first error in one line, with a suggestion for an unknown key, and how many more there are.
+
+    `also`: keys that are allowed beside those of `options`.
+    """
+    first = error.errors(include_url=False)[0]
+    location = ".".join(str(part) for part in first["loc"])
+    key = ".".join(part for part in (where, location) if part)
+    if first["type"] == "extra_forbidden":
+        known = [*_fields(options, first["loc"][:-1]), *also]
+        close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"it may be one of {', '.join(known)}"
+        text = f"{key}: unknown option; {hint}"
+    else:
+        message = first["msg"].removeprefix("Value error, ")
+        given = "" if isinstance(first["input"], (dict, BaseModel)) else f" (found {shown(first['input'])})"
+        text = f"{key}: {message}{given}" if key else message  # a rule about several options names them itself
+    more = error.error_count() - 1
+    return one_line(text) + (f" (and {more} more)" if more else "")
+
+
+def shown(value: Any) -> str:
+    """The value as Python writes it."""
+    try:
+        return repr(value)
+    except (ValueError, RecursionError):  # a whole number of more than 4,300 digits, a list in itself
+        return f"a huge {type(value).__name__}"
+
+
+def _fields(options: type[BaseModel], location: tuple) -> list[str]:
+    for part in location:
+        options = cast(type[BaseModel], options.model_fields[part].annotation)
+    return list(options.model_fields)

@@ -1,0 +1,192 @@
+"""What a run knows: saved in its checkpoints, and restored by --resume, as one."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from detector import checkpoint, config, distributed
+from detector.checkpoint import BEST, LAST, PREVIOUS, Saved
+from detector.config import Config
+from detector.criterion import Criterion
+from detector.errors import UserError
+from detector.randomness import random_states, set_random_states
+from detector.solver import Solver
+from detector.structures import Batch, Metrics
+
+# Options that may differ when a run is resumed, by the start of their keys.
+MAY_CHANGE = (
+    "run",
+    "output",
+    "device",
+    "data.workers",
+    "data.train.images",
+    "data.val.images",
+    "solver.epochs",
+    "solver.max_steps",
+    "solver.skip_nonfinite",
+    "evaluation",
+    "checkpoint",
+    "tensorboard",
+)
+
+
+@dataclass
+class Run:
+    """The state of a training run, from which it can go on as if it had not stopped."""
+
+    cfg: Config
+    solver: Solver  # with the model, and the number of steps done
+    criterion: Criterion
+    category_ids: list[int]
+    class_names: list[str]
+    steps_per_epoch: int
+    evaluated: int = 0  # step of the last evaluation
+    best: float = float("-inf")  # highest AP so far
+    score_thresholds: list[float] = field(default_factory=list)  # of each class, where its F1 was best; -1: unknown
+    seconds_per_step: float | None = None  # median
+    peak_memory: int = 0  # bytes
+
+    def __post_init__(self) -> None:
+        self.score_thresholds = self.score_thresholds or [-1.0] * len(self.category_ids)
+
+    @property
+    def step(self) -> int:
+        return self.solver.step_count
+
+    @property
+    def epoch(self) -> int:
+        """How many epochs have begun."""
+        return -(-self.step // self.steps_per_epoch)
+
+    @property
+    def position(self) -> tuple[int, int]:
+        """Epoch and batch of the next step."""
+        return divmod(self.step, self.steps_per_epoch)
+
+    @property
+    def evaluation_due(self) -> bool:
+        """At the end of the training, and after every `evaluation.every` epochs unless that is done already."""
+        epoch, batch = self.position
+        after_epoch = batch == 0 and epoch > 0 and epoch % self.cfg.evaluation.every == 0
+        return self.solver.done or (after_epoch and self.evaluated != self.step)
+
+    @property
+    def next_pause(self) -> int:
+        """The step before which nothing is to be evaluated or saved."""
+        every = self.cfg.checkpoint.every
+        return min((self.position[0] + 1) * self.steps_per_epoch, (self.step // every + 1) * every)
+
+    def record(self, metrics: Metrics) -> None:
+        """Note an evaluation of the present weights, and save them: as best.pt where their AP is the highest so far."""
+        self.evaluated = self.step
+        by_class = metrics["per_class"]
+        self.score_thresholds = [by_class[name]["threshold"] if name in by_class else -1.0 for name in self.class_names]
+        if metrics["AP"] > self.best:
+            self.best = metrics["AP"]
+            # Before last.pt: after an interruption between the two, last.pt would know this AP and never save best.pt.
+            self.save(BEST)
+        self.save(LAST)
+
+    def save(self, name: str) -> None:
+        """Write a checkpoint into the run's folder; UserError, in all processes, where that fails."""
+        with distributed.together():
+            if distributed.is_main():
+                checkpoint.save(self.cfg.folder / name, self.content())
+
+    def content(self) -> checkpoint.Content:
+        return {
+            "format": checkpoint.FORMAT,
+            "config": self.cfg.model_dump(mode="json"),
+            "category_ids": list(self.category_ids),
+            "class_names": list(self.class_names),
+            "score_thresholds": list(self.score_thresholds),
+            "model": self.solver.evaluated_model.state_dict(),
+            "run": {
+                "model": self.solver.model.state_dict(),
+                "solver": self.solver.state_dict(),
+                "criterion": self.criterion.state_dict(),
+                "rng": random_states(),
+                "epoch": self.epoch,
+                "evaluated": self.evaluated,
+                "best": float(self.best),
+                "seconds_per_step": self.seconds_per_step,
+                "peak_memory": self.peak_memory,
+            },
+        }
+
+    def resume(self, saved: Saved, *, accept_changes: bool = False) -> list[str]:
+        """Go on from a checkpoint; returns how the config has changed since.
+
+        Raises UserError where the config or the classes differ in something that would change the result, unless such
+        changes are accepted. A run may be made longer or shorter.
+        """
+        path, content = saved.path, saved.content
+        if "run" not in content:
+            raise UserError(f"{path}: holds weights alone, no state to resume a run from; give it as model.weights")
+        if content.get("format") != checkpoint.FORMAT:
+            raise UserError(
+                f"{path}: this run began with an older version of the code, which decayed norms and biases too; finish "
+                f"it with that version, or start another from its weights by --set run=NAME model.weights={path}"
+            )
+        changes = self._changes_since(content)
+        if changes and not accept_changes:
+            raise UserError(
+                f"{path}: was trained with {'; '.join(changes)}: go on with the same, start another run by "
+                "--set run=NAME, or --accept-changes"
+            )
+        state = content["run"]
+        try:
+            self.solver.model.load_state_dict(state["model"])
+            self.solver.load_state_dict(state["solver"])
+            self.criterion.load_state_dict(state["criterion"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            detail = str(error).strip().splitlines()[-1].strip()
+            raise UserError(f"{path}: is of another model, loss or optimizer than the config says ({detail})") from None
+        set_random_states(state["rng"])
+        self.evaluated, self.best = state["evaluated"], state["best"]
+        self.seconds_per_step, self.peak_memory = state["seconds_per_step"], state["peak_memory"]
+        self.score_thresholds = checkpoint.score_thresholds(content)
+        return changes
+
+    def _changes_since(self, content: checkpoint.Content) -> list[str]:
+        before, now = (config.flat(values) for values in (content["config"], self.cfg.model_dump(mode="json")))
+        before["the classes"], now["the classes"] = content["category_ids"], self.category_ids
+        return [
+            f"{key} {before.get(key)}, now {now.get(key)}"
+            for key in dict.fromkeys([*now, *before])
+            if before.get(key) != now.get(key) and not key.startswith(MAY_CHANGE)
+        ]
+
+    def refuse_differences(self, data: dict[str, str]) -> None:
+        """UserError where processes differ in config, checkpoint or `data`; the places of results and data may."""
+        options = config.flat(self.cfg.model_dump(mode="json"))
+        places = ("output", "data.train", "data.val")
+        shared = {key: value for key, value in options.items() if not key.startswith(places)}
+        distributed.same_everywhere(shared | data | {"the checkpoint's step": self.step})
+
+    def open_folder(self) -> None:
+        """Make the run's folder and write its config."""
+        folder = self.cfg.folder
+        with distributed.together():
+            if distributed.is_main():
+                try:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    (folder / "config.yaml").write_text(config.dump(self.cfg), encoding="utf-8")
+                except OSError as error:
+                    raise UserError(f"output: the run folder {folder} cannot be written ({error.strerror})") from None
+
+    def save_batch(self, batch: Batch) -> str:
+        """Save this process's images of a step whose loss is not finite, for a look; says where, and what to do."""
+        path = self.cfg.folder / f"nonfinite_{distributed.rank()}.pt"
+        try:
+            torch.save({**batch._asdict(), "targets": [target._asdict() for target in batch.targets]}, path)
+        except (OSError, RuntimeError):
+            return f"they could not be saved in {path}"
+        return f"they are in {path} for a look; lower solver.lr or set solver.clip_norm, and go on with --resume"
+
+
+def find_checkpoint(cfg: Config, *, resume: bool) -> Saved | None:
+    """Where a run is to go on from, if there is one; UserError where a new run would overwrite one."""
+    if not resume and any((cfg.folder / name).exists() for name in (LAST, PREVIOUS)):
+        raise UserError(f"{cfg.folder} already holds a run: go on with --resume, or name another by --set run=NAME")
+    return checkpoint.newest(cfg.folder)

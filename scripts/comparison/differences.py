@@ -1,0 +1,172 @@
+"""How rows of runs differ from a baseline, with verdicts, and how large a difference they can detect."""
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from detector.errors import UserError
+from scripts.comparison import result, verdict
+from scripts.comparison.rows import METRICS, Row
+
+SEEDS = 3  # the least that users are advised to train
+WANTED = (1.0, 0.2)  # percent: differences for which the needed number of seeds is printed
+
+
+class Difference(NamedTuple):
+    """The difference of a row from the baseline, in percent."""
+
+    name: str
+    mean: float | None  # None where it cannot be computed
+    low: float | None  # of the 95% interval; None where it cannot be computed
+    high: float | None
+    p: float | None  # corrected for the number of comparisons; None where there is no verdict
+    reason: str = ""  # why there is no verdict
+
+    @property
+    def verdict(self) -> str:
+        if self.p is None:
+            return "no verdict"
+        return "undecided" if self.p > verdict.LEVEL else "better" if self.mean > 0 else "worse"
+
+
+def differences(rows: Sequence[Row], baseline: str | None = None, metric: str = "AP") -> list[Difference]:
+    """The difference of each other row from the baseline (default: the first), without rows whose runs all failed."""
+    base = named(rows, baseline)
+    results = [_difference(row, base, metric) for row in rows if row is not base and row.runs and base.runs]
+    with_p = [index for index, result in enumerate(results) if result.p is not None]
+    for index, p in zip(with_p, verdict.hochberg([results[index].p for index in with_p])):
+        results[index] = results[index]._replace(p=p)
+    return results
+
+
+def named(rows: Sequence[Row], name: str | None) -> Row:
+    """The row with that name; the first row if it is None."""
+    by_name = {row.name: row for row in rows}
+    if name is not None and name not in by_name:
+        raise UserError(f"--baseline {name}: no such row; the rows are {', '.join(by_name)}")
+    return rows[0] if name is None else by_name[name]
+
+
+def _difference(row: Row, base: Row, metric: str) -> Difference:
+    """The difference of `row` from `base`, with an uncorrected p."""
+    try:
+        one, other = runs_of(row, metric), runs_of(base, metric)
+        if _scored_on(row) != _scored_on(base) or one.draws.shape[1] != other.draws.shape[1]:
+            raise ValueError(f"{row.name} and {base.name} were scored on different images")
+    except ValueError as error:
+        values = [
+            [known for run in side.runs if (known := known_value(run, metric)) is not None] for side in (row, base)
+        ]
+        mean = statistics.fmean(values[0]) - statistics.fmean(values[1]) if all(values) else None
+        return Difference(row.name, mean, None, None, None, str(error))
+    estimate = verdict.difference(one, other)
+    reason = ""
+    if estimate.p is None:
+        single = base.name if len(base.runs) == 1 else row.name
+        reason = f"{single} has one seed; train at least {SEEDS} (--seeds {SEEDS})"
+    return Difference(row.name, estimate.mean, estimate.low, estimate.high, estimate.p, reason)
+
+
+def runs_of(row: Row, metric: str) -> verdict.Runs:
+    """A row's numbers. Raises ValueError, with the reason, if they allow no verdict."""
+    aps = [known_value(run, metric) for run in row.runs]
+    if None in aps:
+        raise ValueError(f"{metric} of {row.name} is not known for each run")
+    draws = [result.draws(run, metric) for run in row.runs]
+    if not all(draws):
+        kept = "; its results have draws of AP only" if metric != "AP" and result.draws(row.runs[0], "AP") else ""
+        raise ValueError(f"{metric} of {row.name} on resampled images is not known{kept}")
+    if len(set(map(len, draws))) > 1 or len({run["metrics"].get("images") for run in row.runs}) > 1:
+        raise ValueError(f"the runs of {row.name} were scored on different images")
+    array = np.array(draws, dtype=float)
+    if array.shape[1] < 2 or not (array >= 0).all():  # -1 and NaN: nothing to measure it on
+        raise ValueError(f"{metric} of {row.name} is not known on each draw of images")
+    images = row.runs[0]["metrics"].get("images") or 0
+    if images < 2:
+        raise ValueError(f"{row.name} was not scored on several images")
+    return verdict.Runs(np.array(aps), 100 * array, images)
+
+
+def known_value(run: dict, metric: str) -> float | None:
+    """The metric in percent; None if it is absent, null, NaN or -1."""
+    value = run["metrics"].get(metric)
+    return 100 * value if isinstance(value, int | float) and value >= 0 else None
+
+
+def _known_values(row: Row, metric: str) -> list[float]:
+    return [known for run in row.runs if (known := known_value(run, metric)) is not None]
+
+
+def _scored_on(row: Row) -> set[tuple]:
+    """The number of images and the name of their file, whose folder may differ between machines."""
+    files = (run["config"].get("data", {}).get("val", {}).get("annotations", "") for run in row.runs)
+    return {(run["metrics"].get("images"), Path(file).name) for run, file in zip(row.runs, files)}
+
+
+def best_rows(rows: Sequence[Row]) -> dict[str, str]:
+    """{metric: the row that is better than each other row beyond chance}, for the metrics that have such a row."""
+    best = {}
+    for metric in METRICS:
+        means = {row.name: statistics.fmean(values) for row in rows if (values := _known_values(row, metric))}
+        if len(means) > 1:
+            top = max(means, key=means.__getitem__)
+            if all(other.verdict == "worse" for other in differences(rows, top, metric)):
+                best[metric] = top
+    return best
+
+
+def describe(results: Sequence[Difference], baseline: str, metric: str = "AP") -> list[str]:
+    """A heading and a line for each difference; empty without differences."""
+    if not results:
+        return []
+    count = sum(result.p is not None for result in results)
+    corrected = f"; p and verdict are corrected for {count} comparisons" if count > 1 else ""
+    return [f"{metric} minus that of {baseline}, with its 95% interval{corrected}:", "", *map(_line, results)]
+
+
+def _line(result: Difference) -> str:
+    interval = "" if result.low is None else f" [{result.low:+.1f}, {result.high:+.1f}]"
+    if result.mean is None:
+        return f"- {result.name}: no verdict: {result.reason}"
+    if result.p is None:
+        images = " over images only" if interval else ""
+        return f"- {result.name}: {result.mean:+.1f}{interval}{images}; no verdict: {result.reason}"
+    return f"- {result.name}: {result.mean:+.1f}{interval}, p {in_digits(result.p)}, {result.verdict}"
+
+
+def in_digits(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
+
+
+def detectable_differences(rows: Sequence[Row], results: Sequence[Difference], metric: str = "AP") -> list[str]:
+    """A paragraph on how large a difference these runs detect and what a smaller one takes; empty if it is unknown."""
+    comparisons = sum(result.p is not None for result in results)
+    if not comparisons:
+        return []
+    without_verdict = {result.name for result in results if result.p is None}
+    compared = [runs_of(row, metric) for row in rows if row.runs and row.name not in without_verdict]
+    known = verdict.variances(compared)
+    if known is None:
+        return []
+    seeds = min(len(runs.aps) for runs in compared)
+    alone = verdict.detectable(known, seeds, comparisons)
+    only = f" ({alone:.1f} if only one of these {comparisons} rows differs, because of the correction)"
+    lines = [
+        f"With {seeds} seeds a row and these {known.images:,} images, 4 of 5 studies detect a difference of "
+        f"{verdict.detectable(known, seeds):.1f} {metric} between two rows"
+        f"{only if comparisons > 1 else ''}, at these rows' mean spread."
+    ]
+    for wanted in WANTED:
+        needed = verdict.seeds_needed(known, wanted)
+        images = verdict.images_needed(known, wanted)
+        if needed is not None:
+            takes = f"{needed:,} seeds a row"
+        elif images > known.images:
+            takes = f"at least {images:,} images, with any number of seeds"
+        else:
+            takes = f"more than {verdict.MOST_SEEDS:,} seeds a row"
+        lines.append(f"Detecting {wanted} takes {takes}.")
+    return [" ".join(lines)]

@@ -1,0 +1,77 @@
+"""The tables of metrics, as people read them."""
+
+import pytest
+import torch
+
+from data.annotations import parse_annotations
+from data.coco_eval import score
+from data.tables import explain_missing, metrics_line, metrics_table, per_class_table
+from detector.structures import Detections
+
+
+def found(boxes, scores, labels) -> Detections:
+    return Detections(
+        torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+        torch.tensor(scores, dtype=torch.float32),
+        torch.tensor(labels, dtype=torch.int64),
+    )
+
+
+NOTHING = found([], [], [])
+
+
+def file_of(boxes, image_ids=(1,), categories=((1, "cat"),)) -> dict:
+    """A file without `info`, `licenses`, `area` and `iscrowd`; boxes are (image, category, xywh)."""
+    return {
+        "images": [{"id": i, "width": 640, "height": 480, "file_name": f"{i}.jpg"} for i in image_ids],
+        "categories": [{"id": i, "name": name} for i, name in categories],
+        "annotations": [
+            {"id": n, "image_id": image, "category_id": category, "bbox": list(xywh)}
+            for n, (image, category, xywh) in enumerate(boxes, start=1)
+        ],
+    }
+
+
+@pytest.fixture
+def small():
+    """Three classes, of which one has no box, and detections with an IoU of 1 and 0.8."""
+    categories = [(1, "a"), (2, "traffic light"), (3, "c")]
+    document = file_of([(1, 1, (0, 0, 50, 50)), (1, 2, (90, 90, 50, 50))], categories=categories)
+    detections = {1: found([[0, 0, 50, 50], [90, 90, 140, 130]], [0.9, 0.8], [0, 1])}
+    return score(parse_annotations(document), detections, [1, 2, 3])
+
+
+def test_line_by_eye(small):
+    assert metrics_line(small) == "AP 0.850, AP50 1.000, AP75 1.000, APs -1.000, APm 0.850, APl -1.000"
+
+
+def test_table_by_eye(small):
+    head, *table = metrics_table(small).splitlines()
+    assert head == f"1 images, {small['engine']}, in percent"
+    assert table == [
+        "",
+        "     AP   AP50   AP75   AP80   AP90    APs    APm    APl",
+        "   85.0  100.0  100.0  100.0   50.0      -   85.0      -",
+        "    AR1   AR10  AR100    ARs    ARm    ARl",
+        "   85.0   85.0   85.0      -   85.0      -",
+        "",
+        "APs and ARs are -1: the validation set has no small boxes (area < 32^2 px)",
+        "APl and ARl are -1: the validation set has no large boxes (area > 96^2 px)",
+        "AP of a class is -1, and not in the mean: the validation set has no boxes of c",
+    ]
+    assert per_class_table(small).splitlines() == [
+        "class            boxes     AP   AP50   AP75",
+        "a                    1  100.0  100.0  100.0",
+        "traffic light        1   70.0  100.0  100.0",
+        "c                    0      -      -      -",
+    ]
+
+
+def test_table_of_eighty_classes():
+    categories = [(i, f"class {i}") for i in range(1, 81)]
+    boxes = [(1, 1, (0, 0, 10, 10)), (1, 1, (0, 0, 50, 50)), (1, 1, (0, 0, 100, 100))]
+    metrics = score(parse_annotations(file_of(boxes, categories=categories)), {1: NOTHING}, list(range(1, 81)))
+    lines = per_class_table(metrics).splitlines()
+    assert len(lines) == 81 and len({len(line) for line in lines}) == 1
+    (line,) = explain_missing(metrics)
+    assert line.endswith("no boxes of class 2, class 3, class 4, class 5, class 6 and 74 more")

@@ -1,0 +1,63 @@
+"""What the tests of checkpoints, resuming and initial weights share."""
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from detector import assemble, checkpoint
+from detector.config import Config
+from detector.run import Run
+
+IDS, NAMES = [3, 7, 11], ["cat", "dog", "cow"]
+THRESHOLDS = [0.5, -1.0, 0.25]
+
+
+def make_run(classes=3, head_width=32, **sections) -> Run:
+    model = {"backbone": "resnet18", "weights": "none", "norm": "bn", "fpn_channels": 32, "head": {"width": 32,
+             "depth": 1}}  # fmt: skip
+    cfg = Config(model={**model, **sections.pop("model", {})}, **sections)
+    cfg = assemble.complete(cfg, "test")
+    net = assemble.build_model(cfg, classes)
+    solver = assemble.build_solver(cfg, net, steps_per_epoch=5)
+    return Run(cfg, solver, assemble.build_criterion(cfg), IDS[:classes], NAMES[:classes], steps_per_epoch=5)
+
+
+@pytest.fixture(scope="session", name="make_run")
+def _make_run():
+    """Builds a small run of three classes; its config changed by whole sections."""
+    return make_run
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    """A run with GHM-C, evaluated at step 4, and its last.pt."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    torch.manual_seed(3)
+    run = make_run(class_loss={"name": "ghm_c"})
+    run.criterion.class_loss.average += torch.arange(30.0)
+    run.evaluated, run.best, run.score_thresholds = 4, 0.5, THRESHOLDS
+    checkpoint.save(folder / "last.pt", run.content())
+    yield folder / "last.pt", run
+    (folder / "last.pt").unlink()
+
+
+@pytest.fixture(scope="session")
+def resnet18():
+    """torchvision's, with statistics that show when they are not taken over."""
+    torch.manual_seed(0)
+    resnet = torchvision.models.resnet18()
+    for module in resnet.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias)
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    return resnet.eval()
+
+
+@pytest.fixture
+def resnet18_file(resnet18, tmp_path):
+    path = tmp_path / "resnet18.pth"
+    torch.save(resnet18.state_dict(), path)
+    return path

@@ -1,0 +1,205 @@
+"""The weights a new model starts with: which tensors they fill, and the messages for files that do not fit."""
+
+import hashlib
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from detector.backbone import BACKBONES, Backbone
+from detector.checkpoint import read_weights
+from detector.errors import UserError
+from detector.pretrained import load_backbone_weights, load_initial_weights
+
+
+@pytest.fixture
+def initial(make_run):
+    """A fresh model filled from a file, and its description."""
+
+    def fill(weights, classes=3, **changes):
+        run = make_run(classes, model={"weights": str(weights), **changes})
+        return run.solver.model, load_initial_weights(run.solver.model, run.cfg)
+
+    return fill
+
+
+def test_no_weights_leave_the_random_ones(make_run, same):
+    run = make_run()
+    model = run.solver.model
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    assert load_initial_weights(model, run.cfg) == "random weights"
+    assert same(before, dict(model.state_dict()))
+
+
+def test_a_backbones_file_fills_the_backbone(initial, folder):
+    torch.manual_seed(5)
+    resnet = torchvision.models.resnet18(weights=None)
+    torch.save(resnet.state_dict(), folder / "resnet18.pt")
+    model, description = initial(folder / "resnet18.pt")
+    assert torch.equal(model.backbone.layer4[1].conv2.weight, resnet.layer4[1].conv2.weight)
+    assert torch.equal(model.backbone.bn1.running_var, resnet.bn1.running_var)
+    assert str(folder / "resnet18.pt") in description and "backbone" in description
+    with pytest.raises(UserError, match="is no resnet34") as error:
+        initial(folder / "resnet18.pt", backbone="resnet34")
+    assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_of_other_classes_fills_all_but_the_class_outputs(initial, saved):
+    path, run = saved
+    trained = run.solver.model
+    model, description = initial(path, classes=5)
+    outputs = {"head.logits.weight", "head.logits.bias"}
+    given = trained.state_dict()
+    for key, value in model.state_dict().items():
+        assert (key in outputs) != (value.shape == given[key].shape and torch.equal(value, given[key])), key
+    assert all(key in description for key in outputs) and str(path) in description
+    assert "random" not in initial(path, classes=3)[1]
+
+
+@pytest.mark.parametrize("change", [{"backbone": "resnet34"}, {"norm": "gn"}], ids=str)
+def test_a_checkpoint_of_another_backbone_or_norm_is_refused(initial, saved, change):
+    # ResNet-18 and -34 share most names and shapes: taking what fits would leave half the network random.
+    with pytest.raises(UserError, match=r"is of another backbone or norm") as error:
+        initial(saved[0], **change)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [{"a": torch.zeros(1)}, {"category_ids": [1]}, {}])
+def test_weights_of_something_else_are_refused(initial, tmp_path, content):
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(UserError, match=r"x\.pt") as error:
+        initial(tmp_path / "x.pt")
+    assert "\n" not in str(error.value)
+
+
+def test_a_typing_error_in_weights_names_the_key(initial):
+    with pytest.raises(UserError, match=r"model\.weights: imagnet: no such file"):
+        initial("imagnet")
+
+
+def error_of(weights, name="resnet18"):
+    """The message of the UserError that these weights raise; one line."""
+    with pytest.raises(UserError) as caught:
+        load_backbone_weights(Backbone(name, "bn", 0), name, str(weights))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+    return str(caught.value)
+
+
+def test_missing_file(tmp_path):
+    assert error_of(tmp_path / "gone.pth") == f"{tmp_path}/gone.pth: no such file"
+
+
+@pytest.mark.parametrize("content", [b"", b"not weights\nat all", b"PK\x03\x04broken", bytes(range(256)) * 8])
+def test_file_of_something_else(tmp_path, content):
+    path = tmp_path / "text.pth"
+    path.write_bytes(content)
+    assert "not a readable weights file" in error_of(path)
+
+
+def test_file_of_code_is_not_run(tmp_path):
+    path = tmp_path / "module.pth"
+    torch.save(nn.Linear(2, 2), path)
+    assert "not a readable weights file" in error_of(path)
+
+
+@pytest.mark.parametrize("content", [[1, 2], torch.zeros(3), {1: torch.zeros(3)}])
+def test_file_of_no_state_dict(tmp_path, content):
+    path = tmp_path / "list.pth"
+    torch.save(content, path)
+    assert "not a dict of tensors by name" in error_of(path)
+
+
+def test_wrong_state_dict(tmp_path):
+    path = tmp_path / "linear.pth"
+    torch.save(nn.Linear(2, 2).state_dict(), path)
+    assert "is no resnet18: it lacks conv1.weight and " in error_of(path)
+
+
+def test_wrong_architecture(resnet18_file):
+    assert "is no resnet34: it lacks layer1.2.conv1.weight and " in error_of(resnet18_file, "resnet34")
+
+
+def test_wrong_shape(resnet18, tmp_path):
+    path = tmp_path / "wide.pth"
+    torch.save(resnet18.state_dict() | {"layer4.1.conv2.weight": torch.zeros(3, 3)}, path)
+    assert "layer4.1.conv2.weight" in error_of(path)
+
+
+def test_value_that_is_no_tensor(resnet18, tmp_path):
+    path = tmp_path / "text.pth"
+    torch.save(resnet18.state_dict() | {"conv1.weight": "text"}, path)
+    assert "conv1.weight" in error_of(path)
+
+
+def test_weights_of_an_old_torch_and_with_more_in_it_load(resnet18, tmp_path):
+    """Before PyTorch 0.4.1 BatchNorm did not count batches."""
+    path = tmp_path / "old.pth"
+    state = {key: value for key, value in resnet18.state_dict().items() if "num_batches" not in key}
+    torch.save(state | {"decoder.weight": torch.zeros(3)}, path)
+    backbone = Backbone("resnet18", "bn", 1)
+    load_backbone_weights(backbone, "resnet18", str(path))
+    assert torch.equal(backbone.layer4[1].bn2.running_var, resnet18.layer4[1].bn2.running_var)
+
+
+def test_read_weights_gives_what_was_saved(tmp_path):
+    torch.save({"a": torch.arange(3)}, tmp_path / "a.pth")
+    assert read_weights(tmp_path / "a.pth")["a"].tolist() == [0, 1, 2]
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A folder on a loopback server, from where resnet18's ImageNet weights are said to come."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    folder = tmp_path / "served"
+    folder.mkdir()
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder))) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+
+        def serve(content, digest=None):
+            """Make `content` the weights' file; `digest` is the hash that its name promises."""
+            digest = digest or hashlib.sha256(content).hexdigest()
+            (folder / f"resnet18-{digest[:8]}.pth").write_bytes(content)
+            url = f"http://127.0.0.1:{server.server_port}/resnet18-{digest[:8]}.pth"
+            monkeypatch.setattr(BACKBONES["resnet18"][1].value, "url", url)
+
+        def stop():
+            server.shutdown()
+            server.server_close()
+
+        serve.stop = stop
+        yield serve
+        server.shutdown()
+        thread.join()
+
+
+def test_imagenet_weights_are_downloaded_once(server, resnet18, resnet18_file):
+    server(resnet18_file.read_bytes())
+    backbone = Backbone("resnet18", "frozen_bn", 1)
+    load_backbone_weights(backbone, "resnet18", "imagenet")
+    assert torch.equal(backbone.layer4[1].bn2.running_var, resnet18.layer4[1].bn2.running_var)
+    server.stop()
+    load_backbone_weights(backbone, "resnet18", "imagenet")  # from the cache
+
+
+@pytest.mark.parametrize("fault", ["gone", "not found", "wrong content"])
+def test_imagenet_weights_that_cannot_be_downloaded(server, fault, monkeypatch):
+    server(b"a page of some proxy", digest="0" * 64)
+    if fault == "gone":
+        server.stop()
+    if fault == "not found":
+        url = BACKBONES["resnet18"][1].url
+        monkeypatch.setattr(BACKBONES["resnet18"][1].value, "url", url.replace("resnet18-0", "resnet18-1"))
+    message = error_of("imagenet")
+    assert message.startswith("model.weights: imagenet weights of resnet18 cannot be downloaded (")
+    assert "set model.weights to a local file" in message

@@ -1,0 +1,163 @@
+"""What a run knows: when it evaluates and saves, and that resuming restores all of it or refuses."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from detector import checkpoint
+from detector.checkpoint import Saved
+from detector.errors import UserError
+from detector.pretrained import load_initial_weights
+from detector.run import find_checkpoint
+
+
+def read(path) -> Saved:
+    return Saved(path, checkpoint.read(path), [])
+
+
+def at(run, step, **state):
+    run.solver.step_count = step
+    for name, value in state.items():
+        setattr(run, name, value)
+    return run
+
+
+@pytest.fixture(scope="module")
+def every_second_epoch(make_run):
+    """Four epochs of five steps, evaluated after every second, saved every third step."""
+    return make_run(solver={"epochs": 4}, evaluation={"every": 2}, checkpoint={"every": 3})
+
+
+def test_it_pauses_at_the_end_of_each_epoch_and_before_each_save(every_second_epoch):
+    pauses = [at(every_second_epoch, step).next_pause for step in range(12)]
+    assert pauses == [3, 3, 3, 5, 5, 6, 9, 9, 9, 10, 12, 12]
+    assert at(every_second_epoch, 7).position == (1, 2)
+    assert [at(every_second_epoch, step).epoch for step in (0, 1, 5, 6)] == [0, 1, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("step", "evaluated", "due"),
+    [(0, 0, False), (5, 0, False), (9, 0, False), (10, 0, True), (10, 10, False), (20, 10, True), (20, 20, True)],
+)
+def test_evaluation_is_due_after_its_epochs_and_always_at_the_end(every_second_epoch, step, evaluated, due):
+    assert at(every_second_epoch, step, evaluated=evaluated).evaluation_due is due
+
+
+def test_the_best_evaluation_is_saved_as_such(make_run, monkeypatch):
+    run, saves = make_run(), []
+    monkeypatch.setattr(checkpoint, "save", lambda path, content: saves.append((path.name, content["run"]["best"])))
+    for step, ap in ((5, 0.2), (10, 0.1), (15, 0.3)):
+        per_class = {"cat": {"threshold": ap}, "cow": {"threshold": 0.9}}
+        at(run, step).record({"AP": ap, "per_class": per_class})
+        assert run.evaluated == step and run.score_thresholds == [ap, -1.0, 0.9]
+    assert saves == [("best.pt", 0.2), ("last.pt", 0.2), ("last.pt", 0.2), ("best.pt", 0.3), ("last.pt", 0.3)]
+
+
+def test_a_checkpoint_has_the_keys_of_format_3(saved):
+    content = checkpoint.read(saved[0])
+    assert content["format"] == 3
+    assert set(content) == {"format", "config", "category_ids", "class_names", "score_thresholds", "model", "run"}
+    assert set(content["run"]) == {
+        "model", "solver", "criterion", "rng", "epoch", "evaluated", "best", "seconds_per_step", "peak_memory",
+    }  # fmt: skip
+
+
+def test_a_new_run_overwrites_none(make_run, folder, saved):
+    cfg = make_run(output=str(folder), run="x").cfg
+    assert find_checkpoint(cfg, resume=False) is None and find_checkpoint(cfg, resume=True) is None
+    cfg.folder.mkdir()
+    (cfg.folder / "previous.pt").write_bytes(saved[0].read_bytes())
+    with pytest.raises(UserError, match="already holds a run: go on with --resume"):
+        find_checkpoint(cfg, resume=False)
+    assert find_checkpoint(cfg, resume=True).path == cfg.folder / "previous.pt"
+
+
+def test_resume_gives_back_the_state(make_run, saved, same):
+    path, run = saved
+    other = make_run(class_loss={"name": "ghm_c"})
+    assert not same(dict(other.solver.model.state_dict()), dict(run.solver.model.state_dict()))
+    drawn = torch.rand(1)
+    assert other.resume(read(path)) == []
+    assert same(other.content() | {"run": None}, run.content() | {"run": None})
+    for key in ("model", "solver", "criterion", "epoch", "evaluated", "best", "seconds_per_step", "peak_memory"):
+        assert same(other.content()["run"][key], run.content()["run"][key]), key
+    assert torch.rand(1) != drawn
+    numbers = []
+    for _ in range(2):
+        other.resume(read(path))
+        numbers.append((torch.rand(2).tolist(), random.random(), np.random.rand()))
+    assert numbers[0] == numbers[1]
+
+
+@pytest.mark.parametrize(
+    ("sections", "expected"),
+    [
+        ({"class_loss": {"name": "focal"}}, "was trained with class_loss"),
+        ({"class_loss": {"name": "ghm_c", "bins": 10}}, "was trained with class_loss"),
+        ({"class_loss": {"name": "ghm_c"}, "box_loss": {"name": "l1"}}, "was trained with box_loss"),
+        ({"class_loss": {"name": "ghm_c"}, "solver": {"optimizer": "adamw"}}, "was trained with solver.optimizer"),
+        (
+            {"class_loss": {"name": "ghm_c"}, "model": {"head": {"width": 64, "depth": 1}}},
+            "was trained with model.head.width 32",
+        ),
+        ({"class_loss": {"name": "ghm_c"}, "solver": {"weight_decay": 0.5}}, "was trained with solver.weight_decay"),
+        (
+            {"class_loss": {"name": "ghm_c"}, "anchors": {"name": "grid", "octaves": 1, "ratios": [1, 2, 3]}},
+            "with anchors",
+        ),
+    ],
+    ids=str,
+)
+def test_resuming_another_kind_of_run_is_refused(make_run, saved, sections, expected):
+    with pytest.raises(UserError, match=expected) as error:
+        make_run(**sections).resume(read(saved[0]))
+    assert "\n" not in str(error.value)
+
+
+def test_all_changes_are_named_and_may_be_accepted(make_run, saved):
+    sections = {"class_loss": {"name": "ghm_c", "weight": 2.0}, "solver": {"weight_decay": 0.5}}
+    run, before = make_run(**sections), read(saved[0])
+    with pytest.raises(
+        UserError,
+        match=r"(class_loss.weight|solver.weight_decay) .*; (class_loss.weight|solver.weight_decay) .*--accept-changes",
+    ):
+        run.resume(before)
+    changes = run.resume(before, accept_changes=True)
+    assert sorted(changes) == ["class_loss.weight 1.0, now 2.0", "solver.weight_decay 0.0001, now 0.5"]
+
+
+def test_a_run_of_another_version_is_not_resumed_and_its_weights_are_of_use(make_run, saved, folder, same):
+    model = saved[1].solver.model
+    run = make_run(class_loss={"name": "ghm_c"})
+    before = {key: value.clone() for key, value in run.solver.model.state_dict().items()}
+    path = folder / "older.pt"
+    one_group = {"state": {}, "param_groups": [{**run.solver.optimizer.state_dict()["param_groups"][0]}]}
+    content = checkpoint.read(saved[0])
+    for number in (1, 2):  # 2 had one group of parameters
+        torch.save({**content, "format": number}, path)
+        content["run"]["solver"]["optimizer"] = one_group
+        with pytest.raises(UserError, match=rf"older.pt: .* norms and biases .*--set run=NAME model.weights={path}$"):
+            run.resume(read(path))
+        assert same(before, dict(run.solver.model.state_dict()))
+        rebuilt, _ = checkpoint.build_model(checkpoint.read(path), path)
+        fresh = make_run(model={"weights": str(path)})
+        load_initial_weights(fresh.solver.model, fresh.cfg)
+        assert same(dict(rebuilt.state_dict()), dict(model.state_dict()))
+        assert same(dict(fresh.solver.model.state_dict()), dict(model.state_dict()))
+
+
+def test_other_classes_are_refused_and_a_longer_run_is_not(make_run, saved):
+    run = make_run(class_loss={"name": "ghm_c"}, solver={"epochs": 40})
+    run.resume(read(saved[0]))
+    run.category_ids = [*run.category_ids[:-1], 999]
+    with pytest.raises(UserError, match="was trained with the classes"):
+        run.resume(read(saved[0]))
+
+
+def test_weights_alone_cannot_be_resumed(make_run, saved):
+    before = read(saved[0])
+    del before.content["run"]
+    with pytest.raises(UserError, match=r"no state to resume .* model.weights"):
+        make_run().resume(before)
