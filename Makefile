@@ -22,7 +22,7 @@ demo: .venv/user
 	@printf '%s\n' ce focal ghm_c ghm | OMP_NUM_THREADS=1 xargs -n 1 -P 2 sh -c '\
 	    log=runs/demo_$$0.log; \
 	    $(BIN)/python train.py --config configs/demo/$$0.yaml --resume >$$log 2>&1 || { tail -n 1 $$log; exit 255; }; \
-	    echo "demo_$$0: $$(grep "^epoch .* AP " $$log | tail -n 1)"'
+	    echo "demo_$$0: $$(tr "\r" "\n" <$$log | grep "^epoch .* AP " | tail -n 1)"'
 	$(BIN)/python scripts/compare.py $(addprefix runs/demo_,ce focal ghm_c ghm) --html runs/demo.html
 	@echo "Detections beside the ground truth: runs/demo_ghm/detections.png"
 	@echo "The comparison as a page:           runs/demo.html"
