@@ -42,6 +42,27 @@ from detector.structures import Predictions
 
 PIXELS, SCORE = 0.05, 1e-4  # tolerances of boxes and scores
 TIMED = 10  # images
+# Comes before the network if preprocessing is inside. If torch.export traced it too, each size in the network would be
+# an expression of the size before padding, and the export would take several times as long.
+HEAD = """
+<ir_version: {ir}, opset_import: ["" : {opset}]>
+head (uint8[B, h, w, 3] images) => (float[B, 3, H, W] pixels, float[2] size) {{
+  image_planes = Transpose <perm = [0, 3, 1, 2]> (images)
+  image_values = Cast <to = 1> (image_planes)
+  image_mean = Constant <value = float[1, 3, 1, 1] {{{mean}}}> ()
+  image_std = Constant <value = float[1, 3, 1, 1] {{{std}}}> ()
+  image_centred = Sub (image_values, image_mean)
+  image_normal = Div (image_centred, image_std)
+  image_sides = Shape <start = 1, end = 3> (images)
+  image_multiple = Constant <value_int = {multiple}> ()
+  image_negative = Neg (image_sides)
+  image_missing = Mod (image_negative, image_multiple)
+  image_nothing = Constant <value_ints = [0, 0, 0, 0, 0, 0]> ()
+  image_padding = Concat <axis = 0> (image_nothing, image_missing)
+  pixels = Pad (image_normal, image_padding)
+  size = Cast <to = 1> (image_sides)
+}}
+"""
 # Follows the network if NMS is inside. `kept` are the detections whose rank in their image is below the limit.
 TAIL = """
 <ir_version: {ir}, opset_import: ["" : {opset}]>
@@ -167,16 +188,16 @@ class Exported(nn.Module):
         self.model, self.postprocess = model, postprocess
         self.preprocessing, self.nms = preprocessing, nms
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        if self.preprocessing:
-            height, width = images.shape[1], images.shape[2]
-            images = (images.permute(0, 3, 1, 2).float() - self.model.mean) / self.model.std
-            images = F.pad(images, (0, -width % STRIDE, 0, -height % STRIDE))
-        else:
-            height, width = images.shape[2], images.shape[3]
-        predictions = self.predictions(images)
+    def forward(self, pixels: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Of normalised images, padded to multiples of 32. `size`: their (height, width) before padding, if it differs.
+
+        With `preprocessing`, HEAD makes both from the images.
+        """
+        predictions = self.predictions(pixels)
         boxes = self.postprocess.coder.decode(predictions.deltas, predictions.anchors)
-        x, y = boxes[..., 0::2].clamp(0, width), boxes[..., 1::2].clamp(0, height)
+        x, y = boxes[..., 0::2].clamp(0, pixels.shape[3]), boxes[..., 1::2].clamp(0, pixels.shape[2])
+        if size is not None:
+            x, y = x.minimum(size[1]), y.minimum(size[0])
         boxes = torch.stack([x[..., 0], y[..., 0], x[..., 1], y[..., 1]], dim=-1)
         scores = predictions.logits.sigmoid()
         if self.nms:
@@ -205,31 +226,36 @@ def to_onnx(exported: Exported, about: dict):
     import onnx
 
     dynamic = torch.export.Dim.DYNAMIC
-    # No side is a multiple of another or of 32, so the exporter takes none for a constant.
+    # No side is a multiple of another, so the exporter takes none for a constant.
+    example = [torch.zeros(2, 3, 5 * STRIDE, 7 * STRIDE)]
+    inputs, free = ["images"], [{0: dynamic, 2: dynamic, 3: dynamic}]
     if exported.preprocessing:
-        example, free = torch.zeros(2, 170, 210, 3, dtype=torch.uint8), {0: dynamic, 1: dynamic, 2: dynamic}
-    else:
-        example, free = torch.zeros(2, 3, 5 * STRIDE, 7 * STRIDE), {0: dynamic, 2: dynamic, 3: dynamic}
+        example.append(torch.tensor([5.0 * STRIDE, 7.0 * STRIDE]))
+        inputs, free = ["pixels", "size"], [*free, None]
     names = ["all_boxes", "all_scores"] if exported.nms else ["boxes", "scores"]
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # the exporter warns about itself
         program = torch.onnx.export(
             exported,
-            (example,),
-            input_names=["images"],
+            tuple(example),
+            input_names=inputs,
             output_names=names,
-            dynamic_shapes=(free,),
+            dynamic_shapes=tuple(free),
             dynamo=True,
             external_data=False,
             verbose=False,
         )
     graph = program.model_proto
+    version = {"ir": graph.ir_version, "opset": graph.opset_import[0].version}
+    if exported.preprocessing:
+        mean, std = (", ".join(map(str, values)) for values in (MEAN, STD))
+        head = onnx.parser.parse_model(HEAD.format(**version, mean=mean, std=std, multiple=STRIDE))
+        graph = onnx.compose.merge_models(head, graph, io_map=[(name, name) for name in inputs])
     if exported.nms:
         after = exported.postprocess
         tail = onnx.parser.parse_model(
             TAIL.format(
-                ir=graph.ir_version,
-                opset=graph.opset_import[0].version,
+                **version,
                 limit=after.max_detections,
                 iou=f"{after.nms_iou:.9f}",
                 least=f"{after.score_threshold:.9f}",

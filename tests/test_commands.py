@@ -56,7 +56,7 @@ def test_a_documented_command_is_one_that_there_is(text, command):
     words = shlex.split(text.replace("...", ""))
     script = next((word for word in words if word.endswith(".py")), None)
     if script is None:
-        assert words[:3] == ["python", "-m", "data.demo"]
+        assert words[:2] == ["python", "-m"] and words[2] in ("data.demo", "pytest")
         return
     assert (ROOT / script).exists()
     given = words[words.index(script) + 1 :]
@@ -216,9 +216,10 @@ def test_the_commands_of_a_document_run(document, place, learnt, command, monkey
 
 def test_make_demo(place, demo, command):
     """The Makefile's trainings, made small, and its comparison."""
-    shutil.copytree(demo, place / "datasets" / "demo")
+    shutil.copytree(demo, place / "datasets" / "demo_quick")
     told = subprocess.run(["make", "--dry-run", "demo"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    (losses,) = re.findall(r"for loss in ([a-z_ ]+); do \S+ train.py --config configs/demo/\$loss.yaml --resume", told)
+    (losses,) = re.findall(r"printf '%s\\n' ([a-z_ ]+) .*xargs", told)
+    assert "train.py --config configs/demo/$0.yaml --resume" in told
     for loss in losses.split():
         code, _, err = command(
             module(ROOT / "train.py").main, "--config", f"configs/demo/{loss}.yaml", "--resume", "--set", *CHEAP

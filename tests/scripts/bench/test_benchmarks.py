@@ -47,7 +47,7 @@ def test_the_assigner_of_both_is_the_same():
 
 
 def test_growth_draws_its_plot(tmp_path):
-    small = ["--batches", "1", "2", "--sides", "64", "96", "--images", "10", "--repeats", "1"]
+    small = ["--batches", "1", "--sides", "64", "96", "--images", "10", "--repeats", "1"]
     found = rows(run("scripts/bench/growth.py", *small, "--plot", tmp_path / "growth.png"))
     assert {"1 x 512 px", "2 x 96 px", "100"} <= found.keys()
     assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
