@@ -1,6 +1,7 @@
 """Who may know whom (DESIGN section 2): parses the imports of every file and fails where one runs the wrong way."""
 
 import ast
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -23,7 +24,14 @@ CONFIG_READERS = {
     "data.assemble",
 }
 SEPARATE = {"detector.anchors", "detector.assigner", "detector.box_coder"}
-FROM_DATA = {"detector.structures", "detector.errors", "detector.boxes", "detector.resize", "detector.atomic"}
+FROM_DATA = {
+    "detector.structures",
+    "detector.metrics",
+    "detector.errors",
+    "detector.boxes",
+    "detector.resize",
+    "detector.atomic",
+}
 FROM_DATA_ASSEMBLE = FROM_DATA | {"detector.config", "detector.checkpoint"}
 SHARED_BY_LOSSES = ("cells", "density", "dispatch", "fused", "kernels", "regions")  # files of losses/ that are no loss
 FROM_LOSSES = {"detector.distributed", *(f"detector.losses.{name}" for name in SHARED_BY_LOSSES)}
@@ -250,3 +258,12 @@ RIGHT = [
 @pytest.mark.parametrize(("module", "source"), RIGHT)
 def test_the_checker_leaves_right_imports_alone(module, source):
     assert violations(module, imports(source, module), set(SOURCES)) == []
+
+
+def test_the_reading_core_is_as_short_as_contributing_says():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    order = text.split("## Reading order")[1].split("The rest is operations")[0]
+    files = re.findall(r"`([\w/]+\.py)`", order)
+    assert files[0] == "train.py" and files[-1] == "data/coco_eval.py" and len(files) == len(set(files)) > 20
+    lines = sum(len((ROOT / file).read_text(encoding="utf-8").splitlines()) for file in files)
+    assert "in 2,500 lines" in order and lines <= 2500

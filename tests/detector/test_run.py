@@ -125,7 +125,10 @@ def test_all_changes_are_named_and_may_be_accepted(make_run, saved):
     ):
         run.resume(before)
     changes = run.resume(before, accept_changes=True)
-    assert sorted(changes) == ["class_loss.weight 1.0, now 2.0", "solver.weight_decay 0.0001, now 0.5"]
+    assert sorted(changes) == [
+        "changed: class_loss.weight 1.0, now 2.0",
+        "changed: solver.weight_decay 0.0001, now 0.5",
+    ]
 
 
 def test_a_run_of_another_version_is_not_resumed_and_its_weights_are_of_use(make_run, saved, folder, same):
