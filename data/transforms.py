@@ -111,7 +111,7 @@ def flip(image: np.ndarray, boxes: np.ndarray, horizontal: bool, vertical: bool)
 def _distortion():
     """The albumentations pipeline."""
     # Here and not above: albumentations takes seconds to import, which those who do without need not wait for, and
-    # looks for a newer version of itself over the network unless told not to.
+    # looks for a newer version of itself over the network unless this is set.
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
     import albumentations as A
 

@@ -179,11 +179,11 @@ def runnable(path):
 
     Benchmarks are run by tests/scripts/bench/, torchrun by tests/test_distributed.py, data.demo by tests/data/.
     """
-    told = [
+    printed = [
         shlex.split(re.sub(r"\[(--[^]]*)\]", r"\1", text).replace("...", ""))
         for text in commands(path.read_text(encoding="utf-8"))
     ]
-    return [words for words in told if words[0] == "python" and not words[1].startswith(("-m", "scripts/bench/"))]
+    return [words for words in printed if words[0] == "python" and not words[1].startswith(("-m", "scripts/bench/"))]
 
 
 RUN = [path for path in DOCUMENTS if runnable(path)]
@@ -217,14 +217,14 @@ def test_the_commands_of_a_document_run(document, place, learnt, command, monkey
 def test_make_demo(place, demo, command):
     """The Makefile's trainings, made small, and its comparison."""
     shutil.copytree(demo, place / "datasets" / "demo_quick")
-    told = subprocess.run(["make", "--dry-run", "demo"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    (losses,) = re.findall(r"printf '%s\\n' ([a-z_ ]+) .*xargs", told)
-    assert "train.py --config configs/demo/$0.yaml --resume" in told
+    printed = subprocess.run(["make", "--dry-run", "demo"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    (losses,) = re.findall(r"printf '%s\\n' ([a-z_ ]+) .*xargs", printed)
+    assert "train.py --config configs/demo/$0.yaml --resume" in printed
     for loss in losses.split():
         code, _, err = command(
             module(ROOT / "train.py").main, "--config", f"configs/demo/{loss}.yaml", "--resume", "--set", *CHEAP
         )
         assert code == 0, err
-    (runs,) = re.findall(r"scripts/compare.py (.+)", told)
+    (runs,) = re.findall(r"scripts/compare.py (.+)", printed)
     code, out, err = command(module(ROOT / "scripts" / "compare.py").main, *runs.split())
     assert code == 0 and all(f"demo_{loss}" in out for loss in losses.split()), err

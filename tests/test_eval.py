@@ -111,14 +111,14 @@ def test_options_can_be_changed(learnt, folder, command):
     assert len(read(folder / "detections.json")) == 2
 
 
-def test_slips_are_one_line_and_exit_code_2(learnt, rectangles, folder, command):
+def test_mistakes_are_one_line_and_exit_code_2(learnt, rectangles, folder, command):
     annotations, images = rectangles(folder, [[(0, [5, 5, 20, 20])]], classes=1)
     document = read(Path(annotations))
     document["categories"][0]["id"] = document["annotations"][0]["category_id"] = 4
     Path(annotations).write_text(json.dumps(document))
     (folder / "text.pt").write_text("hello")
     last = learnt / "last.pt"
-    slips = {
+    mistakes = {
         "category 4": ("--checkpoint", last, "--data", annotations, images),
         "missing.json": ("--checkpoint", last, "--data", "missing.json", images),
         "text.pt": ("--checkpoint", folder / "text.pt"),
@@ -131,13 +131,13 @@ def test_slips_are_one_line_and_exit_code_2(learnt, rectangles, folder, command)
         ),
         "/dev/null/x": ("--checkpoint", last, "--output", "/dev/null/x"),
     }
-    for expected, arguments in slips.items():
+    for expected, arguments in mistakes.items():
         code, _, err = command(evaluation.main, *arguments)
         assert code == 2 and one_line(err), (expected, err)
         assert expected in err
 
 
-def test_a_model_that_diverged_is_told_in_one_line_and_exit_code_1(learnt, folder, command):
+def test_a_model_that_diverged_is_reported_in_one_line_and_exit_code_1(learnt, folder, command):
     content = checkpoint.read(learnt / "best.pt")
     content["model"]["head.logits.weight"].fill_(torch.nan)
     torch.save(content, folder / "nan.pt")

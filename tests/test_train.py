@@ -104,9 +104,9 @@ def test_from_the_shell(tiny, folder):
     assert done.returncode == 0, done.stderr
     assert "AP50" in done.stdout and "Traceback" not in done.stderr
     assert (folder / "runs" / "tiny" / "last.pt").exists()
-    slip = start("--config", path, "--set", "slover.lr=1")
-    assert slip.returncode == 2 and slip.stdout == ""
-    assert slip.stderr == "error: --set slover.lr=1: slover: unknown option; did you mean 'solver'?\n"
+    failed = start("--config", path, "--set", "slover.lr=1")
+    assert failed.returncode == 2 and failed.stdout == ""
+    assert failed.stderr == "error: --set slover.lr=1: slover: unknown option; did you mean 'solver'?\n"
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_from_the_shell(tiny, folder):
     ],
     ids=str,
 )
-def test_a_slip_is_one_line_and_exit_code_2(tiny, folder, command, settings, expected):
+def test_a_mistake_is_one_line_and_exit_code_2(tiny, folder, command, settings, expected):
     if expected is None:
         settings, expected = ["data.val.annotations=", "data.val.images="], "data.val.annotations"
     code, _, err = command(train.main, "--config", tiny(folder), "--set", *settings)
@@ -208,7 +208,7 @@ def test_an_interrupted_and_resumed_run_equals_the_whole(tiny, trained, folder, 
             train.train(cfg, CPU)
     if interrupted_at == "last.pt":
         assert checkpoint.read(cfg.folder / "last.pt")["run"]["solver"]["step"] == 2
-    train.train(cfg, CPU, resume=True)  # without a last.pt it starts anew
+    train.train(cfg, CPU, resume=True)  # without a last.pt it starts again
 
     for name in ("last.pt", "best.pt"):
         one, other = read(whole, name), read(cfg.folder, name)
@@ -431,8 +431,8 @@ def test_images_without_boxes_are_trained_on(
     monkeypatch.setattr(checkpoint, "save", lambda *a, **k: None)  # of no interest here, and large
     found = train.train(cfg, CPU)
     assert found["step"] == 1
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     if with_boxes:
         assert found["AP"] >= 0
     else:
-        assert found["AP"] == -1 and "the validation set has no boxes" in told
+        assert found["AP"] == -1 and "the validation set has no boxes" in printed

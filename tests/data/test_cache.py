@@ -129,7 +129,7 @@ def test_both_splits_and_the_evaluation_of_a_checkpoint_use_it(tiny, tmp_path):
     assert other.cache is None
 
 
-# ----------------------------------------------------------------------------------------- found or built anew
+# ----------------------------------------------------------------------------------------- found or built again
 
 
 def test_a_later_start_finds_it_and_decodes_nothing(folder, monkeypatch):
@@ -207,7 +207,7 @@ def test_another_format_makes_another(folder, monkeypatch):
     assert not cached(folder).cache.found
 
 
-def test_files_of_one_name_in_two_folders_are_told_apart(folder):
+def test_files_of_one_name_in_two_folders_are_reported_apart(folder):
     """Equal in size and age, too, as an archive may leave them."""
     names = []
     for place, shade in (("images", 50), ("others", 200)):
@@ -261,7 +261,7 @@ def test_a_folder_without_permission_is_one_line(folder):
     one_line(excinfo, "data.cache", "Permission denied")
 
 
-def test_a_full_disk_is_told_before_anything_is_decoded(folder, monkeypatch):
+def test_a_full_disk_is_reported_before_anything_is_decoded(folder, monkeypatch):
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 50_000})())
     monkeypatch.setattr(cache, "read_image", lambda *_: pytest.fail("decoded"))
     with pytest.raises(UserError) as excinfo:
@@ -282,7 +282,7 @@ def test_a_disk_that_fills_up_meanwhile_is_one_line_and_leaves_nothing(folder, m
 
 
 @pytest.mark.parametrize("flaw", ["broken", "another size"])
-def test_an_unreadable_image_is_told_as_without(folder, flaw):
+def test_an_unreadable_image_is_reported_as_without(folder, flaw):
     if flaw == "broken":
         (folder / "images" / "4.png").write_bytes(b"broken")
     else:

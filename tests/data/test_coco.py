@@ -75,7 +75,7 @@ def test_labels_are_positions_of_sorted_category_ids(folder):
     assert data[1][1].labels.tolist() == [1, 0]
 
 
-def test_categories_of_one_name_are_told_apart(folder):
+def test_categories_of_one_name_are_reported_apart(folder):
     document = copy.deepcopy(GOOD)
     document["categories"][1]["name"] = "dog"
     write(folder, document)

@@ -217,7 +217,7 @@ def test_an_interrupted_run_is_not_taken_for_a_finished_one(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(
-    "slip",
+    "mistake",
     [
         dict(train_images=0),
         dict(val_images=-1),
@@ -227,9 +227,9 @@ def test_an_interrupted_run_is_not_taken_for_a_finished_one(tmp_path, monkeypatc
         dict(wrong_labels=0.6, shifted_boxes=0.6),
     ],
 )
-def test_slips_are_named(tmp_path, slip):
-    with pytest.raises(UserError, match=next(iter(slip))):
-        write_demo(tmp_path, **slip)
+def test_mistakes_are_named(tmp_path, mistake):
+    with pytest.raises(UserError, match=next(iter(mistake))):
+        write_demo(tmp_path, **mistake)
     assert not list(tmp_path.iterdir())
 
 

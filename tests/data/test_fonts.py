@@ -39,7 +39,7 @@ def test_a_plain_font_of_many_letters_comes_first(machine, font):
     assert fonts.stretches("细胞核板") == [("细胞", many), ("核", bold), ("板", fonts.DEJAVU)]
 
 
-def test_letters_that_no_font_has_are_told_once(machine, font, capsys):
+def test_letters_that_no_font_has_are_reported_once(machine, font, capsys):
     machine(one := font("a", "细"))
     for _ in range(2):
         assert fonts.stretches("细胞") == [("细", one), ("胞", fonts.DEJAVU)]

@@ -1,4 +1,4 @@
-"""The options: defaults, bases, --set, and one line for every slip."""
+"""The options: defaults, bases, --set, and one line for every mistake."""
 
 import pytest
 import yaml
@@ -11,7 +11,7 @@ from detector.errors import UserError
 
 
 @pytest.fixture
-def slip(tmp_path):
+def error_of(tmp_path):
     """The message that a config text (and settings) is refused with: one line."""
 
     def message(text: str, *settings: str) -> str:
@@ -56,8 +56,8 @@ def test_defaults_are_the_recipe_of_the_paper():
         ("data: {train: {zzz: x}}", "data.train.zzz: unknown option; it may be one of annotations, images"),
     ],
 )
-def test_an_unknown_key_is_refused_with_the_one_meant(slip, tmp_path, text, expected):
-    assert slip(text) == f"{tmp_path / 'x.yaml'}: {expected}"
+def test_an_unknown_key_is_refused_with_the_one_meant(error_of, tmp_path, text, expected):
+    assert error_of(text) == f"{tmp_path / 'x.yaml'}: {expected}"
 
 
 @pytest.mark.parametrize(
@@ -102,14 +102,14 @@ def test_an_unknown_key_is_refused_with_the_one_meant(slip, tmp_path, text, expe
         ("run: ''", "run", "''"),
     ],
 )
-def test_a_wrong_value_is_named_with_its_key(slip, tmp_path, text, key, found):
-    message = slip(text)
+def test_a_wrong_value_is_named_with_its_key(error_of, tmp_path, text, key, found):
+    message = error_of(text)
     assert message.startswith(f"{tmp_path / 'x.yaml'}: {key}")
     assert found in message
 
 
-def test_how_many_slips_there_are_is_said(slip):
-    assert slip("solver: {lr: 0, epochs: 0, ema: 2}").endswith("(and 2 more)")
+def test_the_number_of_mistakes_is_named(error_of):
+    assert error_of("solver: {lr: 0, epochs: 0, ema: 2}").endswith("(and 2 more)")
 
 
 # Whatever shape it has, one line and no traceback.
@@ -158,8 +158,8 @@ def test_how_many_slips_there_are_is_said(slip):
         "class_loss: {name: focal, gamma: " + "[" * 50 + "]" * 50 + "}",
     ],
 )
-def test_odd_shapes_are_refused_in_one_line(slip, text):
-    assert "x.yaml" in slip(text)
+def test_odd_shapes_are_refused_in_one_line(error_of, text):
+    assert "x.yaml" in error_of(text)
 
 
 @pytest.mark.parametrize(
@@ -167,8 +167,8 @@ def test_odd_shapes_are_refused_in_one_line(slip, text):
                 "a\nb=3", "a\nb", "\ud800=3", "run=\ud800", "a." * 5000 + "a=1", "solver.lr.x=1", "class_loss=focal",
                 "class_loss.name=", "base=other.yaml", "solver.lr=nan"]
 )  # fmt: skip
-def test_odd_settings_are_refused_in_one_line(slip, setting):
-    slip("", setting)
+def test_odd_settings_are_refused_in_one_line(error_of, setting):
+    error_of("", setting)
 
 
 def test_files_that_are_no_config(tmp_path):
@@ -182,10 +182,12 @@ def test_files_that_are_no_config(tmp_path):
         config_files.read(tmp_path)
 
 
-def test_a_key_given_twice_is_refused(slip, tmp_path):
+def test_a_key_given_twice_is_refused(error_of, tmp_path):
     x = tmp_path / "x.yaml"
-    assert slip("seed: 1\nsolver: {lr: 1}\nsolver: {ema: 0.9}") == f"{x}: line 3: not YAML ('solver' is given twice)"
-    assert slip("solver: {lr: 1, ema: 0.9, lr: 2}") == f"{x}: line 1: not YAML ('lr' is given twice)"
+    assert (
+        error_of("seed: 1\nsolver: {lr: 1}\nsolver: {ema: 0.9}") == f"{x}: line 3: not YAML ('solver' is given twice)"
+    )
+    assert error_of("solver: {lr: 1, ema: 0.9, lr: 2}") == f"{x}: line 1: not YAML ('lr' is given twice)"
 
 
 def test_aliases_and_merge_keys_may_be_used(tmp_path):
@@ -194,12 +196,12 @@ def test_aliases_and_merge_keys_may_be_used(tmp_path):
 
 
 @pytest.mark.parametrize("text", ['base: "a\\nb"', "base: 3", 'base: "\\0"', "base: ''", "base: [a]", "base: ."])
-def test_odd_bases_are_refused_in_one_line(slip, text):
-    slip(text)
+def test_odd_bases_are_refused_in_one_line(error_of, text):
+    error_of(text)
 
 
-def test_broken_yaml_names_the_line(slip, tmp_path):
-    assert slip("run: x\nsolver: {lr: 1\n").startswith(f"{tmp_path / 'x.yaml'}: line 3: not YAML")
+def test_broken_yaml_names_the_line(error_of, tmp_path):
+    assert error_of("run: x\nsolver: {lr: 1\n").startswith(f"{tmp_path / 'x.yaml'}: line 3: not YAML")
 
 
 def test_a_base_is_read_from_beside_the_file(tmp_path):
@@ -272,8 +274,8 @@ def test_nested_options_flatten_to_dotted_keys():
     assert config.flat({"a": {"b": {"c": 1, "d": None}}, "e": [1, 2]}) == {"a.b.c": 1, "a.b.d": None, "e": [1, 2]}
 
 
-def test_box_weights_must_be_positive(slip):
-    assert "box_coder.weights.0: Input should be greater than 0" in slip("box_coder: {weights: [0, 1, 1, 1]}")
+def test_box_weights_must_be_positive(error_of):
+    assert "box_coder.weights.0: Input should be greater than 0" in error_of("box_coder: {weights: [0, 1, 1, 1]}")
 
 
 TEXTS = [
@@ -336,8 +338,8 @@ def test_only_text_is_taken_so(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["run:", "run: null", "run: ~", "data: {cache: null}", "run: [1]", "run: {a: 1}"])
-def test_null_and_lists_are_no_text_in_a_file(slip, text):
-    assert "valid string" in slip(text)
+def test_null_and_lists_are_no_text_in_a_file(error_of, text):
+    assert "valid string" in error_of(text)
 
 
 def test_a_tilde_in_a_path_is_the_home_folder(tmp_path, monkeypatch):
@@ -375,5 +377,5 @@ def test_a_tilde_in_a_path_is_the_home_folder(tmp_path, monkeypatch):
         ("class_loss: {name: focal, gama: 1}", ["class_loss.alpha=0.5"], "{file}: class_loss.gama: "),
     ],
 )  # fmt: skip
-def test_an_error_names_the_settings_where_it_is_theirs(slip, tmp_path, text, settings, source):
-    assert slip(text, *settings).startswith(source.replace("{file}", str(tmp_path / "x.yaml")))
+def test_an_error_names_the_settings_where_it_is_theirs(error_of, tmp_path, text, settings, source):
+    assert error_of(text, *settings).startswith(source.replace("{file}", str(tmp_path / "x.yaml")))

@@ -97,7 +97,7 @@ def run(case, shares, of):
     criteria = [assemble.build_criterion(cfg) for _ in shares]
     solver = Solver(model, total_steps=STEPS, lr=0.2, lr_batch_size=None, warmup_steps=0, clip_norm=1.0, ema=0.9)
     replica = distributed.replicate(model, torch.device("cpu"))
-    told = []
+    printed = []
     for images, targets in batches():
         if len(shares) > 1:  # stands in for as many processes
             with torch.no_grad():
@@ -108,11 +108,11 @@ def run(case, shares, of):
         losses = [part(replica(images[i::of]), targets[i::of]) for i, part in zip(shares, parts)]
         terms = {name: distributed.all_sum(sum(one.terms[name].detach() for one in losses)) for name in losses[0].terms}
         solver.backward(sum(one.total for one in losses) * distributed.world_size())
-        told.append({**terms, "gradient_norm": solver.clip_gradients()})
+        printed.append({**terms, "gradient_norm": solver.clip_gradients()})
         solver.step()
     moved = {name: value - start[name] for name, value in model.state_dict().items()}
     averaged = {f"averaged {name}": value - start[name] for name, value in solver.evaluated_model.state_dict().items()}
-    return told, [criterion.state_dict() for criterion in criteria], moved | averaged
+    return printed, [criterion.state_dict() for criterion in criteria], moved | averaged
 
 
 def as_process(criterion, num_pos, of):
@@ -201,10 +201,10 @@ def test_two_processes_equal_one(case, two_processes):
     """With a local loss they equal one process that calls it, with a state of its own, on each share."""
     _, (first, second), alone = two_processes
     first, second = first[case], second[case]
-    told, states, moved = alone[case]["shares" if case in LOCAL else "batch"]
+    printed, states, moved = alone[case]["shares" if case in LOCAL else "batch"]
     assert sum(bool(value.any()) for value in moved.values()) > 0.9 * len(moved)
     measured = {
-        "loss": max(map(difference, first[0], told)),
+        "loss": max(map(difference, first[0], printed)),
         "state": max(map(difference, (*first[1], *second[1]), states if len(states) == 2 else states * 2)),
         "weights": difference(first[2], moved),
     }
@@ -216,8 +216,8 @@ def test_two_processes_equal_one(case, two_processes):
 @pytest.mark.parametrize("case", sorted(LOCAL))
 def test_local_losses_of_two_processes_are_not_those_of_one(case, two_processes):
     _, (first, _), alone = two_processes
-    (told, _, moved), first = alone[case]["batch"], first[case]
-    assert max(map(difference, first[0], told)) > 0.01 and difference(first[2], moved) > 0.01
+    (printed, _, moved), first = alone[case]["batch"], first[case]
+    assert max(map(difference, first[0], printed)) > 0.01 and difference(first[2], moved) > 0.01
 
 
 def test_what_differs_between_processes_is_named_on_each(two_processes):
@@ -250,7 +250,7 @@ def test_the_end_of_another_process_is_one_line(monkeypatch, command, message):
     assert command(main) == (1, "", "error: process 3 has lost another one, whose message says why\n")
 
 
-def test_equal_values_are_told_together(monkeypatch):
+def test_equal_values_are_reported_together(monkeypatch):
     monkeypatch.setattr(distributed, "gather", lambda value: [value, {"images": 5}, value, value])
     message = error_of(distributed.same_everywhere, {"images": 7})
     assert "'7' on rank 0 and 2 more, '5' on rank 1" in message

@@ -71,7 +71,7 @@ def batch(ids=(1, 2), seed=0, size=(64, 64)) -> Batch:
     return Batch(images, targets, list(ids), [size] * len(ids), [size] * len(ids))
 
 
-def test_a_step_moves_the_weights_and_is_told():
+def test_a_step_moves_the_weights_and_is_logged():
     model, criterion, solver = make(steps=3)
     before = copy.deepcopy(model.state_dict())
     logger = Recorder()
@@ -98,10 +98,10 @@ def test_gradients_are_observed_when_asked_for_and_change_nothing():
     after = []
     for observe in ((), (2,)):
         model, criterion, solver = make(steps=3)
-        told = Recorder(observe)
-        train(model, criterion, [batch(seed=i) for i in range(3)], solver, told, CPU)
+        printed = Recorder(observe)
+        train(model, criterion, [batch(seed=i) for i in range(3)], solver, printed, CPU)
         after.append([*model.state_dict().values(), *criterion.state_dict().values()])
-        assert all(observation is not None for observation in told.observed.values())
+        assert all(observation is not None for observation in printed.observed.values())
     assert all(torch.equal(a, b) for a, b in zip(*after))
 
 
@@ -212,7 +212,7 @@ def test_a_step_that_is_not_finite_may_be_skipped():
     assert solver.step_count == 2 and any(not torch.equal(before[k], v) for k, v in model.named_parameters())
 
 
-def test_it_ends_at_the_step_it_is_told_and_between_two_where_it_is_asked_to():
+def test_it_ends_at_the_step_it_is_given_and_between_two_where_it_is_asked_to():
     model, criterion, solver = make()
     train_until(model, criterion, [batch()] * 5, solver, Recorder(), CPU, step=2)
     assert solver.step_count == 2

@@ -123,7 +123,7 @@ def test_a_model_that_diverged_does_not_find_nothing(learnt, val_set, folder):
             call()
 
 
-def test_slips(tmp_path, learnt):
+def test_mistakes(tmp_path, learnt):
     with pytest.raises(UserError, match=r"none\.pt"):
         load(tmp_path / "none.pt")
     with pytest.raises(UserError, match="device"):

@@ -1,4 +1,4 @@
-"""What is told, where, and when nothing is."""
+"""What is logged, where, and when nothing is."""
 
 from types import SimpleNamespace
 
@@ -48,7 +48,7 @@ def test_what_is_undefined_is_left_out(tmp_path):
     assert scalars(tmp_path, "eval/AP") == {3: 0.25}
 
 
-def test_a_resumed_run_hides_what_was_told_past_its_start(tmp_path):
+def test_a_resumed_run_hides_what_was_logged_past_its_start(tmp_path):
     first = Logger(tmp_path, every=1)
     log(first, range(1, 6))
     first.close()
@@ -146,15 +146,15 @@ def test_gradients_are_shares_and_histograms_at_their_own_interval(tmp_path):
         for name in ("class", "box")
         for curve in ("count_log10", "density_log10_plus_6", "beta_log10_plus_3", "gradient")
     }
-    told = events.Histograms("gradient_class/gradient")[0].histogram_value
-    assert told.bucket[0] == 1 and told.bucket[-1] == 3 and told.bucket_limit[-1] == 1
+    printed = events.Histograms("gradient_class/gradient")[0].histogram_value
+    assert printed.bucket[0] == 1 and printed.bucket[-1] == 3 and printed.bucket_limit[-1] == 1
 
 
 def test_without_a_folder_no_gradients_are_wanted():
     assert not Logger(None, every=1, gradients_every=1).wants_gradients(1)
 
 
-def test_curves_that_cannot_be_written_are_told_and_left_out(tmp_path, capsys):
+def test_curves_that_cannot_be_written_are_reported_and_left_out(tmp_path, capsys):
     (tmp_path / "taken").write_text("a file where the folder should be")
     logger = Logger(tmp_path / "taken", every=1)
     log(logger, range(1, 3))

@@ -68,7 +68,7 @@ def test_what_lies_in_the_padding_does_not_matter(model):
     images, sizes = random_images(1, 3, 64, 96), [(50, 70)]
     clean = F.pad(images[:, :, :50, :70], (0, 26, 0, 14))
     assert torch.equal(model(images, sizes).logits, model(clean, sizes).logits)
-    assert not torch.equal(model(images).logits, model(clean).logits)  # and does, where the size is not told
+    assert not torch.equal(model(images).logits, model(clean).logits)  # and does, where the size is not given
 
 
 def test_images_are_left_alone(model):
@@ -147,7 +147,7 @@ def test_a_compiled_model_is_the_same_and_compiled_once_for_each_size(monkeypatc
     assert counter.frame_count == 1 + 3 * 2  # whether it works at all, and three parts at two sizes
 
 
-def test_a_compiler_that_does_not_work_is_told_in_one_line(monkeypatch):
+def test_a_compiler_that_does_not_work_is_reported_in_one_line(monkeypatch):
     def broken(function):
         raise RuntimeError("No working C++ compiler found\nand more")
 

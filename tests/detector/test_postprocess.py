@@ -161,7 +161,7 @@ def test_half_precision_predictions_are_treated_in_float32(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("output", ["logits", "deltas"])
-def test_outputs_that_are_not_finite_are_told_with_their_images(output, value, dtype, threshold):
+def test_outputs_that_are_not_finite_are_reported_with_their_images(output, value, dtype, threshold):
     predictions = random_predictions(images=3)
     predictions = predictions._replace(logits=predictions.logits.to(dtype), deltas=predictions.deltas.to(dtype))
     Postprocess(BoxCoder(), threshold)(predictions, [SIZE] * 3)

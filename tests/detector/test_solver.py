@@ -68,10 +68,10 @@ def test_lr_and_warm_up_scale_with_the_batch(optimizer, lr):
     solver = plain(9000, optimizer=optimizer, lr=0.4, lr_batch_size=16, batch_size=4, warmup_steps=500)
     assert solver.lr == pytest.approx(lr)
     assert solver.warmup_steps == 2000  # the same number of images
-    told = solver.describe()
+    printed = solver.describe()
     for number in (f"lr {lr:g}", "0.4 at batch 16", "batch 4", "warm-up 2000 steps", "from 500"):
-        assert number in told
-    assert "\n" not in told
+        assert number in printed
+    assert "\n" not in printed
 
 
 def test_lr_batch_size_null_takes_lr_as_it_is():
@@ -101,7 +101,7 @@ def test_the_lr_of_the_schedule_is_the_one_used():
     assert solver.done
 
 
-def test_clipping_bounds_the_update_and_the_norm_is_told_unclipped():
+def test_clipping_bounds_the_update_and_the_norm_is_reported_unclipped():
     for clip, moved in ((0.5, 0.5), (None, 50.0), (100.0, 50.0)):
         model = nn.Linear(2, 1, bias=False).double()
         solver = Solver(model, total_steps=1, lr=1.0, lr_batch_size=None, warmup_steps=0, momentum=0, weight_decay=0,

@@ -59,7 +59,7 @@ def test_values_may_be_multiples_of_the_variant_s_own(base):
         (("--variants", "focal", "--grid", "class_loss.gamma"), "write it as KEY=A,B,C"),
     ],
 )
-def test_slips(base, command, arguments, message):
+def test_mistakes(base, command, arguments, message):
     code, _, err = command(ablate.main, "--config", base, *arguments, "--dry-run")
     assert code == 2 and re.search(message, err) and err.count("\n") == 1
 
@@ -150,7 +150,7 @@ def test_a_run_that_diverges_is_a_row_with_its_reason(base, tmp_path, command, p
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_slip_that_training_finds_ends_it_in_one_line(base, tmp_path, command, processes):
+def test_a_mistake_that_training_finds_ends_it_in_one_line(base, tmp_path, command, processes):
     (tmp_path / "none.pt").write_text("hello")
     arguments = ["--config", base, "--variants", "focal", "--seeds", 1, "--output", tmp_path / "out"]
     arguments += ["--processes", processes, "--set", f"model.weights={tmp_path / 'none.pt'}"]

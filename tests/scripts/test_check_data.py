@@ -89,10 +89,10 @@ def planted(folder):
 
 
 def test_what_is_planted_is_found(planted, call, folder, in_browser):
-    code, out, err, told = call(*planted)
+    code, out, err, printed = call(*planted)
     assert code == 0, err
     assert "1 training images are also in val" in out
-    assert "train: 2.png" in told and "val: again.jpg" in told
+    assert "train: 2.png" in printed and "val: again.jpg" in printed
     assert "classes without a box in val, which cannot be scored: b" in out
     for kind, place in {
         "less than 4 pixels": r"1\.png: a \[5\.0, 60\.0, 7\.0, 63\.0\]",
@@ -100,8 +100,8 @@ def test_what_is_planted_is_found(planted, call, folder, in_browser):
         "more than ten times": r"1\.png: a \[2\.0, 80\.0, 92\.0, 86\.0\]",
         "the same class twice": r"0\.png: a \[10\.0, 10\.0, 50\.0, 51\.0\]",
     }.items():
-        assert re.search(rf"1 boxes, {kind}[^:]*: {place}", told), kind
-    assert re.search(r"a 9 6 1 1 ", told) and re.search(r"b 1 1 0 0 ", told)  # boxes and images of each class
+        assert re.search(rf"1 boxes, {kind}[^:]*: {place}", printed), kind
+    assert re.search(r"a 9 6 1 1 ", printed) and re.search(r"b 1 1 0 0 ", printed)  # boxes and images of each class
     for width in (400, 1280):
         seen = in_browser(folder / "new" / "page.html", width)
         assert seen["wide"] <= width and seen["broken"] == 0 and seen["remote"] == 0 and seen["overlaps"] == []
@@ -115,10 +115,10 @@ def test_nothing_is_made_up(folder, call):
     train = annotations(folder / "train.json", one)
     val = annotations(folder / "val.json", {"c.png": one["a.png"]})
     small = ("--set", "data.short_side=96", "data.long_side=96")
-    code, out, err, told = call("--train", train, "--val", val, *small)
+    code, out, err, printed = call("--train", train, "--val", val, *small)
     assert code == 0, err
     assert "0 training images are" in out and "boxes:" not in out and "anchors.sizes" not in out
-    assert "Boxes to look at" not in told and "In train and in val" not in told
+    assert "Boxes to look at" not in printed and "In train and in val" not in printed
     code, out, _, _ = call("--train", train, *small)  # without val
     assert code == 0 and "in val" not in out
 
@@ -141,9 +141,9 @@ def test_other_anchors_are_named_only_where_they_fit_more(folder, call):
 
 
 def test_the_config_s_own_files_and_options(tiny, folder, call):
-    code, out, err, told = call("--config", tiny(folder))
+    code, out, err, printed = call("--config", tiny(folder))
     assert code == 0, err
-    assert "8 images" in out and "4 images" in out and "no anchor with IoU 0.5" in told
+    assert "8 images" in out and "4 images" in out and "no anchor with IoU 0.5" in printed
 
 
 def test_images_are_looked_for_beside_each_file(folder, call):
@@ -172,14 +172,14 @@ def test_what_is_taken_all_the_same_is_counted(folder, call):
         Image.fromarray(dark).save(folder / "images" / name)
     boxes = {name: [("1", 10, 10, 40, 40)] for name in names}
     train = annotations(folder / "train.json", boxes)
-    code, out, err, told = call("--train", train, "--set", "data.short_side=96", "data.long_side=96")
+    code, out, err, printed = call("--train", train, "--set", "data.short_side=96", "data.long_side=96")
     assert code == 0, err
     for line in (
         "Accepted: 4 numbers in quotes (the first in annotations[0]).",
         "images with their last bytes missing, which are read as far as they go: 2 (such as ",
         "images with 16 bits of which only the lower 12 are used, which look dark; scale them to the full range: 2",
     ):
-        assert line in out and line in told
+        assert line in out and line in printed
 
 
 def test_nothing_to_learn_is_refused(folder, call):
@@ -193,7 +193,7 @@ def test_nothing_to_learn_is_refused(folder, call):
     assert code == 0, err
 
 
-def test_slips_are_one_line(planted, call, folder, tiny):
+def test_mistakes_are_one_line(planted, call, folder, tiny):
     (folder / "images" / "3.png").write_bytes(b"no image")
     (folder / "broken.json").write_text("{")
     shutil.copytree(folder / "images", folder / "fewer")

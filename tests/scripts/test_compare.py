@@ -285,7 +285,7 @@ def test_the_csv_has_the_verdict_of_its_row_in_each_line(tmp_path):
     assert float(lines[3]["low"]) < 20 < float(lines[3]["high"]) and float(lines[3]["p, corrected"]) < 0.05
 
 
-def test_runs_of_one_name_are_told_apart_by_folder(tmp_path, capsys):
+def test_runs_of_one_name_are_distinguished_by_folder(tmp_path, capsys):
     runs = [make_run(tmp_path, name, config={"run": "ghm_c"}) for name in ("seed0", "seed1")]
     main(runs)
     out = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""scripts/convert.py: known boxes, written in another format, come back; what is not used is told."""
+"""scripts/convert.py: known boxes, written in another format, come back; what is not used is reported."""
 
 import json
 import random
@@ -223,7 +223,7 @@ def test_commands_can_be_pasted(known, folder, command):
     assert str(folder / "a b/train.json") in words
 
 
-def test_what_is_not_used_is_told(known, folder, command):
+def test_what_is_not_used_is_reported(known, folder, command):
     as_yolo(folder / "src", known)
     labels = folder / "src" / "labels"
     (labels / "1.txt").write_text(
@@ -235,7 +235,7 @@ def test_what_is_not_used_is_told(known, folder, command):
     (folder / "src" / "images" / "4.jpg").write_bytes(b"no image")
     code, out, err = command(convert.main, "yolo", folder / "src", folder / "dst")
     assert code == 0, err
-    told = (folder / "dst" / "report.txt").read_text()
+    printed = (folder / "dst" / "report.txt").read_text()
     for kind, count in {
         "lines that are not class cx cy w h": 1,
         "boxes without area": 1,
@@ -246,7 +246,7 @@ def test_what_is_not_used_is_told(known, folder, command):
         "text without an image": 1,
         "images or labels that cannot be used": 1,
     }.items():
-        (line,) = (line for line in told.splitlines() if kind in line)
+        (line,) = (line for line in printed.splitlines() if kind in line)
         assert line.endswith(f": {count}") and line.split(":")[0] in out, line
     (own,) = (boxes for name, (_, boxes) in read(folder / "dst")[0].items() if name.endswith("/1.jpg"))
     assert [name for name, _ in own] == ["cat", "dog & <co>", "class 7", "dog & <co>"]
@@ -266,7 +266,7 @@ def test_voc_and_labelme_remarks(known, folder, command):
     one.write_text(one.read_text().replace("<width>64", "<width>inf"))  # as if it said none
     code, _, err = command(convert.main, "voc", folder / "voc", folder / "dst")
     assert code == 0, err
-    told = (folder / "dst" / "report.txt").read_text()
+    printed = (folder / "dst" / "report.txt").read_text()
     for words in (
         "difficult objects",
         "declares entities",
@@ -274,7 +274,7 @@ def test_voc_and_labelme_remarks(known, folder, command):
         "objects without a name",
         "5.jpg: the image is 80 x 80",
     ):
-        assert words in told, words
+        assert words in printed, words
     documents = [json.loads((folder / "dst" / f"{split}.json").read_text()) for split in ("train", "val")]
     assert sum(one["iscrowd"] for document in documents for one in document["annotations"]) == 1
 
@@ -287,8 +287,8 @@ def test_voc_and_labelme_remarks(known, folder, command):
     (folder / "labelme" / "1.json").write_text(json.dumps({"shapes": shapes}))
     (folder / "labelme" / "2.json").write_text("{}")
     assert command(convert.main, "labelme", folder / "labelme", folder / "dst2")[0] == 0
-    told = (folder / "dst2" / "report.txt").read_text()
-    assert "cat line" in told and "is not labelme's" in told
+    printed = (folder / "dst2" / "report.txt").read_text()
+    assert "cat line" in printed and "is not labelme's" in printed
     found = read(folder / "dst2")[0]["1.jpg"][1]
     assert found == [("cat", (15, 15, 10, 10)), ("cat", (1, 2, 10, 20))]
 
@@ -314,7 +314,7 @@ def test_a_turned_photo_is_taken_as_it_was_labelled(folder, command):
             assert one[0][0].shape[1:] == ((64, 96) if form == "voc" else (96, 64))
 
 
-def test_slips_are_one_line_and_nothing_is_left(known, folder, command, monkeypatch):
+def test_mistakes_are_one_line_and_nothing_is_left(known, folder, command, monkeypatch):
     as_yolo(folder / "src", known)
     (folder / "empty").mkdir()
     (folder / "full").mkdir()

@@ -197,7 +197,7 @@ def test_an_image_in_two_files_is_there_once_and_scored_on_where_one_says_so(run
     assert "listed more than once, and their boxes joined: 6" in out and "kept to score on: 1" in out
 
 
-def test_what_is_not_used_is_told(run, folder):
+def test_what_is_not_used_is_reported(run, folder):
     src = folder / "src"
     write(src / "a.json", {f"{n}.jpg": boxes(n) for n in range(4)} | {"gone.jpg": boxes(9), "twice.jpg": boxes(8)})
     paint(*(src / f"{n}.jpg" for n in range(5)), src / "x" / "twice.jpg", src / "y" / "twice.jpg")
@@ -216,7 +216,7 @@ def test_what_is_not_used_is_told(run, folder):
         assert line in out, (line, out)
 
 
-def test_classes_that_differ_in_case_alone_are_told(run, folder):
+def test_classes_that_differ_in_case_alone_are_reported(run, folder):
     write(folder / "a.json", {f"{n}.jpg": boxes(n) for n in range(3)})
     write(folder / "b.json", {f"{n}.jpg": [("Cat", 2, 2, 9, 9)] for n in (3, 4)}, classes=("Cat",))
     paint(*(folder / f"{n}.jpg" for n in range(5)))
@@ -224,7 +224,7 @@ def test_classes_that_differ_in_case_alone_are_told(run, folder):
     assert code == 0 and "'cat' and 'Cat'" in out, err
 
 
-def test_slips_are_one_line(run, folder):
+def test_mistakes_are_one_line(run, folder):
     write(folder / "a" / "a.json", {"0.jpg": boxes(0), "1.jpg": boxes(1)})
     (folder / "empty").mkdir()
     (folder / "bad.json").write_text('{"images": [], "annotations": [], "categories": []}')

@@ -164,7 +164,7 @@ def test_names_inside_that_say_another_image_are_refused_unless_they_are_copies_
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_cannot_be_told_apart_is_not_background(run, folder, kind):
+def test_what_cannot_be_distinguished_is_not_background(run, folder, kind):
     make(folder / "src", kind, numbered("images/{}.jpg", "labels/{}" + KINDS[kind]))
     picture(folder / "src" / "images" / "x.jpg")
     for n, annotator in enumerate("ab"):
@@ -259,7 +259,7 @@ def test_every_kind_of_picture_is_read_and_the_rest_is_named(run, folder):
     code, out, err, splits = run("yolo")
     assert code == 0, err
     right(splits, len(kinds))
-    told = (folder / "dst" / "report.txt").read_text()
+    printed = (folder / "dst" / "report.txt").read_text()
     for line in (
         ".heic pictures, which cannot be read here; save them as .jpg or .png: 1",
         ".cr2 pictures, which cannot be read here; save them as .jpg or .png: 1",
@@ -267,7 +267,7 @@ def test_every_kind_of_picture_is_read_and_the_rest_is_named(run, folder):
         "not used: .mp4 files: 1",
         "hidden files: 2",
     ):
-        assert line in told and line in out, line
+        assert line in printed and line in out, line
 
 
 def test_only_pictures_that_cannot_be_read(run, folder):
@@ -453,8 +453,8 @@ def test_darknets_lists(run, folder, names_file):
     for part, own in lines.items():
         text(folder / "src" / "data" / f"{part}.txt", "".join(f"data/obj/{n}.jpg\n" for n in own))
     text(folder / "src" / names_file, "cell\n")
-    told = f"classes = 1\ntrain  = data/train.txt\nvalid=data/valid.txt\nnames = {names_file}\nbackup = backup/\n"
-    text(folder / "src" / "data" / "obj.data", told)
+    printed = f"classes = 1\ntrain  = data/train.txt\nvalid=data/valid.txt\nnames = {names_file}\nbackup = backup/\n"
+    text(folder / "src" / "data" / "obj.data", printed)
     code, out, err, splits = run("yolo")
     assert code == 0, err
     assert names(splits["val"]) == {"5.jpg", "6.jpg"} and len(splits["train"]) == 5
@@ -575,7 +575,7 @@ def test_a_polygon_at_the_border_is_no_box_with_keypoints(run, folder):
 
 
 @pytest.mark.parametrize("line", ["0 .1 .2 .3 .4 .5 .6 .7", "1.5 .1 .2 .3 .4", "0 .1 .2 .3", "-1 .1 .2 .3 .4"])
-def test_lines_that_are_nothing_are_told(run, folder, line):
+def test_lines_that_are_nothing_are_reported(run, folder, line):
     make(folder / "src", "yolo", numbered("{}.jpg", "{}.txt"))
     with (folder / "src" / "0.txt").open("a") as file:
         file.write(line)

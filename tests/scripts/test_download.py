@@ -188,7 +188,7 @@ def test_a_longer_file_is_not_the_official_one(server, get):
     assert code == 2 and "not the official file" in one_line(err)
 
 
-def test_slips_are_one_line(server, get, folder, command, monkeypatch):
+def test_mistakes_are_one_line(server, get, folder, command, monkeypatch):
     (folder / "file").write_text("")
     (folder / "half" / "val2017").mkdir(parents=True)
     del server.files["/zips/val2017.zip"]

@@ -42,7 +42,7 @@ def as_results(entries):
     ]
 
 
-def test_known_errors_are_told(call, folder, in_browser):
+def test_known_errors_are_reported(call, folder, in_browser):
     wrong = [
         *TRUTH[:2],
         (50, 3, [9, 12, 30, 35]),  # a duplicate
@@ -50,12 +50,12 @@ def test_known_errors_are_told(call, folder, in_browser):
         (50, 7, [80, 5, 10, 10]),  # on nothing
     ]  # and the last box is missed
     (folder / "found.json").write_text(json.dumps(as_results(wrong)))
-    code, out, err, told = call("--detections", folder / "found.json")
+    code, out, err, printed = call("--detections", folder / "found.json")
     assert code == 0, err
-    assert "2 detections are right" in told and "page.html" in out
+    assert "2 detections are right" in printed and "page.html" in out
     for kind, count in (("classification", 1), ("localisation", 0), ("duplicate", 1), ("background", 1), ("missed", 1)):
-        assert re.search(rf"{kind} [-\d.]+ {count} ", told), (kind, told)
-    assert "0.png: " in told and "1 duplicate" in told and told.index("1.png: ") > 0
+        assert re.search(rf"{kind} [-\d.]+ {count} ", printed), (kind, printed)
+    assert "0.png: " in printed and "1 duplicate" in printed and printed.index("1.png: ") > 0
     for width in (400, 1280):
         seen = in_browser(folder / "new" / "page.html", width)
         assert seen["wide"] <= width and seen["broken"] == 0 and seen["remote"] == 0 and seen["overlaps"] == []
@@ -63,30 +63,30 @@ def test_known_errors_are_told(call, folder, in_browser):
 
 
 def test_the_model_is_run_as_eval_does(learnt, call):
-    code, out, err, told = call("--images", 0)
+    code, out, err, printed = call("--images", 0)
     assert code == 0, err
     found = json.loads((learnt / "metrics.json").read_text())
     assert f"AP {100 * found['AP']:.1f}, AP50 {100 * found['AP50']:.1f}" in out
-    assert "No errors" in told
+    assert "No errors" in printed
 
 
 def test_without_hotcoco_it_is_said(call, monkeypatch):
     monkeypatch.setattr(analysis, "hotcoco", None)
-    code, _, err, told = call()
+    code, _, err, printed = call()
     assert code == 0, err
-    assert "pip install hotcoco" in told
+    assert "pip install hotcoco" in printed
 
 
 def test_nothing_found_and_another_set(call, folder, rectangles):
     (folder / "none.json").write_text("[]")
-    code, _, err, told = call("--detections", folder / "none.json")
-    assert code == 0 and "2 missed" in told, err
+    code, _, err, printed = call("--detections", folder / "none.json")
+    assert code == 0 and "2 missed" in printed, err
     annotations, images = rectangles(folder, [[]], classes=3)
     code, _, err, _ = call("--data", annotations, images)
     assert code == 0, err
 
 
-def test_slips_are_one_line(learnt, call, folder):
+def test_mistakes_are_one_line(learnt, call, folder):
     for name, text in (("broken", "{"), ("dict", "{}"), ("id", '[{"image_id": 9}]'), ("text", "hello")):
         (folder / f"{name}.json").write_text(text)
     (folder / "nan.json").write_text(json.dumps(as_results(TRUTH)).replace("0.99", "NaN"))

@@ -169,7 +169,7 @@ def test_metadata_says_all_that_use_needs(learnt, folder, command):
     assert about["score_thresholds"] == content["score_thresholds"] and about["category_ids"] == [3, 7, 11]
 
 
-def test_slips_are_one_line(learnt, folder, command, monkeypatch):
+def test_mistakes_are_one_line(learnt, folder, command, monkeypatch):
     (folder / "text.pt").write_text("hello")
     for expected, arguments in {
         "none.pt": ("--checkpoint", folder / "none.pt", "--format", "onnx"),

@@ -66,6 +66,6 @@ def test_curves_are_the_slopes_of_the_losses():
 @pytest.mark.parametrize(
     "arguments, words", [(["--images", 0], "--images"), (["--data", "no.json", "nowhere"], "no.json")]
 )
-def test_slips_are_one_line(checkpoint, folder, command, arguments, words):
+def test_mistakes_are_one_line(checkpoint, folder, command, arguments, words):
     code, _, err = command(gradients.main, "--checkpoint", checkpoint, "--output", folder, *arguments)
     assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and words in err

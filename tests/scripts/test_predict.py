@@ -115,7 +115,7 @@ def test_a_broken_image_does_not_stop_the_others(learnt, call, folder):
     (folder / "in" / "z.mp4").write_bytes(b"no video")
     code, out, err, results = call(folder / "in")
     assert code == 2 and one_line(err) and "2 of 4 files" in err
-    assert len(re.findall(r"^skipped: .*(00\.png|z\.mp4)", err, re.M)) == 2  # each is told
+    assert len(re.findall(r"^skipped: .*(00\.png|z\.mp4)", err, re.M)) == 2  # each is reported
     assert {Path(one["file_name"]).name for one in results} == {"0.png", "1.png"} and "2 images" in out
 
 
@@ -137,7 +137,7 @@ def test_every_kind_of_picture_is_done_and_the_rest_is_named(learnt, call, folde
     assert "1 of 7 files" in err and "phone.HEIC: this image format cannot be read; save it as .jpg" in err
 
 
-def test_slips_are_one_line(learnt, call, folder):
+def test_mistakes_are_one_line(learnt, call, folder):
     (folder / "empty").mkdir()
     (folder / "text.txt").write_text("hello")
     (folder / "text.pt").write_text("hello")
@@ -154,7 +154,7 @@ def test_slips_are_one_line(learnt, call, folder):
         assert code == 2 and one_line(err) and expected in err, (expected, err)
 
 
-def test_a_model_that_diverged_is_told_in_one_line_and_exit_code_1(learnt, folder, command):
+def test_a_model_that_diverged_is_reported_in_one_line_and_exit_code_1(learnt, folder, command):
     content = checkpoint.read(learnt[0])
     content["model"]["head.deltas.bias"].fill_(torch.inf)
     torch.save(content, folder / "inf.pt")

@@ -34,7 +34,7 @@ def test_it_can_be_read_on_any_width(tmp_path, in_browser, width):
     assert seen["images"] == 3 and seen["broken"] == 0 and seen["remote"] == 0 and seen["overlaps"] == []
 
 
-def test_a_row_of_another_length_is_our_slip():
+def test_a_row_of_another_length_is_our_mistake():
     with pytest.raises(ValueError):
         page.table(("a", "b"), [(1,)])
 

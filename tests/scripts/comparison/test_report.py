@@ -60,7 +60,7 @@ def words(page):
 
 def test_what_is_known_is_on_it(files, folder):
     compare.main([*files, "--html", str(folder / "report.html")])
-    told = words(folder / "report.html")
+    printed = words(folder / "report.html")
     for expected in (
         "9 runs of 3 losses",
         "2 cores of a machine",
@@ -75,7 +75,7 @@ def test_what_is_known_is_on_it(files, folder):
         "x1, an end",
         "its run folder is missing",
     ):
-        assert expected in told, expected
+        assert expected in printed, expected
     assert (folder / "report.html").read_text().count("<img") == 1 + 3 + 1 + 2  # differences, curves, IoU, gradients
 
 
@@ -107,17 +107,17 @@ def test_a_run_that_failed_and_one_of_little_is_known(folder):
     for name, content in (("a", failed), ("b", bare)):
         (folder / f"{name}.json").write_text(json.dumps(content))
     compare.main([str(folder / "a.json"), str(folder / "b.json"), "--html", str(folder / "report.html")])
-    told = words(folder / "report.html")
-    assert "the loss is nan" in told and "focal" in told
+    printed = words(folder / "report.html")
+    assert "the loss is nan" in printed and "focal" in printed
 
 
 def test_single_runs_get_no_verdict_there_either(folder):
     for name, ap in (("ce", 0.2), ("focal", 0.4)):
         result.write(folder / f"{name}.json", fabricated(name, 0, ap) | {"jobs": 2})
     compare.main([str(folder / "ce.json"), str(folder / "focal.json"), "--html", str(folder / "report.html")])
-    told = words(folder / "report.html")
-    assert "no verdict: ce has one seed" in told and "--seeds 3" in told and "studies" not in told
-    assert "not shown: runs shared the machine" in told and "seconds a step" not in told
+    printed = words(folder / "report.html")
+    assert "no verdict: ce has one seed" in printed and "--seeds 3" in printed and "studies" not in printed
+    assert "not shown: runs shared the machine" in printed and "seconds a step" not in printed
 
 
 def test_where_it_cannot_be_written_is_said(files, command):
