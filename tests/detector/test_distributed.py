@@ -9,7 +9,7 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
-from detector import assemble, distributed, engine, losses
+from detector import assemble, distributed, losses
 from detector.anchors import Anchors
 from detector.backbone import Backbone
 from detector.config import Config
@@ -167,7 +167,7 @@ def ended_together(rank):
     def seen(error):
         shapes = []
         try:
-            for batch in engine._padded_alike(batches(error), torch.device("cpu")):
+            for batch in distributed.padded_alike(batches(error), torch.device("cpu")):
                 shapes.append(batch.images.shape)
         except Stopped as stopped:
             shapes.append(stopped.number)
