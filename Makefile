@@ -33,7 +33,7 @@ test: export OMP_NUM_THREADS := 1
 test: .venv/developer
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadscope --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadscope
 
 clean:
 	rm -rf .venv runs/demo_* runs/demo.html datasets/demo datasets/demo_quick

@@ -33,14 +33,7 @@ from detector import config_files
 from detector.configure import configure
 from detector.errors import SIGNALS, run_main
 
-# The files that take longest. They run first, so that no process works on one while the others have nothing left.
-SLOWEST = ("test_ablate.py", "test_distributed.py", "test_benchmarks.py", "test_workers.py", "test_commands.py")
-
 COLOURS = ((255, 60, 60), (60, 255, 60), (90, 90, 255))
-
-
-def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.name not in SLOWEST)
 
 
 @pytest.fixture(scope="session")
