@@ -1,5 +1,6 @@
 """Loading processes: a DataLoader whose processes fail with one line, and end with their parent."""
 
+import atexit
 import contextlib
 import errno
 import multiprocessing.queues
@@ -9,7 +10,9 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Sequence
+from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any
 
@@ -59,7 +62,6 @@ class BatchLoader(DataLoader):
         """Start the worker processes, or let those of the last epoch go on."""
         if self._iterator is not None:
             return super().__iter__()
-        multiprocessing.util.Finalize(None, _end_workers, exitpriority=0)
         with contextlib.suppress(ImportError):  # each tensor that is sent is an open file: the usual limit is 1024
             import resource  # not on Windows
 
@@ -68,8 +70,17 @@ class BatchLoader(DataLoader):
         # The workers inherit what is blocked here, so that no signal can end one before it ignores them.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS) if hasattr(signal, "pthread_sigmask") else None
         try:
-            return super().__iter__()
+            batches: Any = super().__iter__()
+            # torch would wait ten seconds for each worker that is busy, or that does not hear of the end: the garbage
+            # collector closes its queue first where a failure's traceback holds the loader.
+            weakref.finalize(self, _kill, getattr(batches, "_workers", ()), os.getpid())
+            return batches
         finally:
+            # At exit, torch and Python would wait as long for busy workers, and send them SIGTERM, which ours ignore.
+            # Registered last, ours comes before torch's; Finalize is for a parent that multiprocessing started.
+            atexit.unregister(_end_workers)
+            atexit.register(_end_workers)
+            multiprocessing.util.Finalize(None, _end_workers, exitpriority=0)
             if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
                 # torch's handler would raise anywhere in the main thread: within an optimizer step, or at exit.
                 signal.signal(signal.SIGCHLD, _child_ended)
@@ -124,10 +135,19 @@ def _cause(error: Exception) -> str | None:
 
 
 def _end_workers() -> None:
-    """At exit: Python would send its children SIGTERM, which ours ignore, and wait for them."""
-    for child in multiprocessing.active_children():
-        if child.daemon:
-            child.kill()
+    _kill([child for child in multiprocessing.active_children() if child.daemon], os.getpid())
+
+
+def _kill(workers: Sequence[BaseProcess], parent: int) -> None:
+    global _waiting
+    if os.getpid() != parent:  # a copy of the loader, in another worker
+        return
+    waiting, _waiting = _waiting, False  # the end of these must not look like the death of a worker
+    for worker in workers:
+        worker.kill()
+    for worker in workers:
+        worker.join(timeout=1)  # a disk that does not answer can hold it longer
+    _waiting = waiting
 
 
 def start_worker(worker: int) -> None:

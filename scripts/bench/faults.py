@@ -177,7 +177,7 @@ def complaints_about(life: Life, how: str, hit: str, done: bool, before: int, af
         fine = {-signal.SIGKILL, 1, 128 + signal.SIGTERM, -signal.SIGTERM} if early else {-signal.SIGKILL, 1}
     else:
         fine = {128 + signal.SIGTERM, *({1, -signal.SIGTERM} if early else ())}
-        fine |= {0} if "tensorboard --logdir" in log else set()  # process 0 had finished
+    fine |= {0} if "tensorboard --logdir" in log else set()  # process 0 had finished
     if not done and not codes <= fine:
         complaints.append(f"exit: none of {sorted(fine)}")
     if how.startswith("TERM") and 128 + signal.SIGTERM in codes:
