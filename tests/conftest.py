@@ -10,10 +10,13 @@ if not os.path.exists("/dev/nvidiactl"):
 os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
 
 import json
+import multiprocessing
 import resource
 import shutil
 import signal
+import subprocess
 import sys
+import tempfile
 import threading
 from contextlib import contextmanager
 
@@ -218,6 +221,99 @@ def command(monkeypatch, capsys):
         return code, *capsys.readouterr()
 
     return call
+
+
+# In a process that has imported PyTorch: become the command that Python's command line would start.
+WARM = """
+import atexit, os, runpy, sys
+os.chdir(folder)
+os.environ.clear()
+os.environ.update(environment)
+if new_session:
+    os.setsid()
+for number, file in ((1, out), (2, err)):
+    os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), number)
+sys.stdin = open(os.devnull)
+sys.stdout, sys.stderr = (open(number, "w", 1, "utf-8", closefd=False) for number in (1, 2))
+is_module = words[0] == "-m"
+sys.argv = words[is_module:]
+try:
+    if is_module:
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.path.insert(0, os.path.dirname(os.path.abspath(words[0])))
+        runpy.run_path(words[0], run_name="__main__")
+finally:
+    sys.stdout.flush(), sys.stderr.flush()
+    atexit._run_exitfuncs()
+"""
+
+
+class WarmStart:
+    """What subprocess.Popen does for `python SCRIPT ...` and `python -m MODULE ...`, without four seconds of imports.
+
+    The command runs in a process of its own: forked from one that has imported PyTorch and done nothing else.
+    """
+
+    context = multiprocessing.get_context("forkserver")
+
+    def __init__(self, args, *, cwd=".", env=None, stdout=None, stderr=None, text=True, start_new_session=False):
+        assert args[0] == sys.executable and text
+        self.args, self.returncode, self._files = args, None, []
+        for stream in (stdout, stderr):
+            own = stream in (None, subprocess.PIPE)
+            self._files.append(tempfile.NamedTemporaryFile() if own else open(stream.name))  # noqa: SIM115
+        out, err = (file.name for file in self._files)
+        values = {"words": [str(word) for word in args[1:]], "folder": str(cwd), "out": out, "err": err}
+        values |= {"environment": dict(os.environ if env is None else env), "new_session": start_new_session}
+        self._process = self.context.Process(target=exec, args=(WARM, values))
+        self._process.start()
+        self.pid = self._process.pid
+
+    def poll(self):
+        return self._ended(0)
+
+    def wait(self, timeout=None):
+        if self._ended(timeout) is None:
+            raise subprocess.TimeoutExpired(self.args, timeout)
+        return self.returncode
+
+    def communicate(self, _input=None, timeout=None):
+        self.wait(timeout)
+        return tuple(Path(file.name).read_text(encoding="utf-8") for file in self._files)
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+    def _ended(self, timeout):
+        self._process.join(timeout)
+        self.returncode = self._process.exitcode
+        return self.returncode
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.wait()
+        for file in self._files:
+            file.close()
+
+
+@pytest.fixture(scope="session")
+def warm_start():
+    """The class to use in place of subprocess.Popen."""
+    WarmStart.context.set_forkserver_preload(["train"])
+    return WarmStart
+
+
+@pytest.fixture
+def warm_starts(warm_start, monkeypatch):
+    """Python commands that the test starts need not import PyTorch again. Their own children do."""
+    monkeypatch.setattr(subprocess, "Popen", warm_start)
 
 
 @pytest.fixture

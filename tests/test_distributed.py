@@ -1,9 +1,10 @@
-"""Several processes, started as users start them, give what one gives."""
+"""Several processes give what one gives. The tests that interrupt them start torchrun, as users do."""
 
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,12 +19,22 @@ from detector import checkpoint
 ROOT = Path(__file__).parents[1]
 
 
-def run(*command: object, processes: int = 1) -> None:
-    environment = {**os.environ, "NO_ALBUMENTATIONS_UPDATE": "1", "OMP_NUM_THREADS": "1"}
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    words = [sys.executable, *launcher, *map(str, command)]
-    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+@pytest.fixture(scope="module")
+def run(warm_start):
+    def with_torchruns_variables(*command: object, processes: int = 1) -> None:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+        ranks = []
+        for rank in range(processes):
+            group = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), **place}
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", **(group if processes > 1 else {})}
+            ranks.append(warm_start([sys.executable, *command], cwd=ROOT, env=environment))
+        for process in ranks:
+            _, err = process.communicate(timeout=300)
+            assert process.returncode == 0, err[-3000:]
+
+    return with_torchruns_variables
 
 
 def read(path: Path):
@@ -31,7 +42,7 @@ def read(path: Path):
 
 
 @pytest.fixture(scope="module")
-def runs(rectangles, tmp_path_factory):
+def runs(rectangles, tmp_path_factory, run):
     """A folder with the config, and the runs `one`, of one process, and `two`."""
     # Images of unlike size, so that shares must be padded alike; GroupNorm, since BatchNorm sees a process's share.
     folder = tmp_path_factory.mktemp("runs")
@@ -80,7 +91,7 @@ def test_two_processes_train_as_one(runs):
     assert metrics[0]["images"] == metrics[1]["images"] == 5
 
 
-def test_one_two_and_three_processes_score_the_same(runs, rectangles):
+def test_one_two_and_three_processes_score_the_same(runs, rectangles, run):
     """Seven images, so that shares differ; in batches of a size of their own, so that those do not."""
     boxes = [[(i % 2, [3 * i, 10, 20 + 3 * i, 30])] for i in range(7)]
     data = rectangles(runs / "other", boxes, classes=2)

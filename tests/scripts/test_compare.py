@@ -325,6 +325,7 @@ def test_out_that_cannot_be_written(two, tmp_path):
         main([*two, "--markdown", str(tmp_path / "none" / "table.md")])
 
 
+@pytest.mark.usefixtures("warm_starts")
 def test_as_a_program_from_any_folder(two, tmp_path):
     def start(*arguments):
         command = [sys.executable, SCRIPT, *arguments]

@@ -31,6 +31,7 @@ def rows(text: str) -> dict[str, list[str]]:
     return {first.strip(): [cell.strip() for cell in rest] for first, *rest in lines}
 
 
+@pytest.mark.usefixtures("warm_starts")
 @pytest.mark.parametrize("script", TINY)
 def test_it_runs_and_prints_its_table(script):
     arguments, expected = TINY[script]
@@ -41,11 +42,13 @@ def test_it_runs_and_prints_its_table(script):
         assert float(found[name][0].replace(",", "")) >= 0, name
 
 
+@pytest.mark.usefixtures("warm_starts")
 def test_the_assigner_of_both_is_the_same():
     found = rows(run("scripts/bench/assigner.py", "--sides", "128", "256", "--boxes", "30", "--repeats", "1"))
     assert [row[-1] for name, row in found.items() if "px" in name] == ["0", "0"]
 
 
+@pytest.mark.usefixtures("warm_starts")
 def test_growth_draws_its_plot(tmp_path):
     small = ["--batches", "1", "--sides", "64", "96", "--images", "10", "--repeats", "1"]
     found = rows(run("scripts/bench/growth.py", *small, "--plot", tmp_path / "growth.png"))
@@ -53,12 +56,14 @@ def test_growth_draws_its_plot(tmp_path):
     assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.usefixtures("warm_starts")
 def test_start_is_timed_and_leaves_nothing(tiny, folder):
     found = rows(run("scripts/bench/start.py", "--config", tiny(folder), "--repeats", "1"))
     assert 0.5 < float(found["tiny"][0]) < 600
     assert not (folder / "runs").exists()
 
 
+@pytest.mark.usefixtures("warm_starts")
 def test_start_says_what_is_wrong(folder):
     command = [sys.executable, "scripts/bench/start.py", "--config", str(folder / "none.yaml"), "--repeats", "1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -2,9 +2,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[3]
 
 
+@pytest.mark.usefixtures("warm_starts")
 def test_the_benchmark_runs_and_prints_its_tables():
     command = [sys.executable, "scripts/bench/loader.py", "--images", "4", "--repeats", "1"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
