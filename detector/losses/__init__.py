@@ -12,6 +12,7 @@ minimises its sum over the processes. docs/new_loss.md adds a loss.
 """
 
 from detector.losses.asl1 import ASL1
+from detector.losses.balanced_l1 import BalancedL1
 from detector.losses.cross_entropy import CrossEntropy
 from detector.losses.focal import Focal
 from detector.losses.ghm import GHMC, GHMR
@@ -36,6 +37,7 @@ BOX_LOSSES = {
     "smooth_l1": SmoothL1,
     "l1": L1,
     "asl1": ASL1,
+    "balanced_l1": BalancedL1,
     "ghm_r": GHMR,
     "ghm_r_released": GHMR.released,
     "giou": GIoU,

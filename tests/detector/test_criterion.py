@@ -18,6 +18,7 @@ from detector.losses import (
     GHMC,
     GHMR,
     L1,
+    BalancedL1,
     CIoU,
     CrossEntropy,
     DIoU,
@@ -292,7 +293,7 @@ def test_scope_level_calls_a_loss_once_for_each_level_and_adds_up():
 # ----------------------------------------------------------------------------- where nothing may wait for the device
 
 CLASS_LOSSES = [CrossEntropy, Focal, GHMC, partial(GHMC, scope="level"), QualityFocal, Varifocal]
-BOX_LOSSES = [SmoothL1, L1, ASL1, GHMR, partial(GHMR, scope="level"), GIoU, DIoU, CIoU]
+BOX_LOSSES = [SmoothL1, L1, ASL1, BalancedL1, GHMR, partial(GHMR, scope="level"), GIoU, DIoU, CIoU]
 PAIRS = [*((one, L1) for one in CLASS_LOSSES), *((Focal, one) for one in BOX_LOSSES)]
 
 
