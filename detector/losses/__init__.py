@@ -20,6 +20,7 @@ from detector.losses.iou import CIoU, DIoU, GIoU
 from detector.losses.l1 import L1
 from detector.losses.ohem import OHEM
 from detector.losses.qfl import QualityFocal
+from detector.losses.rank_sort import RankSort
 from detector.losses.smooth_l1 import SmoothL1
 from detector.losses.varifocal import Varifocal
 
@@ -32,6 +33,7 @@ CLASS_LOSSES = {
     "ghm_c_released": GHMC.released,
     "qfl": QualityFocal,
     "varifocal": Varifocal,
+    "rank_sort": RankSort,
 }
 BOX_LOSSES = {
     "smooth_l1": SmoothL1,
