@@ -165,7 +165,7 @@ def test_four_files_from_the_command_line_to_the_formula_of_any_loss(name):
     assert len(walk) == 4 and walk[-1] in LOSSES
 
 
-@pytest.mark.parametrize("name", losses.CLASS_LOSSES)
+@pytest.mark.parametrize("name", sorted(losses.CLASS_LOSSES.keys() - {"rank_sort"}))  # a ranking is no sum over cells
 def test_a_fifth_file_sums_every_class_loss_over_the_cells(name):
     loss = home(losses.CLASS_LOSSES[name])
     assert "cell_sum" in calls(SOURCES[loss]) and "detector.losses.fused" in graph(SOURCES)[loss]

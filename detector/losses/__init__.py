@@ -12,6 +12,7 @@ minimises its sum over the processes. docs/new_loss.md adds a loss.
 """
 
 from detector.losses.asl1 import ASL1
+from detector.losses.balanced_l1 import BalancedL1
 from detector.losses.cross_entropy import CrossEntropy
 from detector.losses.focal import Focal
 from detector.losses.ghm import GHMC, GHMR
@@ -19,6 +20,7 @@ from detector.losses.iou import CIoU, DIoU, GIoU
 from detector.losses.l1 import L1
 from detector.losses.ohem import OHEM
 from detector.losses.qfl import QualityFocal
+from detector.losses.rank_sort import RankSort
 from detector.losses.smooth_l1 import SmoothL1
 from detector.losses.varifocal import Varifocal
 
@@ -31,11 +33,13 @@ CLASS_LOSSES = {
     "ghm_c_released": GHMC.released,
     "qfl": QualityFocal,
     "varifocal": Varifocal,
+    "rank_sort": RankSort,
 }
 BOX_LOSSES = {
     "smooth_l1": SmoothL1,
     "l1": L1,
     "asl1": ASL1,
+    "balanced_l1": BalancedL1,
     "ghm_r": GHMR,
     "ghm_r_released": GHMR.released,
     "giou": GIoU,

@@ -21,7 +21,7 @@ from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss
 
 from detector.device import keep_freed_memory, pick_device
-from detector.losses import ASL1, GHMC, GHMR, OHEM, CrossEntropy, Focal, QualityFocal, Varifocal
+from detector.losses import ASL1, GHMC, GHMR, OHEM, CrossEntropy, Focal, QualityFocal, RankSort, Varifocal
 from scripts.bench import measure
 from scripts.bench import step as training
 
@@ -90,7 +90,7 @@ def class_losses(logits: Tensor, labels: Tensor, valid: Tensor, slow: bool) -> d
     x = logits.requires_grad_()
     sums = [0.0] * 30
     ours = {"CE": CrossEntropy(), "Focal": Focal(), "GHM-C": GHMC(), "GHM-C near-exact": GHMC(density="near_exact")}
-    ours |= {"QFL": QualityFocal(), "varifocal": Varifocal(), "OHEM": OHEM()}
+    ours |= {"QFL": QualityFocal(), "varifocal": Varifocal(), "OHEM": OHEM(), "rank & sort": RankSort()}
     if slow:
         ours |= {"GHM-C exact": GHMC(density="exact")}
     ours = {name: loss.to(logits.device) for name, loss in ours.items()}
