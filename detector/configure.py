@@ -17,6 +17,7 @@ from detector.errors import UserError, one_line
 from detector.option_errors import describe
 
 STRIDES = (8, 16, 32, 64, 128)  # of P3..P7
+PRIOR = 0.01  # RetinaNet's, for a class loss that has no `prior` of its own
 ANCHORS = {"grid": Anchors, "torchvision": TorchvisionAnchors}
 ASSIGNERS = {"iou": IoUAssigner, "atss": ATSSAssigner}
 PARTS: dict[str, Mapping[str, Any]] = {
@@ -70,6 +71,9 @@ def complete(cfg: Config, source: str) -> Config:
             options = _typed_options(_pick(menu, f"{section}.name", part.name), section, part.options, fixed)
             parts[section] = type(part)(**fixed, **options)
         completed = cfg.model_copy(update=parts)
+        if completed.model.head.prior is None:
+            completed = completed.model_copy(deep=True)
+            completed.model.head.prior = getattr(losses.CLASS_LOSSES[cfg.class_loss.name], "prior", PRIOR)
         for section in PARTS:
             build_part(completed, section)
         if tuple(parts["anchors"].options["strides"]) != STRIDES:

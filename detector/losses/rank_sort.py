@@ -39,12 +39,13 @@ class RankSort(nn.Module):
         quality = iou(boxes, gt_boxes[gt_index])  # (N,), of the decoded boxes, read where positive
         loss = class_loss(logits, labels, ~ignored, positive.sum().clamp(min=1), quality)
 
-    Only differences of logits count, so a score says nothing by itself: start the class bias at 0, or a score threshold
-    drops most objects. Without positives the loss is 0. On a GPU it waits for the device, to know how many positives
-    there are. Raises nothing of its own.
+    Only differences of logits count, so a score says nothing by itself: start the class bias at 0 (`prior`), or a score
+    threshold drops most objects. Without positives the loss is 0. On a GPU it waits for the device, to know how many
+    positives there are. Raises nothing of its own.
     """
 
     takes_quality = True
+    prior = 0.5  # of model.head, unless the config sets one
 
     def __init__(self) -> None:  # so that its signature says that there is nothing to set
         super().__init__()

@@ -5,6 +5,7 @@ from itertools import product
 import pytest
 import torch
 
+from detector.configure import resolve
 from detector.losses import RankSort, dispatch, rank_sort
 
 CLASSES = 5
@@ -180,3 +181,12 @@ def test_nan_is_not_hidden(case, what):
     row = int((valid & (labels < CLASSES)).nonzero()[0])
     logits[row, labels[row] if what == "positive" else (labels[row] + 1) % CLASSES] = torch.nan
     assert RankSort()(logits, labels, valid, num_pos, quality).isnan()
+
+
+@pytest.mark.parametrize(("settings", "prior"), [([], 0.5), (["model.head.prior=0.2"], 0.2)])
+def test_scores_start_at_one_half_unless_the_config_says_otherwise(settings, prior):
+    """From RetinaNet's 0.01 most objects stay below the score threshold."""
+    values = {"data": {split: {"annotations": "a.json", "images": "a"} for split in ("train", "val")}}
+    ranking = resolve(values | {"class_loss": {"name": "rank_sort"}}, "test", settings)
+    assert ranking.model.head.prior == prior
+    assert resolve(values | {"class_loss": {"name": "focal"}}, "test", []).model.head.prior == 0.01
