@@ -1,32 +1,21 @@
-"""ResNet / ResNeXt stages C3..C5 from torchvision."""
+"""Stages C3..C5 of torchvision's ResNets, ResNeXts and MobileNets."""
 
+from collections.abc import Callable
 from itertools import pairwise
-from typing import Any, cast
+from typing import cast
 
 import torchvision
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
+# torchvision's names, and after how many layers C2, C3, C4 and C5 come: of a ResNet's children, a MobileNet's features.
+# The 1x1 convolution behind a MobileNet's C5 is left out: it widens C5 for the classifier, the pyramid would narrow it.
 BACKBONES = {
-    "resnet18": (torchvision.models.resnet18, torchvision.models.ResNet18_Weights.IMAGENET1K_V1),
-    "resnet34": (torchvision.models.resnet34, torchvision.models.ResNet34_Weights.IMAGENET1K_V1),
-    "resnet50": (torchvision.models.resnet50, torchvision.models.ResNet50_Weights.IMAGENET1K_V1),
-    "resnet101": (torchvision.models.resnet101, torchvision.models.ResNet101_Weights.IMAGENET1K_V1),
-    "resnet152": (torchvision.models.resnet152, torchvision.models.ResNet152_Weights.IMAGENET1K_V1),
-    "resnext50_32x4d": (
-        torchvision.models.resnext50_32x4d,
-        torchvision.models.ResNeXt50_32X4D_Weights.IMAGENET1K_V1,
-    ),
-    "resnext101_32x8d": (
-        torchvision.models.resnext101_32x8d,
-        torchvision.models.ResNeXt101_32X8D_Weights.IMAGENET1K_V1,
-    ),
+    **dict.fromkeys(["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"], (5, 6, 7, 8)),
+    **dict.fromkeys(["resnext50_32x4d", "resnext101_32x8d"], (5, 6, 7, 8)),
+    "mobilenet_v2": (4, 7, 14, 18),
+    "mobilenet_v3_large": (4, 7, 13, 16),
 }
-
-
-def group_norm(channels: int) -> nn.GroupNorm:
-    """32 groups, as in Wu and He, Group Normalization, 2018."""
-    return nn.GroupNorm(32, channels)
 
 
 class FrozenBatchNorm(FrozenBatchNorm2d):
@@ -62,20 +51,23 @@ class FoldedConv(nn.Conv2d):
         return self._conv_forward(x, self.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale)
 
 
-def fold(module: nn.Module) -> None:
-    """Replace each convolution before a FrozenBatchNorm by the FoldedConv of both."""
-    for parent in list(module.modules()):
-        for (name, conv), (_, norm) in list(pairwise(parent.named_children())):
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, FrozenBatchNorm):
-                setattr(parent, name, FoldedConv(conv, norm))
-
-
-NORMS: dict[str, Any] = {
-    "frozen_bn": FrozenBatchNorm,
-    "bn": nn.BatchNorm2d,
-    "sync_bn": nn.SyncBatchNorm,
-    "gn": group_norm,
+NORMS: dict[str, Callable[[nn.BatchNorm2d], nn.Module]] = {  # each in place of torchvision's BatchNorm
+    "frozen_bn": lambda bn: FrozenBatchNorm(bn.num_features, bn.eps),
+    "bn": lambda bn: bn,
+    "sync_bn": nn.SyncBatchNorm.convert_sync_batchnorm,
+    "gn": lambda bn: nn.GroupNorm(32, bn.num_features),  # 32 groups, as in Wu and He, Group Normalization, 2018
 }
+
+
+def set_norm(network: nn.Module, norm: str) -> None:
+    """Replace each BatchNorm by the key `norm` of `NORMS`; a frozen one is folded into the convolution before it."""
+    for parent in list(network.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.BatchNorm2d):
+                setattr(parent, name, NORMS[norm](child))
+        for (name, conv), (_, behind) in list(pairwise(parent.named_children())):
+            if isinstance(conv, nn.Conv2d) and isinstance(behind, FrozenBatchNorm):
+                setattr(parent, name, FoldedConv(conv, behind))
 
 
 class Backbone(nn.Module):
@@ -90,24 +82,29 @@ class Backbone(nn.Module):
 
     def __init__(self, name: str, norm: str, frozen_stages: int):
         super().__init__()
-        build, _ = BACKBONES[name]
-        resnet = build(weights=None, norm_layer=NORMS[norm])
-        fold(resnet)
-        self.conv1, self.bn1, self.relu, self.maxpool = resnet.conv1, resnet.bn1, resnet.relu, resnet.maxpool
-        self.layer1, self.layer2 = resnet.layer1, resnet.layer2
-        self.layer3, self.layer4 = resnet.layer3, resnet.layer4
-        per_block = resnet.fc.in_features // 8
-        self.channels = (per_block * 2, per_block * 4, per_block * 8)
-        stages = [nn.ModuleList([self.conv1, self.bn1, self.layer1]), self.layer2, self.layer3, self.layer4]
-        self._frozen = stages[:frozen_stages]
+        network = torchvision.models.get_model(name, weights=None)
+        set_norm(network, norm)
+        ends = BACKBONES[name]
+        if hasattr(network, "features"):
+            self.features = network.features[: ends[-1]]
+            layers = list(self.features)
+        else:
+            for child, layer in list(network.named_children())[: ends[-1]]:
+                self.add_module(child, layer)
+            layers = list(self.children())
+        # In a list: the tensors keep torchvision's names.
+        self._stages = [nn.Sequential(*layers[start:end]) for start, end in pairwise((0, *ends))]
+        convs = [[layer for layer in stage.modules() if isinstance(layer, nn.Conv2d)] for stage in self._stages]
+        self.channels = (convs[1][-1].out_channels, convs[2][-1].out_channels, convs[3][-1].out_channels)
+        self._frozen = self._stages[:frozen_stages]
         for stage in self._frozen:
             stage.requires_grad_(False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        c2 = self.layer1(self.maxpool(self.relu(self.bn1(self.conv1(images)))))
-        c3 = self.layer2(c2)
-        c4 = self.layer3(c3)
-        return c3, c4, self.layer4(c4)
+        to_c2, to_c3, to_c4, to_c5 = self._stages
+        c3 = to_c3(to_c2(images))
+        c4 = to_c4(c3)
+        return c3, c4, to_c5(c4)
 
     def train(self, mode: bool = True) -> "Backbone":
         super().train(mode)

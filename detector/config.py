@@ -105,7 +105,8 @@ class HeadOptions(Options):
 
 
 class Model(Options):
-    backbone: str = "resnet50"  # resnet18, 34, 50, 101, 152, resnext50_32x4d or resnext101_32x8d
+    # resnet18, 34, 50, 101, 152, resnext50_32x4d, resnext101_32x8d, mobilenet_v2 or mobilenet_v3_large
+    backbone: str = "resnet50"
     weights: FilePath = "imagenet"  # imagenet | none | a file: of the backbone, or a checkpoint to fine-tune from
     norm: Literal["frozen_bn", "bn", "sync_bn", "gn"] = "frozen_bn"  # of the backbone
     frozen_stages: int | None = Field(None, ge=0, le=4)  # by default 1 (stem and first stage), from scratch 0

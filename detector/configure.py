@@ -64,6 +64,10 @@ def complete(cfg: Config, source: str) -> Config:
     """`cfg` with the defaults of its parts spelled out; UserError, naming `source`, where it cannot be built."""
     try:
         _pick(BACKBONES, "model.backbone", cfg.model.backbone)
+        if cfg.model.norm == "gn" and cfg.model.backbone.startswith("mobilenet"):
+            raise UserError(
+                f"model.norm: gn needs multiples of 32 channels, {cfg.model.backbone} has others; use frozen_bn or bn"
+            )
         parts = {}
         for section, menu in PARTS.items():
             part: Part = getattr(cfg, section)

@@ -1,7 +1,9 @@
 """The weights that a new model starts with: ImageNet's, those of a backbone's file, or another detector's."""
 
+from torchvision.models import get_model_weights
+
 from detector import checkpoint, torchvision_checkpoint
-from detector.backbone import BACKBONES, Backbone
+from detector.backbone import Backbone
 from detector.config import Config
 from detector.errors import UserError
 from detector.model import RetinaNet
@@ -44,7 +46,7 @@ def load_backbone_weights(backbone: Backbone, name: str, weights: str) -> None:
     """
     if weights == "imagenet":
         try:
-            state = BACKBONES[name][1].get_state_dict(progress=True, check_hash=True)
+            state = get_model_weights(name)["IMAGENET1K_V1"].get_state_dict(progress=True, check_hash=True)
         except (OSError, RuntimeError) as error:
             raise UserError(
                 f"model.weights: imagenet weights of {name} cannot be downloaded ({error}); "
@@ -52,7 +54,6 @@ def load_backbone_weights(backbone: Backbone, name: str, weights: str) -> None:
             ) from None
     else:
         state = checkpoint.read_weights(weights)
-    state = {key: value for key, value in state.items() if not key.startswith("fc.")}
     missing = [key for key in backbone.state_dict() if key not in state and "num_batches" not in key]
     if missing:
         raise UserError(

@@ -13,6 +13,7 @@ import json
 import time
 
 import torch
+import torchvision
 from torch import Tensor, nn
 from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -24,7 +25,7 @@ from data.coco_eval import score
 from data.loader import eval_loader, train_loader
 from data.tables import metrics_table
 from detector import assemble, boxes, config
-from detector.backbone import BACKBONES, NORMS
+from detector.backbone import BACKBONES, Backbone, set_norm
 from detector.config import Config, LossPart
 from detector.configure import configure
 from detector.device import autocast, keep_freed_memory, pick_device
@@ -90,11 +91,15 @@ def main() -> None:
 def build(cfg: Config, num_classes: int) -> RetinaNet:
     """torchvision's RetinaNet with the sizes in the config."""
     options, anchors = cfg.model, cfg.anchors.options
-    resnet = BACKBONES[options.backbone][0](weights=None, norm_layer=NORMS[options.norm])
-    channels = [resnet.fc.in_features // part for part in (4, 2, 1)]
+    with torch.device("meta"):
+        channels = list(Backbone(options.backbone, "bn", 0).channels)
+    network = torchvision.models.get_model(options.backbone, weights=None)
+    set_norm(network, options.norm)
+    layers = getattr(network, "features", network)
+    names = [name for name, _ in layers.named_children()]
+    stages = {names[end - 1]: str(level) for level, end in enumerate(BACKBONES[options.backbone][1:])}
     last = LastLevelP6P7(channels[-1] if options.p6_from == "c5" else options.fpn_channels, options.fpn_channels)
-    stages = {f"layer{stage}": str(level) for level, stage in enumerate((2, 3, 4))}
-    backbone = BackboneWithFPN(resnet, stages, channels, options.fpn_channels, extra_blocks=last)
+    backbone = BackboneWithFPN(layers, stages, channels, options.fpn_channels, extra_blocks=last)
     sizes = tuple(
         tuple(size * 2 ** (i / anchors["octaves"]) for i in range(anchors["octaves"])) for size in anchors["sizes"]
     )

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from detector import assemble, checkpoint
 from detector.config import Config
@@ -44,17 +45,26 @@ def saved(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def resnet18():
-    """torchvision's, with statistics that show when they are not taken over."""
+def networks():
+    """Builds torchvision's network of a name, with statistics that show when they are not taken over."""
+    return _network
+
+
+def _network(name, **options):
     torch.manual_seed(0)
-    resnet = torchvision.models.resnet18()
-    for module in resnet.modules():
-        if isinstance(module, nn.BatchNorm2d):
+    network = torchvision.models.get_model(name, weights=None, **options)
+    for module in network.modules():
+        if isinstance(module, (nn.BatchNorm2d, FrozenBatchNorm2d)):
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias)
             nn.init.normal_(module.running_mean)
             nn.init.uniform_(module.running_var, 0.5, 2)
-    return resnet.eval()
+    return network.eval()
+
+
+@pytest.fixture(scope="session")
+def resnet18():
+    return _network("resnet18")
 
 
 @pytest.fixture

@@ -33,7 +33,15 @@ def test_every_name_builds_with_its_defaults_spelled_out(section, name):
 @pytest.mark.parametrize("name", BACKBONES)
 @pytest.mark.parametrize("norm", ["frozen_bn", "bn", "gn"])
 def test_every_backbone_builds(name, norm):
-    cfg = complete(Config(model=Model(backbone=name, norm=norm, weights="some.pt")), "x.yaml")
+    cfg = Config(model=Model(backbone=name, norm=norm, weights="some.pt"))
+    if norm == "gn" and name.startswith("mobilenet"):
+        with pytest.raises(UserError) as error:
+            complete(cfg, "x.yaml")
+        assert str(error.value) == (
+            f"x.yaml: model.norm: gn needs multiples of 32 channels, {name} has others; use frozen_bn or bn"
+        )
+        return
+    cfg = complete(cfg, "x.yaml")
     with torch.device("meta"):
         model = assemble.build_model(cfg, num_classes=7)
     assert model.head.num_classes == 7

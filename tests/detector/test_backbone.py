@@ -1,20 +1,35 @@
 import copy
+from functools import partial
 
 import pytest
 import torch
 import torchvision
 from torch import nn
+from torchvision.models import get_model_weights
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.ops import FrozenBatchNorm2d
 
 from detector.backbone import BACKBONES, Backbone, FrozenBatchNorm
 from detector.pretrained import load_backbone_weights
 
+SMALL = ["resnet18", "mobilenet_v2", "mobilenet_v3_large"]  # one of each kind
+CHANNELS = {
+    "resnet18": (128, 256, 512),
+    "resnet34": (128, 256, 512),
+    "mobilenet_v2": (32, 96, 320),
+    "mobilenet_v3_large": (40, 112, 160),
+}
+STAGES = {  # what torchvision calls the outputs at strides 4, 8, 16 and 32
+    "mobilenet_v2": [f"features.{index}" for index in (3, 6, 13, 17)],
+    "mobilenet_v3_large": [f"features.{index}" for index in (3, 6, 12, 15)],
+}
 
-def features_of(resnet, images):
-    extractor = create_feature_extractor(resnet, ["layer2", "layer3", "layer4"])
-    with torch.no_grad():
-        return list(extractor(images).values())
+
+def extractor(network, name):
+    """torchvision's C3, C4, C5, as a list."""
+    stages = STAGES.get(name, ["layer1", "layer2", "layer3", "layer4"])
+    extract = create_feature_extractor(network, stages[1:])
+    return lambda images: list(extract(images).values())
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -22,13 +37,9 @@ def test_every_name_builds_with_its_strides_and_channels(name):
     with torch.device("meta"):
         backbone = Backbone(name, "bn", 0)
         features = backbone(torch.empty(2, 3, 96, 160))
-    base = 64 if name in ("resnet18", "resnet34") else 256
-    assert backbone.channels == (base * 2, base * 4, base * 8)
-    assert [tuple(f.shape) for f in features] == [
-        (2, base * 2, 12, 20),
-        (2, base * 4, 6, 10),
-        (2, base * 8, 3, 5),
-    ]
+    c3, c4, c5 = CHANNELS.get(name, (512, 1024, 2048))
+    assert backbone.channels == (c3, c4, c5)
+    assert [tuple(f.shape) for f in features] == [(2, c3, 12, 20), (2, c4, 6, 10), (2, c5, 3, 5)]
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -36,23 +47,39 @@ def test_every_name_has_the_tensors_of_torchvision(name):
     with torch.device("meta"):
         ours = {key: value.shape for key, value in Backbone(name, "bn", 0).state_dict().items()}
         theirs = {key: value.shape for key, value in getattr(torchvision.models, name)().state_dict().items()}
-    assert ours == {key: shape for key, shape in theirs.items() if not key.startswith("fc.")}
+    behind = {"mobilenet_v2": "features.18.", "mobilenet_v3_large": "features.16."}.get(name, "fc.")
+    assert ours == {key: shape for key, shape in theirs.items() if not key.startswith((behind, "classifier."))}
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-def test_every_name_downloads_the_weights_of_that_name(name):
-    assert name in BACKBONES[name][1].url
+def test_every_name_has_imagenet_weights(name):
+    assert name in get_model_weights(name)["IMAGENET1K_V1"].url
 
 
-@pytest.mark.parametrize("norm", ["bn", "frozen_bn"])
-def test_features_equal_torchvision_with_the_same_weights(norm, resnet18, resnet18_file):
-    backbone = Backbone("resnet18", norm, 1)
-    load_backbone_weights(backbone, "resnet18", str(resnet18_file))
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("norm", ["bn", "frozen_bn", "sync_bn"])
+def test_features_equal_torchvision_with_the_same_weights(name, norm, networks, tmp_path):
+    theirs = networks(name)
+    torch.save(theirs.state_dict(), tmp_path / "weights.pth")
+    backbone = Backbone(name, norm, 1)
+    load_backbone_weights(backbone, name, str(tmp_path / "weights.pth"))
     images = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        ours = backbone.eval()(images)
-    for feature, expected in zip(ours, features_of(resnet18, images), strict=True):
-        torch.testing.assert_close(feature, expected, rtol=1e-4, atol=1e-4)
+        ours, expected = backbone.eval()(images), extractor(theirs, name)(images)
+    torch.testing.assert_close(list(ours), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_bn_learns_its_statistics_as_torchvisions(name, networks):
+    theirs = networks(name).train()
+    ours = Backbone(name, "bn", 0)
+    ours.load_state_dict(theirs.state_dict(), strict=False)
+    images = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(list(ours(images)), extractor(theirs, name)(images))
+    state = theirs.state_dict()
+    for key, value in ours.state_dict().items():
+        torch.testing.assert_close(value, state[key], msg=key)
 
 
 @pytest.mark.parametrize(
@@ -64,46 +91,45 @@ def test_norm(norm, kind):
     assert set(found) == {kind} and len(found) == 20
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d"])
-def test_folded_frozen_bn_has_the_values_and_gradients_of_torchvisions(name):
-    torch.manual_seed(0)
-    theirs = getattr(torchvision.models, name)(norm_layer=FrozenBatchNorm2d).double()
-    for module in theirs.modules():
-        if isinstance(module, FrozenBatchNorm2d):
-            nn.init.uniform_(module.weight, 0.2, 0.8)
-            nn.init.normal_(module.bias)
-            nn.init.normal_(module.running_mean)
-            nn.init.uniform_(module.running_var, 0.5, 2)
+@pytest.mark.parametrize("name", [*SMALL, "resnet50", "resnext50_32x4d"])
+def test_folded_frozen_bn_has_the_values_and_gradients_of_torchvisions(name, networks):
+    eps = 1e-3 if name == "mobilenet_v3_large" else 1e-5
+    theirs = networks(name, norm_layer=partial(FrozenBatchNorm2d, eps=eps)).double()
     ours = Backbone(name, "frozen_bn", 0).double()
-    ours.load_state_dict({key: value for key, value in theirs.state_dict().items() if not key.startswith("fc.")})
+    assert not [module for module in ours.modules() if type(module) is nn.Conv2d and module.bias is None]
+    ours.load_state_dict(theirs.state_dict(), strict=False)
     images = torch.randn(2, 3, 64, 96, dtype=torch.float64)
-    expected = list(create_feature_extractor(theirs, ["layer2", "layer3", "layer4"])(images).values())
-    features = ours(images)
-    torch.testing.assert_close(list(features), expected)
+    features, expected = list(ours(images)), extractor(theirs, name)(images)
+    torch.testing.assert_close(features, expected)
     for outputs in (features, expected):
         sum((output * torch.linspace(-1, 1, output.shape[1])[:, None, None]).sum() for output in outputs).backward()
     gradients = dict(theirs.named_parameters())
     for key, parameter in ours.named_parameters():
+        assert parameter.grad.abs().sum() > 0, key
         torch.testing.assert_close(parameter.grad, gradients[key].grad, msg=key)
 
 
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
 @pytest.mark.parametrize("frozen", range(5))
-def test_frozen_stages_get_no_gradient_and_their_statistics_stand_still(frozen):
-    stages = [("conv1", "bn1", "layer1"), ("layer2",), ("layer3",), ("layer4",)]
-    is_frozen = {part: index < frozen for index, parts in enumerate(stages) for part in parts}
+def test_frozen_stages_get_no_gradient_and_their_statistics_stand_still(name, frozen):
+    parts = ["conv1", "bn1", "layer1", "layer2", "layer3", "layer4"]
+    ends = [0, 3, 4, 5, 6]
+    if name == "mobilenet_v2":
+        parts, ends = [f"features.{index}" for index in range(18)], [0, 4, 7, 14, 18]
+    prefixes = tuple(f"{part}." for part in parts[: ends[frozen]])
     torch.manual_seed(0)
-    backbone = Backbone("resnet18", "bn", frozen)
+    backbone = Backbone(name, "bn", frozen)
     backbone.eval()
     backbone.train()  # as an epoch does after an evaluation
     before = {key: value.clone() for key, value in backbone.state_dict().items()}
     features = backbone(torch.randn(2, 3, 64, 64))
     if frozen < 4:
         sum(feature.sum() for feature in features).backward()
-    for name, parameter in backbone.named_parameters():
-        assert (parameter.grad is None) == is_frozen[name.split(".")[0]], name
-    for name, value in backbone.state_dict().items():
-        if "running_mean" in name:
-            assert torch.equal(value, before[name]) == is_frozen[name.split(".")[0]], name
+    for key, parameter in backbone.named_parameters():
+        assert (parameter.grad is None) == key.startswith(prefixes), key
+    for key, value in backbone.state_dict().items():
+        if "running_mean" in key:
+            assert torch.equal(value, before[key]) == key.startswith(prefixes), key
 
 
 def test_evaluation_mode_reaches_every_stage():

@@ -9,11 +9,14 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torchvision.models import get_model_weights
 
-from detector.backbone import BACKBONES, Backbone
+from detector.backbone import Backbone
 from detector.checkpoint import read_weights
 from detector.errors import UserError
 from detector.pretrained import load_backbone_weights, load_initial_weights
+
+RESNET18 = get_model_weights("resnet18")["IMAGENET1K_V1"]
 
 
 @pytest.fixture
@@ -123,6 +126,19 @@ def test_wrong_architecture(resnet18_file):
     assert "is no resnet34: it lacks layer1.2.conv1.weight and " in error_of(resnet18_file, "resnet34")
 
 
+@pytest.mark.parametrize(
+    ("name", "given", "lacks"),
+    [
+        ("mobilenet_v2", "resnet18", "features.0.0.weight"),
+        ("resnet18", "mobilenet_v2", "conv1.weight"),
+        ("mobilenet_v3_large", "mobilenet_v2", "features.1.block.0.0.weight"),
+    ],
+)
+def test_weights_of_another_kind(networks, tmp_path, name, given, lacks):
+    torch.save(networks(given).state_dict(), tmp_path / "weights.pth")
+    assert f"weights.pth is no {name}: it lacks {lacks} and " in error_of(tmp_path / "weights.pth", name)
+
+
 def test_wrong_shape(resnet18, tmp_path):
     path = tmp_path / "wide.pth"
     torch.save(resnet18.state_dict() | {"layer4.1.conv2.weight": torch.zeros(3, 3)}, path)
@@ -171,7 +187,7 @@ def server(tmp_path, monkeypatch):
             digest = digest or hashlib.sha256(content).hexdigest()
             (folder / f"resnet18-{digest[:8]}.pth").write_bytes(content)
             url = f"http://127.0.0.1:{server.server_port}/resnet18-{digest[:8]}.pth"
-            monkeypatch.setattr(BACKBONES["resnet18"][1].value, "url", url)
+            monkeypatch.setattr(RESNET18.value, "url", url)
 
         def stop():
             server.shutdown()
@@ -198,8 +214,7 @@ def test_imagenet_weights_that_cannot_be_downloaded(server, fault, monkeypatch):
     if fault == "gone":
         server.stop()
     if fault == "not found":
-        url = BACKBONES["resnet18"][1].url
-        monkeypatch.setattr(BACKBONES["resnet18"][1].value, "url", url.replace("resnet18-0", "resnet18-1"))
+        monkeypatch.setattr(RESNET18.value, "url", RESNET18.url.replace("resnet18-0", "resnet18-1"))
     message = error_of("imagenet")
     assert message.startswith("model.weights: imagenet weights of resnet18 cannot be downloaded (")
     assert "set model.weights to a local file" in message

@@ -118,6 +118,8 @@ MODELS = [
     ("resnet18", "gn", "gn"),
     ("resnet50", "bn", "gn"),
     ("resnext50_32x4d", "sync_bn", "none"),
+    ("mobilenet_v2", "frozen_bn", "none"),
+    ("mobilenet_v3_large", "bn", "none"),
 ]
 
 
