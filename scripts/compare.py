@@ -30,6 +30,7 @@ from detector.errors import UserError, run_main
 from scripts.comparison import result
 from scripts.comparison.differences import Difference, best_rows, describe, detectable_differences, differences, named
 from scripts.comparison.rows import AP, METRICS, Costs, Row, costs, numbers, read_rows
+from scripts.comparison.tuning import budget, tuned_keys
 
 HEADER = ("run", "class loss", "box loss", *AP, "ECE", "s/step", "GB")
 LEFT = 3  # the first columns are text, aligned to the left
@@ -99,7 +100,7 @@ def marks(rows: list[Row]) -> set[tuple[int, int]]:
 
 
 def warn(rows: list[Row]) -> list[str]:
-    """The failed runs, and a warning for each setting in which the runs differ but must agree."""
+    """The failed runs, and a line for each setting in which the runs differ: a warning unless it was tuned."""
     warnings = [f"- failed: {row.name}, {failure}" for row in rows for failure in row.failures]
     settings = []
     for row in rows:
@@ -109,7 +110,10 @@ def warn(rows: list[Row]) -> list[str]:
             of_run["seeds"] = row.seeds
             of_run["machine"] = run["machine"]["device"] if "machine" in run else None
             of_run["processes"] = run.get("processes", 1)
+            of_run["tuning"] = budget(run["tuning"]) if "tuning" in run else None
             settings.append((row.name if len(row.runs) == 1 else f"{row.name} seed {run['config']['seed']}", of_run))
+    keys = [set(tuned_keys(run["tuning"])) if "tuning" in run else set() for row in rows for run in row.runs]
+    tuned = set.intersection(*keys) if keys else set()
     for key in dict.fromkeys(key for _, of_run in settings for key in of_run):
         runs_by_value: dict[str, list[str]] = {}
         for name, of_run in settings:
@@ -117,7 +121,8 @@ def warn(rows: list[Row]) -> list[str]:
             runs_by_value.setdefault(value, []).append(name)
         if len(runs_by_value) > 1:
             values = " / ".join(f"{value} in {', '.join(names)}" for value, names in runs_by_value.items())
-            warnings.append(f"- warning: not a fair comparison, {key} differs: {values}")
+            about = f"{key} was tuned" if key in tuned else f"warning: not a fair comparison, {key} differs"
+            warnings.append(f"- {about}: {values}")
     return warnings
 
 

@@ -17,7 +17,7 @@ from data.coco_results import from_coco_results
 from data.draw import WIDTH, validation_pictures
 from data.transforms import EvalTransform
 from detector.errors import UserError
-from scripts.comparison import page, result
+from scripts.comparison import page, result, tuning
 from scripts.comparison.differences import Difference, in_digits
 from scripts.comparison.rows import Costs, Row
 
@@ -49,7 +49,7 @@ def write(
         ("By class", [by_class(known)]),
         ("Time and memory", costs(known, cost)),
         ("Where the gradient comes from", gradients(known)),
-        ("How the losses were tuned", tuning(known)),
+        ("How the losses were tuned", tuned(known)),
         ("The same images", pictures(known)),
     ]
     page.write(
@@ -214,21 +214,23 @@ def gradients(rows: list[Row]) -> list[str]:
     return [page.row(drawn)] if drawn else []
 
 
-def tuning(rows: list[Row]) -> list[str]:
-    tuned = {row.name: run["tuning"] for row in rows for run in row.runs[:1] if "tuning" in run}
-    values = dict.fromkeys(value for tuning in tuned.values() for value in tuning["AP"])
-    if not tuned:
+def tuned(rows: list[Row]) -> list[str]:
+    tunings = {row.name: run["tuning"] for row in rows for run in row.runs[:1] if "tuning" in run}
+    if not tunings:
         return []
+    columns = dict.fromkeys(label for one in tunings.values() for label in tuning.aps(one))
     lines = []
-    for name, tuning in tuned.items():
-        aps = [tuning["AP"].get(value) for value in values]
-        chosen = tuning["chosen"] + (", an end" if result.at_an_end(tuning) else "")
-        lines.append([name, tuning["key"], *(f"{100 * ap:.1f}" if ap is not None else "-" for ap in aps), chosen])
+    for name, one in tunings.items():
+        aps = [tuning.aps(one).get(label) for label in columns]
+        cells = (f"{100 * ap:.1f}" if ap is not None else "-" for ap in aps)
+        lines.append([name, ", ".join(tuning.tuned_keys(one)), *cells, tuning.described(one)])
     words = (
         "AP of short runs, trained on three quarters of the training images and scored on the rest. If the best value "
         "is at an end of the range, a wider range may hold a better one."
     )
-    return [page.text(words), page.table(("run", "option", *values, "chosen"), lines, left=2)]
+    if all("trials" in one for one in tunings.values()):
+        words += " Trial 1 has the values of the variant's file."
+    return [page.text(words), page.table(("run", "option", *columns, "chosen"), lines, left=2)]
 
 
 def pictures(rows: list[Row]) -> list[str]:
