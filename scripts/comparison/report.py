@@ -27,36 +27,44 @@ BANDS = {"easy": "#9ecae1", "medium": "#3182bd", "outlier": "#d62728"}
 IOUS = [round(0.5 + 0.05 * i, 2) for i in range(10)]
 
 
-def write(
-    path: Path,
-    rows: list[Row],
-    header: Sequence[str],
-    table: list[list[str]],
-    results: list[Difference],
-    heading: str,
-    detectable: list[str],
-    cost: Costs,
-    notes: list[str],
-) -> None:
-    """Write the page from what compare.py prints; `heading` belongs to the differences. Raises UserError."""
-    known = [row for row in rows if row.runs]
+def write(path: Path, compared: Sequence[Any], header: Sequence[str], together: Sequence[str]) -> None:
+    """Write the page from the sets that compare.py has `compared`, and the lines on all of them `together`.
+
+    Raises UserError if that fails.
+    """
+    sections = []
+    for one in compared:
+        before = [one.title] * (len(compared) > 1)
+        sections += [(": ".join([*before, *[title] * bool(title)]), parts) for title, parts in of_set(one, header)]
+    if together:
+        sections.insert(0, (f"All {len(compared)} sets", [page.text(together[0]), *lists(together[1:])]))
+    names = dict.fromkeys(row.name for one in compared for row in one.rows)
+    page.write(path, "Comparison of " + ", ".join(names), sections)
+
+
+def lists(lines: Sequence[str]) -> list[str]:
+    """Lines of Markdown: those that begin with a hyphen as items, others as paragraphs."""
+    items = [line.removeprefix("- ") for line in lines if line.startswith("- ")]
+    return [*([page.items(items)] if items else []), *(page.text(line) for line in lines if line[:2] not in ("", "- "))]
+
+
+def of_set(one: Any, header: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """The sections of one set, each with its title."""
+    known = [row for row in one.rows if row.runs]
+    heading = one.verdicts[0] if one.verdicts else ""
     sections = [
-        ("", [page.text(summary(known)), page.table(header, table, left=3)]),
-        ("Better, or chance?", differences(results, heading, detectable)),
-        ("Notes and published numbers", [page.items(line.removeprefix("- ") for line in notes)] if notes else []),
+        ("", [page.text(summary(known)), page.table(header, one.table, left=3)]),
+        ("Better, or chance?", differences(one.results, heading, one.detectable)),
+        ("Notes and published numbers", lists(one.notes)),
         ("During training", curves(known)),
         ("How precise the boxes are", [by_iou(known)] if known else []),
         ("By class", [by_class(known)]),
-        ("Time and memory", costs(known, cost)),
+        ("Time and memory", costs(known, one.cost)),
         ("Where the gradient comes from", gradients(known)),
         ("How the losses were tuned", tuned(known)),
         ("The same images", pictures(known)),
     ]
-    page.write(
-        path,
-        "Comparison of " + ", ".join(row.name for row in rows),
-        [(title, parts) for title, parts in sections if parts],
-    )
+    return [(title, parts) for title, parts in sections if parts]
 
 
 def summary(rows: list[Row]) -> str:
