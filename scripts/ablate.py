@@ -6,10 +6,11 @@ A variant is the name of a YAML file beside the config. The file may set class_l
 nothing else. `focal+ghm_r` is focal.yaml with the box_loss of ghm_r.yaml. `--grid class_loss.bins=5,10,20` trains each
 variant with each of these values; two --grid options train it with each pair of values.
 
-`--tune box_loss.weight=x0.5,x1,x2 --tune-set solver.epochs=4` first gives each variant the same number of short runs,
-one for each value (`x2`: twice the variant's own value). They train on three quarters of the training images and are
-scored on the rest, never on the validation set. The variant is then trained with its best value. A remark says if that
-is the first or last value, because then the range may be too narrow.
+`--tune 8` first gives each variant 8 short runs to find its class_loss.weight and box_loss.weight (--tune-keys), from
+a tenth to ten times its file's values: the first run has the file's values, and Optuna proposes the others. If the best
+value is at an end of the range, the range is extended, still within 8 runs. Short runs train on three quarters of the
+training images and are scored on the rest, never on the validation set; `--tune-set solver.epochs=4` makes them short.
+The variant is then trained with its best values. docs/new_loss.md says what tuning costs and when it is not worth it.
 
 Stop it at any time; the same command continues. Finished runs are kept, interrupted runs are resumed. A run that
 diverges is a result too, with its reason; delete the result to try again. `--processes 2` trains each run with two
@@ -24,8 +25,9 @@ compare.py shows these seconds. --output then holds
 import argparse
 import json
 import random
-import re
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +38,10 @@ from data.annotations import load_annotations
 from detector import config, config_files
 from detector.configure import configure
 from detector.errors import UserError, run_main
-from scripts.comparison import result
+from scripts.comparison import result, tuning
 from scripts.comparison.supervise import Run, train_all
 from scripts.comparison.timing import time_steps
+from scripts.comparison.tuning import Trial
 
 VARIANT_KEYS = ("class_loss", "box_loss", "model.head.prior")  # what a variant may set: keys that start so
 HELD_OUT = 0.25  # of the training images, to tune on
@@ -61,7 +64,15 @@ def main() -> None:
     parser.add_argument(
         "--grid", action="append", default=[], metavar="KEY=A,B", help="train each variant with each of these values"
     )
-    parser.add_argument("--tune", metavar="KEY=A,B", help="choose each variant's value by short runs")
+    parser.add_argument("--tune", type=int, metavar="N", help="choose each variant's weights by N short runs")
+    parser.add_argument(
+        "--tune-keys",
+        nargs="+",
+        choices=tuning.KEYS,
+        default=["class_loss.weight", "box_loss.weight"],
+        metavar="KEY",
+        help=f"what to tune, of {', '.join(tuning.KEYS)} (default: the first two)",
+    )
     parser.add_argument(
         "--tune-set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="options for the short runs"
     )
@@ -82,6 +93,8 @@ def main() -> None:
     args = parser.parse_args()
     if min(args.seeds, args.processes, 1 if args.jobs is None else args.jobs) < 1:
         raise UserError("--seeds, --jobs and --processes: give at least 1")
+    if args.tune is not None:
+        check_tuning(args.tune, args.tune_keys, args.tune_set)
     jobs = args.jobs or max(1, torch.cuda.device_count() // args.processes)
     study = Study(args.config, args.set, args.output, args.results, args.processes)
 
@@ -89,35 +102,36 @@ def main() -> None:
     for grid in args.grid:
         key, values = parse_choice("--grid", grid)
         short = key.rpartition(".")[2]
-        variants = {f"{n}[{short}={v}]": choose(c, key, v) for n, c in variants.items() for v in values}
-    trials: dict[str, dict[str, Run]] = {}  # variant -> value -> its short run
-    if args.tune:
-        key, values = parse_choice("--tune", args.tune)
-        for name, changes in variants.items():
-            trials[name] = {v: study.trial(name, choose(changes, key, v), v, args.tune_set) for v in values}
-    tried = [run for runs in trials.values() for run in runs.values()]
+        variants = {f"{n}[{short}={v}]": with_values(c, {key: v}) for n, c in variants.items() for v in values}
     runs = study.runs(variants, args.seeds)
-    print(f"{len(runs)} runs of {len(variants)} variants, {len(tried)} short runs; they differ in {differences(runs)}")
-    if tried:
-        differences(tried)
+    short = f", {args.tune} short runs of each" if args.tune else ""
+    print(f"{len(runs)} runs of {len(variants)} variants{short}; they differ in {differences(runs)}")
+    searches = []
+    if args.tune:
+        keys = [key for key in tuning.KEYS if key in args.tune_keys]  # in one order, which the search depends on
+        for (name, changes), run in zip(variants.items(), runs):
+            values = config.flat(run.cfg.model_dump(mode="json"))
+            own = {key: values[key] for key in keys}
+            searches.append(study.search(name, changes, own, args.tune, args.tune_set))
     if args.dry_run:
-        print("\n".join(str(run.cfg.folder) for run in [*tried, *runs]))
+        print("\n".join(str(run.cfg.folder) for run in [*map(next, searches), *runs]))
         return
 
-    if tried:
+    if searches:
         study.hold_out()
-        if not train_all(tried, jobs, keep=lambda full: {**full, "curve": [], "resampled": []}):
+        small = {"curve": [], "resampled": []}
+        if not train_all(searches, args.tune * len(searches), jobs, keep=lambda full: full | small):
             sys.exit(1)
-        for name, of_value in trials.items():
-            aps = {value: score(run.kept) for value, run in of_value.items() if run.kept.exists()}
-            best = max(aps, key=lambda value: aps[value] or -1)
-            variants[name] = choose(variants[name], key, best)
-            tuning = {"key": key, "AP": aps, "chosen": best}
-            study.notes[name] = {"tuning": tuning}
-            remark = ", at an end of the range: a wider range may hold a better one"
-            print(f"{name}: {key} {best}{remark if result.at_an_end(tuning) else ''}")
+        for name, tried in study.tried.items():
+            found = tuning.summary(tried)
+            variants[name] = with_values(variants[name], found["chosen"])
+            study.notes[name] = {"tuning": found}
+            print(f"{name}: {tuning.described(found)}")
         runs = study.runs(variants, args.seeds)
-    all_finished = train_all(runs, jobs)
+    all_finished = train_all([[run] for run in runs], len(runs), jobs)
+    for run in runs:  # those that were finished before may have been tuned with fewer trials
+        if run.kept.exists() and (kept := result.read(run.kept)) | study.notes.get(run.notes["variant"], {}) != kept:
+            result.write(run.kept, kept | study.notes[run.notes["variant"]])
     if args.time:
         add_timing(runs)
     print(f"python scripts/compare.py {study.results}/*.json")
@@ -135,6 +149,7 @@ class Study:
         self.results = results or self.output / "results"
         self.processes = processes
         self.notes: dict[str, Values] = {}  # by variant, added to its results
+        self.tried: dict[str, list[Trial]] = {}  # by variant, its finished short runs
 
     def runs(self, variants: dict[str, Values], seeds: int) -> list[Run]:
         """Every variant with one seed, then with the next, so that runs that stop early still compare."""
@@ -144,12 +159,33 @@ class Study:
             for name, changes in variants.items()
         ]
 
-    def trial(self, variant: str, changes: Values, value: str, settings: list[str]) -> Run:
+    def search(
+        self, variant: str, changes: Values, own: dict[str, float], count: int, settings: list[str]
+    ) -> Iterator[Run]:
+        """The `count` short runs that tune a variant, beginning with its `own` values, which are added to `tried`.
+
+        Each must have a result before the next is asked for. One that has a result already keeps its values.
+        """
+        tried = self.tried.setdefault(variant, [])
+        for number in range(1, count + 1):
+            name = f"tune-{variant}-{number}"
+            kept = self.results / f"{name}.json"
+            if tried and kept.exists():
+                values = kept_values(kept, list(own))
+            else:
+                values = tuning.propose(tried) if tried else own
+            best = f"; best so far {tuning.best(tried).AP or 0:.3f}" if tried else ""
+            title = f"{variant}, trial {number}/{count} ({shown(values)}{best})"
+            run = self.trial(name, with_values(changes, values), {"variant": variant, "tried": values}, settings)
+            yield replace(run, title=title)
+            tried.append(Trial(values, score(run.kept)))
+
+    def trial(self, name: str, changes: Values, notes: Values, settings: list[str]) -> Run:
         """A short run that trains on a part of the training set and is scored on the rest."""
         images = self.common.data.train.images
         files = {split: {"annotations": str(self.part(split)), "images": images} for split in ("train", "val")}
         changes = config_files.with_settings(config_files.merge(changes, {"data": files}), settings)
-        return self.run(f"tune-{variant}-{value}", changes, {"variant": variant, "tried": value})
+        return self.run(name, changes, notes)
 
     def run(self, name: str, changes: Values, notes: Values) -> Run:
         values = config_files.merge(config_files.with_settings({}, self.settings), changes)
@@ -218,11 +254,30 @@ def parse_choice(flag: str, text: str) -> tuple[str, list[str]]:
     return key, values.split(",")
 
 
-def choose(changes: Values, key: str, value: str) -> Values:
-    """`changes` with `key` set to `value`; `x2` is twice the value in `changes`, or twice 1."""
-    if re.fullmatch(r"x\d+(\.\d+)?", value):
-        value = repr(config.flat(changes).get(key, 1) * float(value[1:]))
-    return config_files.with_settings(changes, [f"{key}={value}"])
+def with_values(changes: Values, values: dict[str, Any]) -> Values:
+    """`changes` with values on top, by dotted key."""
+    return config_files.with_settings(changes, [f"{key}={value}" for key, value in values.items()])
+
+
+def shown(values: dict[str, float]) -> str:
+    return ", ".join(f"{key} {value:g}" for key, value in values.items())
+
+
+def check_tuning(trials: int, keys: list[str], settings: list[str]) -> None:
+    """Raises UserError where the options of --tune contradict each other."""
+    if trials < 2:
+        raise UserError(f"--tune {trials}: give at least 2; the first short run has the variant's own values")
+    for setting in settings:
+        if (key := setting.partition("=")[0]) in keys:
+            raise UserError(f"--tune-set {setting}: {key} is what --tune searches; leave it out here or in --tune-keys")
+
+
+def kept_values(kept: Path, keys: list[str]) -> dict[str, float]:
+    """What a finished trial tried. Raises UserError if those are other keys."""
+    values = result.read(kept).get("tried")
+    if not isinstance(values, dict) or list(values) != keys:
+        raise UserError(f"{kept}: has not tried {', '.join(keys)}: delete it, or give another --results")
+    return values
 
 
 def differences(runs: list[Run]) -> str:

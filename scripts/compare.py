@@ -13,6 +13,9 @@ seeds and other validation images. "better" and "worse" are corrected for the nu
 has any false one. A row with one seed gets no verdict. The last line says how large a difference these runs can detect,
 and how many seeds a smaller one takes. The formulas are in scripts/comparison/verdict.py.
 
+Runs of several validation sets, such as results/bccd/*.json results/cards/*.json, get a table for each set and then
+the mean over the sets of each difference, with its interval and verdict, for the rows that have runs in each set.
+
 Published numbers of the same config, from results/published.yaml, are shown beside runs on COCO. A warning lists
 every other setting in which the runs differ, besides the losses, the seed and the head's prior.
 """
@@ -21,22 +24,48 @@ import argparse
 import csv
 import json
 import statistics
+from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 
 from detector.config import flat
 from detector.errors import UserError, run_main
 from scripts.comparison import result
-from scripts.comparison.differences import Difference, best_rows, describe, detectable_differences, differences, named
-from scripts.comparison.rows import AP, METRICS, Costs, Row, costs, numbers, read_rows
+from scripts.comparison.differences import (
+    Difference,
+    best_rows,
+    describe,
+    detectable_differences,
+    differences,
+    differences_over_sets,
+    named,
+)
+from scripts.comparison.rows import AP, METRICS, Costs, Result, Row, costs, numbers, read_sets
+from scripts.comparison.tuning import budget, tuned_keys
 
 HEADER = ("run", "class loss", "box loss", *AP, "ECE", "s/step", "GB")
 LEFT = 3  # the first columns are text, aligned to the left
-MAY_DIFFER = ("run", "output", "seed", "class_loss", "box_loss", "model.head.prior")  # between compared runs
+LOSS = ("class_loss", "box_loss", "model.head.prior")
+MAY_DIFFER = ("run", "output", "seed", *LOSS)  # between compared runs
 MUST_AGREE = ("step", "epoch", "images")  # metrics that say what was scored, and when
 PUBLISHED = Path(__file__).resolve().parent.parent / "results" / "published.yaml"
 ON_COCO = "instances_val2017.json"  # the validation file of the published numbers
+
+
+class Compared(NamedTuple):
+    """The comparison of the rows of one set, in lines of text where it is not for computing."""
+
+    title: str
+    rows: list[Row]
+    cost: Costs
+    table: list[list[str]]
+    results: list[Difference]
+    verdicts: list[str]
+    detectable: list[str]
+    notes: list[str]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -54,26 +83,75 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--csv", metavar="FILE", help="also write the numbers, one line for each run")
     args = parser.parse_args(argv)
 
-    rows = read_rows(args.runs)
-    cost = costs(rows)
-    table = [cells(row, cost) for row in rows]
-    marked = marks(rows)
-    results = differences(rows, args.baseline, args.metric)
-    verdicts = describe(results, named(rows, args.baseline).name, args.metric)
-    detectable = detectable_differences(rows, results, args.metric)
-    notes = [f"- {cost.remark}"] * bool(cost.remark) + published(rows) + warn(rows)
+    sets = read_sets(args.runs)
+    several = len(sets) > 1
+    baseline = args.baseline or named(sets[0][1], None).name
+    for title, rows in sets if several else ():
+        if baseline not in (names := [row.name for row in rows]):
+            raise UserError(f"--baseline {baseline}: not in {title}; there the rows are {', '.join(names)}")
+    compared = [compare(title, rows, baseline, args.metric) for title, rows in sets]
+    together = over_sets(compared, baseline, args.metric) if several else []
     if args.html:
         from scripts.comparison import report  # imports matplotlib, which only the page needs
 
-        heading = verdicts[0] if verdicts else ""
-        report.write(Path(args.html), rows, HEADER, table, results, heading, detectable, cost, notes)
+        report.write(Path(args.html), compared, HEADER, together)
     if args.markdown:
-        text = "\n".join(sections(markdown(table, marked), verdicts, detectable, notes)) + "\n"
+        text = "\n".join(whole(compared, together, markdown, heading="## ")) + "\n"
         with opened("--markdown", args.markdown) as file:
             file.write(text)
     if args.csv:
-        write_csv(args.csv, rows, cost, results, args.metric)
-    print("\n".join(sections(aligned(table, marked), verdicts, detectable, notes)))
+        write_csv(args.csv, compared, args.metric)
+    print("\n".join(whole(compared, together, aligned)))
+
+
+def compare(title: str, rows: list[Row], baseline: str, metric: str) -> Compared:
+    """What there is to say of the rows of one set."""
+    cost = costs(rows)
+    results = differences(rows, baseline, metric)
+    return Compared(
+        title,
+        rows,
+        cost,
+        table=[cells(row, cost) for row in rows],
+        results=results,
+        verdicts=describe(results, named(rows, baseline).name, metric),
+        detectable=detectable_differences(rows, results, metric),
+        notes=[f"- {cost.remark}"] * bool(cost.remark) + published(rows) + warn(rows),
+    )
+
+
+def over_sets(compared: list[Compared], baseline: str, metric: str) -> list[str]:
+    """The heading, verdicts and notes of all sets together."""
+    results = differences_over_sets([one.rows for one in compared], baseline, metric)
+    if not results:
+        return [f"No verdict: this takes {baseline} and another row with runs in each set."]
+    lines = describe(results, baseline, metric, len(compared))
+    means = [{diff.name: diff.mean for diff in one.results} for one in compared]
+    for place, diff in enumerate(results, start=len(lines) - len(results)):
+        by_set = ("unknown" if of_set[diff.name] is None else f"{of_set[diff.name]:+.1f}" for of_set in means)
+        lines[place] += f"; by set {', '.join(by_set)}"
+    lines += ["", "Each set counts the same. The verdicts are about the mean over these sets, not about other sets."]
+    by_name = [{row.name: row for row in one.rows} for one in compared]
+    names = [baseline, *(diff.name for diff in results)]
+    if absent := [name for name in dict.fromkeys(chain(*by_name)) if name not in names]:
+        lines += ["", f"Left out, because they do not have runs in each set: {', '.join(absent)}."]
+    remarks = [remark for name in names for remark in changed([rows[name].runs[0] for rows in by_name], name)]
+    return [*lines, *[""] * bool(remarks), *remarks]
+
+
+def changed(runs: list[Result], name: str) -> list[str]:
+    """A warning for each option of a row's losses that differs between sets, without those that were tuned."""
+    tuned = (
+        {key for run in runs for key in tuned_keys(run["tuning"])} if all("tuning" in run for run in runs) else set()
+    )
+    configs = [flat(run["config"]) for run in runs]
+    keys = dict.fromkeys(key for config in configs for key in config if key.startswith(LOSS) and key not in tuned)
+    values = {key: list(dict.fromkeys(str(config.get(key)) for config in configs)) for key in keys}
+    return [
+        f"- warning: {name} is not the same loss in each set, {key} differs: {' / '.join(of_key)}"
+        for key, of_key in values.items()
+        if len(of_key) > 1
+    ]
 
 
 def cells(row: Row, cost: Costs) -> list[str]:
@@ -99,7 +177,7 @@ def marks(rows: list[Row]) -> set[tuple[int, int]]:
 
 
 def warn(rows: list[Row]) -> list[str]:
-    """The failed runs, and a warning for each setting in which the runs differ but must agree."""
+    """The failed runs, and a line for each setting in which the runs differ: a warning unless it was tuned."""
     warnings = [f"- failed: {row.name}, {failure}" for row in rows for failure in row.failures]
     settings = []
     for row in rows:
@@ -109,7 +187,10 @@ def warn(rows: list[Row]) -> list[str]:
             of_run["seeds"] = row.seeds
             of_run["machine"] = run["machine"]["device"] if "machine" in run else None
             of_run["processes"] = run.get("processes", 1)
+            of_run["tuning"] = budget(run["tuning"]) if "tuning" in run else None
             settings.append((row.name if len(row.runs) == 1 else f"{row.name} seed {run['config']['seed']}", of_run))
+    keys = [set(tuned_keys(run["tuning"])) if "tuning" in run else set() for row in rows for run in row.runs]
+    tuned = set.intersection(*keys) if keys else set()
     for key in dict.fromkeys(key for _, of_run in settings for key in of_run):
         runs_by_value: dict[str, list[str]] = {}
         for name, of_run in settings:
@@ -117,7 +198,8 @@ def warn(rows: list[Row]) -> list[str]:
             runs_by_value.setdefault(value, []).append(name)
         if len(runs_by_value) > 1:
             values = " / ".join(f"{value} in {', '.join(names)}" for value, names in runs_by_value.items())
-            warnings.append(f"- warning: not a fair comparison, {key} differs: {values}")
+            about = f"{key} was tuned" if key in tuned else f"warning: not a fair comparison, {key} differs"
+            warnings.append(f"- {about}: {values}")
     return warnings
 
 
@@ -137,8 +219,13 @@ def published(rows: list[Row]) -> list[str]:
     return lines
 
 
-def sections(*parts: list[str]) -> list[str]:
-    """The lines of all parts, with an empty line between parts; empty parts are left out."""
+def whole(compared: list[Compared], together: list[str], write: Callable, heading: str = "") -> list[str]:
+    """The lines of each set, then those of all together; with one set, without titles."""
+    parts = []
+    for one in compared:
+        parts += [[f"{heading}{one.title}"]] * (len(compared) > 1)
+        parts += [write(one.table, marks(one.rows)), one.verdicts, one.detectable, one.notes]
+    parts += [[f"{heading}All {len(compared)} sets"], together] if together else []
     return [line for part in parts if part for line in ("", *part)][1:]
 
 
@@ -157,27 +244,32 @@ def markdown(table: list[list[str]], best: set[tuple[int, int]]) -> list[str]:
     return ["| " + " | ".join(line) + " |" for line in escaped]
 
 
-def write_csv(path: str, rows: list[Row], cost: Costs, results: list[Difference], metric: str) -> None:
-    """A line for each run; the numbers of its row are repeated in each."""
-    of_rows = {
-        diff.name: [metric, diff.mean, diff.low, diff.high, diff.p, diff.verdict, diff.reason] for diff in results
-    }
+def write_csv(path: str, compared: list[Compared], metric: str) -> None:
+    """A line for each run, with the numbers of its row. With several sets, the first column is the set."""
+    several = len(compared) > 1
     with opened("--csv", path) as file:
         writer = csv.writer(file)
         header = ["variant", "seed", *HEADER[1:], "compared", "difference", "low", "high", "p, corrected"]
         header += ["verdict", "reason", "failure"]
-        writer.writerow(header)
-        for row in rows:
-            of_row = of_rows.get(row.name, [""] * 7)
-            taken = [cost.seconds.get(row.name, ""), cost.memory.get(row.name, 0) / 1e9 or ""]
-            for run in row.runs:
-                config, known = run["config"], numbers(run)
-                losses = config["class_loss"]["name"], config["box_loss"]["name"]
-                values = [known.get(column, "") for column in (*AP, "ECE")]
-                writer.writerow([row.name, config.get("seed", 0), *losses, *values, *taken, *of_row, ""])
-            for failure in row.failures:
-                seed, _, reason = failure.removeprefix("seed ").partition(": ")
-                writer.writerow([row.name, seed, *[""] * (len(header) - 3), reason])
+        writer.writerow(["set"] * several + header)
+        for one in compared:
+            of_rows = {
+                diff.name: [metric, diff.mean, diff.low, diff.high, diff.p, diff.verdict, diff.reason]
+                for diff in one.results
+            }
+            of_set = [one.title] * several
+            for row in one.rows:
+                of_row = of_rows.get(row.name, [""] * 7)
+                taken = [one.cost.seconds.get(row.name, ""), one.cost.memory.get(row.name, 0) / 1e9 or ""]
+                for run in row.runs:
+                    config, known = run["config"], numbers(run)
+                    losses = config["class_loss"]["name"], config["box_loss"]["name"]
+                    values = [known.get(column, "") for column in (*AP, "ECE")]
+                    line = [row.name, config.get("seed", 0), *losses, *values, *taken, *of_row, ""]
+                    writer.writerow([*of_set, *line])
+                for failure in row.failures:
+                    seed, _, reason = failure.removeprefix("seed ").partition(": ")
+                    writer.writerow([*of_set, row.name, seed, *[""] * (len(header) - 3), reason])
 
 
 def opened(flag: str, path: str):

@@ -2,14 +2,13 @@
 
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from detector.errors import UserError
 from scripts.comparison import result, verdict
-from scripts.comparison.rows import METRICS, Row
+from scripts.comparison.rows import METRICS, Row, scored_on
 
 SEEDS = 3  # the least that users are advised to train
 WANTED = (1.0, 0.2)  # percent: differences for which the needed number of seeds is printed
@@ -35,7 +34,26 @@ class Difference(NamedTuple):
 def differences(rows: Sequence[Row], baseline: str | None = None, metric: str = "AP") -> list[Difference]:
     """The difference of each other row from the baseline (default: the first), without rows whose runs all failed."""
     base = named(rows, baseline)
-    results = [_difference(row, base, metric) for row in rows if row is not base and row.runs and base.runs]
+    return _corrected(
+        [_difference([(row, base)], metric) for row in rows if row is not base and row.runs and base.runs]
+    )
+
+
+def differences_over_sets(
+    sets: Sequence[Sequence[Row]], baseline: str | None = None, metric: str = "AP"
+) -> list[Difference]:
+    """The mean over data sets of the difference of each row from the baseline, for the rows that each set has."""
+    base = named(sets[0], baseline).name
+    by_name = [{row.name: row for row in rows if row.runs} for rows in sets]
+    names = [row.name for row in sets[0] if all(row.name in rows for rows in by_name)]
+    if base not in names:
+        return []
+    return _corrected(
+        [_difference([(rows[name], rows[base]) for rows in by_name], metric) for name in names if name != base]
+    )
+
+
+def _corrected(results: list[Difference]) -> list[Difference]:
     with_p = [index for index, result in enumerate(results) if result.p is not None]
     for index, p in zip(with_p, verdict.hochberg([results[index].p for index in with_p])):
         results[index] = results[index]._replace(p=p)
@@ -50,24 +68,29 @@ def named(rows: Sequence[Row], name: str | None) -> Row:
     return rows[0] if name is None else by_name[name]
 
 
-def _difference(row: Row, base: Row, metric: str) -> Difference:
-    """The difference of `row` from `base`, with an uncorrected p."""
+def _difference(sets: Sequence[tuple[Row, Row]], metric: str) -> Difference:
+    """The difference of a row from a base in each set, or its mean over several sets, with an uncorrected p."""
+    name = sets[0][0].name
     try:
-        one, other = runs_of(row, metric), runs_of(base, metric)
-        if _scored_on(row) != _scored_on(base) or one.draws.shape[1] != other.draws.shape[1]:
-            raise ValueError(f"{row.name} and {base.name} were scored on different images")
+        estimate = verdict.mean_difference([_comparable(row, base, metric) for row, base in sets])
     except ValueError as error:
-        values = [
-            [known for run in side.runs if (known := known_value(run, metric)) is not None] for side in (row, base)
-        ]
-        mean = statistics.fmean(values[0]) - statistics.fmean(values[1]) if all(values) else None
-        return Difference(row.name, mean, None, None, None, str(error))
-    estimate = verdict.difference(one, other)
+        values = [[_known_values(side, metric) for side in pair] for pair in sets]
+        known = all(side for pair in values for side in pair)
+        means = [statistics.fmean(one) - statistics.fmean(other) for one, other in values] if known else []
+        return Difference(name, statistics.fmean(means) if known else None, None, None, None, str(error))
     reason = ""
     if estimate.p is None:
-        single = base.name if len(base.runs) == 1 else row.name
+        single = next(side.name for row, base in sets for side in (base, row) if len(side.runs) == 1)
         reason = f"{single} has one seed; train at least {SEEDS} (--seeds {SEEDS})"
-    return Difference(row.name, estimate.mean, estimate.low, estimate.high, estimate.p, reason)
+    return Difference(name, estimate.mean, estimate.low, estimate.high, estimate.p, reason)
+
+
+def _comparable(row: Row, base: Row, metric: str) -> tuple[verdict.Runs, verdict.Runs]:
+    """The numbers of two rows of one set. Raises ValueError, with the reason, if they allow no verdict."""
+    one, other = runs_of(row, metric), runs_of(base, metric)
+    if set(map(scored_on, row.runs)) != set(map(scored_on, base.runs)) or one.draws.shape[1] != other.draws.shape[1]:
+        raise ValueError(f"{row.name} and {base.name} were scored on different images")
+    return one, other
 
 
 def runs_of(row: Row, metric: str) -> verdict.Runs:
@@ -100,12 +123,6 @@ def _known_values(row: Row, metric: str) -> list[float]:
     return [known for run in row.runs if (known := known_value(run, metric)) is not None]
 
 
-def _scored_on(row: Row) -> set[tuple]:
-    """The number of images and the name of their file, whose folder may differ between machines."""
-    files = (run["config"].get("data", {}).get("val", {}).get("annotations", "") for run in row.runs)
-    return {(run["metrics"].get("images"), Path(file).name) for run, file in zip(row.runs, files)}
-
-
 def best_rows(rows: Sequence[Row]) -> dict[str, str]:
     """{metric: the row that is better than each other row beyond chance}, for the metrics that have such a row."""
     best = {}
@@ -118,13 +135,14 @@ def best_rows(rows: Sequence[Row]) -> dict[str, str]:
     return best
 
 
-def describe(results: Sequence[Difference], baseline: str, metric: str = "AP") -> list[str]:
-    """A heading and a line for each difference; empty without differences."""
+def describe(results: Sequence[Difference], baseline: str, metric: str = "AP", sets: int = 1) -> list[str]:
+    """A heading and a line for each difference, or mean difference over several sets; empty without differences."""
     if not results:
         return []
     count = sum(result.p is not None for result in results)
     corrected = f"; p and verdict are corrected for {count} comparisons" if count > 1 else ""
-    return [f"{metric} minus that of {baseline}, with its 95% interval{corrected}:", "", *map(_line, results)]
+    over = f", the mean over {sets} sets," if sets > 1 else ","
+    return [f"{metric} minus that of {baseline}{over} with its 95% interval{corrected}:", "", *map(_line, results)]
 
 
 def _line(result: Difference) -> str:

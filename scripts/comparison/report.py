@@ -17,7 +17,7 @@ from data.coco_results import from_coco_results
 from data.draw import WIDTH, validation_pictures
 from data.transforms import EvalTransform
 from detector.errors import UserError
-from scripts.comparison import page, result
+from scripts.comparison import page, result, tuning
 from scripts.comparison.differences import Difference, in_digits
 from scripts.comparison.rows import Costs, Row
 
@@ -27,36 +27,44 @@ BANDS = {"easy": "#9ecae1", "medium": "#3182bd", "outlier": "#d62728"}
 IOUS = [round(0.5 + 0.05 * i, 2) for i in range(10)]
 
 
-def write(
-    path: Path,
-    rows: list[Row],
-    header: Sequence[str],
-    table: list[list[str]],
-    results: list[Difference],
-    heading: str,
-    detectable: list[str],
-    cost: Costs,
-    notes: list[str],
-) -> None:
-    """Write the page from what compare.py prints; `heading` belongs to the differences. Raises UserError."""
-    known = [row for row in rows if row.runs]
+def write(path: Path, compared: Sequence[Any], header: Sequence[str], together: Sequence[str]) -> None:
+    """Write the page from the sets that compare.py has `compared`, and the lines on all of them `together`.
+
+    Raises UserError if that fails.
+    """
+    sections = []
+    for one in compared:
+        before = [one.title] * (len(compared) > 1)
+        sections += [(": ".join([*before, *[title] * bool(title)]), parts) for title, parts in of_set(one, header)]
+    if together:
+        sections.insert(0, (f"All {len(compared)} sets", [page.text(together[0]), *lists(together[1:])]))
+    names = dict.fromkeys(row.name for one in compared for row in one.rows)
+    page.write(path, "Comparison of " + ", ".join(names), sections)
+
+
+def lists(lines: Sequence[str]) -> list[str]:
+    """Lines of Markdown: those that begin with a hyphen as items, others as paragraphs."""
+    items = [line.removeprefix("- ") for line in lines if line.startswith("- ")]
+    return [*([page.items(items)] if items else []), *(page.text(line) for line in lines if line[:2] not in ("", "- "))]
+
+
+def of_set(one: Any, header: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """The sections of one set, each with its title."""
+    known = [row for row in one.rows if row.runs]
+    heading = one.verdicts[0] if one.verdicts else ""
     sections = [
-        ("", [page.text(summary(known)), page.table(header, table, left=3)]),
-        ("Better, or chance?", differences(results, heading, detectable)),
-        ("Notes and published numbers", [page.items(line.removeprefix("- ") for line in notes)] if notes else []),
+        ("", [page.text(summary(known)), page.table(header, one.table, left=3)]),
+        ("Better, or chance?", differences(one.results, heading, one.detectable)),
+        ("Notes and published numbers", lists(one.notes)),
         ("During training", curves(known)),
         ("How precise the boxes are", [by_iou(known)] if known else []),
         ("By class", [by_class(known)]),
-        ("Time and memory", costs(known, cost)),
+        ("Time and memory", costs(known, one.cost)),
         ("Where the gradient comes from", gradients(known)),
-        ("How the losses were tuned", tuning(known)),
+        ("How the losses were tuned", tuned(known)),
         ("The same images", pictures(known)),
     ]
-    page.write(
-        path,
-        "Comparison of " + ", ".join(row.name for row in rows),
-        [(title, parts) for title, parts in sections if parts],
-    )
+    return [(title, parts) for title, parts in sections if parts]
 
 
 def summary(rows: list[Row]) -> str:
@@ -214,21 +222,23 @@ def gradients(rows: list[Row]) -> list[str]:
     return [page.row(drawn)] if drawn else []
 
 
-def tuning(rows: list[Row]) -> list[str]:
-    tuned = {row.name: run["tuning"] for row in rows for run in row.runs[:1] if "tuning" in run}
-    values = dict.fromkeys(value for tuning in tuned.values() for value in tuning["AP"])
-    if not tuned:
+def tuned(rows: list[Row]) -> list[str]:
+    tunings = {row.name: run["tuning"] for row in rows for run in row.runs[:1] if "tuning" in run}
+    if not tunings:
         return []
+    columns = dict.fromkeys(label for one in tunings.values() for label in tuning.aps(one))
     lines = []
-    for name, tuning in tuned.items():
-        aps = [tuning["AP"].get(value) for value in values]
-        chosen = tuning["chosen"] + (", an end" if result.at_an_end(tuning) else "")
-        lines.append([name, tuning["key"], *(f"{100 * ap:.1f}" if ap is not None else "-" for ap in aps), chosen])
+    for name, one in tunings.items():
+        aps = [tuning.aps(one).get(label) for label in columns]
+        cells = (f"{100 * ap:.1f}" if ap is not None else "-" for ap in aps)
+        lines.append([name, ", ".join(tuning.tuned_keys(one)), *cells, tuning.described(one)])
     words = (
         "AP of short runs, trained on three quarters of the training images and scored on the rest. If the best value "
         "is at an end of the range, a wider range may hold a better one."
     )
-    return [page.text(words), page.table(("run", "option", *values, "chosen"), lines, left=2)]
+    if all("trials" in one for one in tunings.values()):
+        words += " Trial 1 has the values of the variant's file."
+    return [page.text(words), page.table(("run", "option", *columns, "chosen"), lines, left=2)]
 
 
 def pictures(rows: list[Row]) -> list[str]:

@@ -14,6 +14,8 @@ The keys of a result:
     machine
     failure            one line, instead of metrics, if the run failed
     jobs, timing       from scripts/ablate.py: how many runs shared the machine, and what --time measured
+    tuning             from scripts/ablate.py: what --tune tried and chose, see tuning.py
+    tried              of a short run of --tune: its values
 """
 
 import json
@@ -75,12 +77,6 @@ def points(events: EventAccumulator, group: str, names: tuple[str, ...]) -> list
             for event in events.Scalars(f"{group}/{name}"):
                 by_step.setdefault(event.step, {"step": event.step})[name] = round(event.value, 5)
     return [by_step[step] for step in sorted(by_step)]
-
-
-def at_an_end(tuning: dict[str, Any]) -> bool:
-    """Whether the chosen value is the first or last of several, so that the range may be too narrow."""
-    tried = list(tuning["AP"])
-    return len(tried) > 1 and tuning["chosen"] in (tried[0], tried[-1])
 
 
 def machine() -> dict[str, str]:

@@ -34,15 +34,66 @@ class Costs(NamedTuple):
 
 def read_rows(paths: list[str]) -> list[Row]:
     """The runs grouped by variant or name, in the order given, without the short runs of tuning."""
-    by_name: dict[str, list[tuple[str, Result]]] = {}
+    return _rows(_read(paths))
+
+
+def read_sets(paths: list[str]) -> list[tuple[str, list[Row]]]:
+    """The name and the rows of each validation set.
+
+    Runs are of several sets if a variant has one seed on more than one. Otherwise all are one set, even if they were
+    scored on different images, which is a mistake that their comparison reports.
+    """
+    runs = _read(paths)
+    known = {_file(run): _set(run) for _, run in runs if "metrics" in run}
+    by_set: dict[tuple, list[tuple[str, Result]]] = {}
+    for path, run in runs:  # one that failed does not say how many images there are
+        by_set.setdefault(_set(run) if "metrics" in run else known.get(_file(run), ()), []).append((path, run))
+    places = {
+        (run["variant"], run["config"].get("seed", 0), key)
+        for key in by_set
+        for _, run in by_set[key]
+        if "variant" in run
+    }
+    several = len({place[:2] for place in places}) < len(places)
+    of_sets = list(by_set.values()) if several else [runs]
+    return [(_title([run for _, run in of_set]), _rows(of_set)) for of_set in of_sets]
+
+
+def scored_on(run: Result) -> tuple:
+    """The file of the validation set, without its folder, which may differ between machines; the number of images."""
+    return Path(_file(run)).name, run["metrics"].get("images")
+
+
+def _set(run: Result) -> tuple:
+    return *scored_on(run), *run["metrics"].get("per_class", ())
+
+
+def _file(run: Result) -> str:
+    return run["config"].get("data", {}).get("val", {}).get("annotations", "")
+
+
+def _title(runs: list[Result]) -> str:
+    images = {run["metrics"].get("images") for run in runs if "metrics" in run}
+    return f"{_file(runs[0]) or 'a set without a name'}, {' / '.join(map(str, images)) or 'unknown'} images"
+
+
+def _read(paths: list[str]) -> list[tuple[str, Result]]:
+    runs = []
     for path in paths:
         if not Path(path).exists():
             raise UserError(f"{path}: no such file or folder; give run folders or result files")
         run = result.collect(Path(path)) if Path(path).is_dir() else result.read(path)
         if "tried" not in run:
-            by_name.setdefault(str(run.get("variant") or run["config"].get("run", path)), []).append((path, run))
-    if not by_name:
+            runs.append((path, run))
+    if not runs:
         raise UserError("all of these are short runs of tuning; give the results of whole runs")
+    return runs
+
+
+def _rows(given: list[tuple[str, Result]]) -> list[Row]:
+    by_name: dict[str, list[tuple[str, Result]]] = {}
+    for path, run in given:
+        by_name.setdefault(str(run.get("variant") or run["config"].get("run", path)), []).append((path, run))
     rows = []
     for name, runs in by_name.items():
         if all("variant" in run for _, run in runs):
@@ -60,7 +111,9 @@ def _refuse_twice(name: str, runs: list[tuple[str, Result]]) -> None:
     for path, run in runs:
         seed = run["config"].get("seed", 0)
         if seed in files:
-            raise UserError(f"{path}: is seed {seed} of {name}, like {files[seed]}; give each run once")
+            raise UserError(
+                f"{path}: is seed {seed} of {name}, like {files[seed]}; give each run once, and runs of one recipe"
+            )
         files[seed] = path
 
 

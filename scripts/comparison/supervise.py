@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -50,6 +50,7 @@ class Run:
     kept: Path
     notes: dict[str, Any]  # added to its result
     processes: int = 1
+    title: str = ""  # for the line that reports its result, instead of its name
 
     @property
     def name(self) -> str:
@@ -66,6 +67,7 @@ class Child:
     process: subprocess.Popen
     log: TextIO
     start: int  # its first byte in the log, to which a resumed run appends
+    rest: Iterator[Run]  # what follows once it has a result
 
     def log_tail(self) -> str:
         """The end of its output."""
@@ -90,26 +92,30 @@ def finished(run: Run) -> bool:
     return True
 
 
-def train_all(runs: list[Run], jobs: int, keep: Callable[[dict], dict] = lambda full: full) -> bool:
+def train_all(
+    sequences: Iterable[Iterable[Run]], total: int, jobs: int, keep: Callable[[dict], dict] = lambda full: full
+) -> bool:
     """Train the runs without a result, `jobs` at once; return whether all have one in the end.
 
+    sequences: lists or generators, with `total` runs together. A sequence is asked for its next run when the one
+    before has a result, so a run may depend on earlier results.
     keep: selects what of a full result is written. The result of a run that diverges is the reason. A user error in one
     run stops the others, which save, and raises UserError. A signal raises SystemExit.
     """
-    waiting = [run for run in runs if not finished(run)]
-    if len(waiting) < len(runs):
-        print(f"{len(runs) - len(waiting)} of {len(runs)} runs are already finished")
+    waiting: list[tuple[Run, Iterator[Run]]] = []
+    done = sum([queue_next(iter(sequence), waiting) for sequence in sequences])
+    if done:
+        print(f"{done} of {total} runs are already finished")
     children: dict[int, Child] = {}
     lost: list[str] = []
     shape = "{desc}: {percentage:3.0f}%|{bar:20}| {elapsed}<{remaining} {postfix}"
     quiet = {} if sys.stderr.isatty() else {"mininterval": 60}  # a log file gets a line a minute
-    with Stop() as stop, tqdm(total=len(waiting), desc="runs", bar_format=shape, **quiet) as line:
+    with Stop() as stop, tqdm(total=total, initial=done, desc="runs", bar_format=shape, **quiet) as line:
         try:
-            done = 0
             while waiting or children:
                 for slot in range(jobs):
                     if slot not in children and waiting and stop.number is None:
-                        children[slot] = start(waiting.pop(0), slot, jobs)
+                        children[slot] = start(*waiting.pop(0), slot, jobs)
                 time.sleep(POLL)
                 for slot, child in list(children.items()):
                     if child.process.poll() is not None:
@@ -117,6 +123,8 @@ def train_all(runs: list[Run], jobs: int, keep: Callable[[dict], dict] = lambda 
                         child.log.close()
                         ended(child, jobs, keep, lost)
                         done += 1
+                        if child.run.kept.exists():
+                            done += queue_next(child.rest, waiting)
                 if stop.number is not None:
                     break
                 shares = {child.run.name: progress(child.log_tail()) for child in children.values()}
@@ -132,7 +140,18 @@ def train_all(runs: list[Run], jobs: int, keep: Callable[[dict], dict] = lambda 
     return not lost
 
 
-def start(run: Run, slot: int, jobs: int) -> Child:
+def queue_next(sequence: Iterator[Run], waiting: list[tuple[Run, Iterator[Run]]]) -> int:
+    """Append the first run of `sequence` without a result, and what follows it; return how many before it have one."""
+    count = 0
+    for run in sequence:
+        if not finished(run):
+            waiting.append((run, sequence))
+            break
+        count += 1
+    return count
+
+
+def start(run: Run, rest: Iterator[Run], slot: int, jobs: int) -> Child:
     environment = os.environ | {"PYTHONIOENCODING": "utf-8"}  # the encoding that the log is read in
     if jobs * run.processes > 1:  # divide cores and GPUs among the runs
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // (jobs * run.processes))))
@@ -145,7 +164,7 @@ def start(run: Run, slot: int, jobs: int) -> Child:
     # In a session of its own: otherwise Ctrl-C would reach it too, and our SIGTERM would be its second signal, which
     # ends it at once.
     process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
-    return Child(run, process, log, log.tell())
+    return Child(run, process, log, log.tell(), rest)
 
 
 def cards(slot: int, processes: int) -> list[str]:
@@ -161,17 +180,17 @@ def ended(child: Child, jobs: int, keep: Callable[[dict], dict], lost: list[str]
     run, code, log_tail = child.run, child.process.returncode, child.log_tail()
     if code == 1 and run.processes > 1 and (codes := EXIT_CODE.findall(log_tail)):
         code = int(codes[-1])  # torchrun lists the process that ended first last
-    reason = last_line(log_tail)
+    reason, said = last_line(log_tail), run.title or run.name
     if code == 0:
         # For a resumed run we do not know what it shared the machine with before.
         alone = {"jobs": jobs} if child.start == 0 else {}
         result.write(run.kept, keep(result.collect(run.cfg.folder) | run.notes | alone))
         for name in (checkpoint.LAST, checkpoint.PREVIOUS):  # best.pt is kept
             (run.cfg.folder / name).unlink(missing_ok=True)
-        tqdm.write(f"{run.name}: AP {result.read(run.kept)['metrics']['AP']:.3f}")
+        tqdm.write(f"{said}: AP {result.read(run.kept)['metrics']['AP']:.3f}")
     elif code == 1:
         result.write(run.kept, {"config": run.cfg.model_dump(mode="json"), "failure": reason, **run.notes})
-        tqdm.write(f"{run.name}: failed: {reason}")
+        tqdm.write(f"{said}: failed: {reason}")
     elif code == 2:
         raise UserError(f"{run.name}: {reason.removeprefix('error: ')} (log: {run.log})")
     else:

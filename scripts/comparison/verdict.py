@@ -15,6 +15,11 @@ p is the level at which the interval just reaches 0. Each part has its own t (as
 intervals on nonnegative linear combinations of variances", JASA 1980). With one Satterthwaite t for their sum, two
 seeds that agree by chance would make the variance look well known: some 10% of studies with two seeds and five
 comparisons then had a false verdict. The seeds of two losses are not paired, because they hardly correlate.
+
+Over several data sets the difference is the mean of their differences. The sets are independent, so their variances are
+added and divided by the square of their number; t_s and t_v are for the degrees of freedom that Welch and Satterthwaite
+give to these sums. It is a statement about these sets, and not about all that there are.
+
 scripts/bench/verdicts.py measures all this.
 """
 
@@ -65,25 +70,38 @@ def difference(one: Runs, other: Runs) -> Estimate:
 
     With one seed in a row, the spread of seeds is unknown: the interval covers the images only, and p is None.
     """
-    mean = float(one.aps.mean() - other.aps.mean())
-    of_images = float((one.draws.mean(axis=0) - other.draws.mean(axis=0)).var(ddof=1))
-    if min(len(one.aps), len(other.aps)) == 1:
-        reach = float(stats.t.isf(LEVEL / 2, max(one.images - 1, 1))) * math.sqrt(of_images)
-        return Estimate(mean, mean - reach, mean + reach, None)
-    counted = sum(_seed_by_image(row.draws) / len(row.aps) for row in (one, other))
-    parts = np.array([row.aps.var(ddof=1) / len(row.aps) for row in (one, other)])
-    df = _welch(*parts, len(one.aps) - 1, len(other.aps) - 1)
-    known = float(parts.sum()), df, max(of_images - counted, 0.0), max(one.images - 1, 1)
-    reach = _reach(LEVEL, *known)
-    return Estimate(mean, mean - reach, mean + reach, _share_that_reaches(abs(mean), *known))
+    return mean_difference([(one, other)])
 
 
-def _welch(one: Numbers, other: Numbers, df: int, other_df: int) -> Numbers:
-    """Degrees of freedom of the sum of two variances of means."""
-    return (one + other) ** 2 / np.maximum(one**2 / df + other**2 / other_df, 1e-300)
+def mean_difference(sets: Sequence[tuple[Runs, Runs]]) -> Estimate:
+    """The mean over data sets of `difference` of the two rows of each; the sets share neither images nor runs.
+
+    With one seed in a row of any set, the interval covers the images only, and p is None.
+    """
+    mean = float(np.mean([one.aps.mean() - other.aps.mean() for one, other in sets]))
+    rows = [row for pair in sets for row in pair]
+    of_images = [float((one.draws.mean(axis=0) - other.draws.mean(axis=0)).var(ddof=1)) for one, other in sets]
+    images_df = [max(one.images - 1, 1) for one, _ in sets]
+    if single := min(len(row.aps) for row in rows) == 1:
+        of_seeds, df = 0.0, 1.0
+    else:
+        counted = [sum(_seed_by_image(row.draws) / len(row.aps) for row in pair) for pair in sets]
+        of_images = [max(part - also, 0.0) for part, also in zip(of_images, counted)]
+        parts = [row.aps.var(ddof=1) / len(row.aps) for row in rows]
+        of_seeds, df = sum(parts), _welch(parts, [len(row.aps) - 1 for row in rows])
+    # The variance of a mean of S independent differences is the sum of their variances over S squared.
+    squared = len(sets) ** 2
+    known = of_seeds / squared, df, sum(of_images) / squared, max(_welch(of_images, images_df), 1)
+    reach = float(_reach(LEVEL, *known))
+    return Estimate(mean, mean - reach, mean + reach, None if single else _share_that_reaches(abs(mean), *known))
 
 
-def _reach(level: float, of_seeds: Numbers, df: Numbers, of_images: float, images_df: int) -> Numbers:
+def _welch(parts: Sequence[Numbers], dfs: Sequence[int]) -> Numbers:
+    """Degrees of freedom of the sum of several variances of means."""
+    return sum(parts) ** 2 / np.maximum(sum(part**2 / df for part, df in zip(parts, dfs)), 1e-300)
+
+
+def _reach(level: float, of_seeds: Numbers, df: Numbers, of_images: float, images_df: float) -> Numbers:
     """Half the width of the interval at `level`; `df` are the degrees of freedom of the seeds."""
     seeds, images = special.stdtrit(np.maximum(df, 1), level / 2), special.stdtrit(images_df, level / 2)
     return np.sqrt(seeds**2 * of_seeds + images**2 * of_images)
@@ -143,7 +161,7 @@ def detectable(known: Variances, seeds: int, comparisons: int = 1) -> float:
     of_seeds, of_images = (known.seed + known.both) / seeds, 2 * known.image
     # A study's estimates of its two seed variances vary, so average over many studies, the same ones in each call.
     one, other = of_seeds * np.random.default_rng(0).chisquare(seeds - 1, size=(2, STUDIES)) / (seeds - 1)
-    df = _welch(one, other, seeds - 1, seeds - 1)
+    df = _welch((one, other), (seeds - 1, seeds - 1))
     reach = _reach(LEVEL / comparisons, one + other, df, of_images, known.images - 1)
     error = math.sqrt(2 * of_seeds + of_images)
     if error == 0:

@@ -1,6 +1,7 @@
 """scripts/ablate.py: what a variant may set, what is refused, and that every run gets a result once."""
 
 import json
+import math
 import re
 import signal
 import subprocess
@@ -44,19 +45,15 @@ def test_a_variant_that_changes_more_than_the_loss_is_refused(base):
         ablate.read_variant(base, "cheat")
 
 
-def test_values_may_be_multiples_of_the_variant_s_own(base):
-    changes = ablate.read_variant(base, "focal")
-    assert ablate.choose(changes, "box_loss.weight", "x1.5")["box_loss"]["weight"] == 3
-    assert ablate.choose({}, "box_loss.weight", "x4")["box_loss"]["weight"] == 4
-    assert ablate.choose(changes, "class_loss.gamma", "1")["class_loss"]["gamma"] == 1
-
-
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (("--variants", "none"), r"none\.yaml: no such file"),
         (("--variants", "focal", "--seeds", "0"), "give at least 1"),
         (("--variants", "focal", "--grid", "class_loss.gamma"), "write it as KEY=A,B,C"),
+        (("--variants", "focal", "--tune", "1"), "give at least 2"),
+        (("--variants", "focal", "--tune", "8", "--tune-set", "box_loss.weight=1"), "leave it out here or in --tune-k"),
+        (("--variants", "focal", "--tune", "8", "--tune-set", "solver.epoch=1"), "solver.epoch: unknown option"),
     ],
 )
 def test_mistakes(base, command, arguments, message):
@@ -65,27 +62,115 @@ def test_mistakes(base, command, arguments, message):
 
 
 def test_tuned_runs_end_as_results_which_a_second_start_keeps(base, tmp_path, command):
-    arguments = ["--config", base, "--variants", "focal", "--seeds", 1, "--output", tmp_path / "out"]
-    arguments += ["--tune", "box_loss.weight=x1,x2"]
+    arguments = ["--config", base, "--variants", "focal", "--seeds", 1, "--output", tmp_path / "out", "--tune", 2]
     code, out, err = command(ablate.main, *arguments)
     assert code == 0, err
-    assert re.search(r"^focal: box_loss.weight x[12], at an end of the range", out, re.M)
+    assert re.search(
+        r"^focal: class_loss\.weight \S+ \(range 0\.1 to 10\), box_loss\.weight \S+ \(range 0\.2 to 20\)", out, re.M
+    )
+    assert re.search(r"focal, trial 2/2 \(class_loss\.weight .*; best so far 0\.\d+\): AP 0\.\d+", err + out)
     results = tmp_path / "out" / "results"
-    assert sorted(path.stem for path in results.iterdir()) == ["focal-s0", "tune-focal-x1", "tune-focal-x2"]
-    whole, tried = result.read(results / "focal-s0.json"), result.read(results / "tune-focal-x2.json")
-    assert set(whole["tuning"]["AP"]) == {"x1", "x2"} and tried["tried"] == "x2"
-    chosen = {"x1": 2, "x2": 4}[whole["tuning"]["chosen"]]
-    assert config.flat(whole["config"])["box_loss.weight"] == chosen
+    assert sorted(path.stem for path in results.iterdir()) == ["focal-s0", "tune-focal-1", "tune-focal-2"]
+    whole, first, second = (
+        result.read(results / f"{name}.json") for name in ("focal-s0", "tune-focal-1", "tune-focal-2")
+    )
+    own = {"class_loss.weight": 1, "box_loss.weight": 2}
+    assert first["tried"] == own
+    trials = [{"values": one["tried"], "AP": one["metrics"]["AP"]} for one in (first, second)]
+    assert whole["tuning"]["trials"] == trials and whole["tuning"]["chosen"] in [one["values"] for one in trials]
+    for one, values in ((whole, whole["tuning"]["chosen"]), (first, own), (second, second["tried"])):
+        assert {key: config.flat(one["config"])[key] for key in own} == values
 
     parts = [json.loads((tmp_path / "out" / f"tune_{split}.json").read_text())["images"] for split in ("train", "val")]
     names = [{image["id"] for image in part} for part in parts]
     assert names[0] and names[1] and not names[0] & names[1]  # never scored on what it was trained on
-    assert tried["config"]["data"]["val"]["images"] == tried["config"]["data"]["train"]["images"]
+    assert second["config"]["data"]["val"]["images"] == second["config"]["data"]["train"]["images"]
 
     times = {path: path.stat().st_mtime_ns for path in results.iterdir()}
     code, out, err = command(ablate.main, *arguments)
-    assert code == 0 and "1 of 1 runs are already finished" in out, err
+    assert code == 0 and "2 of 2 runs are already finished" in out and "1 of 1 runs are already finished" in out, err
     assert {path: path.stat().st_mtime_ns for path in results.iterdir()} == times
+    code, _, err = command(ablate.main, *arguments, "--tune-keys", "box_loss.weight", "solver.lr")
+    assert code == 2 and re.search(r"tune-focal-2\.json: has not tried box_loss\.weight, solver\.lr: delete it", err)
+
+
+@pytest.fixture
+def scored(base, tmp_path, command, monkeypatch):
+    """Runs ablate.py where a training takes no time and its AP is a function of its config."""
+
+    class Ended:
+        returncode = 0
+
+        def poll(self):
+            return 0
+
+    ran = []
+
+    def ablated(score, *arguments, stop_after=None):
+        def start(run, rest, slot, jobs):
+            if len(ran) == stop_after:
+                raise UserError("stopped")
+            ran.append(run.name)
+            run.log.touch()
+            return supervise.Child(run, Ended(), run.log.open("a"), 0, rest)
+
+        def ended(child, *_):
+            run, ap = child.run, score(config.flat(child.run.cfg.model_dump(mode="json")))
+            about = {"failure": "the loss is nan"} if ap is None else {"metrics": {"AP": ap}}
+            result.write(run.kept, {"config": run.cfg.model_dump(mode="json"), **about, **run.notes})
+
+        monkeypatch.setattr(supervise, "start", start)
+        monkeypatch.setattr(supervise, "ended", ended)
+        monkeypatch.setattr(supervise, "POLL", 0)
+        ran.clear()
+        given = ["--config", base, "--variants", "focal", "focal+ghm_r", "--seeds", 1, *arguments]
+        code, out, err = command(ablate.main, *given)
+        return code, out, err, list(ran)
+
+    return ablated
+
+
+def test_variants_are_tuned_beside_each_other_as_if_alone(scored, tmp_path, command):
+    def score(values):
+        best = {"class_loss.weight": 3, "solver.lr": 0.01 if values["box_loss.name"] == "ghm_r" else 0.001}
+        return 0.5 - 0.1 * sum(abs(math.log10(values[key] / best[key])) for key in best)
+
+    def kept(name):
+        return {path.stem: result.read(path).get("tried") for path in (tmp_path / name / "results").iterdir()}
+
+    tune = ["--tune", 5, "--tune-keys", "solver.lr", "class_loss.weight"]
+    code, out, err, alone = scored(score, *tune, "--output", tmp_path / "one")
+    assert code == 0, err
+    names = ("focal", "focal+ghm_r")
+    assert alone == [f"tune-{name}-{n}" for n in range(1, 6) for name in names] + [f"{name}-s0" for name in names]
+    assert scored(score, *tune, "--jobs", 2, "--output", tmp_path / "two")[0] == 0
+    for finished in (3, 8):
+        code, _, err, _ = scored(score, *tune, "--output", tmp_path / "three", stop_after=finished)
+        assert code == 2 and "stopped" in err
+    assert scored(score, *tune, "--output", tmp_path / "three")[0] == 0
+    assert kept("one") == kept("two") == kept("three")
+    assert list(kept("one")["tune-focal-2"]) == ["class_loss.weight", "solver.lr"]
+    code, out, err = command(compare.main, *sorted(map(str, (tmp_path / "one" / "results").iterdir())))
+    assert "- solver.lr was tuned: " in out and "not a fair comparison" not in out, out
+
+
+def test_more_trials_go_on_with_those_that_are_there(scored, tmp_path):
+    out = ["--output", tmp_path / "out"]
+    assert scored(lambda values: 0.3, "--tune", 2, *out)[0] == 0
+    code, _, err, ran = scored(lambda values: 0.2, "--tune", 3, *out)  # so the second trials are not better
+    assert code == 0 and ran == ["tune-focal-3", "tune-focal+ghm_r-3"], err
+    whole = result.read(tmp_path / "out" / "results" / "focal-s0.json")
+    assert [trial["AP"] for trial in whole["tuning"]["trials"]] == [0.3, 0.3, 0.2] and whole["metrics"]["AP"] == 0.3
+
+
+def test_a_variant_of_which_every_trial_fails_is_one_line(scored, tmp_path):
+    def score(values):
+        return None if values["box_loss.name"] == "ghm_r" else 0.3
+
+    code, out, err, ran = scored(score, "--tune", 2, "--output", tmp_path / "out")
+    assert code == 0, err
+    (line,) = [line for line in out.splitlines() if line.startswith("focal+ghm_r: ")]
+    assert "2 of 2 trials failed, no trial scored above 0" in line and ran[-2:] == ["focal-s0", "focal+ghm_r-s0"]
 
 
 def test_time_is_of_every_variant_in_turn(base, tmp_path, command):

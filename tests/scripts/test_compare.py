@@ -389,3 +389,73 @@ def test_runs_that_all_failed_are_listed(tmp_path, capsys):
     path.write_text(json.dumps({"config": config, "variant": "ce", "failure": "loss = nan"}))
     main([str(path)])
     assert "- failed: ce, seed 0: loss = nan" in capsys.readouterr().out
+
+
+def of_sets(folder, rows, gamma=2.0):
+    """Result files of the rows {name: (mean AP in each of two sets, in percent)}, three seeds each."""
+    files = []
+    for place, (of_set, images) in enumerate((("cells", 50), ("cards", 70))):
+        (folder / of_set).mkdir(exist_ok=True)
+        for name, aps in rows.items():
+            for seed in range(3) if aps[place] is not None else ():
+                ap = (aps[place] + seed - 1) / 100
+                metrics = {"AP": ap, "images": images, "per_class": {of_set: {"AP": ap}}}
+                path = Path(kept(folder / of_set, name, seed, ap, metrics=metrics))
+                content = json.loads(path.read_text())
+                content["config"]["data"] = {"val": {"annotations": f"datasets/{of_set}/val.json"}}
+                content["config"]["class_loss"]["gamma"] = gamma if place else 2.0
+                path.write_text(json.dumps(content))
+                files.append(str(path))
+    return files
+
+
+def test_runs_of_two_sets_get_a_table_each_and_a_verdict_on_both(tmp_path, capsys):
+    files = of_sets(tmp_path, {"ce": (30, 50), "focal": (34, 52), "qfl": (30, None), "ghm_c": (28, 52)})
+    main([*files, "--markdown", str(tmp_path / "sets.md"), "--csv", str(tmp_path / "runs.csv")])
+    out = capsys.readouterr().out
+    first, second, both = re.split(r"^datasets/cards/val.json, 70 images$|^All 2 sets$", out, flags=re.M)
+    assert first.startswith("datasets/cells/val.json, 50 images\n") and "qfl" in first and "qfl" not in second
+    assert "- focal: +4.0 [+1.7, +6.3]" in first and "- focal: +2.0 [-0.3, +4.3]" in second
+    assert "AP minus that of ce, the mean over 2 sets, with its 95% interval; p and verdict are corrected for 2" in both
+    # By hand: standard deviations of 1 in four rows of three seeds, 2.306 sqrt(4 / 3) / 2 for 8 degrees of freedom.
+    assert "- focal: +3.0 [+1.7, +4.3], p 0.002, better; by set +4.0, +2.0" in both
+    assert "- ghm_c: +0.0 [-1.3, +1.3], p 1.00, undecided; by set -2.0, +2.0" in both
+    assert "do not have runs in each set: qfl." in both and "warning" not in both
+    assert (tmp_path / "sets.md").read_text().count("\n## ") == 2
+    with (tmp_path / "runs.csv").open(encoding="utf-8", newline="") as file:
+        assert {line["set"] for line in csv.DictReader(file)} == {
+            f"datasets/{s}" for s in ("cells/val.json, 50 images", "cards/val.json, 70 images")
+        }
+
+
+def test_the_page_of_two_sets_has_all_of_both(tmp_path):
+    main([*of_sets(tmp_path, {"ce": (30, 50), "focal": (34, 52)}), "--html", str(tmp_path / "page.html")])
+    page = (tmp_path / "page.html").read_text()
+    headings = re.findall("<h2>(.*?)</h2>", page)
+    assert headings[:2] == ["All 2 sets", "datasets/cells/val.json, 50 images"]
+    assert "datasets/cards/val.json, 70 images: Better, or chance?" in headings and "by set +4.0, +2.0" in page
+
+
+def test_what_several_sets_must_share(tmp_path, capsys):
+    files = of_sets(tmp_path, {"ce": (30, 50), "focal": (34, None), "ghm_c": (None, 52)}, gamma=1.0)
+    main(files)
+    assert "No verdict: this takes ce and another row with runs in each set." in capsys.readouterr().out
+    with pytest.raises(
+        UserError, match=r"--baseline focal: not in datasets/cards/val\.json, 70 images; there the rows are"
+    ):
+        main([*files, "--baseline", "focal"])
+    main(of_sets(tmp_path, {"ce": (30, 50), "focal": (34, 52)}, gamma=1.0))
+    assert (
+        "- warning: focal is not the same loss in each set, class_loss.gamma differs: 2.0 / 1.0"
+        in capsys.readouterr().out
+    )
+
+
+def test_a_run_that_failed_is_in_the_set_of_its_data(tmp_path, capsys):
+    files = of_sets(tmp_path, {"ce": (30, 50), "focal": (34, 52)})
+    content = json.loads(Path(files[-1]).read_text())
+    del content["metrics"]
+    Path(files[-1]).write_text(json.dumps(content | {"failure": "loss = nan"}))
+    main(files)
+    first, second = capsys.readouterr().out.split("datasets/cards/val.json")
+    assert "failed: focal, seed 2" in second and "failed" not in first and "All 2 sets" in second

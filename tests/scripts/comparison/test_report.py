@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from html import unescape
+from pathlib import Path
 
 import pytest
 
@@ -83,6 +84,27 @@ def test_mean_and_deviation():
     mean, deviation = report.spread([[1, 2], [3, 6]])
     assert mean.tolist() == [2, 4] and deviation == pytest.approx([2**0.5, 8**0.5])
     assert report.spread([[1, 2]])[1].tolist() == [0, 0]
+
+
+def test_a_search_is_shown_with_its_ranges_and_unequal_budgets_are_warned_of(folder, capsys):
+    values = {"class_loss.weight": 9.0, "box_loss.weight": 2.0}
+    trials = [{"values": values, "AP": 0.123}, {"values": values, "AP": None}]
+    search = {"keys": list(values), "trials": trials, "chosen": values, "extended": ["box_loss.weight"]}
+    search |= {"range": {key: [0.1, 10] for key in values}, "at_an_end": ["class_loss.weight"]}
+    files = [str(folder / f"{name}.json") for name in ("ce", "focal")]
+    for file in files:
+        result.write(Path(file), fabricated(Path(file).stem, 0, 0.2) | {"tuning": search})
+    compare.main([*files, "--html", str(folder / "report.html")])
+    printed = " ".join(words(folder / "report.html").split())
+    assert "class_loss.weight, box_loss.weight 12.3 - class_loss.weight 9 (range" in printed
+    assert (
+        "class_loss.weight 9 (range 0.1 to 10, at an end of it), box_loss.weight 2 (range 0.1 to 10, extended)"
+        in printed
+    )
+    assert "tuning differs" not in capsys.readouterr().out
+    result.write(folder / "ce.json", fabricated("ce", 0, 0.2) | {"tuning": search | {"trials": trials * 2}})
+    compare.main(files)
+    assert "not a fair comparison, tuning differs" in capsys.readouterr().out
 
 
 def test_pictures_are_of_the_run_and_not_of_another(learnt, folder, in_browser):

@@ -133,3 +133,49 @@ def test_more_seeds_see_smaller_differences_and_so_many_are_asked_for():
     # However many seeds: 2 x 0.12 of variance is 1.37 points; it takes (1.37 / 1)^2 x 150 images to see one point.
     assert verdict.seeds_needed(SEEDS_VARY, 1.0) is None
     assert verdict.images_needed(SEEDS_VARY, 1.0) == pytest.approx(150 * 1.3725**2, rel=0.01)
+
+
+def test_the_mean_of_sets_without_images_is_welch_s_for_all_their_rows():
+    """Equal variances of rows with S seeds: Student's t with the degrees of freedom of all rows, in closed form."""
+    aps = np.array([40.0, 41.0, 42.5])
+    rows = [(runs(aps + shift, NO_IMAGES), runs(aps, NO_IMAGES)) for shift in (4.0, -1.0)]
+    found = verdict.mean_difference(rows)
+    error = np.sqrt(4 * aps.var(ddof=1) / 3) / 2  # four rows; a mean of two sets
+    assert found.mean == pytest.approx(1.5)
+    assert found.high - found.mean == pytest.approx(stats.t.ppf(0.975, 4 * 2) * error)
+    assert found.p == pytest.approx(2 * stats.t.sf(1.5 / error, 4 * 2))
+
+
+def test_the_mean_of_sets_without_seeds_adds_the_variances_of_their_images():
+    rng, flat = np.random.default_rng(0), NO_IMAGES[:, :1]
+    rows = []
+    for images, spread in ((30, 0.7), (80, 0.2)):
+        luck = rng.normal(0, spread, 400)
+        rows.append((runs([42.0] * 3, luck, images), runs([40.5] * 3, flat + 0 * luck, images)))
+    of_images = [one.draws[0].var(ddof=1) for one, _ in rows]
+    df = sum(of_images) ** 2 / (of_images[0] ** 2 / 29 + of_images[1] ** 2 / 79)
+    found = verdict.mean_difference(rows)
+    assert found.high - found.mean == pytest.approx(stats.t.ppf(0.975, df) * np.sqrt(sum(of_images)) / 2)
+
+
+def test_one_seed_in_one_of_the_sets_gets_no_verdict():
+    whole, single = (runs([40.0, 41.0]), runs([42.0, 43.5])), (runs([40.0]), runs([42.0, 43.0]))
+    found = verdict.mean_difference([whole, single])
+    assert found.p is None and found.mean == pytest.approx(-2.375)
+
+
+@pytest.mark.parametrize("seeds", [(2, 2), (3, 5)])
+def test_verdicts_over_sets_err_no_more_often_than_they_say(seeds):
+    """Losses that are equal in the mean, 3 better on one set and 3 worse on the other, and losses that are not."""
+    settings = [verdicts.Setting("", known, [known.seed]) for known in (SEEDS_VARY, Variances(0.5, 0.6, 0.3, 70))]
+    rng, false, seen, studies = np.random.default_rng(seeds), 0, 0, 1000
+    for _ in range(studies):
+        drawn = [verdicts.draw(setting, count, 2, rng) for setting, count in zip(settings, seeds)]
+        gaps = [
+            [(Runs(one.aps + gap, one.draws + gap, one.images), other) for (one, other), gap in zip(drawn, by_set)]
+            for by_set in ((3.0, -3.0), (8.0, 6.0))
+        ]
+        found = [verdict.mean_difference(rows).p <= verdict.LEVEL for rows in gaps]
+        false += found[0]
+        seen += found[1]
+    assert 0.005 < false / studies < 0.065 and seen / studies > 0.6

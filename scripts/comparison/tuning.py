@@ -1,0 +1,127 @@
+"""The search for a variant's weights: what a short run tries next, and what the short runs have found.
+
+The values of all keys are searched together, evenly in their logarithms, from a tenth to ten times the variant's own
+values. The first trial has its own values, the next three are random, and then Optuna's Gaussian process proposes.
+A trial depends only on the trials before it: `propose` makes a fresh Optuna study of them, with a seed that is the
+trial's number. So a search that is stopped goes on as if it had not been.
+
+If the best value so far lies in the outer tenth of a range, this side is extended by half a decade, to a hundredth or
+a hundred times at most. The number of trials stays the same, so that every variant has the same budget.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+KEYS = ("class_loss.weight", "box_loss.weight", "solver.lr")  # what can be tuned: factors, of any positive size
+DECADES = 1.0  # that the range goes below and above the first trial, at first
+STEP = 0.5  # decades of an extension
+LIMIT = 2.0  # decades that it may go at most
+END = 0.1  # the share of a range, in decades, that counts as one of its ends
+RANDOM = 4  # trials before the Gaussian process, with the first
+
+Range = tuple[float, float]
+
+
+class Trial(NamedTuple):
+    """A short run."""
+
+    values: dict[str, float]  # by key
+    AP: float | None  # None if it failed
+
+
+def propose(trials: Sequence[Trial]) -> dict[str, float]:
+    """The values of the next trial. The first, which has the variant's own values, must be among `trials`."""
+    import optuna  # takes a second, and only tuning needs it
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    start = trials[0].values
+    spans = {key: optuna.distributions.FloatDistribution(*span) for key, span in ranges(trials).items()}
+    sampler = optuna.samplers.GPSampler(seed=len(trials), n_startup_trials=RANDOM)
+    study = optuna.create_study(direction="maximize", sampler=sampler)
+    for trial in trials:
+        # The clamp is for values that were rounded to just outside of the range.
+        params = {key: min(max(_decades(trial, key, start), s.low), s.high) for key, s in spans.items()}
+        study.add_trial(optuna.trial.create_trial(params=params, distributions=spans, value=_score(trial)))
+    proposed = study.ask(spans).params
+    return {key: float(f"{start[key] * 10 ** proposed[key]:.3g}") for key in start}
+
+
+def best(trials: Sequence[Trial]) -> Trial:
+    """The trial with the highest AP; the first of several. A trial that failed counts as 0."""
+    return max(trials, key=_score)
+
+
+def ranges(trials: Sequence[Trial]) -> dict[str, Range]:
+    """The range of each key after these trials, in decades from the first."""
+    start = trials[0].values
+    found = dict.fromkeys(start, (-DECADES, DECADES))
+    for count in range(1, len(trials) + 1):
+        leader = best(trials[:count])
+        for key, (low, high) in found.items():
+            side = _end(_decades(leader, key, start), (low, high))
+            found[key] = max(low - STEP * (side < 0), -LIMIT), min(high + STEP * (side > 0), LIMIT)
+    return found
+
+
+def summary(trials: Sequence[Trial]) -> dict[str, Any]:
+    """What a result keeps of its variant's tuning."""
+    start = trials[0].values
+    searched = ranges(trials[:-1] or trials)  # the last trial was the last one to use its range
+    chosen = best(trials)
+    return {
+        "keys": list(start),
+        "trials": [trial._asdict() for trial in trials],
+        "range": {key: [float(f"{start[key] * 10**end:.3g}") for end in span] for key, span in searched.items()},
+        "extended": [key for key, (low, high) in searched.items() if high - low > 2 * DECADES],
+        "chosen": chosen.values,
+        "at_an_end": [key for key, span in searched.items() if _end(_decades(chosen, key, start), span)],
+    }
+
+
+# Results of an earlier version have one key and its values: {"key": KEY, "AP": {"x1": 0.4, "x2": 0.5}, "chosen": "x2"}.
+def tuned_keys(tuning: dict[str, Any]) -> list[str]:
+    return [tuning["key"]] if "key" in tuning else tuning["keys"]
+
+
+def aps(tuning: dict[str, Any]) -> dict[str, float | None]:
+    """AP by the trial's number, or by its value in an earlier version."""
+    return tuning["AP"] if "key" in tuning else {str(i): trial["AP"] for i, trial in enumerate(tuning["trials"], 1)}
+
+
+def budget(tuning: dict[str, Any]) -> str:
+    """What is equal in equal tuning."""
+    return f"{', '.join(tuned_keys(tuning))} in {len(aps(tuning))} trials"
+
+
+def described(tuning: dict[str, Any]) -> str:
+    """The chosen values of a summary with their ranges, and a remark if they may not be the best."""
+    if "key" in tuning:
+        tried = list(tuning["AP"])
+        return tuning["chosen"] + (", an end" if len(tried) > 1 and tuning["chosen"] in (tried[0], tried[-1]) else "")
+    words = []
+    for key, value in tuning["chosen"].items():
+        low, high = tuning["range"][key]
+        extended = ", extended" if key in tuning["extended"] else ""
+        at_end = ", at an end of it" if key in tuning["at_an_end"] else ""
+        words.append(f"{key} {value:g} (range {low:g} to {high:g}{extended}{at_end})")
+    failed = sum(trial["AP"] is None for trial in tuning["trials"])
+    if failed:
+        words.append(f"{failed} of {len(tuning['trials'])} trials failed")
+    if not any((trial["AP"] or 0) > 0 for trial in tuning["trials"]):
+        words.append("no trial scored above 0, so these are the variant's own values; give longer trials (--tune-set)")
+    return ", ".join(words)
+
+
+def _decades(trial: Trial, key: str, start: dict[str, float]) -> float:
+    return math.log10(trial.values[key] / start[key])
+
+
+def _end(place: float, span: Range) -> int:
+    """-1 or 1 if `place` is in the lowest or highest tenth of the range, otherwise 0."""
+    margin = END * (span[1] - span[0])
+    return (place >= span[1] - margin) - (place <= span[0] + margin)
+
+
+def _score(trial: Trial) -> float:
+    return max(trial.AP or 0.0, 0.0)  # -1: there was nothing to score
