@@ -257,8 +257,7 @@ class WarmStart:
 
     context = multiprocessing.get_context("forkserver")
 
-    def __init__(self, args, *, cwd=".", env=None, stdout=None, stderr=None, text=True, start_new_session=False):
-        assert args[0] == sys.executable and text
+    def __init__(self, args, *, cwd=".", env=None, stdout=None, stderr=None, text=None, start_new_session=False):
         self.args, self.returncode, self._files = args, None, []
         for stream in (stdout, stderr):
             own = stream in (None, subprocess.PIPE)
@@ -313,7 +312,12 @@ def warm_start():
 @pytest.fixture
 def warm_starts(warm_start, monkeypatch):
     """Python commands that the test starts need not import PyTorch again. Their own children do."""
-    monkeypatch.setattr(subprocess, "Popen", warm_start)
+    real = subprocess.Popen
+
+    def start(args, **options):
+        return (warm_start if args[0] == sys.executable else real)(args, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", start)
 
 
 @pytest.fixture

@@ -4,8 +4,9 @@
 
 Writes annotation files into a temporary folder (473 MB with polygons, and 5,000 images for validation). The images are
 hard links to a few pictures. Each row runs in its own process: seconds, CPU seconds (which other work on the machine
-hardly changes), and peak memory, including PyTorch itself. `--beside` also measures another checkout of this project,
-taking turns.
+hardly changes), peak memory, and how much of that is the process's own. The rest is the code of PyTorch and other
+libraries, which is in memory once for all processes. `--beside` also measures another checkout of this project, taking
+turns.
 """
 
 import argparse
@@ -36,8 +37,9 @@ def clock():
 def tell(begin):
     figures = [now - then for now, then in zip(clock(), begin)]
     # Not from getrusage, which starts with the memory of the parent process.
-    peak = next(line for line in open("/proc/self/status", encoding="utf-8") if line.startswith("VmHWM"))
-    figures.append(int(peak.split()[1]) * 1024 / 1e9)
+    status = dict(line.split(":") for line in open("/proc/self/status", encoding="utf-8"))
+    peak, of_files = (int(status[key].split()[0]) * 1024 / 1e9 for key in ("VmHWM", "RssFile"))
+    figures += [peak, peak - of_files]  # files: the code of libraries, which all processes on a machine share
     print("FIGURES", json.dumps(figures), flush=True)
     os._exit(0)
 """
@@ -124,7 +126,7 @@ def main() -> None:
                 for key, root in checkouts.items():
                     figures[key].append(run(program, root, folder, args.images))
             rows.append([what, *(f"{statistics.median(one):.2f}" for own in figures.values() for one in zip(*own))])
-    print(measure.table(["", *(f"{unit}{key}" for key in checkouts for unit in ("s", "CPU s", "GB"))], rows))
+    print(measure.table(["", *(f"{unit}{key}" for key in checkouts for unit in ("s", "CPU s", "GB", "own GB"))], rows))
 
 
 def run(program: str, root: Path, folder: Path, images: int) -> list[float]:

@@ -17,6 +17,8 @@ from detector.errors import UserError
 from scripts import ablate, compare
 from scripts.comparison import result, supervise, timing
 
+pytestmark = pytest.mark.usefixtures("warm_starts")
+
 
 @pytest.fixture
 def base(tmp_path, tiny):
@@ -280,7 +282,8 @@ def test_a_grid_is_a_variant_for_each_value(base, tmp_path, command):
 
 def test_stopped_by_a_signal_it_saves_and_goes_on(base, tmp_path):
     text = [sys.executable, str(Path(ablate.__file__)), "--config", str(base), "--variants", "focal", "--seeds", "1"]
-    text += ["--output", str(tmp_path / "out"), "--set", "solver.epochs=15"]
+    text += ["--output", str(tmp_path / "out"), "--set"]
+    text += ["solver.epochs=15", "evaluation.every=15", "checkpoint.every=1"]
     process = subprocess.Popen(text, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     begun = tmp_path / "out" / "focal-s0" / "last.pt"  # of the first epoch
     until = time.monotonic() + 120
