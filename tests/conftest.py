@@ -225,7 +225,8 @@ def command(monkeypatch, capsys):
 
 # In a process that has imported PyTorch: become the command that Python's command line would start.
 WARM = """
-import atexit, os, runpy, sys
+import atexit, multiprocessing, os, runpy, sys
+multiprocessing.set_start_method(start_method, force=True)  # here it is forkserver
 os.chdir(folder)
 os.environ.clear()
 os.environ.update(environment)
@@ -241,7 +242,6 @@ try:
     if is_module:
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
     else:
-        sys.path.insert(0, os.path.dirname(os.path.abspath(words[0])))
         runpy.run_path(words[0], run_name="__main__")
 finally:
     sys.stdout.flush(), sys.stderr.flush()
@@ -264,6 +264,7 @@ class WarmStart:
             self._files.append(tempfile.NamedTemporaryFile() if own else open(stream.name))  # noqa: SIM115
         out, err = (file.name for file in self._files)
         values = {"words": [str(word) for word in args[1:]], "folder": str(cwd), "out": out, "err": err}
+        values["start_method"] = multiprocessing.get_start_method()
         values |= {"environment": dict(os.environ if env is None else env), "new_session": start_new_session}
         self._process = self.context.Process(target=exec, args=(WARM, values))
         self._process.start()

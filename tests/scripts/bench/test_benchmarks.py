@@ -85,6 +85,7 @@ def test_the_page_keeps_its_other_sections_and_their_order(folder):
     }
 
 
+@pytest.mark.usefixtures("warm_starts")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks its trainings")
 def test_a_struck_run_loses_nothing(folder):
     text = run("scripts/bench/faults.py", "--faults", "1", "--steps", "2", "--seed", "3", "--folder", folder)
