@@ -15,6 +15,7 @@ is that of one call beyond the weights.
 import argparse
 import contextlib
 import multiprocessing
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from multiprocessing.connection import Connection
@@ -39,7 +40,8 @@ from scripts.comparison.timing import training_step
 
 COCO = Path(__file__).resolve().parents[2] / "configs/coco/base.yaml"
 CLASSES = 80
-spawning = multiprocessing.get_context("spawn")
+# Forks of a process that has only imported this file: a fork of ours would have its threads and its GPU's context.
+servers = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
 WORK = ["resnet18:512:2", "resnet50:512:4"]
 
 
@@ -72,7 +74,7 @@ def compare(name: str, side: int, batch: int, boxes: int, repeats: int, compiled
             pipe, theirs = multiprocessing.Pipe()
             kept = label.startswith("ours")  # freed memory, as train.py does
             given = (theirs, build, kept, name, side, batch, boxes)
-            process = spawning.Process(target=serve, args=given, daemon=True)
+            process = servers.Process(target=serve, args=given, daemon=True)
             process.start()
             stack.callback(process.kill)
             memory[label] = pipe.recv()
