@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# The tables of docs/results.md on one GPU, at more pixels and epochs than a CPU can afford: eight trainings at once.
+#
+#     bash scripts/bench/gpu_table.sh DATA OUTPUT [WEIGHTS]
+#
+# DATA holds bccd/ and playing_cards/, each with train.json, val.json and images/. WEIGHTS is a file with torchvision's
+# weights of MobileNetV2, for a machine without a network. Small files with the results go into OUTPUT/results. After
+# SECONDS_LEFT (540) it stops; the same command continues, also on another machine that has OUTPUT/results.
+# QUICK=1 tries the script itself on a CPU.
+set -u
+data=$(realpath "$1") weights=${3:-imagenet}
+mkdir -p "$2" && output=$(realpath "$2")
+[ -f "$weights" ] && weights=$(realpath "$weights")
+cd "$(dirname "$0")/../.."
+export NO_ALBUMENTATIONS_UPDATE=1 OMP_NUM_THREADS=1
+until=$((SECONDS + ${SECONDS_LEFT:-540}))
+
+study() { # NAME SET CONFIG SEEDS TRIALS "VARIANTS" "SETTINGS" "SETTINGS OF SHORT RUNS"
+    local left=$((until - SECONDS)) files=()
+    [ "$left" -gt 0 ] || return
+    for part in train val; do
+        files+=("data.$part.annotations=$data/$2/$part.json" "data.$part.images=$data/$2/images")
+    done
+    # shellcheck disable=SC2086  # lists of words
+    timeout "$left" ${PYTHON:-python} scripts/ablate.py --config "configs/$3/base.yaml" --variants $6 --seeds "$4" \
+        --tune "$5" --tune-set $8 --jobs "${JOBS:-8}" --output "$output/runs/$1" --results "$output/results/$1" \
+        --set "${files[@]}" data.workers=1 data.cache="$output/cache" tensorboard.images=0 $7
+    echo "[$1: exit code $?, $((until - SECONDS)) s left]"
+}
+
+four="ce focal ghm_c ghm_c_limited"
+eight="$four focal+giou ghm_c_limited+ghm_r qfl rank_sort"
+if [ -n "${QUICK:-}" ]; then
+    small="solver.max_steps=2 solver.warmup_steps=1 data.short_side=64 data.long_side=64"
+    study laptop bccd laptop 2 2 "ce focal" "$small model.weights=$weights" "solver.max_steps=1"
+    exit
+fi
+wide="data.short_side=480 data.long_side=672"
+study laptop bccd laptop 5 8 "$eight" "$wide model.weights=$weights solver.epochs=12" "solver.epochs=4 evaluation.every=4"
+study cards playing_cards laptop 3 8 "$four" "$wide model.weights=$weights solver.epochs=30 evaluation.every=10" \
+    "solver.epochs=10 evaluation.every=10"
+study bccd bccd bccd 3 8 "$four" "$wide solver.epochs=16" "solver.epochs=5 evaluation.every=5"
