@@ -40,8 +40,8 @@ class FPN(nn.Module):
 
 
 def _coarser(convolution: nn.Conv2d, finer: Tensor) -> Tensor:
-    """The next level; of a 1x1 map in float32, since there torch's CPU gradient in bfloat16 is garbage (2.15)."""
-    if not torch.is_autocast_enabled(finer.device.type) or finer.shape[-2:] != (1, 1):
+    """The next level; of a map that is 1 wide in float32: there torch's CPU gradient in bfloat16 is garbage (2.14)."""
+    if not torch.is_autocast_enabled(finer.device.type) or finer.shape[-1] > 1:
         return convolution(finer)
     with torch.autocast(finer.device.type, enabled=False):
         return convolution(finer.float())

@@ -51,3 +51,20 @@ def test_every_weight_gets_a_gradient():
     fpn = FPN(CHANNELS, 8)
     sum(level.square().sum() for level in fpn(features(64, 96))).backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in fpn.parameters())
+
+
+@pytest.mark.parametrize("p6_from", ["c5", "p5"])
+@pytest.mark.parametrize("size", [(32, 32), (64, 32), (160, 32), (64, 64), (320, 64), (32, 128)])
+def test_gradients_in_bfloat16_are_those_of_float32(p6_from, size):
+    """In the narrowest maps too, where those of torch's stride-2 convolution on a CPU are not."""
+    fpn = FPN((64, 64, 64), 64, p6_from)
+    given = [torch.randn(4, 64, *feature.shape[-2:]) for feature in features(*size)]
+    gradients = []
+    for enabled in (False, True):
+        fpn.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            levels = fpn(tuple(given))
+        (levels[3].float().square().sum() + levels[4].float().square().sum()).backward()
+        gradients.append([fpn.p6.weight.grad.clone(), fpn.p7.weight.grad.clone()])
+    for exact, rounded in zip(*gradients):
+        assert (exact - rounded).norm() < 0.05 * exact.norm()
