@@ -80,6 +80,7 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False, accept_cha
     with contextlib.closing(logger), Stop() as stop:  # closed on an error too, which must not land in the progress line
         logger.curves.config(config.dump(cfg), config.flat(cfg.model_dump(mode="json")))
         details = (", channels_last" if cfg.channels_last else "") + (f", from step {run.step}" if saved else "")
+        details += f", data.workers {batches.num_workers}"
         lines = [f"run: {cfg.folder} on {device}, {precision} ({reason}){details}", *remarks]
         lines += [f"train: {train_set.summary()}", f"val: {val_set.summary()}"]
         lines += [f"{cfg.model.backbone}: {model.describe()}, {weights}", solver.describe()]

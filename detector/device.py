@@ -1,7 +1,10 @@
 """The device: which one, in which precision and memory format, and how much memory it took."""
 
+import contextlib
 import ctypes
+import os
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
@@ -53,6 +56,30 @@ def _bfloat16_units() -> bool:
     flags = next((line.split() for line in lines if line.startswith("flags")), [])
     amd = any(line.startswith("vendor_id") and "AMD" in line for line in lines)
     return "amx_bf16" in flags or (amd and "avx512_bf16" in flags)
+
+
+def pick_workers(number: int | Literal["auto"], device: torch.device) -> int:
+    """How many processes load images for this one: the number, or for `auto` as many as its share of the cores allows.
+
+    On a GPU they take all of its cores but one. On a CPU the training itself needs the cores: one process is enough to
+    load the next batch in the meantime. Processes that torchrun starts on one machine share its cores.
+    """
+    if number != "auto":
+        return number
+    cores = usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return int(cores > 1) if device.type == "cpu" else min(max(cores - 1, 1), 16)
+
+
+def usable_cores() -> int:
+    """PYTHON_CPU_COUNT if that is set, else the cores that this process may run on, within its container's limit."""
+    if (count := os.environ.get("PYTHON_CPU_COUNT", "")).isdecimal():
+        return int(count)
+    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS and Windows
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # no such file; "max 100000" is no limit
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
+        cores = min(cores, max(1, int(quota) // int(period)))
+    return cores
 
 
 def peak_memory(device: torch.device) -> int:

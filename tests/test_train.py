@@ -166,8 +166,9 @@ def test_validation_classes_must_be_those_of_training(tiny, demo, folder, comman
 
 def test_a_diverging_run_ends_in_one_line_and_exit_code_1(tiny, folder, command):
     settings = ["solver.lr=1e30", "solver.warmup_steps=0", "solver.schedule=cosine", "class_loss.name=focal"]
-    code, _, err = command(train.main, "--config", tiny(folder), "--set", *settings)
+    code, out, err = command(train.main, "--config", tiny(folder), "--set", *settings)
     assert code == 1 and "Traceback" not in err
+    assert "data.workers 0" in out.splitlines()[0]
     last = err.splitlines()[-1]  # below the progress line
     assert last.startswith("error: ") and "at step 2, images [" in last and "solver.lr" in last
 

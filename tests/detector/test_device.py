@@ -1,12 +1,13 @@
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
-from detector.device import pick_device, pick_precision
+from detector.device import pick_device, pick_precision, pick_workers, usable_cores
 from detector.errors import UserError
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 FACTS = """processor\t: 0
 vendor_id\t: {vendor}
 flags\t\t: fpu avx512f {flags}
@@ -45,6 +46,30 @@ def test_bfloat16_where_the_gpu_has_it(capability, precision, monkeypatch):
 
 def test_what_is_asked_for_is_taken():
     assert pick_precision("float16", CPU) == ("float16", "as configured")
+    assert [pick_workers(number, device) for device in (CPU, CUDA) for number in (0, 40)] == [0, 40, 0, 40]
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "on_cpu", "on_gpu"),
+    [(1, 1, 0, 1), (2, 1, 1, 1), (16, 1, 1, 15), (192, 1, 1, 16), (64, 8, 1, 7), (8, 8, 0, 1), (4, 8, 0, 1)],
+)
+def test_as_many_load_as_there_are_cores_for(cores, processes, on_cpu, on_gpu, monkeypatch):
+    monkeypatch.setenv("PYTHON_CPU_COUNT", str(cores))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert (pick_workers("auto", CPU), pick_workers("auto", CUDA)) == (on_cpu, on_gpu)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert pick_workers("auto", CUDA) == min(max(cores - 1, 1), 16)
+
+
+@pytest.mark.parametrize(
+    ("limit", "cores"),
+    [("max 100000", 12), ("400000 100000", 4), ("150000 100000", 1), ("50000 100000", 1), ("9900000 100000", 12)],
+)
+def test_cores_are_those_of_the_affinity_and_of_a_containers_limit(limit, cores, monkeypatch):
+    monkeypatch.delenv("PYTHON_CPU_COUNT", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(12)), raising=False)
+    monkeypatch.setattr(Path, "read_text", lambda path, encoding: limit + "\n")
+    assert usable_cores() == cores
 
 
 def test_a_device_that_is_not_there_is_one_line():
