@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from detector.errors import UserError
+from detector.structures import Batch
 
 
 def pick_device(name: str) -> torch.device:
@@ -80,6 +82,40 @@ def usable_cores() -> int:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
         cores = min(cores, max(1, int(quota) // int(period)))
     return cores
+
+
+def copied_ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """The batches on the device. On a GPU each is copied, on a stream of its own, while the one before it is in use.
+
+    A UserError comes where it would without this: in place of the batch that could not be loaded.
+    """
+    if device.type != "cuda":
+        for batch in batches:
+            yield batch.to(device)
+        return
+    copying, iterator = torch.cuda.Stream(device), iter(batches)
+    following: Batch | None = None
+    error: UserError | None = None
+    while True:
+        ready, following = following, None
+        with contextlib.suppress(StopIteration):
+            try:
+                following = next(iterator)
+            except UserError as raised:
+                error = raised
+        using = torch.cuda.current_stream(device)
+        using.wait_stream(copying)  # for the copy of the batch that is ready: the next is not yet asked for
+        if following is not None:
+            with torch.cuda.stream(copying):
+                following = following.to(device)
+        if ready is not None:
+            for tensor in (ready.images, *(value for target in ready.targets for value in target)):
+                tensor.record_stream(using)  # its memory is free for another batch only when it is done there
+            yield ready
+        if error is not None:
+            raise error
+        if following is None:
+            return
 
 
 def peak_memory(device: torch.device) -> int:

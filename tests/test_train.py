@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train
 from data.assemble import build_datasets
 from data.coco import CocoDataset
+from data.loader import TrainSampler
 from detector import checkpoint
 from detector.configure import configure
 from detector.errors import Stopped, UserError
@@ -241,6 +242,14 @@ def test_a_run_resumed_within_an_epoch_sees_the_images_it_had_not_seen(tiny, fol
     assert seen == whole
     first, second = ([i for ids in whole[start : start + 4] for i in ids] for start in (0, 4))
     assert sorted(first) == sorted(second) == list(range(1, 9)) and first != second
+
+
+def test_a_run_reads_one_stream_of_batches(tiny, folder, monkeypatch):
+    begun, iterate = [], TrainSampler.__iter__
+    monkeypatch.setattr(TrainSampler, "__iter__", lambda sampler: begun.append(sampler.epoch) or iterate(sampler))
+    cfg = configure(tiny(folder, checkpoint={"every": 1}), ["solver.epochs=2"])
+    train.train(cfg, CPU)
+    assert begun == [0]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
