@@ -56,11 +56,11 @@ class Predictions(NamedTuple):
 
 
 class Assignment(NamedTuple):
-    """The target of each anchor of one image."""
+    """The target of each anchor, (A,) of one image or (B, A) of several."""
 
-    gt_index: Tensor  # (A,) int64, meaningful only where positive
-    positive: Tensor  # (A,) bool
-    ignored: Tensor  # (A,) bool, never also positive
+    gt_index: Tensor  # int64, meaningful only where positive
+    positive: Tensor  # bool
+    ignored: Tensor  # bool, never also positive
 
 
 @dataclass
