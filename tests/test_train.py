@@ -247,9 +247,17 @@ def test_a_run_resumed_within_an_epoch_sees_the_images_it_had_not_seen(tiny, fol
 def test_a_run_reads_one_stream_of_batches(tiny, folder, monkeypatch):
     begun, iterate = [], TrainSampler.__iter__
     monkeypatch.setattr(TrainSampler, "__iter__", lambda sampler: begun.append(sampler.epoch) or iterate(sampler))
+    pauses, train_until = [], train.train_until
+
+    def counted(*arguments, step):
+        assert pauses[-1:] != [step]  # a stream that ends early would go on without end
+        pauses.append(step)
+        train_until(*arguments, step=step)
+
+    monkeypatch.setattr(train, "train_until", counted)
     cfg = configure(tiny(folder, checkpoint={"every": 1}), ["solver.epochs=2"])
     train.train(cfg, CPU)
-    assert begun == [0]
+    assert begun == [0] and pauses == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
