@@ -10,6 +10,7 @@ with --resume as if it had not been. All options: docs/configuration.md; problem
 
 import argparse
 import contextlib
+from collections.abc import Iterator
 
 import torch
 from torch.nn import Module
@@ -26,7 +27,7 @@ from data.workers import BatchLoader
 from detector import assemble, checkpoint, config, distributed
 from detector.config import Config
 from detector.configure import configure
-from detector.device import keep_freed_memory, peak_memory, pick_device, pick_precision, place
+from detector.device import copied_ahead, keep_freed_memory, peak_memory, pick_device, pick_precision, place
 from detector.engine import NonFiniteLoss, predict, train_until
 from detector.errors import Stopped, UserError, run_main
 from detector.logger import Logger
@@ -35,7 +36,7 @@ from detector.pretrained import load_initial_weights
 from detector.randomness import seed_everything
 from detector.run import Run, find_checkpoint
 from detector.stop import Stop
-from detector.structures import Detections
+from detector.structures import Batch, Detections
 
 
 def main() -> None:
@@ -80,16 +81,20 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False, accept_cha
     with contextlib.closing(logger), Stop() as stop:  # closed on an error too, which must not land in the progress line
         logger.curves.config(config.dump(cfg), config.flat(cfg.model_dump(mode="json")))
         details = (", channels_last" if cfg.channels_last else "") + (f", from step {run.step}" if saved else "")
+        details += f", data.workers {batches.num_workers}"
         lines = [f"run: {cfg.folder} on {device}, {precision} ({reason}){details}", *remarks]
         lines += [f"train: {train_set.summary()}", f"val: {val_set.summary()}"]
         lines += [f"{cfg.model.backbone}: {model.describe()}, {weights}", solver.describe()]
         logger.say("\n".join(lines))
 
         replica = distributed.replicate(model, device)
+        # One stream over all epochs: batches of the next are loaded while an epoch ends and during evaluation.
+        batches.batch_sampler.set_position(*run.position, until=cfg.solver.epochs)
+        upcoming = stop.between(copied_ahead(batches, device))
         if run.evaluation_due:  # stopped before its evaluation was saved, or finished: that is evaluated once more
             metrics = evaluate(run, val_set, val_batches, stop, logger, device)
         while not solver.done:
-            advance(run, replica, batches, stop, logger, device)
+            advance(run, replica, upcoming, logger, device)
             if run.evaluation_due:
                 metrics = evaluate(run, val_set, val_batches, stop, logger, device)
     odd_images = remark_lines(*distributed.gather(train_set.image_remarks), *distributed.gather(val_set.image_remarks))
@@ -98,13 +103,11 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False, accept_cha
     return metrics
 
 
-def advance(run: Run, model: Module, batches: BatchLoader, stop: Stop, logger: Logger, device: torch.device) -> None:
+def advance(run: Run, model: Module, batches: Iterator[Batch], logger: Logger, device: torch.device) -> None:
     """Train until something is to be evaluated or saved, and save. An interruption between two steps loses none."""
-    batches.batch_sampler.set_position(*run.position)
     interruption: UserError | Stopped | None = None
     try:
-        upcoming = stop.between(batches)
-        train_until(model, run.criterion, upcoming, run.solver, logger, device, step=run.next_pause)
+        train_until(model, run.criterion, batches, run.solver, logger, device, step=run.next_pause)
     except NonFiniteLoss as error:
         raise FloatingPointError(f"{error}; {run.save_batch(error.batch)}") from None
     except Stopped as error:

@@ -31,7 +31,7 @@ def train_loader(
     rank: int = 0,
     world_size: int = 1,
 ) -> BatchLoader:
-    """Batches of one process, shuffled; before each epoch call `loader.batch_sampler.set_position(epoch)`."""
+    """Batches of one process, shuffled; which epochs come next, `loader.batch_sampler.set_position` says."""
     sampler = TrainSampler(dataset.aspects, batch_size, seed=seed, rank=rank, world_size=world_size)
     return _loader(dataset, sampler, workers, pad_to, pin_memory)
 
@@ -66,20 +66,27 @@ class TrainSampler(Sampler[list[tuple[int, int]]]):
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.set_position(0)
 
-    def set_position(self, epoch: int, batch: int = 0) -> None:
-        """Make the next iteration start at this batch of this epoch."""
+    def set_position(self, epoch: int, batch: int = 0, *, until: int | None = None) -> None:
+        """Make the next iteration go from this batch of this epoch to its end, or on to the start of epoch `until`.
+
+        In one iteration over several epochs, loading processes go on with the next while the last is still in use.
+        """
         self.epoch, self.batch = epoch, batch
+        self.until = epoch + 1 if until is None else until
 
     def __len__(self) -> int:
         """Batches of a whole epoch."""
         return -(-len(self.landscape) // self.global_batch)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for batch in self._global_batches()[self.batch :]:
-            yield [(index, self._image_seed(index)) for index in batch[self.rank :: self.world_size]]
+        first = self.batch
+        for epoch in range(self.epoch, self.until):
+            for batch in self._global_batches(epoch)[first:]:
+                yield [(index, self._image_seed(epoch, index)) for index in batch[self.rank :: self.world_size]]
+            first = 0
 
-    def _global_batches(self) -> list[list[int]]:
-        generator = np.random.default_rng((self.seed, self.epoch))
+    def _global_batches(self, epoch: int) -> list[list[int]]:
+        generator = np.random.default_rng((self.seed, epoch))
         order = generator.permutation(len(self.landscape))
         size = self.global_batch
         batches: list[list[int]] = []
@@ -93,8 +100,8 @@ class TrainSampler(Sampler[list[tuple[int, int]]]):
         batches += [left[start : start + size] for start in range(0, len(left), size)]
         return [batches[i] for i in generator.permutation(len(batches))]
 
-    def _image_seed(self, index: int) -> int:
-        return int(np.random.SeedSequence((self.seed, self.epoch, index)).generate_state(1)[0])
+    def _image_seed(self, epoch: int, index: int) -> int:
+        return int(np.random.SeedSequence((self.seed, epoch, index)).generate_state(1)[0])
 
 
 class EvalSampler(Sampler[list[int]]):

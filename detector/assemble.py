@@ -10,7 +10,7 @@ from detector.box_coder import BoxCoder
 from detector.config import Config
 from detector.configure import build_part
 from detector.criterion import Criterion
-from detector.device import pick_precision
+from detector.device import pick_precision, pick_workers
 from detector.errors import UserError
 from detector.fpn import FPN
 from detector.head import Head
@@ -73,7 +73,7 @@ def evaluation_batch(cfg: Config) -> int:
 def loader_options(cfg: Config, device: torch.device) -> dict[str, Any]:
     """What the training and the evaluation loader have in common."""
     return {
-        "workers": cfg.data.workers,
+        "workers": pick_workers(cfg.data.workers, device),
         "pad_to": cfg.data.pad_to,
         "pin_memory": device.type == "cuda",
         "rank": distributed.rank(),

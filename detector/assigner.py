@@ -35,43 +35,58 @@ class IoUAssigner:
 
     @torch.no_grad()
     def __call__(self, anchors: Tensor, gt_boxes: Tensor, *_: object) -> Assignment:
-        """Anchors (A, 4), boxes of one image (G, 4); G may be 0 -> Assignment. Levels and cells do not matter to it."""
+        """Anchors (A, 4), boxes (G, 4) of one image or (B, G, 4) of several, filled up with zeros -> Assignment.
+
+        G may be 0. Levels and cells do not matter to it.
+        """
         anchors = anchors.t().contiguous().t()  # each coordinate in one piece
-        best_iou = anchors.new_zeros(len(anchors))
-        gt_index = torch.zeros(len(anchors), dtype=torch.int64, device=anchors.device)
-        best_of_some_box = torch.zeros(len(anchors), dtype=torch.bool, device=anchors.device)
-        best_of_box = gt_boxes.new_zeros(len(gt_boxes))
+        best_iou = anchors.new_zeros(*gt_boxes.shape[:-2], len(anchors))
+        gt_index = torch.zeros_like(best_iou, dtype=torch.int64)
+        best_of_some_box = torch.zeros_like(best_iou, dtype=torch.bool)
+        best_of_box = gt_boxes.new_zeros(gt_boxes.shape[:-1])
         reached = []
         for block, near in _blocks(anchors, gt_boxes):
-            iou = box_ops.iou(gt_boxes[near], anchors[block])  # (k, a)
-            best_iou[block], index = iou.max(dim=0)
-            gt_index[block] = near[index]
-            highest = iou.amax(dim=1)
-            best_of_box[near] = best_of_box[near].maximum(highest)
-            reached.append((block, near, highest, iou == highest[:, None]))
+            iou = box_ops.iou(gt_boxes[..., near, :], anchors[block])  # (..., k, a)
+            best_iou[..., block], index = iou.max(dim=-2)
+            gt_index[..., block] = near[index]
+            highest = iou.amax(dim=-1)
+            best_of_box[..., near] = best_of_box[..., near].maximum(highest)
+            reached.append((block, near, highest, iou == highest[..., None]))
         for block, near, highest, equal in reached:
-            is_best = (highest == best_of_box[near]) & (highest > 0) & (highest >= self.min_iou)
-            best_of_some_box[block] = (equal & is_best[:, None]).any(dim=0)
+            is_best = (highest == best_of_box[..., near]) & (highest > 0) & (highest >= self.min_iou)
+            best_of_some_box[..., block] = (equal & is_best[..., None]).any(dim=-2)
         positive = (best_iou >= self.fg_iou) | best_of_some_box
         ignored = (best_iou >= self.bg_iou) & ~positive
         return Assignment(gt_index, positive, ignored)
 
 
+def groups(anchors: Tensor, gt_boxes: Tensor, counts: list[int]) -> list[Tensor] | tuple[Tensor, ...]:
+    """The boxes (B, G, 4) of a batch, of which each image has so many, in parts (b, g, 4) to give to an assigner.
+
+    On a CPU each image alone, since its boxes choose the blocks of _blocks. Elsewhere as many as memory allows, which
+    makes few calls of the device; boxes of zeros, which overlap no anchor, fill the images up.
+    """
+    if anchors.device.type == "cpu":
+        return [boxes[None, :count] for boxes, count in zip(gt_boxes, counts)]
+    return gt_boxes.split(max(1, MAX_PAIRS // max(1, gt_boxes.shape[1] * len(anchors))))
+
+
 def _blocks(anchors: Tensor, gt_boxes: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Runs of anchors, each with the indices (k,) of the boxes that may overlap it, so that (A, G) is never computed.
+    """Runs of anchors, each with the indices (k,) of the boxes that may overlap it, so that (G, A) is never computed.
 
     On a CPU they are so short that all pairs of one stay in the cache, and lie in a part of the image that most boxes
     of a crowd do not reach. Elsewhere they are as long as memory allows: choosing boxes would mean waiting for the
     device.
     """
     on_cpu = anchors.device.type == "cpu"
-    length = max((CACHED_PAIRS if on_cpu else MAX_PAIRS) // max(len(gt_boxes), 1), MIN_BLOCK)
-    near = torch.arange(len(gt_boxes), device=anchors.device)
+    length = max((CACHED_PAIRS if on_cpu else MAX_PAIRS) // max(gt_boxes.shape[:-1].numel(), 1), MIN_BLOCK)
+    near = torch.arange(gt_boxes.shape[-2], device=anchors.device)
     for start in range(0, len(anchors), length):
         block = slice(start, start + length)
         if on_cpu:
             low, high = anchors[block, :2].amin(dim=0), anchors[block, 2:].amax(dim=0)
-            near = ((gt_boxes[:, :2] < high) & (gt_boxes[:, 2:] > low)).all(dim=1).nonzero().squeeze(1)
+            overlaps = ((gt_boxes[..., :2] < high) & (gt_boxes[..., 2:] > low)).all(dim=-1)
+            near = torch.atleast_2d(overlaps).any(dim=0).nonzero().squeeze(1)
         if len(near):
             yield block, near
 
@@ -94,36 +109,36 @@ class ATSSAssigner:
 
     @torch.no_grad()
     def __call__(self, anchors: Tensor, gt_boxes: Tensor, levels: tuple[int, ...], per_cell: int) -> Assignment:
-        """Anchors (A, 4), boxes of one image (G, 4), anchors in each level and in each cell; G may be 0."""
+        """As IoUAssigner's, with the number of anchors in each level and in each cell."""
         candidates = self._candidates(anchors, gt_boxes, levels, per_cell)
         centres = (anchors[:, :2] + anchors[:, 2:])[candidates] / 2
-        boxes = gt_boxes[:, None]
-        iou = box_ops.iou_of_pairs(anchors[candidates], boxes)  # (G, K)
-        mean = iou.mean(dim=1, keepdim=True)
-        variance = (iou - mean).square().sum(dim=1, keepdim=True) / max(iou.shape[1] - 1, 1)
+        boxes = gt_boxes[..., None, :]
+        iou = box_ops.iou_of_pairs(anchors[candidates], boxes)  # (..., G, K)
+        mean = iou.mean(dim=-1, keepdim=True)
+        variance = (iou - mean).square().sum(dim=-1, keepdim=True) / max(iou.shape[-1] - 1, 1)
         threshold = mean + variance.sqrt()
-        inside = ((centres > boxes[..., :2]) & (centres < boxes[..., 2:])).all(dim=2)
-        iou = torch.where((iou >= threshold) & inside, iou, 0)
+        inside = ((centres > boxes[..., :2]) & (centres < boxes[..., 2:])).all(dim=-1)
+        iou = torch.where((iou >= threshold) & inside, iou, 0).flatten(-2)  # (..., G x K)
 
-        best_iou = anchors.new_zeros(len(anchors)).scatter_reduce(0, candidates.flatten(), iou.flatten(), "amax")
+        candidates = candidates.flatten(-2)
+        best_iou = anchors.new_zeros(*gt_boxes.shape[:-2], len(anchors)).scatter_reduce(-1, candidates, iou, "amax")
         positive = best_iou > 0
         # The first box where several overlap an anchor alike.
-        index = torch.arange(len(gt_boxes), device=anchors.device)[:, None].expand_as(candidates)
-        index = torch.where((iou == best_iou[candidates]) & (iou > 0), index, len(gt_boxes))
-        gt_index = torch.full_like(positive, len(gt_boxes), dtype=torch.int64)
-        gt_index = gt_index.scatter_reduce(0, candidates.flatten(), index.flatten(), "amin")
+        count = gt_boxes.shape[-2]
+        index = torch.arange(count, device=anchors.device).repeat_interleave(iou.shape[-1] // max(count, 1))
+        index = torch.where((iou == best_iou.gather(-1, candidates)) & (iou > 0), index, count)
+        gt_index = torch.full_like(best_iou, count, dtype=torch.int64).scatter_reduce(-1, candidates, index, "amin")
         return Assignment(torch.where(positive, gt_index, 0), positive, torch.zeros_like(positive))
 
     def _candidates(self, anchors: Tensor, gt_boxes: Tensor, levels: tuple[int, ...], per_cell: int) -> Tensor:
-        """Indices of the anchors in each box's nearest cells, (G, K)."""
+        """Indices of the anchors in each box's nearest cells, (..., G, K)."""
         first = anchors[::per_cell]  # all anchors of a cell have one centre
-        away = (
-            (first[:, :2] + first[:, 2:] - (gt_boxes[:, :2] + gt_boxes[:, 2:])[:, None]).square().sum(dim=2)
-        )  # (G, cells)
+        twice_centre = (gt_boxes[..., :2] + gt_boxes[..., 2:])[..., None, :]
+        away = (first[:, :2] + first[:, 2:] - twice_centre).square().sum(dim=-1)  # (..., G, cells)
         nearest, start = [], 0
-        for distance in away.split([count // per_cell for count in levels], dim=1):
-            cells = distance.shape[1]
+        for distance in away.split([count // per_cell for count in levels], dim=-1):
+            cells = distance.shape[-1]
             nearest.append(start + distance.topk(min(self.cells, cells), largest=False, sorted=False).indices)
             start += cells
         shapes = torch.arange(per_cell, device=anchors.device)
-        return (torch.cat(nearest, dim=1)[..., None] * per_cell + shapes).flatten(1)
+        return (torch.cat(nearest, dim=-1)[..., None] * per_cell + shapes).flatten(-2)

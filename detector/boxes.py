@@ -33,10 +33,10 @@ def iou_of_pairs(boxes: Tensor, others: Tensor) -> Tensor:
 
 
 def iou(boxes: Tensor, others: Tensor) -> Tensor:
-    """IoU of each of (G, 4) boxes with each of (A, 4) others -> (G, A)."""
+    """IoU of each of (..., G, 4) boxes with each of (A, 4) others -> (..., G, A)."""
     low, high = others[:, :2].t(), others[:, 2:].t()
-    corners = boxes[:, :, None]
-    sides = torch.minimum(high, corners[:, 2:]).sub_(torch.maximum(low, corners[:, :2])).clamp_(min=0)  # (G, 2, A)
-    intersection = sides[:, 0].mul_(sides[:, 1])
-    union = (area(boxes)[:, None] + area(others)).sub_(intersection)
+    low_corners, high_corners = boxes[..., :2, None], boxes[..., 2:, None]
+    sides = torch.minimum(high, high_corners).sub_(torch.maximum(low, low_corners)).clamp_(min=0)  # (..., G, 2, A)
+    intersection = sides[..., 0, :].mul_(sides[..., 1, :])
+    union = (area(boxes)[..., None] + area(others)).sub_(intersection)
     return intersection.div_(union)

@@ -16,6 +16,7 @@ from pydantic import (
     Field,
     PositiveFloat,
     ValidationError,
+    ValidatorFunctionWrapHandler,
     field_validator,
     model_validator,
 )
@@ -25,6 +26,7 @@ from detector.option_errors import describe
 
 MAX_OPTION = 1e6  # of a part: a billion octaves or bins would fill the memory before any check of their own
 
+Workers = Annotated[int, Field(ge=0, le=1024)] | Literal["auto"]
 FilePath = Annotated[str, AfterValidator(os.path.expanduser)]  # no shell expands the ~ of key=~/x, or of a file
 
 
@@ -79,13 +81,23 @@ class Data(Options):
     short_side: int = Field(800, ge=32, le=2**14)  # pixels, unless the long side would pass long_side
     long_side: int = Field(1333, ge=32, le=2**14)  # pixels, at most
     pad_to: int = Field(32, ge=32, le=1024, multiple_of=32)  # of padded sides; 128 keeps the sizes few, for compile
-    workers: int = Field(2, ge=0, le=1024)  # processes that load images; 0 loads in the training process
+    # processes that load images; 0 loads in the training process; auto: for a GPU one less than its share of the cores,
+    # at most 16; where the CPU trains 1, or 0 on a single core
+    workers: Workers = "auto"
     horizontal_flip: float = Field(0.5, ge=0, le=1)  # probability
     vertical_flip: float = Field(0.0, ge=0, le=1)  # probability
     scale_jitter: tuple[float, float] = (1.0, 1.0)  # training images are resized by a factor drawn from this range
     strong: bool = False  # also colour, crops that keep boxes, affine maps
     cache: FilePath = ""  # a folder for the decoded and resized images, where its disk has room for them
     trust: bool = False  # accept boxes that look like another format, and training without any box
+
+    @field_validator("workers", mode="wrap")
+    @classmethod
+    def _auto_or_number(cls, value: Any, check: ValidatorFunctionWrapHandler) -> Workers:
+        try:
+            return check(value)
+        except ValidationError:  # an error for each of the two
+            raise ValueError("give auto, or a whole number from 0 to 1024") from None
 
     @model_validator(mode="after")
     def _ordered(self) -> "Data":

@@ -1,16 +1,16 @@
 """Joins assigner, box coder and losses; they meet nowhere else."""
 
-from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from detector import boxes as box_ops
 from detector import distributed
-from detector.assigner import ATSSAssigner, IoUAssigner
+from detector.assigner import ATSSAssigner, IoUAssigner, groups
 from detector.box_coder import BoxCoder
-from detector.structures import Assignment, Losses, Predictions, Target
+from detector.structures import Losses, Predictions, Target
 
 
 class Criterion(nn.Module):
@@ -89,22 +89,23 @@ class Criterion(nn.Module):
 
     def match(self, predictions: Predictions, targets: list[Target]) -> "Matches":
         """Which box each anchor of each image learns."""
-        grid = (predictions.levels, predictions.per_cell)
-        assignments = [self.assigner(predictions.anchors, target.boxes, *grid) for target in targets]
-        _, positive, ignored = (torch.stack(values) for values in zip(*assignments))  # (B, A) each
-        labels = torch.stack([_labels(a, t, predictions.logits.shape[-1]) for a, t in zip(assignments, targets)])
+        anchors, grid = predictions.anchors, (predictions.levels, predictions.per_cell)
+        # Of equal length; with a box at least, since anchors without any point at one too.
+        nothing = Target(anchors.new_zeros(1, 4), anchors.new_zeros(1, dtype=torch.int64))
+        boxes, classes = (pad_sequence(list(values), batch_first=True) for values in zip(*targets, nothing))
+        parts = groups(anchors, boxes[:-1], [len(target.labels) for target in targets])
+        assignments = [self.assigner(anchors, part, *grid) for part in parts]
+        gt_index, positive, ignored = (torch.cat(values) for values in zip(*assignments))  # (B, A) each
         num_pos = distributed.all_sum(positive.sum()).clamp(min=1)
-
-        starts = accumulate((len(target.boxes) for target in targets), initial=0)
-        in_batch = torch.stack([assignment.gt_index + start for assignment, start in zip(assignments, starts)])
-        # One more box, since images without any point at one too.
-        boxes = torch.cat([*(target.boxes for target in targets), predictions.anchors.new_zeros(1, 4)])
+        gt_index += torch.arange(len(targets), device=gt_index.device)[:, None] * boxes.shape[1]
+        labels = torch.where(positive, classes.flatten()[gt_index], predictions.logits.shape[-1])
         rows: Tensor | slice = slice(None)
         is_positive: Tensor | None = positive.flatten()
         if _may_wait(labels.device):
             rows, is_positive = positive.flatten().nonzero().squeeze(1), None
-        anchors = predictions.anchors.repeat(len(targets), 1)[rows]
-        return Matches(labels, ~ignored, positive, num_pos, rows, is_positive, anchors, boxes[in_batch.flatten()[rows]])
+        anchors = anchors.repeat(len(targets), 1)[rows]
+        boxes = boxes.flatten(0, 1)[gt_index.flatten()[rows]]
+        return Matches(labels, ~ignored, positive, num_pos, rows, is_positive, anchors, boxes)
 
 
 class Matches(NamedTuple):
@@ -130,13 +131,6 @@ def _may_wait(device: torch.device) -> bool:
 
 def _by_level(loss: nn.Module) -> bool:
     return getattr(loss, "scope", "batch") == "level"
-
-
-def _labels(assignment: Assignment, target: Target, num_classes: int) -> Tensor:
-    """(A,) class of each anchor; `num_classes` for background and ignored ones."""
-    if len(target.labels) == 0:
-        return torch.full_like(assignment.gt_index, num_classes)
-    return torch.where(assignment.positive, target.labels[assignment.gt_index], num_classes)
 
 
 @torch.no_grad()

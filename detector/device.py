@@ -1,12 +1,17 @@
 """The device: which one, in which precision and memory format, and how much memory it took."""
 
+import contextlib
 import ctypes
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
 
 from detector.errors import UserError
+from detector.structures import Batch
 
 
 def pick_device(name: str) -> torch.device:
@@ -53,6 +58,64 @@ def _bfloat16_units() -> bool:
     flags = next((line.split() for line in lines if line.startswith("flags")), [])
     amd = any(line.startswith("vendor_id") and "AMD" in line for line in lines)
     return "amx_bf16" in flags or (amd and "avx512_bf16" in flags)
+
+
+def pick_workers(number: int | Literal["auto"], device: torch.device) -> int:
+    """How many processes load images for this one: the number, or for `auto` as many as its share of the cores allows.
+
+    On a GPU they take all of its cores but one. On a CPU the training itself needs the cores: one process is enough to
+    load the next batch in the meantime. Processes that torchrun starts on one machine share its cores.
+    """
+    if number != "auto":
+        return number
+    cores = usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return int(cores > 1) if device.type == "cpu" else min(max(cores - 1, 1), 16)
+
+
+def usable_cores() -> int:
+    """PYTHON_CPU_COUNT if that is set, else the cores that this process may run on, within its container's limit."""
+    if (count := os.environ.get("PYTHON_CPU_COUNT", "")).isdecimal():
+        return int(count)
+    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS and Windows
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # no such file; "max 100000" is no limit
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
+        cores = min(cores, max(1, int(quota) // int(period)))
+    return cores
+
+
+def copied_ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """The batches on the device. On a GPU each is copied, on a stream of its own, while the one before it is in use.
+
+    A UserError comes where it would without this: in place of the batch that could not be loaded.
+    """
+    if device.type != "cuda":
+        for batch in batches:
+            yield batch.to(device)
+        return
+    copying, iterator = torch.cuda.Stream(device), iter(batches)
+    following: Batch | None = None
+    error: UserError | None = None
+    while True:
+        ready, following = following, None
+        with contextlib.suppress(StopIteration):
+            try:
+                following = next(iterator)
+            except UserError as raised:
+                error = raised
+        using = torch.cuda.current_stream(device)
+        using.wait_stream(copying)  # for the copy of the batch that is ready: the next is not yet asked for
+        if following is not None:
+            with torch.cuda.stream(copying):
+                following = following.to(device)
+        if ready is not None:
+            for tensor in (ready.images, *(value for target in ready.targets for value in target)):
+                tensor.record_stream(using)  # its memory is free for another batch only when it is done there
+            yield ready
+        if error is not None:
+            raise error
+        if following is None:
+            return
 
 
 def peak_memory(device: torch.device) -> int:

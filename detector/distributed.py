@@ -226,7 +226,8 @@ def padded_alike(batches: Iterable[Batch], device: torch.device) -> Iterator[Bat
     Where a process cannot load its next batch (UserError, Stopped), all processes raise its error.
     """
     if world_size() == 1:
-        yield from batches
+        for own in batches:  # noqa: UP028 `yield from` would close a stream that is to be read on later
+            yield own
         return
     batches = iter(batches)
     while True:

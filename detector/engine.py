@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from detector import boxes as box_ops
 from detector import distributed
 from detector.criterion import Criterion
-from detector.device import autocast
+from detector.device import autocast, copied_ahead
 from detector.gradients import Observation, observe
 from detector.postprocess import NonFiniteOutput, Postprocess
 from detector.solver import Solver
@@ -38,7 +38,7 @@ def train_until(
     *,
     step: int,
 ) -> None:
-    """Train until `step` steps are done, or the solver is done, or there are no more batches.
+    """Train until `step` steps are done, or the solver is done, or there are no more batches, which are on the device.
 
     Raises NonFiniteLoss, before the weights are touched, where the loss or its gradient is not finite, and the solver
     may not skip the step. UserError and Stopped of the batches come between two steps, the same two in all processes.
@@ -52,7 +52,7 @@ def train_until(
     for batch in distributed.padded_alike(batches, device):
         logger.batch_arrived()
         number = solver.step_count + 1
-        losses, observation = _backward(model, criterion, batch, solver, device, logger.wants_gradients(number))
+        losses, observation = _backward(model, criterion, batch, solver, logger.wants_gradients(number))
         if observation is not None:
             logger.gradients(observation, number)
         scalars = {name: value.detach() for name, value in (losses.terms | losses.diagnostics).items()}
@@ -74,14 +74,13 @@ def train_until(
 
 
 def _backward(
-    model: nn.Module, criterion: Criterion, batch: Batch, solver: Solver, device: torch.device, observing: bool
+    model: nn.Module, criterion: Criterion, batch: Batch, solver: Solver, observing: bool
 ) -> tuple[Losses, Observation | None]:
     """Losses of the batch, and its gradient in the parameters."""
 
     def forward(part: Batch) -> Predictions:
-        images = part.images.to(device, non_blocking=True)
-        with autocast(device, solver.precision):
-            return model(images, part.sizes)
+        with autocast(part.images.device, solver.precision):
+            return model(part.images, part.sizes)
 
     parts = _split(batch, solver.accumulate)
     if len(parts) > 1:
@@ -96,9 +95,8 @@ def _backward(
         predictions = predicted[0]._replace(logits=logits, deltas=deltas)
     else:
         predictions = forward(batch)
-    targets = [target.to(device) for target in batch.targets]
-    losses = criterion(predictions, targets)
-    observation = observe(criterion, predictions, targets) if observing else None
+    losses = criterion(predictions, batch.targets)
+    observation = observe(criterion, predictions, batch.targets) if observing else None
     # Gradients are averaged over processes; the losses of all processes are meant to be summed.
     solver.backward(losses.total * distributed.world_size())
     if len(parts) > 1:
@@ -131,9 +129,9 @@ def predict(
     by_image: dict[int, Detections] = {}
     not_finite: list[int] = []
     with distributed.together():
-        for batch in watch.each("loading", batches):
+        for batch in watch.each("loading", copied_ahead(batches, device)):
             with watch("network"), autocast(device, precision):
-                predictions = model(batch.images.to(device, non_blocking=True), batch.sizes)
+                predictions = model(batch.images, batch.sizes)
             with watch("postprocessing"):
                 try:
                     detections = postprocess(predictions, batch.sizes)

@@ -188,7 +188,7 @@ class Run:
 
     def save_batch(self, batch: Batch) -> str:
         """Save this process's images of a step whose loss is not finite, for a look; says where, and what to do."""
-        path = self.cfg.folder / f"nonfinite_{distributed.rank()}.pt"
+        path, batch = self.cfg.folder / f"nonfinite_{distributed.rank()}.pt", batch.to(torch.device("cpu"))
         try:
             torch.save({**batch._asdict(), "targets": [target._asdict() for target in batch.targets]}, path)
         except (OSError, RuntimeError):

@@ -22,9 +22,6 @@ class Target(NamedTuple):
     boxes: Tensor  # (G, 4) float32
     labels: Tensor  # (G,) int64
 
-    def to(self, device: torch.device) -> "Target":
-        return Target(self.boxes.to(device, non_blocking=True), self.labels.to(device, non_blocking=True))
-
 
 class Batch(NamedTuple):
     """Images padded at the right and bottom to one size, a multiple of 32."""
@@ -38,6 +35,15 @@ class Batch(NamedTuple):
     def pin_memory(self) -> "Batch":
         return self._replace(images=self.images.pin_memory())
 
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on the device, in three copies; nothing waits for that of pinned images."""
+        if device.type == self.images.device.type:
+            return self
+        counts = [len(target.labels) for target in self.targets]
+        joined = (torch.cat(values).to(device, non_blocking=True) for values in zip(*self.targets))
+        targets = [Target(*values) for values in zip(*(values.split(counts) for values in joined))]
+        return self._replace(images=self.images.to(device, non_blocking=True), targets=targets)
+
 
 class Predictions(NamedTuple):
     """The model's output, all levels joined: level, then row, column, anchor shape."""
@@ -50,11 +56,11 @@ class Predictions(NamedTuple):
 
 
 class Assignment(NamedTuple):
-    """The target of each anchor of one image."""
+    """The target of each anchor, (A,) of one image or (B, A) of several."""
 
-    gt_index: Tensor  # (A,) int64, meaningful only where positive
-    positive: Tensor  # (A,) bool
-    ignored: Tensor  # (A,) bool, never also positive
+    gt_index: Tensor  # int64, meaningful only where positive
+    positive: Tensor  # bool
+    ignored: Tensor  # bool, never also positive
 
 
 @dataclass

@@ -83,11 +83,11 @@ def measure(source: str, data: list[str] | None, count: int) -> tuple[Regions, R
     seen = 0
     with torch.no_grad(), tqdm(total=min(count, len(dataset)), unit="image") as progress:
         for batch in loader:
-            targets = [target.to(device) for target in batch.targets]
-            observed = observe(criterion, model(batch.images.to(device), batch.sizes), targets, FINE, FINE)
+            batch = batch.to(device)
+            observed = observe(criterion, model(batch.images, batch.sizes), batch.targets, FINE, FINE)
             total = [Regions(*map(torch.add, a, b)) for a, b in zip(total, observed)] if total else list(observed)
-            seen += len(targets)
-            progress.update(len(targets))
+            seen += len(batch.images)
+            progress.update(len(batch.images))
             if seen >= count:
                 break
     return tuple(Regions(*(value.cpu() for value in regions)) for regions in total)

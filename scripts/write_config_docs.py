@@ -108,6 +108,7 @@ def may_be(kind: str, value: ast.expr | None) -> str:
     if kind.startswith("tuple["):
         kind = f"{kind.count(',') + 1} numbers"
     words = {"list[float]": "a list of numbers", "float": "number", "int": "whole number", "bool": "true, false"}
+    words |= {"Workers": "`auto`, or a whole number from 0 to 1024"}
     for name, word in (words | {"FilePath": "path", "str": "text", "| None": "or null"}).items():
         kind = kind.replace(name, word)
     limits = []

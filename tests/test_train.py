@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train
 from data.assemble import build_datasets
 from data.coco import CocoDataset
+from data.loader import TrainSampler
 from detector import checkpoint
 from detector.configure import configure
 from detector.errors import Stopped, UserError
@@ -166,8 +167,9 @@ def test_validation_classes_must_be_those_of_training(tiny, demo, folder, comman
 
 def test_a_diverging_run_ends_in_one_line_and_exit_code_1(tiny, folder, command):
     settings = ["solver.lr=1e30", "solver.warmup_steps=0", "solver.schedule=cosine", "class_loss.name=focal"]
-    code, _, err = command(train.main, "--config", tiny(folder), "--set", *settings)
+    code, out, err = command(train.main, "--config", tiny(folder), "--set", *settings)
     assert code == 1 and "Traceback" not in err
+    assert "data.workers 0" in out.splitlines()[0]
     last = err.splitlines()[-1]  # below the progress line
     assert last.startswith("error: ") and "at step 2, images [" in last and "solver.lr" in last
 
@@ -240,6 +242,22 @@ def test_a_run_resumed_within_an_epoch_sees_the_images_it_had_not_seen(tiny, fol
     assert seen == whole
     first, second = ([i for ids in whole[start : start + 4] for i in ids] for start in (0, 4))
     assert sorted(first) == sorted(second) == list(range(1, 9)) and first != second
+
+
+def test_a_run_reads_one_stream_of_batches(tiny, folder, monkeypatch):
+    begun, iterate = [], TrainSampler.__iter__
+    monkeypatch.setattr(TrainSampler, "__iter__", lambda sampler: begun.append(sampler.epoch) or iterate(sampler))
+    pauses, train_until = [], train.train_until
+
+    def counted(*arguments, step):
+        assert pauses[-1:] != [step]  # a stream that ends early would go on without end
+        pauses.append(step)
+        train_until(*arguments, step=step)
+
+    monkeypatch.setattr(train, "train_until", counted)
+    cfg = configure(tiny(folder, checkpoint={"every": 1}), ["solver.epochs=2"])
+    train.train(cfg, CPU)
+    assert begun == [0] and pauses == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

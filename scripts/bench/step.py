@@ -115,7 +115,7 @@ def work(side: int, batch: int, boxes: int, device: torch.device) -> tuple[Tenso
     sides = side * (1 / 16 + 7 / 16 * torch.rand(batch, boxes, 2, generator=rng))
     corners = torch.rand(batch, boxes, 2, generator=rng) * (side - sides)
     labels = torch.randint(0, CLASSES, (batch, boxes), generator=rng)
-    targets = [Target(*pair).to(device) for pair in zip(torch.cat([corners, corners + sides], 2), labels)]
+    targets = [Target(*pair) for pair in zip(torch.cat([corners, corners + sides], 2).to(device), labels.to(device))]
     return images.to(device), targets
 
 

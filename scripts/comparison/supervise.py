@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from detector import checkpoint, config
 from detector.config import Config
+from detector.device import usable_cores
 from detector.errors import UserError
 from detector.stop import Stop
 from scripts.comparison import result
@@ -153,8 +154,10 @@ def queue_next(sequence: Iterator[Run], waiting: list[tuple[Run, Iterator[Run]]]
 
 def start(run: Run, rest: Iterator[Run], slot: int, jobs: int) -> Child:
     environment = os.environ | {"PYTHONIOENCODING": "utf-8"}  # the encoding that the log is read in
-    if jobs * run.processes > 1:  # divide cores and GPUs among the runs
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // (jobs * run.processes))))
+    cores = max(1, usable_cores() // jobs)  # divide cores and GPUs among the runs
+    environment["PYTHON_CPU_COUNT"] = str(cores)  # for data.workers
+    if jobs * run.processes > 1:
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // run.processes)))
     if jobs > 1 and torch.cuda.device_count() > 1:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(cards(slot, run.processes))
     command = [sys.executable, str(TRAIN), "--config", str(run.file), "--resume"]

@@ -39,10 +39,8 @@ def time_steps(configs: dict[str, Config], rounds: int = ROUNDS) -> dict[str, di
     seed_everything(first.seed)
     train_set, _ = build_datasets(first)
     loader = train_loader(train_set, first.solver.batch_size, **assemble.loader_options(first, device), seed=first.seed)
-    batches = [
-        (batch.images.to(device), [target.to(device) for target in batch.targets], batch.sizes)
-        for batch in islice(loader, BATCHES)
-    ]
+    on_device = (batch.to(device) for batch in islice(loader, BATCHES))
+    batches = [(batch.images, batch.targets, batch.sizes) for batch in on_device]
     model = assemble.build_model(first, len(train_set.category_ids)).train()
     place(model, device, channels_last=first.channels_last)
     solver = assemble.build_solver(first, model, steps_per_epoch=len(loader))

@@ -120,6 +120,17 @@ def test_resuming_gives_the_rest_of_the_epoch(batch):
     assert list(resumed) == whole and len(resumed) == len(whole) == 14
 
 
+@pytest.mark.parametrize("batch", [0, 5, 13])
+def test_one_iteration_over_epochs_is_one_after_the_other(batch):
+    sampler = TrainSampler(ASPECTS, 4, seed=1)
+    apart = []
+    for position in ((2, batch), (3,), (4,)):
+        sampler.set_position(*position)
+        apart += list(sampler)
+    sampler.set_position(2, batch, until=5)
+    assert list(sampler) == apart and len(apart) == 3 * len(sampler) - batch
+
+
 @pytest.mark.parametrize("world_size", [1, 3, 20])
 def test_evaluation_sees_each_image_once_in_order_of_shape(world_size):
     samplers = [EvalSampler(ASPECTS, 4, rank, world_size) for rank in range(world_size)]
@@ -177,6 +188,23 @@ def test_resumed_batches_have_the_same_pixels(folder):
     resumed = train_loader(data, 3, seed=4, workers=1)
     resumed.batch_sampler.set_position(3, 2)
     for one, other in zip(whole[2:], resumed, strict=True):
+        assert_same(one, other)
+
+
+def test_the_next_epoch_is_loaded_before_one_has_ended(folder, monkeypatch):
+    loader = train_loader(dataset(folder, TrainTransform(32, 64)), 3, seed=4, workers=1)
+    apart = []
+    for epoch in (1, 2):
+        loader.batch_sampler.set_position(epoch)
+        apart += list(loader)
+    begun, image_seed = [], TrainSampler._image_seed
+    note = lambda sampler, epoch, index: begun.append(epoch) or image_seed(sampler, epoch, index)  # noqa: E731
+    monkeypatch.setattr(TrainSampler, "_image_seed", note)
+    loader.batch_sampler.set_position(1, until=3)
+    stream = iter(loader)
+    together = [next(stream) for _ in range(len(loader) - 1)]
+    assert set(begun) == {1, 2}
+    for one, other in zip(apart, [*together, *stream], strict=True):
         assert_same(one, other)
 
 

@@ -1,11 +1,13 @@
 import pytest
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torchvision.models.detection._utils import Matcher
 from torchvision.ops import box_iou
 
 from detector import assigner
 from detector.anchors import Anchors
 from detector.assigner import IoUAssigner
+from detector.structures import Assignment
 
 SQUARE = torch.tensor([0.0, 0, 10, 10])
 
@@ -138,3 +140,30 @@ def test_anchors_are_matched_alike_in_runs_of_any_length(length, monkeypatch):
     monkeypatch.setattr(assigner, "CACHED_PAIRS", 0)
     monkeypatch.setattr(assigner, "MIN_BLOCK", length)
     assert torch.equal(matches(IoUAssigner()(anchors, boxes)), theirs)
+
+
+def padded(counts, side=256):
+    """Boxes of several images, filled up with zeros to one length."""
+    return pad_sequence([random_boxes(count, seed, side) for seed, count in enumerate(counts)], batch_first=True)
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 20, 1], [7], [0, 0]])
+def test_several_images_are_matched_as_each_alone(counts):
+    anchors, boxes = all_anchors(), padded(counts)
+    together = IoUAssigner()(anchors, boxes)
+    for i, count in enumerate(counts):
+        alone = IoUAssigner()(anchors, boxes[i, :count])
+        assert torch.equal(matches(Assignment(*(value[i] for value in together))), matches(alone))
+        assert alone.positive.any() == (count > 0)
+
+
+def test_parts_of_a_batch_hold_every_box_and_few_pairs(monkeypatch):
+    counts = [3, 0, 20, 1, 7]
+    anchors, boxes = all_anchors(), padded(counts)
+    on_cpu = assigner.groups(anchors, boxes, counts)
+    assert [part.shape for part in on_cpu] == [(1, count, 4) for count in counts]
+    assert all(torch.equal(part[0], boxes[i, :count]) for i, (part, count) in enumerate(zip(on_cpu, counts)))
+    for at_once, pairs in ((1, 1), (2, 50 * len(anchors)), (5, 100 * len(anchors))):
+        monkeypatch.setattr(assigner, "MAX_PAIRS", pairs)
+        parts = assigner.groups(anchors.to("meta"), boxes, counts)
+        assert torch.equal(torch.cat(parts), boxes) and len(parts[0]) == at_once

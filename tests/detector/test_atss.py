@@ -4,6 +4,7 @@ import statistics
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import box_iou
 
 from detector.anchors import Anchors
@@ -53,6 +54,16 @@ def test_equals_plain_loops(seed, cells, shapes):
     assert ours == by_hand(anchors, boxes, levels, per_cell, cells)
     assert max(ours) >= 0
     assert not assignment.ignored.any()
+
+
+def test_several_images_are_matched_as_each_alone():
+    anchors, boxes, levels, per_cell = anchors_and_boxes(0, 12, octaves=3)
+    images = [boxes[:0], boxes, boxes[:2], boxes[5:]]
+    together = ATSSAssigner()(anchors, pad_sequence(images, batch_first=True), levels, per_cell)
+    for index, positive, ignored, own in zip(*together, images):
+        alone = ATSSAssigner()(anchors, own, levels, per_cell)
+        assert torch.equal(positive, alone.positive) and torch.equal(index[positive], alone.gt_index[positive])
+        assert not ignored.any() and positive.any() == (len(own) > 0)
 
 
 def test_no_boxes_is_all_background():

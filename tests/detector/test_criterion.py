@@ -337,6 +337,22 @@ def test_outputs_that_do_not_count_may_be_anything(class_loss, box_loss, may_wai
         torch.testing.assert_close(other, found[0], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("assigner", [IoUAssigner, ATSSAssigner])
+def test_images_matched_together_learn_what_each_does_alone(assigner, monkeypatch):
+    """As on a GPU, where boxes of zeros fill the images up; one image has no box."""
+    predictions, targets = random_case()
+    predictions = predictions._replace(levels=(25, 10, 5))
+    targets[-1] = Target(targets[-1].boxes[:0], targets[-1].labels[:0])
+    one = build()
+    one.assigner = assigner()
+    alone = one.match(predictions, targets)
+    monkeypatch.setattr(criterion_module, "groups", lambda anchors, boxes, counts: boxes.split(len(boxes)))
+    together = one.match(predictions, targets)
+    assert len(alone.boxes) > 0
+    for name in ("labels", "valid", "positive", "num_pos", "rows", "anchors", "boxes"):
+        assert torch.equal(getattr(alone, name), getattr(together, name))
+
+
 @pytest.mark.parametrize(("class_loss", "box_loss"), [pair for pair in PAIRS if RankSort not in pair])  # it waits
 @pytest.mark.parametrize("assigner", [IoUAssigner, ATSSAssigner])
 def test_on_a_gpu_no_step_depends_on_data(class_loss, box_loss, assigner, monkeypatch):

@@ -228,6 +228,17 @@ def test_it_ends_at_the_step_it_is_given_and_between_two_where_it_is_asked_to():
     assert solver.step_count == 3
 
 
+def test_a_stream_goes_on_where_the_last_steps_ended():
+    model, criterion, solver = make()
+    seen = []
+    model.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    batches = [batch(seed=seed) for seed in range(4)]
+    stream = (one for one in batches)
+    for step in (1, 3, 4):
+        train_until(model, criterion, stream, solver, Recorder(), CPU, step=step)
+    assert all(images is one.images for images, one in zip(seen, batches, strict=True))
+
+
 class Fixed(nn.Module):
     """No detector: what it "predicts" is the image ids' order, for the loop alone."""
 

@@ -267,6 +267,19 @@ def test_each_run_has_gpus_of_its_own(monkeypatch):
     assert [supervise.cards(slot, 1) for slot in range(3)] == [["7"], ["3"], ["GPU-5f"]]
 
 
+def test_runs_at_once_share_the_cores(base, tmp_path, monkeypatch):
+    (run,) = ablate.Study(str(base), [], tmp_path / "out", None).runs({"focal": {}}, 1)
+    monkeypatch.setenv("PYTHON_CPU_COUNT", "12")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    environments = []
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, env, **__: environments.append(env))
+    for jobs, processes in ((1, 1), (3, 1), (3, 2), (20, 1)):
+        run.processes = processes
+        supervise.start(run, iter(()), 0, jobs).log.close()
+    assert [env["PYTHON_CPU_COUNT"] for env in environments] == ["12", "4", "4", "1"]
+    assert [env.get("OMP_NUM_THREADS") for env in environments] == [None, "4", "2", "1"]
+
+
 def test_a_grid_is_a_variant_for_each_value(base, tmp_path, command):
     arguments = ["--config", base, "--variants", "focal", "--grid", "class_loss.gamma=0,1,2", "--seeds", 2]
     code, out, err = command(ablate.main, *arguments, "--output", tmp_path / "out", "--dry-run")
