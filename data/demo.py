@@ -308,7 +308,7 @@ def styled(
 ) -> Style:
     """`style` with what is given in its place. Raises UserError where the largest digit does not fit."""
     if size is not None:
-        style = style._replace(sizes=(tuple(size),))
+        style = style._replace(sizes=((size[0], size[1]),))
     if objects is not None:
         style = style._replace(usual=(objects[0], objects[1] + 1), kinds=(0, 0, 1))
     if digit_size is not None:
@@ -352,7 +352,7 @@ def main() -> None:
     add("--wrong-labels", type=float, default=0.0, metavar="SHARE", help="of the train boxes, 0..1")
     add("--shifted-boxes", type=float, default=0.0, metavar="SHARE", help="of the train boxes, 0..1")
     add("--quick", action="store_true", help="small scenes of the digits 0 to 4, learnt in a minute or two")
-    pair = dict(nargs=2, type=int, default=argparse.SUPPRESS)
+    pair: dict[str, Any] = dict(nargs=2, type=int, default=argparse.SUPPRESS)
     add("--size", **pair, metavar=("WIDTH", "HEIGHT"), help="px of each scene (default: some 160 x 128; --quick: 96)")
     add("--objects", **pair, metavar=("FEWEST", "MOST"), help="digits in a scene, fewer where there is no room")
     add("--digit-size", **pair, metavar=("SMALLEST", "LARGEST"), help="px of the digits' longer side")
