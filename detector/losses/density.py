@@ -152,7 +152,8 @@ class GradientDensity(nn.Module):
         filled = counts > 0
         average = self._averaged(counts, filled)
         divisor = filled.sum() if self.normalizer == "valid_bins" else self.bins
-        share = ((average + self.prior_count) * divisor).reciprocal().masked_fill(~filled, 0)  # N of beta and N of the mean cancel
+        divided = (average + self.prior_count) * divisor
+        share = divided.reciprocal().masked_fill(~filled, 0)  # N of beta and N of the mean cancel
         return self._limited(share, counts)
 
     def _averaged(self, counts: Tensor, filled: Tensor) -> Tensor:
