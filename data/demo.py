@@ -11,7 +11,7 @@ import json
 from collections import Counter
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -37,6 +37,8 @@ class Style(NamedTuple):
     usual: tuple[int, int]  # digits in a scene: from, up to and without
     crowded: tuple[int, int]
     largest: int  # px, of a digit in a usual scene
+    smallest: int = 14  # px, of a digit
+    kinds: tuple[float, float, float] = (0.05, 0.1, 0.85)  # shares of empty, crowded and usual scenes
 
 
 FULL = Style(((160, 128), (128, 160)), classes=10, usual=(6, 15), crowded=(20, 28), largest=56)
@@ -92,7 +94,8 @@ def plan_scene(
 ) -> Scene:
     """images (1797, 8, 8) in 0..16; by_class: the indices to use for each digit; columns: of the photos."""
     width, height = style.sizes[rng.integers(len(style.sizes))]
-    zoom = rng.uniform(0.8, 1.6)
+    least = max(0.8, width / (columns[1] - columns[0]), height / PHOTO_HEIGHT)  # a large scene shows all of a photo
+    zoom = rng.uniform(least, 2 * least)
     crop_width, crop_height = int(width / zoom), int(height / zoom)
     crop_x = int(rng.integers(columns[0], columns[1] - crop_width, endpoint=True))
     crop_y = int(rng.integers(0, PHOTO_HEIGHT - crop_height, endpoint=True))
@@ -105,19 +108,19 @@ def plan_scene(
         brightness=rng.uniform(0.25, 0.5),  # the ink is light, and must be legible everywhere
         digits=[],
     )
-    kind = rng.choice(["empty", "crowded", "usual"], p=[0.05, 0.1, 0.85])
+    kind = rng.choice(["empty", "crowded", "usual"], p=style.kinds)
     wanted = {
         "empty": 0,
         "crowded": int(rng.integers(*style.crowded)),
         "usual": int(rng.integers(*style.usual)),
     }[kind]
-    largest = 20 if kind == "crowded" else style.largest
+    largest = max(20, style.smallest) if kind == "crowded" else style.largest
     weights = CLASS_WEIGHTS[: style.classes] / CLASS_WEIGHTS[: style.classes].sum()
     for _ in range(wanted):
         label = int(rng.choice(style.classes, p=weights))
         source = int(rng.choice(by_class[label]))
         for _ in range(20):  # then there is no room: go without
-            size = np.exp(rng.uniform(np.log(14), np.log(largest)))  # px, longer side before the rotation
+            size = np.exp(rng.uniform(np.log(style.smallest), np.log(largest)))  # px, longer side before the rotation
             alpha = enlarge(images[source], size, angle=rng.uniform(-15, 15))
             x = int(rng.integers(0, width - alpha.shape[1], endpoint=True))
             y = int(rng.integers(0, height - alpha.shape[0], endpoint=True))
@@ -229,21 +232,29 @@ def write_demo(
     wrong_labels: float = 0.0,
     shifted_boxes: float = 0.0,
     quick: bool = False,
+    size: tuple[int, int] | None = None,
+    objects: tuple[int, int] | None = None,
+    digit_size: tuple[int, int] | None = None,
     force: bool = False,
 ) -> None:
     """Write folder/train.json, val.json and the pictures in folder/train, folder/val; say what was written.
 
+    size: (width, height) of all scenes, px. objects: the fewest and most digits of a scene, all numbers between equally
+    likely; no scene is then empty or crowded by chance. digit_size: the smallest and largest digit, px.
+
     The same settings give the same bytes. A folder that already holds them is left alone; one that holds
     another data set is refused unless `force`. The outliers go into train only; val is always clean.
-    Raises UserError for counts below 1, a negative seed, shares outside 0..1 and the refusal.
+    Raises UserError for counts below 1, a negative seed, shares outside 0..1, sizes that do not fit and the refusal.
     """
     folder = Path(folder)
     counts = {"train": train_images, "val": val_images}
-    settings: dict[str, int | float] = dict(recipe=RECIPE, train_images=train_images, val_images=val_images, seed=seed)
+    settings: dict[str, Any] = dict(recipe=RECIPE, train_images=train_images, val_images=val_images, seed=seed)
     settings |= dict(wrong_labels=wrong_labels, shifted_boxes=shifted_boxes)
     settings |= dict(quick=True) if quick else {}
-    style = QUICK if quick else FULL
+    given = dict(size=size, objects=objects, digit_size=digit_size)
+    settings |= {name: list(pair) for name, pair in given.items() if pair is not None}
     check(settings)
+    style = styled(QUICK if quick else FULL, **given)
     paths = {split: folder / f"{split}.json" for split in SPLITS}
     existing = [settings_of(path) for path in paths.values() if path.exists()]
     if existing == [settings, settings] and not force:
@@ -281,6 +292,33 @@ def check(settings: dict) -> None:
             raise UserError(f"{name}: {settings[name]}, a share must lie in 0..1")
     if settings["wrong_labels"] + settings["shifted_boxes"] > 1:
         raise UserError("wrong_labels + shifted_boxes: above 1, but no annotation is spoilt twice")
+    for name, (low, high) in dict(size=(32, 2048), objects=(0, 500), digit_size=(8, 512)).items():
+        first, second = settings.get(name, (low, high))
+        if not all(low <= number <= high for number in (first, second)):
+            raise UserError(f"{name}: {first} {second}, both must lie in {low}..{high}")
+        if name != "size" and first > second:
+            raise UserError(f"{name}: {first} {second}, the first must not exceed the second")
+
+
+def styled(
+    style: Style,
+    size: tuple[int, int] | None,
+    objects: tuple[int, int] | None,
+    digit_size: tuple[int, int] | None,
+) -> Style:
+    """`style` with what is given in its place. Raises UserError where the largest digit does not fit."""
+    if size is not None:
+        style = style._replace(sizes=((size[0], size[1]),))
+    if objects is not None:
+        style = style._replace(usual=(objects[0], objects[1] + 1), kinds=(0, 0, 1))
+    if digit_size is not None:
+        style = style._replace(smallest=digit_size[0], largest=digit_size[1])
+    if 2 * style.largest > min(map(min, style.sizes)):  # a turned digit is larger, and must have room to lie anywhere
+        sides = min(map(min, style.sizes))
+        raise UserError(
+            f"digit_size: {style.largest} px is more than half of a scene's {sides} px; make digits smaller"
+        )
+    return style
 
 
 def settings_of(path: Path) -> dict | None:
@@ -314,6 +352,10 @@ def main() -> None:
     add("--wrong-labels", type=float, default=0.0, metavar="SHARE", help="of the train boxes, 0..1")
     add("--shifted-boxes", type=float, default=0.0, metavar="SHARE", help="of the train boxes, 0..1")
     add("--quick", action="store_true", help="small scenes of the digits 0 to 4, learnt in a minute or two")
+    pair: dict[str, Any] = dict(nargs=2, type=int, default=argparse.SUPPRESS)
+    add("--size", **pair, metavar=("WIDTH", "HEIGHT"), help="px of each scene (default: some 160 x 128; --quick: 96)")
+    add("--objects", **pair, metavar=("FEWEST", "MOST"), help="digits in a scene, fewer where there is no room")
+    add("--digit-size", **pair, metavar=("SMALLEST", "LARGEST"), help="px of the digits' longer side")
     add("--force", action="store_true", help="replace the data set in the folder")
     options = vars(parser.parse_args())
     folder = options.pop("out")

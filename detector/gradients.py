@@ -62,20 +62,21 @@ def observe(
     criterion.train(training)
 
     with torch.no_grad():
-        cells = _regions(torch.zeros(0, 1), torch.zeros(0, 1), torch.zeros(0, dtype=torch.bool), cell_bins)
+        cells = by_region(torch.zeros(0, 1), torch.zeros(0, 1), torch.zeros(0, dtype=torch.bool), cell_bins)
         cells = Regions(*(value.to(logits.device) for value in cells))
         for image in range(len(logits)):  # one by one: a full-size image has 16 million cells
             z = logits_against_truth(logits[image], matches.labels[image], matches.valid[image])
-            more = _regions(z.sigmoid(), to_logits[image], matches.valid[image], cell_bins)
+            more = by_region(z.sigmoid(), to_logits[image], matches.valid[image], cell_bins)
             cells = Regions(cells.counts + more.counts, cells.gradient + more.gradient)
         d = deltas.flatten(0, 1)[matches.rows] - criterion.coder.encode(matches.boxes, matches.anchors)
         is_positive = torch.ones_like(d[:, 0], dtype=torch.bool) if matches.is_positive is None else matches.is_positive
         norms = torch.where(is_positive[:, None], d.abs() / torch.hypot(d, torch.full_like(d, MU)), 0)
-        boxes = _regions(norms, to_deltas.flatten(0, 1)[matches.rows], is_positive, box_bins)
+        boxes = by_region(norms, to_deltas.flatten(0, 1)[matches.rows], is_positive, box_bins)
     return Observation(*(Regions(*map(distributed.all_sum, part)) for part in (cells, boxes)))
 
 
-def _regions(norms: Tensor, gradient: Tensor, valid: Tensor, bins: int) -> Regions:
+def by_region(norms: Tensor, gradient: Tensor, valid: Tensor, bins: int) -> Regions:
+    """The valid (N,) rows of norms in 0..1 and gradient, both (N, K), in `bins` equal regions of the norm."""
     region = (norms * bins).long().clamp_(0, bins - 1).masked_fill_(~valid[:, None], bins).flatten()
     counts = torch.zeros(bins + 1, dtype=torch.int64, device=norms.device)
     counts.scatter_add_(0, region, torch.ones_like(region))

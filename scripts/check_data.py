@@ -5,7 +5,8 @@
 
 Reads annotation files and images with the same code as training, and refuses what training would refuse. The page
 --output (data.html) then shows the classes; the sizes and shapes of boxes at the network's input size; the share of
-boxes that no anchor overlaps with an IoU of 0.5, and better anchors if it finds some; images that are in both train and
+boxes that no anchor overlaps with an IoU of 0.5, and better anchors if it finds some; how many negative anchors there
+are for each positive one; images that are in both train and
 val (equal, or nearly so by their perceptual hash); boxes that look like mistakes; and samples.
 """
 
@@ -32,7 +33,7 @@ from detector import assemble, config, config_files
 from detector import boxes as box_ops
 from detector.anchors import Anchors
 from detector.config import Config
-from detector.configure import configure, resolve
+from detector.configure import build_part, configure, resolve
 from detector.errors import UserError, run_main
 from detector.resize import STRIDE
 from scripts.comparison import page
@@ -41,6 +42,7 @@ FITS = 0.5  # an anchor with this IoU learns the box
 BITS = 4  # of 64: near duplicates differ in at most so many bits of their perceptual hash
 MANY = 0.05  # above this share of boxes without an anchor, other anchors are tried
 TRIED = 20_000  # boxes to try them on
+ASSIGNED = 500  # images to count positive and negative anchors in
 SHOWN = 12  # pictures, and examples of each kind
 SIZES = {"below 16": (0, 16), "16 to 32": (16, 32), "32 to 96": (32, 96), "96 to 256": (96, 256), "above": (256, 1e9)}
 ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1)  # number of set bits of each byte
@@ -74,11 +76,12 @@ def main(argv: list[str] | None = None) -> None:
     both = [seen for seen in (train, val) if seen is not None]
     anchors: Anchors = assemble.build_model(cfg.model_copy(update={"model": small(cfg)}), 1).anchors
     best = best_iou(anchors, train.boxes, [train.sizes[i] for i in train.image])
+    imbalance = balance(cfg, anchors, train)
     advice = suggest(cfg, anchors, train, best) if len(best) and (best < FITS).mean() > MANY else None
     pairs = near_duplicates(train, val) if val else []
     suspicious = suspicious_boxes(both)
 
-    lines = summary(both, best, advice, pairs, suspicious)
+    lines = summary(both, best, imbalance, advice, pairs, suspicious)
     sections = [
         ("", [page.items(lines)]),
         ("Classes", [classes(both)]),
@@ -181,6 +184,27 @@ def best_iou(anchors: Anchors, boxes: np.ndarray, sizes: list[tuple[int, int]]) 
     return best
 
 
+def balance(cfg: Config, anchors: Anchors, train: Seen) -> str:
+    """A line on how many negatives there are for each positive: anchors, and cells (an anchor has one a class)."""
+    assigner = build_part(cfg, "assigner")
+    chosen = sorted(random.Random(0).sample(range(len(train.sizes)), min(ASSIGNED, len(train.sizes))))
+    positives = negatives = 0
+    for index in chosen:
+        size = tuple(-(-side // cfg.data.pad_to) * cfg.data.pad_to for side in train.sizes[index])
+        grids = [tuple(-(-side // stride) for side in size) for stride in anchors.strides]
+        levels = [height * width * anchors.per_cell for height, width in grids]
+        boxes = torch.from_numpy(train.boxes[train.image == index])
+        found = assigner(anchors(grids, size, torch.device("cpu")), boxes, levels, anchors.per_cell)
+        positives += int(found.positive.sum())
+        negatives += int((~found.positive & ~found.ignored).sum())
+    if not positives:
+        return f"no positive anchors in {len(chosen):,} training images"
+    classes = len(train.dataset.class_names)
+    cells = (classes * (positives + negatives) - positives) / positives
+    ratio = f"1 positive to {negatives / positives:,.0f} negatives among the anchors"
+    return f"{ratio} of {len(chosen):,} training images, 1 to {cells:,.0f} among their cells ({cfg.assigner.name})"
+
+
 class Advice(NamedTuple):
     sizes: list[float]
     ratios: list[float]
@@ -259,7 +283,12 @@ def suspicious_boxes(both: list[Seen]) -> dict[str, list[str]]:
 
 
 def summary(
-    both: list[Seen], best: np.ndarray, advice: Advice | None, pairs: list, suspicious: dict[str, list[str]]
+    both: list[Seen],
+    best: np.ndarray,
+    imbalance: str,
+    advice: Advice | None,
+    pairs: list,
+    suspicious: dict[str, list[str]],
 ) -> list[str]:
     lines = [seen.dataset.summary() for seen in both]
     for seen in both:
@@ -274,6 +303,7 @@ def summary(
         lines.append(f"{len({i for i, _ in pairs})} training images are also in val, equal or nearly so")
     if len(best):
         lines.append(f"{(best < FITS).mean():.1%} of the training boxes have no anchor with an IoU of {FITS}")
+    lines.append(imbalance)
     if advice:
         tried = f"of {advice.boxes:,} boxes that were tried, instead of {advice.before:.1%}"
         lines.append(f"with {advice.settings} it is {advice.after:.1%} {tried}")

@@ -11,7 +11,7 @@ import yaml
 import train
 from detector.configure import PARTS, configure
 from detector.losses import CrossEntropy
-from scripts import compare, compare_label_noise, summarize, write_config_docs
+from scripts import compare, compare_conditions, summarize, write_config_docs
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
@@ -123,6 +123,6 @@ def test_links_and_pictures_lead_somewhere(document):
 
 def test_the_table_of_wrong_labels_is_what_the_command_writes(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    compare_label_noise.main(["results/noise", "--output", str(tmp_path / "noise.png")])
+    compare_conditions.main(["results/noise", "--output", str(tmp_path / "noise.png")])
     table = "\n".join(line for line in capsys.readouterr().out.splitlines() if line.startswith("|"))
     assert table.count("\n") == 5 and table in (ROOT / "docs" / "results.md").read_text(encoding="utf-8")

@@ -55,6 +55,8 @@ class GradientDensity(nn.Module):
 
         max_weight      beta is at most this. In neither the paper nor its code: a region weighs as much with three
                         examples as with a million, so that in small batches a few outliers may drown the rest.
+        prior_count     k, added to S_j where it becomes beta_j = N / ((S_j + k) n): a region with S_j cells then gets
+                        S_j / (S_j + k) of a full region's weight. For GHM-C with "unit_region"; 0 is the paper's form.
         scope           "batch": call it once on all cells. "level": the caller is asked to call it once for each
                         pyramid level and add up; all calls share one moving average.
         local_counts    each process counts its own examples only, and the processes' losses are averaged.
@@ -83,6 +85,7 @@ class GradientDensity(nn.Module):
         corrected: bool = True,
         local_counts: bool = False,
         max_weight: float | None = None,
+        prior_count: float = 0.0,
     ) -> None:
         super().__init__()
         name = type(self).__name__
@@ -92,6 +95,10 @@ class GradientDensity(nn.Module):
             raise ValueError(f"{name}: momentum is {momentum}; it must be in [0, 1), 0 for no moving average")
         if max_weight is not None and not max_weight > 0:
             raise ValueError(f"{name}: max_weight is {max_weight}; it must be positive, or None for no limit")
+        if not 0 <= prior_count < math.inf:
+            raise ValueError(f"{name}: prior_count is {prior_count}; it must not be negative, and must be finite")
+        if prior_count and density != "unit_region":
+            raise ValueError(f"{name}: prior_count is for density 'unit_region', and density is {density!r}")
         for option, value, choices in (
             ("density", density, get_args(Density)),
             ("scope", scope, get_args(Scope)),
@@ -108,6 +115,7 @@ class GradientDensity(nn.Module):
         self.corrected = corrected
         self.local_counts = local_counts
         self.max_weight = max_weight
+        self.prior_count = prior_count
         self.register_buffer("average", torch.zeros(bins))
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
 
@@ -144,7 +152,8 @@ class GradientDensity(nn.Module):
         filled = counts > 0
         average = self._averaged(counts, filled)
         divisor = filled.sum() if self.normalizer == "valid_bins" else self.bins
-        share = (average * divisor).reciprocal().masked_fill(~filled, 0)  # N of beta and N of the mean cancel
+        divided = (average + self.prior_count) * divisor
+        share = divided.reciprocal().masked_fill(~filled, 0)  # N of beta and N of the mean cancel
         return self._limited(share, counts)
 
     def _averaged(self, counts: Tensor, filled: Tensor) -> Tensor:

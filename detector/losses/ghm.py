@@ -31,7 +31,8 @@ class GHMC(GradientDensity):
         labels = torch.where(positive, gt_labels[gt_index], num_classes)  # (N,), num_classes = background
         loss = class_loss(logits, labels, ~ignored, positive.sum().clamp(min=1))
 
-    Raises ValueError where bins is below 1, momentum outside [0, 1), max_weight not positive or a choice unknown.
+    Raises ValueError where bins is below 1, momentum outside [0, 1), max_weight not positive, prior_count negative or a
+    choice unknown.
     """
 
     @classmethod

@@ -33,10 +33,58 @@ class Difference(NamedTuple):
 
 def differences(rows: Sequence[Row], baseline: str | None = None, metric: str = "AP") -> list[Difference]:
     """The difference of each other row from the baseline (default: the first), without rows whose runs all failed."""
-    base = named(rows, baseline)
-    return _corrected(
-        [_difference([(row, base)], metric) for row in rows if row is not base and row.runs and base.runs]
-    )
+    return differences_by_condition([rows], baseline, metric)[0]
+
+
+def differences_by_condition(
+    conditions: Sequence[Sequence[Row]], baseline: str | None = None, metric: str = "AP"
+) -> list[list[Difference]]:
+    """`differences` within the rows of each condition, all corrected together."""
+    results = []
+    for rows in conditions:
+        base = named(rows, baseline)
+        others = [row for row in rows if row is not base and row.runs and base.runs]
+        results.append([_difference([(row, base)], metric) for row in others])
+    corrected = iter(_corrected([result for of_condition in results for result in of_condition]))
+    return [[next(corrected) for _ in of_condition] for of_condition in results]
+
+
+def differences_in_change(
+    first: Sequence[Row], last: Sequence[Row], baseline: str, metric: str = "AP"
+) -> tuple[list[Difference], list[str]]:
+    """The change of each row from the first condition to the last, minus the change of the baseline.
+
+    Only for rows with the same seeds in both conditions, scored on the same images. A run's change is its AP at last
+    minus that at first, seed by seed, and so on each draw of images: what an easy draw adds to both conditions cancels.
+    The second value is the paragraph of `detectable_differences`, for changes.
+    """
+    at_last = {row.name: row for row in last}
+    changes = {}
+    for row in first:
+        other = at_last.get(row.name)
+        if other is None or row.seeds != other.seeds or not same_images([*row.runs, *other.runs]):
+            continue
+        try:
+            before, after = runs_of(row, metric), runs_of(other, metric)
+        except ValueError:
+            continue
+        changes[row.name] = verdict.Runs(after.aps - before.aps, after.draws - before.draws, before.images)
+    if baseline not in changes:
+        return [], []
+    results = []
+    for name, runs in changes.items():
+        if name != baseline:
+            estimate = verdict.difference(runs, changes[baseline])
+            reason = "" if estimate.p is not None else f"train at least {SEEDS} seeds of each"
+            results.append(Difference(name, estimate.mean, estimate.low, estimate.high, estimate.p, reason))
+    results = _corrected(results)
+    return results, _detectable(list(changes.values()), results, f"in the change of {metric}")
+
+
+def same_images(runs: Sequence[dict]) -> bool:
+    """Whether the runs were scored on as many images, with as many boxes of each class."""
+    boxes = [{name: of.get("boxes") for name, of in run["metrics"].get("per_class", {}).items()} for run in runs]
+    return len({(run["metrics"].get("images"), *of_run.items()) for run, of_run in zip(runs, boxes)}) == 1
 
 
 def differences_over_sets(
@@ -161,13 +209,17 @@ def in_digits(p: float) -> str:
 
 def detectable_differences(rows: Sequence[Row], results: Sequence[Difference], metric: str = "AP") -> list[str]:
     """A paragraph on how large a difference these runs detect and what a smaller one takes; empty if it is unknown."""
-    comparisons = sum(result.p is not None for result in results)
-    if not comparisons:
+    if all(result.p is None for result in results):
         return []
     without_verdict = {result.name for result in results if result.p is None}
     compared = [runs_of(row, metric) for row in rows if row.runs and row.name not in without_verdict]
+    return _detectable(compared, results, metric)
+
+
+def _detectable(compared: list[verdict.Runs], results: Sequence[Difference], metric: str) -> list[str]:
+    comparisons = sum(result.p is not None for result in results)
     known = verdict.variances(compared)
-    if known is None:
+    if not comparisons or known is None:
         return []
     seeds = min(len(runs.aps) for runs in compared)
     alone = verdict.detectable(known, seeds, comparisons)

@@ -17,6 +17,7 @@ from data.demo import (
     CLASS_WEIGHTS,
     MAX_COVERED,
     PHOTO_COLUMNS,
+    QUICK,
     covered,
     plan_scenes,
     render,
@@ -183,6 +184,31 @@ def test_every_annotation_may_be_an_outlier(tmp_path):
     assert sum("outlier" in annotation for annotation in annotations) >= len(annotations) - 1
 
 
+def test_scenes_of_a_given_kind(tmp_path):
+    options = dict(SMALL, size=(256, 224), objects=(2, 4), digit_size=(10, 12))
+    write_demo(tmp_path, **options)
+    for split in ("val", "train"):
+        dataset = load(tmp_path, split)
+        assert {(image["width"], image["height"]) for image in dataset["images"]} == {(256, 224)}
+        assert cv2.imread(str(tmp_path / split / dataset["images"][0]["file_name"])).shape == (224, 256, 3)
+        counts = Counter(annotation["image_id"] for annotation in dataset["annotations"])
+        assert all(2 <= counts[image["id"]] <= 4 for image in dataset["images"])
+        sides = [max(annotation["bbox"][2:]) for annotation in dataset["annotations"]]
+        assert min(sides) >= 8 and max(sides) <= 15  # turned and trimmed, by up to a quarter larger
+    assert set(counts.values()) == {2, 3, 4}
+    with pytest.raises(UserError, match="another data set"):
+        write_demo(tmp_path, **options | dict(objects=(2, 5)))
+    with pytest.raises(UserError, match="another data set"):
+        write_demo(tmp_path, **SMALL)
+
+
+def test_scenes_may_be_larger_than_the_photos():
+    (scene,) = plan_scenes("val", 1, seed=0, style=QUICK._replace(sizes=((1024, 768),)))
+    assert render(scene).shape == (768, 1024, 3)
+    first, last = PHOTO_COLUMNS["val"]
+    assert first <= scene.crop[0] and scene.crop[0] + scene.crop[2] <= last
+
+
 def test_a_finished_set_is_left_alone_and_another_is_refused(tmp_path, capsys):
     write_demo(tmp_path, train_images=2, val_images=2)
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
@@ -225,6 +251,12 @@ def test_an_interrupted_run_is_not_taken_for_a_finished_one(tmp_path, monkeypatc
         dict(wrong_labels=1.1),
         dict(shifted_boxes=float("nan")),
         dict(wrong_labels=0.6, shifted_boxes=0.6),
+        dict(size=(31, 64)),
+        dict(objects=(3, 2)),
+        dict(objects=(-1, 2)),
+        dict(digit_size=(20, 14)),
+        dict(digit_size=(14, 70)),
+        dict(digit_size=(7, 14)),
     ],
 )
 def test_mistakes_are_named(tmp_path, mistake):

@@ -1,5 +1,6 @@
 """scripts/check_data.py: what is planted is found, what is said of anchors is so by brute force."""
 
+import itertools
 import json
 import re
 import shutil
@@ -189,8 +190,9 @@ def test_nothing_to_learn_is_refused(folder, call):
     small = ("--train", train, "--set", "data.short_side=96", "data.long_side=96")
     code, _, err, _ = call(*small)
     assert code == 2 and "no box to learn from" in err
-    code, _, err, _ = call(*small, "data.trust=true")
+    code, out, err, _ = call(*small, "data.trust=true")
     assert code == 0, err
+    assert "no positive anchors in 1 training images" in out
 
 
 def test_mistakes_are_one_line(planted, call, folder, tiny):
@@ -213,3 +215,26 @@ def test_mistakes_are_one_line(planted, call, folder, tiny):
         code, _, err, _ = call(*arguments)
         assert code == 2 and expected in err.splitlines()[-1], (expected, err)
         assert err.splitlines()[-1].startswith("error: ")
+
+
+def test_positives_and_negatives_are_those_of_all_anchors(folder, call):
+    (folder / "images").mkdir()
+    noise(folder / "images", ["a.png", "b.png"])
+    train = annotations(folder / "train.json", {"a.png": [(1, 10, 10, 40, 40)], "b.png": []})
+    box, ious = np.array([10, 10, 50, 50]), []
+    for stride, size in zip((8, 16, 32, 64, 128), (32, 64, 128, 256, 512)):
+        for row, column, octave, ratio in itertools.product(*[range(-(-96 // stride))] * 2, range(3), (0.5, 1.0, 2.0)):
+            area = (size * 2 ** (octave / 3)) ** 2
+            half = np.array([(area / ratio) ** 0.5, (area * ratio) ** 0.5]) / 2
+            centre = np.array([column, row]) * stride
+            shared = np.clip(np.minimum(centre + half, box[2:]) - np.maximum(centre - half, box[:2]), 0, None).prod()
+            ious.append(shared / (area + 40 * 40 - shared))
+    positives = sum(iou >= 0.5 for iou in ious)
+    negatives = sum(iou < 0.4 for iou in ious) + len(ious)  # the other image has none but negatives
+    assert positives > 1  # so that the box's best anchor is among them
+    code, out, err, printed = call("--train", train, "--set", "data.short_side=96", "data.long_side=96")
+    assert code == 0, err
+    cells = (2 * (positives + negatives) - positives) / positives
+    line = f"1 positive to {negatives / positives:,.0f} negatives among the anchors of 2 training images, "
+    line += f"1 to {cells:,.0f} among their cells (iou)"
+    assert line in out and line in printed

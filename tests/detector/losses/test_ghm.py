@@ -14,9 +14,9 @@ from detector.losses.regions import count
 class Oracle:
     """Harmonized mean of (gradient norm, loss) pairs in float64, straight from the formulas, a loop per bin."""
 
-    def __init__(self, bins, momentum, normalizer="valid_bins", corrected=True, max_weight=math.inf):
+    def __init__(self, bins, momentum, normalizer="valid_bins", corrected=True, max_weight=math.inf, prior_count=0):
         self.bins, self.momentum, self.normalizer, self.corrected = bins, momentum, normalizer, corrected
-        self.max_weight = max_weight
+        self.max_weight, self.prior_count = max_weight, prior_count
         self.average, self.updates = [0.0] * bins, 0
 
     def __call__(self, norms, values):
@@ -34,7 +34,7 @@ class Oracle:
         for j, s in enumerate(self.average):
             members = [v for v, k in zip(values, where) if k == j]
             if members:
-                beta = min(len(norms) / (s / start * divisor), self.max_weight)
+                beta = min(len(norms) / ((s / start + self.prior_count) * divisor), self.max_weight)
                 total += beta * math.fsum(members)
         return total / len(norms)
 
@@ -68,7 +68,7 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize("options", SETTINGS, ids=str)
+@pytest.mark.parametrize("options", [*SETTINGS, {"bins": 30, "momentum": 0.75, "prior_count": 2.5}], ids=str)
 def test_ghm_c_is_the_loop_over_bins(options, cells, one_hot):
     loss, oracle = GHMC(**options), Oracle(**options)
     for step in range(5):
@@ -88,6 +88,13 @@ def test_ghm_r_is_the_loop_over_bins(options, boxes):
         assert loss(deltas, targets, num_pos).item() == pytest.approx(expected, rel=1e-6)
     assert loss.average.tolist() == pytest.approx(oracle.average, rel=1e-6)
     assert loss.updates == 3  # the step without boxes is none
+
+
+def test_a_prior_count_takes_weight_from_sparse_regions():
+    loss = GHMC(bins=4, momentum=0.0, prior_count=10.0)
+    counts = torch.tensor([990, 10, 0, 1])
+    total = loss.region_shares(counts) * counts * 3  # three regions hold cells
+    assert total.tolist() == pytest.approx([990 / 1000, 10 / 20, 0, 1 / 11])
 
 
 def test_beta_is_constant_for_the_backward_pass(cells):
@@ -243,6 +250,9 @@ def test_refuses_impossible_settings(options):
             make(**options)
     with pytest.raises(ValueError, match="mu"):
         GHMR(mu=0.0)
+    for wrong in ({"prior_count": -1.0}, {"prior_count": float("nan")}, {"prior_count": 1.0, "density": "exact"}):
+        with pytest.raises(ValueError, match="GHMC: prior_count"):
+            GHMC(**wrong)
 
 
 def exact_shares(norms, bins):

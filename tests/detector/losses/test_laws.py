@@ -29,6 +29,7 @@ CLASS_LOSSES = losses.CLASS_LOSSES | {
     "ghm_c_exact": lambda: GHMC(density="exact"),
     "ghm_c_near_exact": lambda: GHMC(density="near_exact"),
     "ghm_c_limited": lambda: GHMC(max_weight=2.0),
+    "ghm_c_prior": lambda: GHMC(prior_count=3.0),
 }
 BOX_LOSSES = {name: make for name, make in losses.BOX_LOSSES.items() if not getattr(make(), "takes_boxes", False)} | {
     "ghm_r_all_bins": lambda: GHMR(momentum=0.0, normalizer="all_bins"),
@@ -166,7 +167,7 @@ def test_half_precision_gradient_is_float64s_and_rounded_no_more_than_twice(make
     assert grad.abs().sum().item() == pytest.approx(truth.abs().sum().item(), rel=rounding.eps / 16)
 
 
-@pytest.mark.parametrize("name", sorted(CLASS_LOSSES.keys() - {"ohem_top_k"}))  # top_k is no mean
+@pytest.mark.parametrize("name", sorted(CLASS_LOSSES.keys() - {"ohem_top_k", "ghm_c_prior"}))  # they count cells
 def test_doubling_the_batch_changes_nothing(name, cells):
     make = CLASS_LOSSES[name]
     logits, labels, valid, num_pos = cells()

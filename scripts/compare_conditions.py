@@ -1,0 +1,195 @@
+"""Compare losses under several conditions, such as shares of wrong labels: AP by condition, one line for each loss.
+
+    python scripts/compare_conditions.py results/noise --condition "wrong training labels, percent"
+    python scripts/compare_conditions.py results/imbalance --condition "negative anchors for each positive" --log
+
+FOLDER holds a folder of result files (scripts/ablate.py) for each condition, whose name is the condition's number:
+results/noise/0, 10, 20. Prints the mean and standard deviation of AP over seeds, and each row's difference from the
+first row (or --baseline) in each condition, with its 95% interval (scripts/comparison/verdict.py); p and verdict are
+corrected for all of these together.
+
+If all conditions are scored on the same images, it also prints how much AP each row loses from the first condition to
+the last, whether that is more than the baseline loses, and how many seeds it takes to tell.
+
+The plot shows AP with its standard deviation over seeds, and the differences from the baseline with their intervals.
+"""
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+
+from matplotlib import pyplot as plt
+
+from detector.errors import UserError, run_main
+from scripts.comparison import page
+from scripts.comparison.differences import (
+    Difference,
+    describe,
+    differences,
+    differences_by_condition,
+    differences_in_change,
+    known_value,
+    same_images,
+)
+from scripts.comparison.rows import Row, read_rows
+
+Conditions = dict[float, dict[str, Row]]  # the rows of each condition by name, in ascending order of the condition
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, metavar="FOLDER")
+    parser.add_argument("--condition", default="condition", metavar="WORDS", help="what the folders' numbers are")
+    parser.add_argument("--log", action="store_true", help="draw the condition on a logarithmic axis")
+    parser.add_argument("--baseline", metavar="NAME", help="the row to compare the others with (default: the first)")
+    parser.add_argument("--output", type=Path, default=Path("conditions.png"), metavar="FILE")
+    args = parser.parse_args(argv)
+    conditions = read(args.folder)
+    if len(conditions) < 2:
+        raise UserError(f"{args.folder}: needs results of at least two conditions, and has {len(conditions)}")
+    if args.log and min(conditions) <= 0:
+        raise UserError(f"--log: a logarithmic axis has no place for the condition {min(conditions):g}")
+    names = list(dict.fromkeys(name for rows in conditions.values() for name in rows))
+    baseline = args.baseline or names[0]
+    if baseline not in names:
+        raise UserError(f"--baseline {baseline}: no such row; the rows are {', '.join(names)}")
+    with_baseline = {value: list(rows.values()) for value, rows in conditions.items() if baseline in rows}
+    by_condition = dict(
+        zip(with_baseline, differences_by_condition(list(with_baseline.values()), baseline), strict=True)
+    )
+    try:
+        page.save(draw(conditions, by_condition, baseline, args.condition, args.log), args.output, dpi=150)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--output {args.output}: cannot be written ({error})") from None
+    print("\n".join([*table(conditions, names), "", *verdicts(conditions, by_condition, baseline)]))
+    print(f"written: {args.output}")
+
+
+def read(folder: Path) -> Conditions:
+    """The rows of each condition, without rows that have no AP."""
+    folders = {number: path for path in folder.glob("*") if path.is_dir() and (number := number_of(path)) is not None}
+    if not folders:
+        raise UserError(f"{folder}: has no folders named by the number of a condition, such as 0, 10 and 20")
+    conditions: Conditions = {}
+    for value, path in sorted(folders.items()):
+        files = sorted(map(str, path.glob("*.json")))
+        if not files:
+            raise UserError(f"{path}: has no result files")
+        rows = read_rows(files)
+        for row in rows:
+            for failure in row.failures:
+                print(f"failed: {row.name} at {value:g}, {failure}", file=sys.stderr)
+        if known := {row.name: row for row in rows if aps(row)}:  # else all have failed
+            conditions[value] = known
+    return conditions
+
+
+def number_of(path: Path) -> float | None:
+    try:
+        value = float(path.name)
+    except ValueError:
+        return None
+    return value if abs(value) < float("inf") else None
+
+
+def aps(row: Row) -> list[float]:
+    """AP of each seed, in percent."""
+    return [known for run in row.runs if (known := known_value(run, "AP")) is not None]
+
+
+def comparable(conditions: Conditions) -> bool:
+    """Whether all conditions are scored on the same images."""
+    return same_images([run for rows in conditions.values() for row in rows.values() for run in row.runs])
+
+
+def table(conditions: Conditions, names: list[str]) -> list[str]:
+    first, last = min(conditions), max(conditions)
+    heads = ["run", *(f"{value:g}" for value in conditions), *[f"lost at {last:g}"] * comparable(conditions)]
+    lines = ["| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (len(heads) - 1)]
+    for name in names:
+        cells = [mean_and_spread(aps(rows[name])) if name in rows else "-" for rows in conditions.values()]
+        if comparable(conditions):
+            both = name in conditions[first] and name in conditions[last]
+            cells.append(loss_of_ap(conditions[first][name], conditions[last][name]) if both else "-")
+        lines.append("| " + " | ".join([name, *cells]) + " |")
+    return lines
+
+
+def loss_of_ap(first: Row, last: Row) -> str:
+    (result,) = differences([first._replace(name="first"), last._replace(name="last")])
+    if result.low is None:
+        return f"{-result.mean:.1f}, no interval"
+    images_only = " over images only" if result.p is None else ""  # one seed
+    interval = f"[{-result.high:.1f}, {-result.low:.1f}]{images_only}"
+    return f"{-result.mean:.1f} {interval}, {-result.mean / statistics.fmean(aps(first)):.0%}"
+
+
+def mean_and_spread(values: list[float]) -> str:
+    spread = f"±{statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.1f}{spread}"
+
+
+def verdicts(conditions: Conditions, by_condition: dict[float, list[Difference]], baseline: str) -> list[str]:
+    """The differences from the baseline in each condition, and in what is lost from the first to the last."""
+    named = [
+        result._replace(name=f"{result.name} at {value:g}")
+        for value, results in by_condition.items()
+        for result in results
+    ]
+    lines = describe(named, baseline)
+    lines += [f"- {baseline} has no result at {value:g}" for value in conditions if value not in by_condition]
+    if not comparable(conditions):
+        return [*lines, "", "The conditions are scored on different images, so what is lost has no verdict.", ""]
+    first, last = (list(conditions[value].values()) for value in (min(conditions), max(conditions)))
+    changes, detectable = differences_in_change(first, last, baseline)
+    what = f"Change of AP from {min(conditions):g} to {max(conditions):g}"
+    lines += ["", *describe(changes, baseline, what)]
+    left_out = [row.name for row in first if row.name not in [baseline, *(result.name for result in changes)]]
+    if left_out:
+        others = ", ".join(left_out)
+        lines.append(
+            f"- no verdict on the change of {others}: it takes the same seeds as {baseline} in both conditions"
+        )
+    return [*lines, "", *detectable, ""]
+
+
+def draw(
+    conditions: Conditions, by_condition: dict[float, list[Difference]], baseline: str, label: str, log: bool
+) -> plt.Figure:
+    figure, (absolute, relative) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    names = list(dict.fromkeys(name for rows in conditions.values() for name in rows))
+    colours = {name: f"C{place}" for place, name in enumerate(names)}
+    for place, name in enumerate(names):
+        values = [value for value, rows in conditions.items() if name in rows]
+        of_seeds = [aps(conditions[value][name]) for value in values]
+        means = [statistics.fmean(known) for known in of_seeds]
+        spread = [statistics.stdev(known) if len(known) > 1 else 0 for known in of_seeds]
+        look = dict(marker="o", capsize=3, color=colours[name], label=page.label(name))
+        absolute.errorbar(values, means, spread, **look)
+        points = [
+            (value, result)
+            for value, results in by_condition.items()
+            for result in results
+            if result.name == name and result.low is not None
+        ]
+        if points:
+            span = max(conditions) - min(conditions)
+            shift = (place - (len(names) - 1) / 2) * 0.012  # so that the intervals do not hide one another
+            at = [value * (1 + 5 * shift) if log else value + shift * span for value, _ in points]
+            middle = [result.mean for _, result in points]
+            reach = [result.high - result.mean for _, result in points]
+            relative.errorbar(at, middle, reach, **look)
+    relative.axhline(0, color=colours[baseline], linewidth=1)
+    absolute.set(ylabel="AP, percent: mean and deviation over seeds")
+    relative.set(ylabel=f"AP minus that of {page.label(baseline)}, 95% interval")
+    for axis in (absolute, relative):
+        axis.set(xlabel=label, xscale="log" if log else "linear")
+        axis.set_xticks(list(conditions), [f"{value:,g}" for value in conditions])
+        axis.minorticks_off()
+    absolute.legend()
+    return figure
+
+
+if __name__ == "__main__":
+    run_main(main)

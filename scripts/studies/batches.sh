@@ -1,0 +1,29 @@
+#!/bin/bash
+# Focal, GHM-C and GHM-C with a limit in batches of 4, 16 and 64 images, and forms of GHM-C in batches of 4.
+# Each run sees 9,000 images, in parts of 4, so that BatchNorm sees the same; lr grows with the root of the batch, as is
+# usual for AdamW. GHM-C counts the whole batch, whatever the parts. Stop it at any time; the same command continues.
+# Arguments: runs at once (1), seeds (3).
+set -euo pipefail
+jobs=${1:-1} seeds=${2:-3}
+
+python -m data.demo --quick --out datasets/demo_quick
+while read -r batch parts lr warmup; do
+    train=(python scripts/ablate.py --config configs/demo/base.yaml --seeds "$seeds" --jobs "$jobs"
+        --output "runs/batches/$batch" --set "solver.batch_size=$batch" "solver.accumulate=$parts" "solver.lr=$lr"
+        "solver.warmup_steps=$warmup" solver.epochs=12 evaluation.every=12 tensorboard.images=0 precision=bfloat16)
+    "${train[@]}" --results "results/batches/$batch" --variants focal </dev/null
+    "${train[@]}" --results "results/batches/$batch" --variants ghm_c --grid class_loss.max_weight=null,30 </dev/null
+    if [ "$batch" = 4 ]; then
+        for form in momentum=0,0.99 bins=10 prior_count=100,1000; do
+            "${train[@]}" --results results/forms --variants ghm_c --grid class_loss.max_weight=null \
+                --grid "class_loss.$form" </dev/null
+        done
+    fi
+done <<END
+4 1 0.002 50
+16 4 0.004 50
+64 16 0.008 20
+END
+python scripts/compare_conditions.py results/batches --condition "images a batch" --log --baseline focal \
+    --output docs/batches.png
+python scripts/compare.py results/batches/4/*.json results/forms/*.json --baseline "ghm_c[max_weight=null]"

@@ -1,0 +1,104 @@
+"""scripts/compare_conditions.py: the table is the means, verdicts are in each condition, errors are one line."""
+
+import re
+
+import numpy as np
+from scipy import stats
+
+from scripts import compare_conditions
+from scripts.comparison import result
+
+LOSSES = {"class_loss": {"name": "ce"}, "box_loss": {"name": "smooth_l1"}}
+
+
+def write(folder, value, name, seed, ap, boxes=300, draws=None):
+    content = {"config": {"run": f"{name}-s{seed}", "seed": seed, **LOSSES}, "variant": name, "seed": seed}
+    metrics = {"AP": ap, "images": 100, "per_class": {"cell": {"boxes": boxes}}}
+    draws = [ap - 0.001 * (draw % 2) for draw in range(500)] if draws is None else list(draws)
+    content |= {"metrics": metrics, "resampled": {"AP": draws}}
+    result.write(folder / str(value) / f"{name}-s{seed}.json", content)
+
+
+def test_means_and_what_is_lost(folder, command):
+    for seed, more in ((0, 0.0), (1, 0.01), (2, 0.02)):
+        for share, ap in ((0, 0.5), (10, 0.45), (20, 0.3)):
+            write(folder, share, "ce", seed, ap + more)
+        write(folder, 0, "focal", seed, 0.6)
+    for share, ap in ((0, 0.5), (20, 0.3)):
+        write(folder, share, "single", 0, ap)
+    failed = {"config": {"run": "ghm", "seed": 0, **LOSSES}, "failure": "loss inf", "variant": "ghm", "seed": 0}
+    result.write(folder / "0" / "ghm-s0.json", failed)
+    code, out, err = command(compare_conditions.main, folder, "--output", folder / "plot.png")
+    assert code == 0, err
+    # By hand: Student's t for 4 degrees of freedom, 2.776 sqrt(1/3 + 1/3).
+    assert "| ce | 51.0±1.0 | 46.0±1.0 | 31.0±1.0 | 20.0 [17.7, 22.3], 39% |" in out
+    assert "| single | 50.0 | - | 30.0 | 20.0 [20.0, 20.0] over images only, 40% |" in out  # one seed
+    assert "failed: ghm at 0, seed 0: loss inf" in err
+    assert "| focal | 60.0±0.0 | - | - | - |" in out
+    # 9 at 0, with the 2 degrees of freedom of the only row that varies: 4.303 sqrt(1/3).
+    assert "- focal at 0: +9.0 [+6.5, +11.5], p 0.004, better" in out
+    assert "no verdict on the change of focal: it takes the same seeds as ce in both" in out
+    assert "ghm" not in out
+    assert (folder / "plot.png").stat().st_size > 5000
+
+
+def test_all_conditions_are_corrected_together(folder, command):
+    for value, more_ap in ((3, 0.04), (70, 0.01)):
+        for seed, more in enumerate((-0.01, 0.0, 0.01)):
+            write(folder, value, "ce", seed, 0.5 + more)
+            write(folder, value, "focal", seed, 0.5 + more_ap + more)
+    code, out, err = command(compare_conditions.main, folder, "--log", "--output", folder / "plot.png")
+    assert code == 0, err
+    # Welch's test without spread over images. Hochberg's factor is 2 for the smaller p and 1 for the larger.
+    p = [2 * stats.t.sf(gap / (2 / 3) ** 0.5, 4) for gap in (4, 1)]
+    assert "corrected for 2 comparisons" in out
+    assert f"- focal at 3: +4.0 [+1.7, +6.3], p {2 * p[0]:.3f}, better" in out
+    assert f"- focal at 70: +1.0 [-1.3, +3.3], p {p[1]:.2f}, undecided" in out
+
+
+def test_what_easy_images_add_to_both_conditions_is_no_doubt_about_the_change(folder, command):
+    luck = np.random.default_rng(0).normal(0, 0.05, 500)
+    for seed, more in enumerate((-0.01, 0.0, 0.01)):
+        for value, ce, focal in ((0, 0.5, 0.5), (40, 0.3, 0.4)):
+            write(folder, value, "ce", seed, ce + more, draws=np.clip(ce + more + luck, 0, 1))
+            # Two conditions' spreads add up in the change, and here they are equal, seed by seed: none is left.
+            write(folder, value, "focal", seed, focal - more * (1 if value else -1), draws=np.clip(focal - luck, 0, 1))
+    code, out, err = command(compare_conditions.main, folder, "--output", folder / "plot.png")
+    assert code == 0, err
+    line = next(line for line in out.splitlines() if line.startswith("- focal: "))
+    # Focal's seeds change by +2, 0 and -2 points more than its mean: 4.303 x 2 / sqrt(3) for 2 degrees of freedom.
+    assert line == "- focal: +10.0 [+5.0, +15.0], p 0.013, better"
+    assert "Change of AP from 0 to 40 minus that of ce" in out
+    assert "in the change of AP between two rows" in out and "Detecting 1.0 takes" in out
+    # In one condition the luck of the images counts.
+    (interval,) = re.findall(r"- focal at 40: \+10.0 \[([-+.\d]+), ([-+.\d]+)\]", out)
+    assert float(interval[1]) - float(interval[0]) > 30
+
+
+def test_other_images_in_each_condition_allow_no_verdict_on_the_change(folder, command):
+    for seed in range(3):
+        for value, boxes in ((70, 900), (2000, 200)):
+            for name, ap in (("ce", 0.4), ("focal", 0.5)):
+                write(folder, value, name, seed, ap + 0.01 * seed, boxes=boxes)
+    code, out, err = command(compare_conditions.main, folder, "--log", "--output", folder / "plot.png")
+    assert code == 0, err
+    assert "scored on different images" in out and "lost" not in out.split("\n\n")[0] and "Change" not in out
+    assert "- focal at 70: +10.0" in out and "- focal at 2000: +10.0" in out
+
+
+def test_errors_are_one_line(folder, command):
+    (folder / "empty").mkdir()
+    (folder / "10").mkdir()
+    write(folder / "good", 0, "ce", 0, 0.5)
+    write(folder / "good", 10, "ce", 0, 0.4)
+    write(folder / "one", 0, "ce", 0, 0.5)
+    for expected, arguments in {
+        "has no folders": (folder / "empty",),
+        "has no result files": (folder,),
+        "at least two conditions": (folder / "one",),
+        "no place for the condition 0": (folder / "good", "--log"),
+        "no such row; the rows are ce": (folder / "good", "--baseline", "focal"),
+        "cannot be written": (folder / "good", "--output", "/dev/null/x.png"),
+    }.items():
+        code, _, err = command(compare_conditions.main, *arguments)
+        assert code == 2 and expected in err and err.startswith("error: ") and err.count("\n") == 1
