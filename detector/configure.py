@@ -1,5 +1,6 @@
 """From a YAML file to a complete config: the menu of names that it may say, and the options of each part."""
 
+import contextlib
 import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -52,6 +53,13 @@ def resolve(values: dict[str, Any], source: str, settings: list[str]) -> Config:
         message = str(error).removeprefix(f"{source}: ")
         suspects = [setting for setting in settings if _concerns(setting.partition("=")[0], message)] or settings
         raise UserError(f"--set {one_line(' '.join(suspects))}: {message}") from None
+
+
+def flat_values(saved: dict[str, Any]) -> dict[str, Any]:
+    """The values of a config that a run saved, by dotted key. An option that is newer than the run has its default."""
+    with contextlib.suppress(UserError):  # an option that is no more
+        saved = resolve(saved, "saved", []).model_dump(mode="json")
+    return config.flat(saved)
 
 
 def _concerns(key: str, message: str) -> bool:

@@ -7,6 +7,7 @@ import torch
 from detector import checkpoint, config, distributed
 from detector.checkpoint import BEST, LAST, PREVIOUS, Saved
 from detector.config import Config
+from detector.configure import flat_values
 from detector.criterion import Criterion
 from detector.errors import UserError
 from detector.metrics import Metrics, RunFigures
@@ -160,7 +161,7 @@ class Run:
         return [*saved.damaged, *(f"changed: {change}" for change in changes)]
 
     def _changes_since(self, content: checkpoint.Content) -> list[str]:
-        before, now = (config.flat(values) for values in (content["config"], self.cfg.model_dump(mode="json")))
+        before, now = flat_values(content["config"]), config.flat(self.cfg.model_dump(mode="json"))
         before["the classes"], now["the classes"] = content["category_ids"], self.category_ids
         return [
             f"{key} {before.get(key)}, now {now.get(key)}"

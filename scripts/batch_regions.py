@@ -127,9 +127,10 @@ def measure(source: str, count: int) -> Measured:
             loader.batch_sampler.set_position(epoch)
             epoch += 1
             for batch in loader:
+                batch = batch.to(device)
                 with autocast(device, precision):
-                    predictions = model(batch.images.to(device), batch.sizes)
-                matches = criterion.match(predictions, [target.to(device) for target in batch.targets])
+                    predictions = model(batch.images, batch.sizes)
+                matches = criterion.match(predictions, batch.targets)
                 for logits, labels, valid in zip(predictions.logits.float(), matches.labels, matches.valid):
                     norms = logits_against_truth(logits, labels, valid).sigmoid()
                     images.append(Regions(*(value.cpu() for value in by_region(norms, norms, valid, BINS))))

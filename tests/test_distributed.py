@@ -113,7 +113,7 @@ def children(pid: int) -> list[int]:
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes as Linux shows them")
 def test_a_killed_process_is_started_again_and_goes_on(runs):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=1"]
-    settings = ["run=killed", "checkpoint.every=1", "solver.epochs=4"]
+    settings = ["run=killed", "checkpoint.every=1", "solver.epochs=4", "evaluation.every=4"]
     command = [*launcher, "train.py", "--config", runs / "config.yaml", "--resume", "--set", *settings]
     environment = {**os.environ, "NO_ALBUMENTATIONS_UPDATE": "1", "OMP_NUM_THREADS": "1"}
     words = [sys.executable, *map(str, command)]

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from detector import checkpoint, config
 from detector.config import Config
+from detector.configure import flat_values
 from detector.device import usable_cores
 from detector.errors import UserError
 from detector.stop import Stop
@@ -82,7 +83,7 @@ def finished(run: Run) -> bool:
     if not run.kept.exists():
         return False
     kept = result.read(run.kept)
-    then, now = config.flat(kept["config"]), config.flat(run.cfg.model_dump(mode="json"))
+    then, now = flat_values(kept["config"]), config.flat(run.cfg.model_dump(mode="json"))
     then["processes"], now["processes"] = kept.get("processes", 1), run.processes
     for key in dict.fromkeys([*now, *then]):
         if now.get(key) != then.get(key) and not key.startswith(MAY_DIFFER):

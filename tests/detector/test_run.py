@@ -159,6 +159,16 @@ def test_other_classes_are_refused_and_a_longer_run_is_not(make_run, saved):
         run.resume(read(saved[0]))
 
 
+def test_an_option_that_is_newer_than_the_run_has_its_default(make_run, saved):
+    before = read(saved[0])
+    del before.content["config"]["class_loss"]["max_weight"]
+    assert make_run(class_loss={"name": "ghm_c"}).resume(before) == []
+    before = read(saved[0])
+    del before.content["config"]["class_loss"]["max_weight"]
+    with pytest.raises(UserError, match=r"was trained with class_loss\.max_weight None, now 30"):
+        make_run(class_loss={"name": "ghm_c", "max_weight": 30}).resume(before)
+
+
 def test_weights_alone_cannot_be_resumed(make_run, saved):
     before = read(saved[0])
     del before.content["run"]
