@@ -29,11 +29,13 @@ demo: .venv/user
 	@echo "Curves and pictures of all four:    $(BIN)/tensorboard --logdir runs"
 
 # One thread for each test process: with more they would wait for each other's cores. A file's tests stay together.
+# mypy, which uses one core, runs beside them.
 test: export OMP_NUM_THREADS := 1
 test: .venv/developer
 	$(BIN)/ruff check .
-	$(BIN)/mypy
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadscope
+	$(BIN)/mypy & types=$$!; \
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadscope; tests=$$?; \
+	wait $$types && exit $$tests
 
 clean:
 	rm -rf .venv runs/demo_* runs/demo.html datasets/demo datasets/demo_quick
