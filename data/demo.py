@@ -94,7 +94,7 @@ def plan_scene(
 ) -> Scene:
     """images (1797, 8, 8) in 0..16; by_class: the indices to use for each digit; columns: of the photos."""
     width, height = style.sizes[rng.integers(len(style.sizes))]
-    least = max(0.8, width / (columns[1] - columns[0]), height / PHOTO_HEIGHT)  # a large scene shows all of a photo
+    least = max(0.8, width / (columns[1] - columns[0]), height / PHOTO_HEIGHT)  # a scene is never larger than its photo
     zoom = rng.uniform(least, 2 * least)
     crop_width, crop_height = int(width / zoom), int(height / zoom)
     crop_x = int(rng.integers(columns[0], columns[1] - crop_width, endpoint=True))
@@ -306,7 +306,7 @@ def styled(
     objects: tuple[int, int] | None,
     digit_size: tuple[int, int] | None,
 ) -> Style:
-    """`style` with what is given in its place. Raises UserError where the largest digit does not fit."""
+    """`style` with the given values instead of its own. Raises UserError where the largest digit does not fit."""
     if size is not None:
         style = style._replace(sizes=((size[0], size[1]),))
     if objects is not None:

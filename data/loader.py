@@ -31,7 +31,7 @@ def train_loader(
     rank: int = 0,
     world_size: int = 1,
 ) -> BatchLoader:
-    """Batches of one process, shuffled; which epochs come next, `loader.batch_sampler.set_position` says."""
+    """Batches of one process, shuffled; `loader.batch_sampler.set_position` chooses the epochs."""
     sampler = TrainSampler(dataset.aspects, batch_size, seed=seed, rank=rank, world_size=world_size)
     return _loader(dataset, sampler, workers, pad_to, pin_memory)
 

@@ -71,8 +71,8 @@ class BatchLoader(DataLoader):
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS) if hasattr(signal, "pthread_sigmask") else None
         try:
             batches: Any = super().__iter__()
-            # torch would wait ten seconds for each worker that is busy, or that does not hear of the end: the garbage
-            # collector closes its queue first where a failure's traceback holds the loader.
+            # torch would wait ten seconds for each worker that is busy or gets no notice of the end. It gets none if a
+            # failure's traceback holds the loader: the garbage collector closes its queue first.
             weakref.finalize(self, _kill, getattr(batches, "_workers", ()), os.getpid())
             return batches
         finally:

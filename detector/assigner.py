@@ -61,10 +61,10 @@ class IoUAssigner:
 
 
 def groups(anchors: Tensor, gt_boxes: Tensor, counts: list[int]) -> list[Tensor] | tuple[Tensor, ...]:
-    """The boxes (B, G, 4) of a batch, of which each image has so many, in parts (b, g, 4) to give to an assigner.
+    """A batch's boxes (B, G, 4) in parts (b, g, 4) for an assigner. Image i has counts[i] boxes, then zeros.
 
     On a CPU each image alone, since its boxes choose the blocks of _blocks. Elsewhere as many as memory allows, which
-    makes few calls of the device; boxes of zeros, which overlap no anchor, fill the images up.
+    takes few kernel launches. Boxes of zeros overlap no anchor.
     """
     if anchors.device.type == "cpu":
         return [boxes[None, :count] for boxes, count in zip(gt_boxes, counts)]

@@ -57,7 +57,7 @@ def resolve(values: dict[str, Any], source: str, settings: list[str]) -> Config:
 
 def flat_values(saved: dict[str, Any]) -> dict[str, Any]:
     """The values of a config that a run saved, by dotted key. An option that is newer than the run has its default."""
-    with contextlib.suppress(UserError):  # an option that is no more
+    with contextlib.suppress(UserError):  # an option that no longer exists
         saved = resolve(saved, "saved", []).model_dump(mode="json")
     return config.flat(saved)
 

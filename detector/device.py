@@ -73,7 +73,7 @@ def pick_workers(number: int | Literal["auto"], device: torch.device) -> int:
 
 
 def usable_cores() -> int:
-    """PYTHON_CPU_COUNT if that is set, else the cores that this process may run on, within its container's limit."""
+    """PYTHON_CPU_COUNT if that is set, else the cores that this process may use, also by cgroup v2."""
     if (count := os.environ.get("PYTHON_CPU_COUNT", "")).isdecimal():
         return int(count)
     affinity = getattr(os, "sched_getaffinity", None)  # not on macOS and Windows

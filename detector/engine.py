@@ -38,7 +38,7 @@ def train_until(
     *,
     step: int,
 ) -> None:
-    """Train until `step` steps are done, or the solver is done, or there are no more batches, which are on the device.
+    """Train until `step` steps are done, or the solver is done, or there are no more batches. These are on the device.
 
     Raises NonFiniteLoss, before the weights are touched, where the loss or its gradient is not finite, and the solver
     may not skip the step. UserError and Stopped of the batches come between two steps, the same two in all processes.

@@ -21,6 +21,7 @@ MAY_CHANGE = (
     "output",
     "device",
     "data.workers",
+    "data.cache",
     "data.train.images",
     "data.val.images",
     "solver.epochs",

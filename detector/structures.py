@@ -36,13 +36,14 @@ class Batch(NamedTuple):
         return self._replace(images=self.images.pin_memory())
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on the device, in three copies; nothing waits for that of pinned images."""
+        """The batch on the device, in three transfers. That of pinned images to a GPU is asynchronous."""
         if device.type == self.images.device.type:
             return self
+        wait_free = device.type == "cuda"  # on the way back, the values would not be there yet
         counts = [len(target.labels) for target in self.targets]
-        joined = (torch.cat(values).to(device, non_blocking=True) for values in zip(*self.targets))
+        joined = (torch.cat(values).to(device, non_blocking=wait_free) for values in zip(*self.targets))
         targets = [Target(*values) for values in zip(*(values.split(counts) for values in joined))]
-        return self._replace(images=self.images.to(device, non_blocking=True), targets=targets)
+        return self._replace(images=self.images.to(device, non_blocking=wait_free), targets=targets)
 
 
 class Predictions(NamedTuple):

@@ -6,8 +6,8 @@
 Reads annotation files and images with the same code as training, and refuses what training would refuse. The page
 --output (data.html) then shows the classes; the sizes and shapes of boxes at the network's input size; the share of
 boxes that no anchor overlaps with an IoU of 0.5, and better anchors if it finds some; how many negative anchors there
-are for each positive one; images that are in both train and
-val (equal, or nearly so by their perceptual hash); boxes that look like mistakes; and samples.
+are for each positive one; images that are in both train and val (equal, or nearly so by their perceptual hash); boxes
+that look like mistakes; and samples.
 """
 
 import argparse

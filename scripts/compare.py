@@ -56,7 +56,7 @@ ON_COCO = "instances_val2017.json"  # the validation file of the published numbe
 
 
 class Compared(NamedTuple):
-    """The comparison of the rows of one set, in lines of text where it is not for computing."""
+    """The comparison of one set's rows. The last fields are lines of text."""
 
     title: str
     rows: list[Row]

@@ -73,6 +73,8 @@ def read(folder: Path) -> Conditions:
         raise UserError(f"{folder}: has no folders named by the number of a condition, such as 0, 10 and 20")
     conditions: Conditions = {}
     for value, path in sorted(folders.items()):
+        if value in conditions:
+            raise UserError(f"{path}: another folder has the number {value:g} too; give each condition one folder")
         files = sorted(map(str, path.glob("*.json")))
         if not files:
             raise UserError(f"{path}: has no result files")
@@ -122,7 +124,8 @@ def loss_of_ap(first: Row, last: Row) -> str:
         return f"{-result.mean:.1f}, no interval"
     images_only = " over images only" if result.p is None else ""  # one seed
     interval = f"[{-result.high:.1f}, {-result.low:.1f}]{images_only}"
-    return f"{-result.mean:.1f} {interval}, {-result.mean / statistics.fmean(aps(first)):.0%}"
+    of_first = statistics.fmean(aps(first))
+    return f"{-result.mean:.1f} {interval}" + (f", {-result.mean / of_first:.0%}" if of_first else "")
 
 
 def mean_and_spread(values: list[float]) -> str:
@@ -140,7 +143,12 @@ def verdicts(conditions: Conditions, by_condition: dict[float, list[Difference]]
     lines = describe(named, baseline)
     lines += [f"- {baseline} has no result at {value:g}" for value in conditions if value not in by_condition]
     if not comparable(conditions):
-        return [*lines, "", "The conditions are scored on different images, so what is lost has no verdict.", ""]
+        return [
+            *lines,
+            "",
+            "The conditions are scored on different images, so there is no verdict on the change of AP.",
+            "",
+        ]
     first, last = (list(conditions[value].values()) for value in (min(conditions), max(conditions)))
     changes, detectable = differences_in_change(first, last, baseline)
     what = f"Change of AP from {min(conditions):g} to {max(conditions):g}"

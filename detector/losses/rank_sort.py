@@ -40,8 +40,8 @@ class RankSort(nn.Module):
         loss = class_loss(logits, labels, ~ignored, positive.sum().clamp(min=1), quality)
 
     Only differences of logits count, so a score says nothing by itself: start the class bias at 0 (`prior`), or a score
-    threshold drops most objects. Without positives the loss is 0. On a GPU it waits for the device, to know how many
-    positives there are. Raises nothing of its own.
+    threshold drops most objects. Without positives the loss is 0. On a GPU it waits for the device several times a
+    step. Raises nothing of its own.
     """
 
     takes_quality = True

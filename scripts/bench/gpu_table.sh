@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# The tables of docs/results.md on one GPU, at more pixels and epochs than a CPU can afford: eight trainings at once.
+# The tables of scripts/studies/tables.sh on one GPU, with more pixels and epochs than a CPU can afford: eight trainings
+# at once.
 #
 #     bash scripts/bench/gpu_table.sh DATA OUTPUT [WEIGHTS]
 #
 # DATA holds bccd/ and playing_cards/, each with train.json, val.json and images/. WEIGHTS is a file with torchvision's
 # weights of MobileNetV2, for a machine without a network. Small files with the results go into OUTPUT/results. After
-# SECONDS_LEFT (540) it stops; the same command continues, also on another machine that has OUTPUT/results.
+# SECONDS_LEFT (540) it stops; the same command continues, also on another machine that has OUTPUT/results and the same path of WEIGHTS.
 # QUICK=1 tries the script itself on a CPU.
 set -u
 data=$(realpath "$1") weights=${3:-imagenet}

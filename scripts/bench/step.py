@@ -40,7 +40,8 @@ from scripts.comparison.timing import training_step
 
 COCO = Path(__file__).resolve().parents[2] / "configs/coco/base.yaml"
 CLASSES = 80
-# Forks of a process that has only imported this file: a fork of ours would have its threads and its GPU's context.
+# Forks of a process that has only imported this file: a fork of this process would inherit its threads and its GPU's
+# context.
 servers = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
 WORK = ["resnet18:512:2", "resnet50:512:4"]
 

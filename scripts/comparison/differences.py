@@ -68,6 +68,8 @@ def differences_in_change(
             before, after = runs_of(row, metric), runs_of(other, metric)
         except ValueError:
             continue
+        if before.draws.shape != after.draws.shape:
+            continue
         changes[row.name] = verdict.Runs(after.aps - before.aps, after.draws - before.draws, before.images)
     if baseline not in changes:
         return [], []

@@ -32,6 +32,7 @@ MAY_DIFFER = (  # between a kept result and the same run now: settings of the ma
     "device",
     "precision",
     "data.workers",
+    "data.cache",
     "data.train",
     "data.val",
     "tensorboard",

@@ -1,9 +1,10 @@
 """The search for a variant's weights: what a short run tries next, and what the short runs have found.
 
 The values of all keys are searched together, evenly in their logarithms, from a tenth to ten times the variant's own
-values. The first trial has its own values, the next three are random, and then Optuna's Gaussian process proposes.
-A trial depends only on the trials before it: `propose` makes a fresh Optuna study of them, with a seed that is the
-trial's number. So a search that is stopped goes on as if it had not been.
+values. The first trial has its own values, the next three are random places in the range, the same for each variant
+while their ranges are the same, and then Optuna's Gaussian process proposes. A trial depends only on the trials before
+it: `propose` makes a fresh Optuna study of them, with a seed that is the trial's number. A search that was stopped
+continues as if it had not stopped.
 
 If the best value so far lies in the outer tenth of a range, this side is extended by half a decade, to a hundredth or
 a hundred times at most. The number of trials stays the same, so that every variant has the same budget.

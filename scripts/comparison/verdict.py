@@ -18,7 +18,7 @@ comparisons then had a false verdict. The seeds of two losses are not paired, be
 
 Over several data sets the difference is the mean of their differences. The sets are independent, so their variances are
 added and divided by the square of their number; t_s and t_v are for the degrees of freedom that Welch and Satterthwaite
-give to these sums. It is a statement about these sets, and not about all that there are.
+give to these sums. It says nothing about other data sets.
 
 scripts/bench/verdicts.py measures all this.
 """

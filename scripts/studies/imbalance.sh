@@ -3,6 +3,7 @@
 # Each line: negative anchors for each positive one (scripts/check_data.py), scene, digits in a scene. Each run has 750
 # steps of 4 images. Stop it at any time; the same command continues. Arguments: runs at once (1), seeds (3).
 set -euo pipefail
+cd "$(dirname "$0")/../.."
 jobs=${1:-1} seeds=${2:-3}
 
 while read -r ratio width height fewest most; do

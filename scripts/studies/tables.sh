@@ -3,6 +3,7 @@
 # scratch, at 240 px. datasets/bccd and datasets/playing_cards hold train.json, val.json and images/. Stop it at any time;
 # the same command continues. Argument: runs at once (1).
 set -euo pipefail
+cd "$(dirname "$0")/../.."
 jobs=${1:-1}
 four=(ce focal ghm_c ghm_c_limited)
 common=(data.workers=0 tensorboard.images=2)

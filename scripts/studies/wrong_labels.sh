@@ -2,6 +2,7 @@
 # CE, Focal and GHM-C with a limit, trained with 0, 20 and 40% wrong labels and scored on right ones; 564 steps of 4
 # images a run. Stop it at any time; the same command continues. Arguments: runs at once (1), seeds (5).
 set -euo pipefail
+cd "$(dirname "$0")/../.."
 jobs=${1:-1} seeds=${2:-5}
 
 for share in 0 20 40; do

@@ -245,8 +245,8 @@ def test_workers_end_with_their_parent(folder, within, how):
             os.kill(worker, signal.SIGKILL)
 
 
-def test_no_one_waits_for_the_workers_of_a_failed_loader(folder, within):
-    """The garbage collector closes their queues first, so that they cannot hear of the end."""
+def test_a_failed_loader_ends_without_waiting_for_its_workers(folder, within):
+    """The garbage collector closes their queues first, so that they get no notice of the end."""
     data = dataset(folder, EvalTransform(32, 64))
     (folder / "4.png").write_bytes(b"broken")
     loader = eval_loader(data, 4, workers=2)

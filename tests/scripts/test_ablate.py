@@ -165,7 +165,7 @@ def test_more_trials_go_on_with_those_that_are_there(scored, tmp_path):
     assert [trial["AP"] for trial in whole["tuning"]["trials"]] == [0.3, 0.3, 0.2] and whole["metrics"]["AP"] == 0.3
 
 
-def test_a_variant_of_which_every_trial_fails_is_one_line(scored, tmp_path):
+def test_a_variant_whose_trials_all_fail_is_one_line(scored, tmp_path):
     def score(values):
         return None if values["box_loss.name"] == "ghm_r" else 0.3
 
