@@ -68,12 +68,12 @@ def main(argv: list[str] | None = None) -> None:
 
 def read(folder: Path) -> Conditions:
     """The rows of each condition, without rows that have no AP."""
-    folders = {number: path for path in folder.glob("*") if path.is_dir() and (number := number_of(path)) is not None}
+    folders = [(number, path) for path in folder.glob("*") if path.is_dir() and (number := number_of(path)) is not None]
     if not folders:
         raise UserError(f"{folder}: has no folders named by the number of a condition, such as 0, 10 and 20")
     conditions: Conditions = {}
-    for value, path in sorted(folders.items()):
-        if value in conditions:
+    for (value, path), (before, _) in zip(sorted(folders), [(None, None), *sorted(folders)]):
+        if value == before:
             raise UserError(f"{path}: another folder has the number {value:g} too; give each condition one folder")
         files = sorted(map(str, path.glob("*.json")))
         if not files:
@@ -120,12 +120,13 @@ def table(conditions: Conditions, names: list[str]) -> list[str]:
 
 def loss_of_ap(first: Row, last: Row) -> str:
     (result,) = differences([first._replace(name="first"), last._replace(name="last")])
+    lost = -result.mean or 0.0  # not -0.0
     if result.low is None:
-        return f"{-result.mean:.1f}, no interval"
+        return f"{lost:.1f}, no interval"
     images_only = " over images only" if result.p is None else ""  # one seed
     interval = f"[{-result.high:.1f}, {-result.low:.1f}]{images_only}"
     of_first = statistics.fmean(aps(first))
-    return f"{-result.mean:.1f} {interval}" + (f", {-result.mean / of_first:.0%}" if of_first else "")
+    return f"{lost:.1f} {interval}" + (f", {lost / of_first:.0%}" if of_first else "")
 
 
 def mean_and_spread(values: list[float]) -> str:

@@ -86,7 +86,18 @@ def test_other_images_in_each_condition_allow_no_verdict_on_the_change(folder, c
     assert "- focal at 70: +10.0" in out and "- focal at 2000: +10.0" in out
 
 
+def test_nothing_can_be_lost_from_an_ap_of_0(folder, command):
+    for seed in range(2):
+        for value in (0, 20):
+            write(folder, value, "ce", seed, 0.0, draws=[0.0, 0.001] * 250)
+    code, out, err = command(compare_conditions.main, folder, "--output", folder / "plot.png")
+    assert code == 0, err
+    assert re.search(r"^\| ce \| 0\.0±0\.0 \| 0\.0±0\.0 \| 0\.0 \[[^]]*\] \|$", out, re.M)
+
+
 def test_errors_are_one_line(folder, command):
+    for name in ("20", "20.0"):
+        write(folder / "twice", name, "ce", 0, 0.5)
     (folder / "empty").mkdir()
     (folder / "10").mkdir()
     write(folder / "good", 0, "ce", 0, 0.5)
@@ -95,6 +106,7 @@ def test_errors_are_one_line(folder, command):
     for expected, arguments in {
         "has no folders": (folder / "empty",),
         "has no result files": (folder,),
+        "another folder has the number 20 too": (folder / "twice",),
         "at least two conditions": (folder / "one",),
         "no place for the condition 0": (folder / "good", "--log"),
         "no such row; the rows are ce": (folder / "good", "--baseline", "focal"),
