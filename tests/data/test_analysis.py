@@ -1,4 +1,4 @@
-"""Kinds of errors by hand and against hotcoco's; what they cost against pycocotools, with them mended."""
+"""Kinds of errors by hand and against hotcoco's; what they cost against pycocotools, with the errors corrected."""
 
 import contextlib
 import io

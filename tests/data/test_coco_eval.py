@@ -343,7 +343,7 @@ def test_categories_of_one_name_are_both_shown(score):
     ]
 
 
-def test_unknown_image_is_the_users_slip(score):
+def test_an_unknown_image_is_the_users_error(score):
     with pytest.raises(UserError, match=r"1 image.*not in the annotation file.*581929"):
         score(file_of([]), {1: NOTHING, 581929: NOTHING}, [1])
 

@@ -266,7 +266,7 @@ def test_mistakes_are_named(tmp_path, mistake):
 
 
 @pytest.mark.usefixtures("warm_starts")
-def test_command_line_ends_a_slip_in_one_line(tmp_path):
+def test_a_mistake_on_the_command_line_ends_in_one_line(tmp_path):
     command = [sys.executable, "-m", "data.demo", "--out", str(tmp_path), "--wrong-labels", "2"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2

@@ -31,7 +31,7 @@ def dataset(folder, transform):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_users_slip_in_a_worker_stays_one_line(folder, workers):
+def test_a_users_error_in_a_worker_stays_one_line(folder, workers):
     data = dataset(folder, EvalTransform(32, 64))
     (folder / "4.png").write_bytes(b"broken")
     with pytest.raises(UserError) as excinfo:

@@ -243,7 +243,7 @@ def test_a_mistake_that_training_finds_ends_it_in_one_line(base, tmp_path, comma
     arguments += ["--processes", processes, "--set", f"model.weights={tmp_path / 'none.pt'}"]
     code, _, err = command(ablate.main, *arguments)
     assert code == 2 and re.search(r"^error: focal-s0: .*none\.pt.* \(log: .*\)$", err.splitlines()[-1]), err
-    assert not list((tmp_path / "out" / "results").glob("*"))  # once it is mended, the run is tried again
+    assert not list((tmp_path / "out" / "results").glob("*"))  # once it is fixed, the run is tried again
 
 
 def test_other_numbers_of_processes_are_another_run(base, tmp_path, command):
