@@ -263,7 +263,6 @@ for _name, _meaning in {
     "pow": _pow,
     "where": _where,
     "int32": tl.int32,
-    "float64": tl.float64,
 }.items():
     setattr(TORCH, _name, _meaning)
 

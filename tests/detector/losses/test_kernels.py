@@ -29,6 +29,9 @@ class Compiled:  # in place of a kernel: compiles it for what it is called with,
     def __getitem__(self, grid):
         def call(*values, **options):
             given = dict(zip(self.kernel.arg_names, values)) | options
+            for function in (self.kernel, *given.values()):
+                if isinstance(function, triton.JITFunction):
+                    assert function.cache_key  # a launch looks up all names here, also in branches not compiled
             constants = {p.name for p in self.kernel.params if p.is_constexpr} & given.keys()
             constants |= {name for name, value in given.items() if value is None}
             signature = {name: "constexpr" if name in constants else kind(value) for name, value in given.items()}
