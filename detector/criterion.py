@@ -1,6 +1,7 @@
 """Joins assigner, box coder and losses; they meet nowhere else."""
 
-from typing import NamedTuple
+from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from detector import boxes as box_ops
 from detector import distributed
 from detector.assigner import ATSSAssigner, IoUAssigner, groups
 from detector.box_coder import BoxCoder
-from detector.structures import Losses, Predictions, Target
+from detector.structures import Assignment, Grid, Losses, Predictions, Target
 
 
 class Criterion(nn.Module):
@@ -19,8 +20,6 @@ class Criterion(nn.Module):
     Each loss is called once, on all images and levels joined, unless its `scope` is "level": then once for each
     level, and the values are added up. Losses and boxes are float32 whatever the model ran in. The losses' state (GHM's
     moving averages) moves in training mode only, and is saved with this module's state dict.
-
-    On a GPU nothing waits for the device: see Matches.
     """
 
     def __init__(
@@ -37,9 +36,9 @@ class Criterion(nn.Module):
         self.class_loss, self.box_loss = class_loss, box_loss
         self.class_weight, self.box_weight = class_weight, box_weight
 
-    def forward(self, predictions: Predictions, targets: list[Target]) -> Losses:
-        """Targets on the predictions' device, one for each image."""
-        matches = self.match(predictions, targets)
+    def forward(self, predictions: Predictions, targets: list[Target], matches: "Matches | None" = None) -> Losses:
+        """Targets on the predictions' device, one for each image; matches: of these targets, if made before."""
+        matches = matches or self.match(predictions, targets)
         deltas = predictions.deltas.flatten(0, 1)[matches.rows].float()
         return Losses(
             terms={
@@ -48,17 +47,16 @@ class Criterion(nn.Module):
             },
             diagnostics={
                 "true_class_probability": _true_class_probability(predictions.logits, matches),
-                "positives_per_image": matches.positive.sum() / len(matches.labels),
+                "positives_per_image": matches.positive.sum() / len(targets),
             },
         )
 
     def _class_loss(self, predictions: Predictions, matches: "Matches", deltas: Tensor) -> Tensor:
-        cells = [predictions.logits, matches.labels, matches.valid]
+        cells = [predictions.logits, matches.cell_labels(predictions.logits.shape[-1]), matches.valid]
         if getattr(self.class_loss, "takes_quality", False):
-            iou = box_ops.iou_of_pairs(self.coder.decode(deltas, matches.anchors), matches.boxes)
-            quality = iou.new_zeros(matches.labels.numel())
-            quality[matches.rows] = iou if matches.is_positive is None else torch.where(matches.is_positive, iou, 0)
-            cells.append(quality.view_as(matches.labels))
+            quality = deltas.new_zeros(matches.valid.numel())
+            quality[matches.rows] = box_ops.iou_of_pairs(self.coder.decode(deltas, matches.anchors), matches.boxes)
+            cells.append(quality.view_as(matches.valid))
         parts = predictions.levels if _by_level(self.class_loss) else (sum(predictions.levels),)
         return sum(
             self.class_loss(
@@ -68,65 +66,87 @@ class Criterion(nn.Module):
         )
 
     def _box_loss(self, predictions: Predictions, matches: "Matches", deltas: Tensor) -> Tensor:
-        is_positive = matches.is_positive
-        if is_positive is not None:
-            deltas = torch.where(is_positive[:, None], deltas, 0)
         if getattr(self.box_loss, "takes_boxes", False):
             predicted, truth = self.coder.decode(deltas, matches.anchors), matches.boxes
         else:
             predicted, truth = deltas, self.coder.encode(matches.boxes, matches.anchors)
-        if is_positive is not None:  # the other rows are given as perfect: their loss and gradient are 0
-            truth = torch.where(is_positive[:, None], truth, predicted.detach())
-        masks = [is_positive]
-        if _by_level(self.box_loss):
-            level = torch.cat([matches.labels.new_full((count,), i) for i, count in enumerate(predictions.levels)])
-            level = level.repeat(len(matches.labels))[matches.rows]
-            of_level = [level == i for i in range(len(predictions.levels))]
-            masks = [mask if is_positive is None else mask & is_positive for mask in of_level]
-        if getattr(self.box_loss, "takes_valid", False):
-            return sum(self.box_loss(predicted, truth, matches.num_pos, mask) for mask in masks)
-        return self.box_loss(predicted, truth, matches.num_pos)
+        if not (_by_level(self.box_loss) and getattr(self.box_loss, "takes_valid", False)):
+            return self.box_loss(predicted, truth, matches.num_pos)
+        anchor = matches.rows % sum(predictions.levels)
+        ends = zip(accumulate(predictions.levels), predictions.levels)
+        of_level = [(anchor >= end - count) & (anchor < end) for end, count in ends]
+        return sum(self.box_loss(predicted, truth, matches.num_pos, mask) for mask in of_level)
 
-    def match(self, predictions: Predictions, targets: list[Target]) -> "Matches":
-        """Which box each anchor of each image learns."""
-        anchors, grid = predictions.anchors, (predictions.levels, predictions.per_cell)
+    def match(self, grid: Grid | Predictions, targets: list[Target]) -> "Matches":
+        """Which box each anchor of each image learns.
+
+        On a GPU ask for it before the model runs: then the number of positives is known when the losses need it, and
+        nothing waits for the device.
+        """
+        anchors = grid.anchors
         # Of equal length; with a box at least, since anchors without any point at one too.
         nothing = Target(anchors.new_zeros(1, 4), anchors.new_zeros(1, dtype=torch.int64))
         boxes, classes = (pad_sequence(list(values), batch_first=True) for values in zip(*targets, nothing))
         parts = groups(anchors, boxes[:-1], [len(target.labels) for target in targets])
-        assignments = [self.assigner(anchors, part, *grid) for part in parts]
-        gt_index, positive, ignored = (torch.cat(values) for values in zip(*assignments))  # (B, A) each
-        num_pos = distributed.all_sum(positive.sum()).clamp(min=1)
-        gt_index += torch.arange(len(targets), device=gt_index.device)[:, None] * boxes.shape[1]
-        labels = torch.where(positive, classes.flatten()[gt_index], predictions.logits.shape[-1])
-        rows: Tensor | slice = slice(None)
-        is_positive: Tensor | None = positive.flatten()
-        if _may_wait(labels.device):
-            rows, is_positive = positive.flatten().nonzero().squeeze(1), None
-        anchors = anchors.repeat(len(targets), 1)[rows]
-        boxes = boxes.flatten(0, 1)[gt_index.flatten()[rows]]
-        return Matches(labels, ~ignored, positive, num_pos, rows, is_positive, anchors, boxes)
+        assignments = [self.assigner(anchors, part, grid.levels, grid.per_cell) for part in parts]
+        return Matches(anchors, boxes, classes, Assignment(*(torch.cat(values) for values in zip(*assignments))))
 
 
-class Matches(NamedTuple):
+class Matches:
     """The anchors of a batch, and the class and box that each learns.
 
-    Boxes are learnt by P anchors, `rows` of the B x A. On a CPU these are the positives. On other devices they are all
-    anchors, and `is_positive` marks the positives, because counting them would wait for the device.
+    valid, positive (B, A) bool: not ignored, and positive; num_pos: positive anchors of all processes, at least 1.
+    Of the P positive ones of this process: `rows` (P,) of the B x A, and their `labels` (P,), `boxes` and `anchors` (P, 4).
     """
 
-    labels: Tensor  # (B, A) int64, C for background and ignored anchors
-    valid: Tensor  # (B, A) bool, not ignored
-    positive: Tensor  # (B, A) bool
-    num_pos: Tensor  # positive anchors of all processes, at least 1
-    rows: Tensor | slice  # (P,)
-    is_positive: Tensor | None  # (P,) bool; None: all are
-    anchors: Tensor  # (P, 4)
-    boxes: Tensor  # (P, 4) their ground truth; any box where not positive
+    def __init__(self, anchors: Tensor, boxes: Tensor, classes: Tensor, assignment: Assignment):
+        self.positive, self.valid = assignment.positive, ~assignment.ignored
+        count = self.positive.sum()
+        self.num_pos = distributed.all_sum(count).clamp(min=1)
+        self._count = NumberOnItsWay(count)
+        self._given = anchors, boxes, classes, assignment.gt_index
+
+    @cached_property
+    def rows(self) -> Tensor:
+        return torch.nonzero_static(self.positive.flatten(), size=int(self._count)).squeeze(1)
+
+    @cached_property
+    def _learnt(self) -> tuple[Tensor, Tensor]:
+        """Image (P,), and index of the box among its boxes (P,)."""
+        return self.rows // self.positive.shape[1], self._given[3].flatten()[self.rows]
+
+    @cached_property
+    def labels(self) -> Tensor:
+        return self._given[2][self._learnt]
+
+    @cached_property
+    def boxes(self) -> Tensor:
+        return self._given[1][self._learnt]
+
+    @cached_property
+    def anchors(self) -> Tensor:
+        return self._given[0][self.rows % self.positive.shape[1]]
+
+    def cell_labels(self, background: int) -> Tensor:
+        """(B, A) int64: the class of the positive ones, `background` elsewhere."""
+        labels = self.rows.new_full((self.positive.numel(),), background)
+        labels[self.rows] = self.labels
+        return labels.view_as(self.positive)
 
 
-def _may_wait(device: torch.device) -> bool:
-    return device.type == "cpu"
+class NumberOnItsWay:
+    """A number () of a device, copied to the host while both go on. int() waits for it, if it has not come yet."""
+
+    def __init__(self, number: Tensor):
+        self._number, self._came = number, None
+        if number.is_cuda:
+            self._number = torch.empty_like(number, device="cpu", pin_memory=True).copy_(number, non_blocking=True)
+            self._came = torch.cuda.current_stream(number.device).record_event()
+
+    def __int__(self) -> int:
+        if self._came is not None:
+            self._came.synchronize()
+        return int(self._number)
 
 
 def _by_level(loss: nn.Module) -> bool:
@@ -136,9 +156,5 @@ def _by_level(loss: nn.Module) -> bool:
 @torch.no_grad()
 def _true_class_probability(logits: Tensor, matches: Matches) -> Tensor:
     """Mean over all positives of all processes; this process's share of it, scaled to be averaged over them."""
-    label = matches.labels.flatten()[matches.rows].clamp(max=logits.shape[-1] - 1)  # background has no logit
-    logit = logits.flatten(0, 1)[matches.rows].gather(1, label[:, None]).squeeze(1)
-    probability = logit.float().sigmoid()
-    if matches.is_positive is not None:
-        probability = torch.where(matches.is_positive, probability, 0)
-    return probability.sum() / matches.num_pos * distributed.world_size()
+    logit = logits.flatten(0, 1)[matches.rows].gather(1, matches.labels[:, None])
+    return logit.float().sigmoid().sum() / matches.num_pos * distributed.world_size()

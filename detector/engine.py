@@ -82,6 +82,8 @@ def _backward(
         with autocast(part.images.device, solver.precision):
             return model(part.images, part.sizes)
 
+    # Which anchor learns which box depends on the images' size alone: found first, it is known when the losses need it.
+    matches = criterion.match(solver.model.grid(batch.images), batch.targets)
     parts = _split(batch, solver.accumulate)
     if len(parts) > 1:
         # The loss needs the whole batch: its normaliser, and GHM's density, count all images. So predict every part
@@ -95,8 +97,8 @@ def _backward(
         predictions = predicted[0]._replace(logits=logits, deltas=deltas)
     else:
         predictions = forward(batch)
-    losses = criterion(predictions, batch.targets)
-    observation = observe(criterion, predictions, batch.targets) if observing else None
+    losses = criterion(predictions, batch.targets, matches)
+    observation = observe(criterion, predictions, batch.targets, matches=matches) if observing else None
     # Gradients are averaged over processes; the losses of all processes are meant to be summed.
     solver.backward(losses.total * distributed.world_size())
     if len(parts) > 1:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from detector import distributed
-from detector.criterion import Criterion
+from detector.criterion import Criterion, Matches
 from detector.losses.cells import logits_against_truth
 from detector.structures import Predictions, Target
 
@@ -45,19 +45,25 @@ class Observation(NamedTuple):
 
 
 def observe(
-    criterion: Criterion, predictions: Predictions, targets: list[Target], cell_bins: int = 30, box_bins: int = 10
+    criterion: Criterion,
+    predictions: Predictions,
+    targets: list[Target],
+    cell_bins: int = 30,
+    box_bins: int = 10,
+    matches: Matches | None = None,
 ) -> Observation:
     """Gradient norms of a batch, and the gradient that the criterion's losses give in each region.
 
     Leaves the criterion's state and the predictions' graph alone. Each process must call it.
     """
-    matches = criterion.match(predictions, targets)
+    matches = matches or criterion.match(predictions, targets)
+    labels = matches.cell_labels(predictions.logits.shape[-1])
     logits = predictions.logits.detach().float().requires_grad_()
     deltas = predictions.deltas.detach().float().requires_grad_()
     training = criterion.training
     criterion.eval()
     with torch.enable_grad():
-        losses = criterion(predictions._replace(logits=logits, deltas=deltas), targets)
+        losses = criterion(predictions._replace(logits=logits, deltas=deltas), targets, matches)
         to_logits, to_deltas = torch.autograd.grad(losses.total, (logits, deltas))
     criterion.train(training)
 
@@ -65,13 +71,13 @@ def observe(
         cells = by_region(torch.zeros(0, 1), torch.zeros(0, 1), torch.zeros(0, dtype=torch.bool), cell_bins)
         cells = Regions(*(value.to(logits.device) for value in cells))
         for image in range(len(logits)):  # one by one: a full-size image has 16 million cells
-            z = logits_against_truth(logits[image], matches.labels[image], matches.valid[image])
+            z = logits_against_truth(logits[image], labels[image], matches.valid[image])
             more = by_region(z.sigmoid(), to_logits[image], matches.valid[image], cell_bins)
             cells = Regions(cells.counts + more.counts, cells.gradient + more.gradient)
         d = deltas.flatten(0, 1)[matches.rows] - criterion.coder.encode(matches.boxes, matches.anchors)
-        is_positive = torch.ones_like(d[:, 0], dtype=torch.bool) if matches.is_positive is None else matches.is_positive
-        norms = torch.where(is_positive[:, None], d.abs() / torch.hypot(d, torch.full_like(d, MU)), 0)
-        boxes = by_region(norms, to_deltas.flatten(0, 1)[matches.rows], is_positive, box_bins)
+        norms = d.abs() / torch.hypot(d, torch.full_like(d, MU))
+        every = torch.ones_like(d[:, 0], dtype=torch.bool)
+        boxes = by_region(norms, to_deltas.flatten(0, 1)[matches.rows], every, box_bins)
     return Observation(*(Regions(*map(distributed.all_sum, part)) for part in (cells, boxes)))
 
 

@@ -8,7 +8,7 @@ from detector.backbone import Backbone
 from detector.errors import UserError
 from detector.fpn import FPN
 from detector.head import Head
-from detector.structures import Predictions
+from detector.structures import Grid, Predictions
 
 # Of ImageNet's pixels, 0..255: the backbones' weights were trained with these.
 MEAN = (123.675, 116.28, 103.53)
@@ -33,12 +33,15 @@ class RetinaNet(nn.Module):
 
     def forward(self, images: Tensor, sizes: list[tuple[int, int]] | None = None) -> Predictions:
         """Images (B, 3, H, W) uint8 RGB, H and W multiples of 32; sizes: (height, width) inside the padding."""
-        levels = self.fpn(self.backbone(self.normalize(images, sizes)))
-        logits, deltas = self.head(levels)
-        grids = [(level.shape[-2], level.shape[-1]) for level in levels]
-        anchors = self.anchors(grids, (images.shape[-2], images.shape[-1]), images.device)
-        counts = tuple(height * width * self.anchors.per_cell for height, width in grids)
-        return Predictions(logits, deltas, anchors, counts, self.anchors.per_cell)
+        logits, deltas = self.head(self.fpn(self.backbone(self.normalize(images, sizes))))
+        return Predictions(logits, deltas, *self.grid(images))
+
+    def grid(self, images: Tensor) -> Grid:
+        """The anchors of images of this size, on their device."""
+        height, width = images.shape[-2:]
+        cells = [(-(-height // 2**level), -(-width // 2**level)) for level in range(3, 8)]
+        counts = tuple(rows * columns * self.anchors.per_cell for rows, columns in cells)
+        return Grid(self.anchors(cells, (height, width), images.device), counts, self.anchors.per_cell)
 
     def compile_parts(self) -> None:
         """Compile backbone, pyramid and heads at their next call, again for each new size of images.

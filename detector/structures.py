@@ -46,8 +46,16 @@ class Batch(NamedTuple):
         return self._replace(images=self.images.to(device, non_blocking=wait_free), targets=targets)
 
 
+class Grid(NamedTuple):
+    """The anchors of an image, all levels joined: level, then row, column, anchor shape."""
+
+    anchors: Tensor  # (A, 4) float32
+    levels: tuple[int, ...]  # anchors in each level, adding up to A
+    per_cell: int = 1  # anchors at each position of a level
+
+
 class Predictions(NamedTuple):
-    """The model's output, all levels joined: level, then row, column, anchor shape."""
+    """The model's output for each anchor of a Grid."""
 
     logits: Tensor  # (B, A, C)
     deltas: Tensor  # (B, A, 4)

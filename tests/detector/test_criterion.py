@@ -30,7 +30,7 @@ from detector.losses import (
     Varifocal,
     dispatch,
 )
-from detector.structures import Predictions, Target
+from detector.structures import Grid, Predictions, Target
 
 ANCHORS = 40
 NOTHING = Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
@@ -300,27 +300,25 @@ PAIRS = [*((one, L1) for one in CLASS_LOSSES), *((Focal, one) for one in BOX_LOS
 
 @pytest.mark.parametrize(("class_loss", "box_loss"), PAIRS)
 @pytest.mark.parametrize("boxes", ["everywhere", "in one image", "nowhere"])
-def test_all_anchors_with_a_mask_are_as_good_as_the_positives(class_loss, box_loss, boxes, monkeypatch):
+def test_matching_before_the_model_runs_changes_nothing(class_loss, box_loss, boxes):
     found = []
-    for may_wait in (True, False):
-        monkeypatch.setattr(criterion_module, "_may_wait", lambda device, answer=may_wait: answer)
+    for before in (True, False):
         predictions, targets = random_case()
         targets = targets if boxes == "everywhere" else [targets[0] if boxes == "in one image" else NOTHING, NOTHING]
         predictions = predictions._replace(levels=(25, 10, 5))
         one = build(class_loss=class_loss(), box_loss=box_loss())
-        losses = one(predictions, targets)
+        matches = one.match(Grid(predictions.anchors, predictions.levels), targets) if before else None
+        losses = one(predictions, targets, matches)
         losses.total.backward()
-        seen = observe(one, predictions, targets)
+        seen = observe(one, predictions, targets, matches=matches)
         found.append(
             [losses.terms, losses.diagnostics, predictions.logits.grad, predictions.deltas.grad, one.state_dict(), seen]
         )
-    torch.testing.assert_close(*found)
+    torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("class_loss", "box_loss"), PAIRS)
-@pytest.mark.parametrize("may_wait", [True, False])
-def test_outputs_that_do_not_count_may_be_anything(class_loss, box_loss, may_wait, monkeypatch):
-    monkeypatch.setattr(criterion_module, "_may_wait", lambda device: may_wait)
+def test_outputs_that_do_not_count_may_be_anything(class_loss, box_loss):
     found = []
     for dirt in (None, torch.nan, torch.inf, -torch.inf):
         predictions, targets = random_case()
@@ -359,6 +357,7 @@ def test_on_a_gpu_no_step_depends_on_data(class_loss, box_loss, assigner, monkey
     """Of tensors that have no values, whatever needs one raises; and numbers are not copied from the host."""
     monkeypatch.setattr(dispatch, "compiles", lambda logits: False)
     monkeypatch.setattr(dispatch, "triton_for", lambda logits: None)  # it would run on these tensors' values
+    monkeypatch.setattr(criterion_module, "NumberOnItsWay", lambda number: 7)  # a value that it copies without a wait
     with FakeTensorMode(), Copies() as copies:
         cuda = torch.device("cuda", 0)
         predictions = Predictions(

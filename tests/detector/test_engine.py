@@ -111,8 +111,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(value):
     solver.step_count = 6
     forward = criterion.forward
 
-    def poisoned(predictions, targets):
-        losses = forward(predictions, targets)
+    def poisoned(*given):
+        losses = forward(*given)
         return Losses({**losses.terms, "box": losses.terms["box"] * value}, losses.diagnostics)
 
     criterion.forward = poisoned
@@ -328,8 +328,8 @@ def test_bfloat16_is_for_the_model_alone():
     model, criterion, solver = make(precision="bfloat16")
     seen, forward = [], criterion.forward
 
-    def spied(predictions, targets):
-        losses = forward(predictions, targets)
+    def spied(predictions, *given):
+        losses = forward(predictions, *given)
         seen.append((predictions.logits.dtype, predictions.anchors.dtype, {v.dtype for v in losses.terms.values()}))
         return losses
 
