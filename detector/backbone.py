@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import cast
 
 import torchvision
 from torch import Tensor, nn
-from torchvision.ops import FrozenBatchNorm2d
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+from detector.conv import FoldedConv, FrozenBatchNorm, Residual
 
 # torchvision's names, and after how many layers C2, C3, C4 and C5 come: of a ResNet's children, a MobileNet's features.
 # The 1x1 convolution behind a MobileNet's C5 is left out: it widens C5 for the classifier, the pyramid would narrow it.
@@ -16,39 +17,6 @@ BACKBONES = {
     "mobilenet_v2": (4, 7, 14, 18),
     "mobilenet_v3_large": (4, 7, 13, 16),
 }
-
-
-class FrozenBatchNorm(FrozenBatchNorm2d):
-    """Identity: the FoldedConv before it already applies the statistics and the affine part."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x
-
-
-class FoldedConv(nn.Conv2d):
-    """A convolution and the frozen BatchNorm behind it in one, which scales the weights and not the activations.
-
-    Saves two passes over the activations, and under autocast keeping them in float32.
-    """
-
-    def __init__(self, conv: nn.Conv2d, norm: FrozenBatchNorm):
-        super().__init__(
-            conv.in_channels,
-            conv.out_channels,
-            cast(tuple[int, int], conv.kernel_size),
-            stride=cast(tuple[int, int], conv.stride),
-            padding=cast(tuple[int, int], conv.padding),
-            dilation=cast(tuple[int, int], conv.dilation),
-            groups=conv.groups,
-            bias=False,
-        )
-        self.weight = conv.weight
-        self._norm = (norm,)  # in a tuple: its tensors keep their names
-
-    def forward(self, x: Tensor) -> Tensor:
-        norm = self._norm[0]
-        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-        return self._conv_forward(x, self.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale)
 
 
 NORMS: dict[str, Callable[[nn.BatchNorm2d], nn.Module]] = {  # each in place of torchvision's BatchNorm
@@ -68,6 +36,12 @@ def set_norm(network: nn.Module, norm: str) -> None:
         for (name, conv), (_, behind) in list(pairwise(parent.named_children())):
             if isinstance(conv, nn.Conv2d) and isinstance(behind, FrozenBatchNorm):
                 setattr(parent, name, FoldedConv(conv, behind))
+    for parent in list(network.modules()) if norm == "frozen_bn" else []:
+        for name, child in list(parent.named_children()):
+            if isinstance(child, BasicBlock | Bottleneck):
+                setattr(parent, name, Residual(child))
+        if isinstance(parent, ResNet):
+            parent.conv1.relu, parent.relu = True, nn.Identity()  # type: ignore[assignment]
 
 
 class Backbone(nn.Module):

@@ -6,6 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from detector.conv import ConvReLU
+
 
 class Head(nn.Module):
     """Two towers of 3x3 convolutions shared by all levels: one for classes, one for boxes.
@@ -47,19 +49,27 @@ class Head(nn.Module):
 
     def forward(self, levels: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Pyramid levels (B, channels, h, w) -> logits (B, A, C), deltas (B, A, 4)."""
-        logits = [_by_anchor(self.logits(self.class_tower(level)), self.num_classes) for level in levels]
-        deltas = [_by_anchor(self.deltas(self.box_tower(level)), 4) for level in levels]
+        logits = [_by_anchor(self.logits(level), self.num_classes) for level in _climb(self.class_tower, levels)]
+        deltas = [_by_anchor(self.deltas(level), 4) for level in _climb(self.box_tower, levels)]
         return torch.cat(logits, dim=1), torch.cat(deltas, dim=1)
 
 
 def _tower(channels: int, depth: int, width: int, norm: str) -> nn.Sequential:
     layers: list[nn.Module] = []
     for i in range(depth):
-        layers.append(nn.Conv2d(channels if i == 0 else width, width, 3, padding=1, bias=norm == "none"))
+        inputs = channels if i == 0 else width
         if norm == "gn":
-            layers.append(nn.GroupNorm(32, width))
-        layers.append(nn.ReLU(inplace=True))
+            conv = nn.Conv2d(inputs, width, 3, padding=1, bias=False)
+            layers += [conv, nn.GroupNorm(32, width), nn.ReLU(inplace=True)]
+        else:
+            layers += [ConvReLU(inputs, width, 3, padding=1), nn.Identity()]  # so that those behind keep their names
     return nn.Sequential(*layers)
+
+
+def _climb(tower: nn.Sequential, levels: list[Tensor]) -> list[Tensor]:
+    for layer in tower:
+        levels = layer(levels) if isinstance(layer, ConvReLU) else [layer(level) for level in levels]
+    return levels
 
 
 def _by_anchor(output: Tensor, values: int) -> Tensor:

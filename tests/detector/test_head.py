@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from detector.anchors import Anchors
+from detector.conv import ConvReLU
 from detector.head import Head
 
 GRIDS = [(12, 20), (6, 10), (3, 5), (2, 3), (1, 2)]
@@ -65,7 +66,7 @@ def test_shapes_and_layers(norm, depth):
     logits, deltas = head([torch.randn(2, 8, *grid) for grid in GRIDS])
     count = 3 * sum(height * width for height, width in GRIDS)
     assert logits.shape == (2, count, 5) and deltas.shape == (2, count, 4)
-    kinds = [nn.Conv2d, nn.GroupNorm, nn.ReLU] if norm == "gn" else [nn.Conv2d, nn.ReLU]
+    kinds = [nn.Conv2d, nn.GroupNorm, nn.ReLU] if norm == "gn" else [ConvReLU, nn.Identity]
     for tower in (head.class_tower, head.box_tower):
         assert [type(layer) for layer in tower] == kinds * depth
 
