@@ -11,6 +11,7 @@ from detector import boxes as box_ops
 from detector import distributed
 from detector.assigner import ATSSAssigner, IoUAssigner, groups
 from detector.box_coder import BoxCoder
+from detector.device import NumberOnItsWay
 from detector.structures import Assignment, Grid, Losses, Predictions, Target
 
 
@@ -96,7 +97,7 @@ class Matches:
     """The anchors of a batch, and the class and box that each learns.
 
     valid, positive (B, A) bool: not ignored, and positive; num_pos: positive anchors of all processes, at least 1.
-    Of the P positive ones of this process: `rows` (P,) of the B x A, and their `labels` (P,), `boxes` and `anchors` (P, 4).
+    Of this process's P positive ones: `rows` (P,) of the B x A, `labels` (P,), `boxes` and `anchors` (P, 4).
     """
 
     def __init__(self, anchors: Tensor, boxes: Tensor, classes: Tensor, assignment: Assignment):
@@ -132,21 +133,6 @@ class Matches:
         labels = self.rows.new_full((self.positive.numel(),), background)
         labels[self.rows] = self.labels
         return labels.view_as(self.positive)
-
-
-class NumberOnItsWay:
-    """A number () of a device, copied to the host while both go on. int() waits for it, if it has not come yet."""
-
-    def __init__(self, number: Tensor):
-        self._number, self._came = number, None
-        if number.is_cuda:
-            self._number = torch.empty_like(number, device="cpu", pin_memory=True).copy_(number, non_blocking=True)
-            self._came = torch.cuda.current_stream(number.device).record_event()
-
-    def __int__(self) -> int:
-        if self._came is not None:
-            self._came.synchronize()
-        return int(self._number)
 
 
 def _by_level(loss: nn.Module) -> bool:

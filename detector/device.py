@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from detector.errors import UserError
 from detector.structures import Batch
@@ -116,6 +116,21 @@ def copied_ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Bat
             raise error
         if following is None:
             return
+
+
+class NumberOnItsWay:
+    """A number () of a device, copied to the host while both go on. int() waits for it, if it has not come yet."""
+
+    def __init__(self, number: Tensor):
+        self._number, self._came = number, None
+        if number.is_cuda:
+            self._number = torch.empty_like(number, device="cpu", pin_memory=True).copy_(number, non_blocking=True)
+            self._came = torch.cuda.current_stream(number.device).record_event()
+
+    def __int__(self) -> int:
+        if self._came is not None:
+            self._came.synchronize()
+        return int(self._number)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -89,18 +89,23 @@ def overlap(boxes: Tensor, targets: Tensor) -> Overlap:
     boxes, targets = boxes.to(dtype), targets.to(dtype)
     sides, target_sides = boxes[:, 2:] - boxes[:, :2], targets[:, 2:] - targets[:, :2]
     shared = torch.minimum(boxes[:, 2:], targets[:, 2:]) - torch.maximum(boxes[:, :2], targets[:, :2])
-    intersection = shared.clamp(min=0).prod(dim=1)
-    union = sides.prod(dim=1) + target_sides.prod(dim=1) - intersection
+    intersection = _area(shared.clamp(min=0))
+    union = _area(sides) + _area(target_sides) - intersection
     enclosing = torch.maximum(boxes[:, 2:], targets[:, 2:]) - torch.minimum(boxes[:, :2], targets[:, :2])
     apart = (boxes[:, :2] + boxes[:, 2:] - targets[:, :2] - targets[:, 2:]) / 2
     return Overlap(
         iou=intersection / (union + EPS),
         union=union,
-        enclosing=enclosing.prod(dim=1),
+        enclosing=_area(enclosing),
         diagonal=enclosing.square().sum(dim=1),
         distance=apart.square().sum(dim=1),
         turn=(_angle(target_sides) - _angle(sides)).square(),
     )
+
+
+def _area(sides: Tensor) -> Tensor:
+    """(P,). Not by prod(), whose backward pass waits for a GPU."""
+    return sides[:, 0] * sides[:, 1]
 
 
 def _angle(sides: Tensor) -> Tensor:

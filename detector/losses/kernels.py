@@ -89,7 +89,7 @@ def _histogram(
     for block in range(tl.program_id(0).to(tl.int64), tl.cdiv(total, BLOCK), tl.num_programs(0)):
         _, _, _, counted, at_label, z = _cell(x_ptr, codes_ptr, block, total, CLASSES, BLOCK)
         index = INDEX(z, at_label, *tables)
-        counts += tl.histogram(tl.where(counted & (index < BINS), index, BINS), PADDED)
+        counts += tl.histogram(index, PADDED, mask=counted & (index < BINS))
     bin = tl.arange(0, PADDED)
     tl.atomic_add(counts_ptr + bin, counts.to(tl.int64), mask=(bin < BINS) & (counts > 0))
 
@@ -149,7 +149,7 @@ def histogram(index: Callable, logits: Tensor, labels: Tensor, valid: Tensor, bi
     """Counts (bins,) int64, as `regions.histogram` asks for them."""
     logits = logits.contiguous()
     counts = torch.zeros(bins, dtype=torch.int64, device=logits.device)
-    padded = triton.next_power_of_2(bins + 1)  # one more takes what does not count
+    padded = triton.next_power_of_2(bins)
     block = max(BLOCK, padded)
     tables, numbers = _split(params)
     with _device(logits):
