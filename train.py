@@ -30,6 +30,7 @@ from detector.configure import configure
 from detector.device import copied_ahead, keep_freed_memory, peak_memory, pick_device, pick_precision, place
 from detector.engine import NonFiniteLoss, predict, train_until
 from detector.errors import Stopped, UserError, run_main
+from detector.graphs import speed_up
 from detector.logger import Logger
 from detector.metrics import Metrics
 from detector.pretrained import load_initial_weights
@@ -69,8 +70,7 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False, accept_cha
     place(model, device, channels_last=cfg.channels_last)
     criterion = assemble.build_criterion(cfg).to(device)
     solver = assemble.build_solver(cfg, model, steps_per_epoch=len(batches))
-    if cfg.compile:
-        model.compile_parts()
+    speed_up(model, compiled=cfg.compile)
     run = Run(cfg, solver, criterion, train_set.category_ids, train_set.class_names, steps_per_epoch=len(batches))
     remarks = run.resume(saved, accept_changes=accept_changes) if saved else []
     run.refuse_differences({"data.train": train_set.fingerprint(), "data.val": val_set.fingerprint()})

@@ -18,6 +18,7 @@ from detector.structures import Batch, Detections, Losses, Predictions
 
 if TYPE_CHECKING:
     from detector.logger import Logger
+    from detector.model import RetinaNet
 
 
 class NonFiniteLoss(FloatingPointError):
@@ -83,7 +84,7 @@ def _backward(
             return model(part.images, part.sizes)
 
     # Which anchor learns which box depends on the images' size alone: found first, it is known when the losses need it.
-    matches = criterion.match(solver.model.grid(batch.images), batch.targets)
+    matches = criterion.match(cast("RetinaNet", solver.model).grid(batch.images), batch.targets)
     parts = _split(batch, solver.accumulate)
     if len(parts) > 1:
         # The loss needs the whole batch: its normaliser, and GHM's density, count all images. So predict every part

@@ -1,19 +1,22 @@
 """Images -> Predictions. No loss, no thresholds."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
 from detector.anchors import Anchors
 from detector.backbone import Backbone
-from detector.errors import UserError
 from detector.fpn import FPN
 from detector.head import Head
 from detector.structures import Grid, Predictions
 
+if TYPE_CHECKING:
+    from detector.graphs import Graphs
+
 # Of ImageNet's pixels, 0..255: the backbones' weights were trained with these.
 MEAN = (123.675, 116.28, 103.53)
 STD = (58.395, 57.12, 57.375)
-MAX_SIZES = 64  # sizes of padded images to compile for; others run uncompiled
 
 
 class RetinaNet(nn.Module):
@@ -30,11 +33,22 @@ class RetinaNet(nn.Module):
         self.backbone, self.fpn, self.head, self.anchors = backbone, fpn, head, anchors
         self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
+        self.graphs: Graphs | None = None  # that run its training passes
 
     def forward(self, images: Tensor, sizes: list[tuple[int, int]] | None = None) -> Predictions:
         """Images (B, 3, H, W) uint8 RGB, H and W multiples of 32; sizes: (height, width) inside the padding."""
-        logits, deltas = self.head(self.fpn(self.backbone(self.normalize(images, sizes))))
+        inside = None
+        if sizes is not None:
+            inside = torch.tensor(sizes, pin_memory=images.is_cuda).to(images.device, non_blocking=True)
+        if inside is not None and self.graphs is not None and self.training and self.graphs.take(images):
+            logits, deltas = self.graphs(images, inside)
+        else:
+            logits, deltas = self.outputs(images, inside)
         return Predictions(logits, deltas, *self.grid(images))
+
+    def outputs(self, images: Tensor, sizes: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Logits and deltas of images (B, 3, H, W) of these (height, width) inside the padding, (B, 2)."""
+        return self.head(self.fpn(self.backbone(self.normalize(images, sizes))))
 
     def grid(self, images: Tensor) -> Grid:
         """The anchors of images of this size, on their device."""
@@ -43,30 +57,16 @@ class RetinaNet(nn.Module):
         counts = tuple(rows * columns * self.anchors.per_cell for rows, columns in cells)
         return Grid(self.anchors(cells, (height, width), images.device), counts, self.anchors.per_cell)
 
-    def compile_parts(self) -> None:
-        """Compile backbone, pyramid and heads at their next call, again for each new size of images.
-
-        Raises UserError where torch.compile does not work.
-        """
-        device = self.mean.device
-        try:
-            torch.compile(lambda x: x.cos() + 1)(torch.ones(8, device=device))
-        except Exception as error:  # a compiler that is missing or too old raises all kinds
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"compile: torch.compile does not work here ({reason}); set it to false") from None
-        torch._dynamo.config.recompile_limit = MAX_SIZES  # beyond the limit, 8 by default, other sizes run uncompiled
-        for part in (self.backbone, self.fpn, self.head):
-            part.compile(dynamic=False)
-
     def describe(self) -> str:
         trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
         total = sum(p.numel() for p in self.parameters())
         return f"{total / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained"
 
-    def normalize(self, images: Tensor, sizes: list[tuple[int, int]] | None) -> Tensor:
+    def normalize(self, images: Tensor, sizes: Tensor | None) -> Tensor:
         """To mean 0 and deviation 1; the padding to 0, which is the mean colour."""
         images = (images.to(self.mean.dtype) - self.mean) / self.std
-        for image, (height, width) in zip(images, sizes or []):
-            image[:, height:] = 0
-            image[:, :, width:] = 0
-        return images
+        if sizes is None:
+            return images
+        rows, columns = (torch.arange(side, device=images.device) for side in images.shape[-2:])
+        outside = (rows[:, None] >= sizes[:, 0, None, None]) | (columns >= sizes[:, 1, None, None])
+        return images.masked_fill_(outside[:, None], 0)

@@ -18,6 +18,7 @@ from detector import assemble
 from detector.config import Config
 from detector.criterion import Criterion
 from detector.device import autocast, keep_freed_memory, pick_device, place
+from detector.graphs import speed_up
 from detector.model import RetinaNet
 from detector.randomness import seed_everything
 from detector.solver import Solver
@@ -44,8 +45,7 @@ def time_steps(configs: dict[str, Config], rounds: int = ROUNDS) -> dict[str, di
     model = assemble.build_model(first, len(train_set.category_ids)).train()
     place(model, device, channels_last=first.channels_last)
     solver = assemble.build_solver(first, model, steps_per_epoch=len(loader))
-    if first.compile:
-        model.compile_parts()
+    speed_up(model, compiled=first.compile)
     turns = {
         name: on_each(training_step(model, assemble.build_criterion(cfg).to(device).train(), solver), batches)
         for name, cfg in configs.items()
@@ -62,9 +62,10 @@ def training_step(
     """A function that updates the weights once from images, targets and sizes, all on the device."""
 
     def step(images: Tensor, targets: list[Target], sizes: list[tuple[int, int]]) -> None:
+        matches = criterion.match(model.grid(images), targets)
         with autocast(images.device, solver.precision):
             predictions = model(images, sizes)
-        solver.backward(criterion(predictions, targets).total)
+        solver.backward(criterion(predictions, targets, matches).total)
         solver.clip_gradients()
         solver.step()
 

@@ -10,6 +10,7 @@ from detector.anchors import Anchors, TorchvisionAnchors
 from detector.backbone import Backbone
 from detector.errors import UserError
 from detector.fpn import FPN
+from detector.graphs import speed_up
 from detector.head import Head
 from detector.model import RetinaNet
 
@@ -133,7 +134,7 @@ def test_a_compiled_model_is_the_same_and_compiled_once_for_each_size(monkeypatc
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
     plain, compiled = build().train(), build().train()
     names = list(compiled.state_dict())
-    compiled.compile_parts()
+    speed_up(compiled, compiled=True)
     assert list(compiled.state_dict()) == names  # checkpoints do not know of it
     for size in ((64, 96), (96, 64), (64, 96), (96, 64)):
         images = random_images(2, 3, *size)
@@ -153,7 +154,7 @@ def test_a_compiler_that_does_not_work_is_reported_in_one_line(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", broken)
     with pytest.raises(UserError, match=r"^compile: .*No working C\+\+ compiler found\); set it to false$"):
-        build().compile_parts()
+        speed_up(build(), compiled=True)
 
 
 @pytest.mark.parametrize("side", [32, 64, 96])

@@ -184,7 +184,7 @@ def test_epsilon_of_the_published_first_file_is_zero(case, monkeypatch):
     monkeypatch.setattr(torchvision_checkpoint, "PUBLISHED_V1_SHA256", digest[:8])
     model, _ = checkpoint.build_model(checkpoint.read(case.path), case.path)
     with torch.no_grad():
-        levels = model.fpn(model.backbone(model.normalize(case.batch, SIZES)))
+        levels = model.fpn(model.backbone(model.normalize(case.batch, torch.tensor(SIZES))))
     for ours, level in zip(levels, expected.levels, strict=True):
         assert close(ours, level, 1e-3)
     assert not close(case.theirs.levels[0], expected.levels[0], 1e-2)  # epsilon tells here

@@ -1,0 +1,180 @@
+"""Training passes as CUDA graphs, or through torch.compile.
+
+In plain PyTorch a GPU waits for Python, which starts 1,700 kernels one by one. A graph is recorded for each size of
+images, and starts all kernels of a forward or backward pass at once.
+"""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.func import functional_call
+
+from detector.errors import UserError
+from detector.model import RetinaNet
+
+MAX_PIXELS = 2**25  # of a batch: 31 images of 800 x 1344. Larger ones keep a GPU busy without
+MAX_SIZES = 64  # of images, that are recorded or compiled
+SEEN = 3  # batches of a size, before a graph is recorded for it: kernels are chosen and compiled by then
+
+
+def speed_up(model: RetinaNet, *, compiled: bool) -> None:
+    """Before training: have the model run through torch.compile, or on a GPU as CUDA graphs.
+
+    It compiles backbone, pyramid and heads at their next call, again for each new size of images. Raises UserError
+    where torch.compile does not work.
+    """
+    device = model.mean.device
+    if not compiled:
+        waits = any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())  # for other processes
+        model.graphs = Graphs(model) if device.type == "cuda" and not waits else None
+        return
+    try:
+        torch.compile(lambda x: x.cos() + 1)(torch.ones(8, device=device))
+    except Exception as error:  # a compiler that is missing or too old raises all kinds
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"compile: torch.compile does not work here ({reason}); set it to false") from None
+    torch._dynamo.config.recompile_limit = MAX_SIZES  # beyond the limit, 8 by default, other sizes run uncompiled
+    for part in (model.backbone, model.fpn, model.head):
+        part.compile(dynamic=False)
+
+
+class Graphs:
+    """Calls the model's `outputs` in training as CUDA graphs: images (B, 3, H, W), sizes (B, 2) -> tensors.
+
+    A call's outputs, and the gradients that their backward pass gives, last until the next call: all sizes share their
+    memory.
+    """
+
+    def __init__(self, model: RetinaNet):
+        self.module = _Outputs(model)
+        self.names, parameters = zip(*((n, p) for n, p in self.module.named_parameters() if p.requires_grad))
+        self.parameters: tuple[Tensor, ...] = parameters
+        self.works = True
+        self.pool: Any = None
+        self.kept: list[Tensor] = []  # outputs, their gradients, and the parameters' gradients, of all sizes
+        self.seen: dict[tuple, int] = {}
+        self.recorded: dict[tuple, _Recorded] = {}
+
+    def take(self, images: Tensor) -> bool:
+        """Whether a batch of this size is for `__call__`."""
+        key = self._key(images)
+        if not self.works or not torch.is_grad_enabled():
+            return False
+        if key in self.recorded:
+            return True
+        if images.numel() > 3 * MAX_PIXELS or len(self.recorded) >= MAX_SIZES:
+            return False
+        self.seen[key] = self.seen.get(key, 0) + 1
+        return self.seen[key] >= SEEN
+
+    def __call__(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
+        key = self._key(images)
+        if key not in self.recorded:
+            try:
+                self.recorded[key] = _Recorded(self, images, sizes)
+            except RuntimeError as error:  # most often for lack of memory, of which the outputs take some more
+                self.works = False
+                self.recorded.clear()
+                self.kept.clear()
+                reason = str(error).strip().partition("\n")[0]
+                warnings.warn(f"training passes run without CUDA graphs, which is slower: {reason}", stacklevel=2)
+                return self.module(images, sizes)
+        return _Replay.apply(self.recorded[key], images, sizes, *self.parameters)
+
+    def leaves(self) -> list[Tensor]:
+        """The parameters' memory as other tensors: those of the default stream must have no part in a graph."""
+        # .data and not .detach(), which makes a view: autocast would cast that again at each use.
+        return [parameter.data.requires_grad_() for parameter in self.parameters]
+
+    def run(self, leaves: list[Tensor], *given: Tensor) -> tuple[Tensor, ...]:
+        return functional_call(self.module, dict(zip(self.names, leaves)), given)
+
+    @staticmethod
+    def _key(images: Tensor) -> tuple:
+        return tuple(images.shape), torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+
+    def shared(self, number: int, like: Tensor) -> Tensor:
+        """The memory that tensor `number` has in all graphs, of this shape."""
+        if number == len(self.kept):
+            self.kept.append(like.new_empty(0))
+        if self.kept[number].numel() < like.numel():  # graphs that were recorded before keep the smaller one
+            self.kept[number] = like.new_empty(like.numel())
+        return self.kept[number][: like.numel()].as_strided(like.shape, like.stride())
+
+
+class _Outputs(nn.Module):
+    def __init__(self, model: RetinaNet):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
+        return self.model.outputs(images, sizes)
+
+
+class _Recorded:
+    def __init__(self, owner: Graphs, images: Tensor, sizes: Tensor):
+        module, parameters = owner.module, owner.parameters
+        self.images, self.sizes = images.clone(), sizes.clone()
+        buffers = [buffer.clone() for buffer in module.buffers()]
+        stream = torch.cuda.Stream(images.device)
+        stream.wait_stream(torch.cuda.current_stream(images.device))
+        with torch.cuda.stream(stream):  # once for the libraries' own memory
+            leaves = owner.leaves()
+            outputs = owner.run(leaves, self.images, self.sizes)
+            _gradients(outputs, leaves, [torch.zeros_like(output) for output in outputs])
+        torch.cuda.current_stream(images.device).wait_stream(stream)
+        self.outputs = [owner.shared(i, output) for i, output in enumerate(outputs)]
+        count = len(outputs)
+        self.gradients = [owner.shared(count + i, output) for i, output in enumerate(outputs)]
+        self.to_parameters = [owner.shared(2 * count + i, parameter) for i, parameter in enumerate(parameters)]
+        del outputs, leaves
+        torch.clear_autocast_cache()  # the casts of the weights belong into the graph
+
+        self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        # Other threads may use the device meanwhile: those that pin memory for the next batches.
+        options = {"pool": owner.pool, "stream": stream, "capture_error_mode": "thread_local"}
+        with torch.cuda.graph(self.forward, **options):
+            leaves = owner.leaves()
+            outputs = owner.run(leaves, self.images, self.sizes)
+            torch._foreach_copy_(self.outputs, [output.detach() for output in outputs])
+        owner.pool = options["pool"] = self.forward.pool()
+        with torch.cuda.graph(self.backward, **options):
+            found = _gradients(outputs, leaves, self.gradients)
+            self.used = [gradient is not None for gradient in found]
+            kept = [own for own, used in zip(self.to_parameters, self.used) if used]
+            torch._foreach_copy_(kept, [gradient for gradient in found if gradient is not None])
+        torch.clear_autocast_cache()
+        with torch.no_grad():
+            for buffer, before in zip(module.buffers(), buffers):  # BatchNorm must not count the images again
+                buffer.copy_(before)
+
+
+def _gradients(
+    outputs: tuple[Tensor, ...], leaves: list[Tensor], of_outputs: list[Tensor]
+) -> tuple[Tensor | None, ...]:
+    with torch.autocast("cuda", enabled=False):  # as in any backward pass: it would change the type of some sums
+        return torch.autograd.grad(outputs, leaves, of_outputs, allow_unused=True)
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, recorded: _Recorded, images: Tensor, sizes: Tensor, *parameters: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.recorded = recorded
+        recorded.images.copy_(images)
+        recorded.sizes.copy_(sizes)
+        recorded.forward.replay()
+        return tuple(output.detach() for output in recorded.outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple:
+        recorded = ctx.recorded
+        torch._foreach_copy_(recorded.gradients, list(gradients))
+        recorded.backward.replay()
+        found = zip(recorded.to_parameters, recorded.used)
+        return None, None, None, *(gradient.detach() if used else None for gradient, used in found)

@@ -1,0 +1,79 @@
+"""CUDA graphs of training steps: they do what the model does without them."""
+
+import pytest
+import torch
+
+from detector import graphs
+from detector.device import autocast, place
+from detector.graphs import speed_up
+from tests.detector.test_engine import batch, make
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+CUDA = torch.device("cuda")
+
+
+def gradients_of_steps(graphed, norm, precision, sizes=((64, 96), (96, 64)), rounds=4):
+    model, criterion, _ = make(norm=norm, steps=100)
+    place(model, CUDA, channels_last=True)
+    criterion.to(CUDA)
+    model.train()
+    if graphed:
+        speed_up(model, compiled=False)
+    found = []
+    for number in range(rounds):
+        for size in sizes:
+            one = batch(seed=number, size=size).to(CUDA)
+            inside = [(size[0] - 10, size[1]), (size[0], size[1] - 20)]
+            matches = criterion.match(model.grid(one.images), one.targets)
+            with autocast(CUDA, precision):
+                predictions = model(one.images, inside)
+            criterion(predictions, one.targets, matches).total.backward()
+            found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+            model.zero_grad()
+    state = [value.clone() for value in model.state_dict().values()]
+    return found, state, model.graphs
+
+
+@pytest.mark.parametrize("norm", ["bn", "gn"])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_gradients_and_statistics_are_the_same(norm, precision):
+    expected, expected_state, _ = gradients_of_steps(False, norm, precision)
+    found, state, recorded = gradients_of_steps(True, norm, precision)
+    assert len(recorded.recorded) == 2  # one for each size, after two batches without
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    torch.testing.assert_close(state, expected_state, rtol=0, atol=0)
+
+
+def test_large_batches_and_passes_without_gradient_go_without(monkeypatch):
+    model, *_ = make(norm="gn")
+    place(model, CUDA, channels_last=True)
+    model.train()
+    speed_up(model, compiled=False)
+    images = batch().to(CUDA).images
+    with torch.no_grad():
+        for _ in range(4):
+            model(images, [(64, 64)] * 2)
+    assert not model.graphs.recorded and not model.graphs.seen
+    monkeypatch.setattr(graphs, "MAX_PIXELS", 64 * 64)
+    for _ in range(4):
+        model(images, [(64, 64)] * 2)
+    assert not model.graphs.recorded
+
+
+def test_no_step_waits_for_the_device():
+    """But for the number of positives, which was asked for before the model ran."""
+    for class_loss, box_loss in (("focal", "giou"), ("ghm_c", "ghm_r"), ("ohem", "smooth_l1"), ("qfl", "ciou")):
+        model, criterion, _ = make(norm="gn", class_loss={"name": class_loss}, box_loss={"name": box_loss})
+        place(model, CUDA, channels_last=True)
+        criterion.to(CUDA).train()
+        model.train()
+        one = batch().to(CUDA)
+        for step in range(2):
+            torch.cuda.set_sync_debug_mode("error" if step else "default")  # the first one compiles
+            try:
+                matches = criterion.match(model.grid(one.images), one.targets)
+                with autocast(CUDA, torch.bfloat16):
+                    predictions = model(one.images, one.sizes)
+                criterion(predictions, one.targets, matches).total.backward()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
