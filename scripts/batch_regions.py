@@ -131,8 +131,8 @@ def measure(source: str, count: int) -> Measured:
                 with autocast(device, precision):
                     predictions = model(batch.images, batch.sizes)
                 matches = criterion.match(predictions, batch.targets)
-                labels = matches.cell_labels(predictions.logits.shape[-1])
-                for logits, labels, valid in zip(predictions.logits.float(), labels, matches.valid):
+                every_label = matches.cell_labels(predictions.logits.shape[-1])
+                for logits, labels, valid in zip(predictions.logits.float(), every_label, matches.valid):
                     norms = logits_against_truth(logits, labels, valid).sigmoid()
                     images.append(Regions(*(value.cpu() for value in by_region(norms, norms, valid, BINS))))
                 progress.update(min(len(batch.images), count - progress.n))

@@ -2,11 +2,11 @@
 # All that is worth measuring on a GPU, in eight minutes: the tests that need one, each benchmark beside its peer, and a
 # real training. Writes gpu.md, a section for docs/benchmarks.md, into the folder given (default: .).
 #
-#     bash scripts/bench/gpu.sh [FOLDER]
+#     bash scripts/bench/gpu.sh [FOLDER] [DATA]
 #
-# Each part has a time limit and may fail without stopping the others. QUICK=1 tries the script itself on a CPU.
+# DATA holds train.json, val.json and images/ for the real training (default: scenes of the demo). Each part has a time limit and may fail without stopping the others. QUICK=1 tries the script itself on a CPU.
 set -u
-out=${1:-.}
+out=${1:-.} data=${2:+$(realpath "$2")}
 mkdir -p "$out"
 page=$out/gpu.md
 python=${PYTHON:-python}
@@ -26,22 +26,28 @@ part() { # TITLE SECONDS COMMAND...
 }
 
 if [ -n "${QUICK:-}" ]; then
-    cells=2000 type=float32 step=resnet18:64:2 small=resnet18:64:2 sides=128 inference=resnet18:64:2 epochs=1 scenes=16
+    cells=2000 type=float32 step=resnet18:64:2 small=resnet18:64:2 sides=128 inference=resnet18:64:2 short=64
 else
-    cells=3225600 type=bfloat16 step=resnet50:1024:16 small=resnet50:1024:2 sides=1024 inference=resnet50:800:8 epochs=8 scenes=750
+    cells=3225600 type=bfloat16 step=resnet50:1024:16 small=resnet50:1024:2 sides=1024 inference=resnet50:800:8 short=800
 fi
 
 printf '## On a GPU\n\n%s, %s\n' "$(date -u +%Y-%m-%d)" \
     "$($python -c 'from scripts.bench import measure; print(measure.environment())')" > "$page"
-part "Tests that need a GPU" 90 $python -m pytest -q -k "cuda or gpu or triton" \
-    tests/detector/losses tests/detector/test_criterion.py
-part "Class losses" 90 $python scripts/bench/losses.py --rows $cells --dtype $type --repeats 5
+part "Tests that need a GPU" 60 $python -m pytest -q -p no:cacheprovider -k "cuda or gpu or graphs or conv" \
+    tests/detector/test_graphs.py tests/detector/test_conv.py tests/detector/test_device.py tests/detector/losses/test_laws.py
 part "Training step, batch 16" 100 $python scripts/bench/step.py --work $step --repeats 5
 part "Training step, batch 2" 60 $python scripts/bench/step.py --work $small --repeats 5
+part "Training step, batch 16, losses" 60 $python scripts/bench/step.py --work $step --repeats 7 --ours \
+    --also "class_loss.name=ce" "class_loss.name=ghm_c box_loss.name=ghm_r" "class_loss.name=ohem" \
+    "box_loss.name=giou" "box_loss.name=giou assigner.name=atss"
+part "Class losses" 60 $python scripts/bench/losses.py --rows $cells --dtype $type --repeats 5
+if [ -z "$data" ]; then
+    data=$out/demo
+    $python -m data.demo --out "$data" --train-images 500 --val-images 40 > /dev/null
+    mkdir "$data/images" && mv "$data/train" "$data/val" "$data/images"
+fi
+part "A real training" 110 $python scripts/bench/real_training.py "$data" --output "$out/runs" --short-side $short
+part "Inference" 50 $python scripts/bench/inference.py --work $inference --repeats 5
 part "Assignment" 30 $python scripts/bench/assigner.py --sides $sides --repeats 5
-part "Inference" 60 $python scripts/bench/inference.py --work $inference --repeats 5
-part "A real training" 90 bash -c "$python -m data.demo --out $out/demo --train-images $scenes --val-images 50 > /dev/null && $python train.py \
-    --config configs/demo/ghm.yaml --set output=$out/runs solver.epochs=$epochs data.workers=0 \
-    data.train.annotations=$out/demo/train.json data.train.images=$out/demo/train \
-    data.val.annotations=$out/demo/val.json data.val.images=$out/demo/val | tail -n 14"
+part "Training step, batch 16, with torch.compile" 120 $python scripts/bench/step.py --work $step --repeats 5 --compile
 echo "written: $page" >&2

@@ -1,7 +1,7 @@
 """A training step beside torchvision's RetinaNet: images per second and peak memory.
 
     python scripts/bench/step.py [--work resnet18:512:2 resnet50:512:4] [--boxes 10] [--repeats 7]
-        [--compile]
+        [--compile] [--also "class_loss.name=ghm_c box_loss.name=ghm_r" ...] [--ours]
 
 Forward, losses, backward, clipping, SGD. Both have the same backbone with the same weights, BatchNorm and the first
 stage frozen, as both have by default, the same pyramid and head sizes, and the same images. "torchvision" is as its
@@ -9,7 +9,8 @@ users run it: float32, a list of float images that its model normalises and pads
 and autocast to the precision that ours picks on this machine. "ours" is what train.py does by default on this machine,
 keeping freed memory included; "float32" the same in float32. Each has a process of its own, and they take turns; memory
 is that of one call beyond the weights.
---compile: also ours through torch.compile.
+--compile: also ours through torch.compile. --also: also ours with these settings. --ours: without torchvision's and
+float32, beside "ours".
 """
 
 import argparse
@@ -32,6 +33,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from detector import assemble
 from detector.configure import configure
 from detector.device import keep_freed_memory, pick_device, pick_precision
+from detector.graphs import speed_up
 from detector.model import RetinaNet
 from detector.solver import PRECISIONS
 from detector.structures import Target
@@ -52,24 +54,30 @@ def main() -> None:
     parser.add_argument("--boxes", type=int, default=10, help="an image")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--compile", action="store_true", help="also ours through torch.compile")
+    parser.add_argument("--also", nargs="+", default=[], metavar="SETTINGS", help="ours with these, each a row")
+    parser.add_argument("--ours", action="store_true", help="leave torchvision and float32 out")
     args = parser.parse_args()
     device = pick_device("auto")
     print(f"{measure.environment()}\nprecision of ours: {', '.join(pick_precision('auto', device))}")
     for one in args.work:
         name, side, batch = one.split(":")
-        compare(name, int(side), int(batch), args.boxes, args.repeats, args.compile)
+        builders: dict[str, Callable] = {"ours": our_step}
+        if not args.ours:
+            builders = {
+                "torchvision": torchvision_step,
+                "torchvision, tuned": partial(torchvision_step, tuned=True),
+                "ours, float32": partial(our_step, settings=["precision=float32"]),
+                "ours": our_step,
+            }
+        if args.compile:
+            builders["ours, compiled"] = partial(our_step, compiled=True)
+        builders |= {f"ours, {settings}": partial(our_step, settings=settings.split()) for settings in args.also}
+        compare(builders, name, int(side), int(batch), args.boxes, args.repeats)
 
 
-def compare(name: str, side: int, batch: int, boxes: int, repeats: int, compiled: bool) -> None:
-    builders = {
-        "torchvision": torchvision_step,
-        "torchvision, tuned": partial(torchvision_step, tuned=True),
-        "ours, float32": partial(our_step, settings=["precision=float32"]),
-        "ours": our_step,
-    }
-    if compiled:
-        builders["ours, compiled"] = partial(our_step, compiled=True)
-    calls, memory = {}, {}
+def compare(builders: dict[str, Callable], name: str, side: int, batch: int, boxes: int, repeats: int) -> None:
+    peer = next(iter(builders))
+    pipes = {}
     with contextlib.ExitStack() as stack:
         for label, build in builders.items():
             pipe, theirs = multiprocessing.Pipe()
@@ -78,21 +86,22 @@ def compare(name: str, side: int, batch: int, boxes: int, repeats: int, compiled
             process = servers.Process(target=serve, args=given, daemon=True)
             process.start()
             stack.callback(process.kill)
-            memory[label] = pipe.recv()
-            calls[label] = lambda pipe=pipe: (pipe.send(True), pipe.recv())
-        times = measure.alternate(calls, repeats, warmup=2)
+            pipes[label] = pipe
+        memory = {label: pipe.recv() for label, pipe in pipes.items()}  # they start at the same time
+        calls = {label: lambda pipe=pipe: (pipe.send(True), pipe.recv()) for label, pipe in pipes.items()}
+        times = measure.alternate(calls, repeats, warmup=4)  # a graph is recorded at the third
     rows = [
         [
             label,
             f"{median:,.0f}",
             f"{1000 * batch / median:.2f}",
-            f"{measure.ratio(times, 'torchvision', label):.2f}",
+            f"{measure.ratio(times, peer, label):.2f}",
             f"{memory[label] / measure.MIB:,.0f}",
         ]
         for label, median in measure.medians(times).items()
     ]
     print(f"\nTraining step, {name}, {batch} x {side} x {side} px, {boxes} boxes an image\n")
-    print(measure.table(["", "ms", "images/s", "x torchvision", "peak MiB"], rows), flush=True)
+    print(measure.table(["", "ms", "images/s", f"x {peer}", "peak MiB"], rows), flush=True)
 
 
 def serve(pipe: Connection, build: Callable, kept: bool, name: str, side: int, batch: int, boxes: int) -> None:
@@ -152,8 +161,7 @@ def our_step(
     criterion = assemble.build_criterion(cfg).to(images.device).train()
     solver = assemble.build_solver(cfg, model.train(), steps_per_epoch=1_000_000)
     sizes = [tuple(images.shape[-2:])] * len(images)
-    if compiled:
-        model.compile_parts()
+    speed_up(model, compiled=compiled)
     return partial(training_step(model, criterion, solver), images, targets, sizes)
 
 

@@ -1,0 +1,83 @@
+"""A real training beside its own steps: how much of the time the loading of images takes.
+
+    python scripts/bench/real_training.py DATA --output FOLDER [--short-side 800] [--batch 16] [--images 1600]
+
+DATA holds train.json, val.json and images/. Trains ResNet-50, random weights with frozen BatchNorm, on --images of its
+images, each taken as often as it needs. All other options are those of configs/coco: data.workers and precision auto,
+and each JPEG file is read and decoded whenever it is used. Prints the median of images a second and the share of the
+time that steps waited for images, both over the second epoch.
+"""
+
+import argparse
+import json
+import statistics
+from itertools import cycle, islice
+from pathlib import Path
+
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import train
+from detector.configure import configure
+from detector.device import pick_device
+from scripts.bench import measure
+from scripts.bench.step import backbone_weights
+
+COCO = Path(__file__).resolve().parents[2] / "configs/coco/focal.yaml"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--short-side", type=int, default=800)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--images", type=int, default=1600)
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    repeated = repeat(json.loads((args.data / "train.json").read_text(encoding="utf-8")), args.images)
+    (args.output / "train.json").write_text(json.dumps(repeated), encoding="utf-8")
+    torch.save(backbone_weights("resnet50"), args.output / "resnet50.pth")
+    settings = {
+        "output": args.output,
+        "data.train.annotations": args.output / "train.json",
+        "data.train.images": args.data / "images",
+        "data.val.annotations": args.data / "val.json",
+        "data.val.images": args.data / "images",
+        "data.short_side": args.short_side,
+        "data.long_side": args.short_side * 1333 // 800,
+        "data.trust": True,
+        "model.weights": args.output / "resnet50.pth",
+        "solver.lr": 1e-4,
+        "solver.batch_size": args.batch,
+        "solver.epochs": 2,
+        "tensorboard.every": 5,
+        "tensorboard.gradients": 0,
+    }
+    cfg = configure(str(COCO), [f"{key}={value}" for key, value in settings.items()])
+    train.train(cfg, pick_device(cfg.device))
+    events = EventAccumulator(str(cfg.folder), size_guidance={"scalars": 0}).Reload()
+    speed, wait = (
+        [event.value for event in events.Scalars(f"speed/{name}")] for name in ("images_per_second", "data_wait")
+    )
+    half = len(speed) // 2  # the second epoch: in the first, kernels are chosen and graphs recorded
+    print(f"\n{measure.environment()}")
+    waiting = statistics.mean(wait[half:])
+    print(f"{statistics.median(speed[half:]):.1f} images/s (median), {waiting:.1%} of the time waiting for images")
+
+
+def repeat(coco: dict, count: int) -> dict:
+    """The same photos under new ids, until there are `count`."""
+    by_image: dict[int, list[dict]] = {}
+    for annotation in coco["annotations"]:
+        by_image.setdefault(annotation["image_id"], []).append(annotation)
+    images, annotations = [], []
+    for number, image in enumerate(islice(cycle(coco["images"]), count)):
+        images.append(image | {"id": number})
+        for annotation in by_image.get(image["id"], []):
+            annotations.append(annotation | {"id": len(annotations) + 1, "image_id": number})
+    return coco | {"images": images, "annotations": annotations}
+
+
+if __name__ == "__main__":
+    main()
