@@ -20,7 +20,7 @@ from scripts import predict
 def learnt(overfit, tmp_path_factory):
     """A run that knows three classes by heart, and the folder of the two images that it knows."""
     folder = tmp_path_factory.mktemp("predict")
-    run, _ = overfit(folder, 3, solver={"ema": 0.5})
+    run, _ = overfit(folder, 3, solver={"ema": 0.5}, precision="float32")
     yield run / "best.pt", folder / "val" / "images"
     shutil.rmtree(folder)
 
