@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
 
-_broken: list[Exception] = []  # why cuDNN's kernels are not used any more
+_broken: list[str] = []  # why cuDNN's kernels are not used any more
 
 
 class ConvReLU(nn.Conv2d):
@@ -97,9 +97,10 @@ def conv_relu(
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # this cuDNN has none for such a convolution
-            _broken.append(error)
-            reason = str(error).strip().partition("\n")[0]
-            warnings.warn(f"convolutions run without cuDNN's fused kernels, which is slower: {reason}", stacklevel=2)
+            _broken.append(str(error).strip().partition("\n")[0])
+            warnings.warn(
+                f"convolutions run without cuDNN's fused kernels, which is slower: {_broken[0]}", stacklevel=2
+            )
     outputs = [conv._conv_forward(x, weight, bias) for x in maps]
     if shortcut is not None:
         outputs[0] += shortcut

@@ -81,8 +81,7 @@ class Criterion(nn.Module):
     def match(self, grid: Grid | Predictions, targets: list[Target]) -> "Matches":
         """Which box each anchor of each image learns.
 
-        On a GPU ask for it before the model runs: then the number of positives is known when the losses need it, and
-        nothing waits for the device.
+        On a GPU ask for it before the model runs: then the number of positives is known when the losses need it.
         """
         anchors = grid.anchors
         # Of equal length; with a box at least, since anchors without any point at one too.
@@ -105,28 +104,31 @@ class Matches:
         count = self.positive.sum()
         self.num_pos = distributed.all_sum(count).clamp(min=1)
         self._count = NumberOnItsWay(count)
-        self._given = anchors, boxes, classes, assignment.gt_index
+        self._anchors, self._boxes, self._classes, self._gt_index = anchors, boxes, classes, assignment.gt_index
 
     @cached_property
     def rows(self) -> Tensor:
-        return torch.nonzero_static(self.positive.flatten(), size=int(self._count)).squeeze(1)
+        positive = self.positive.flatten()
+        if positive.is_cuda:
+            return torch.nonzero_static(positive, size=int(self._count)).squeeze(1)
+        return positive.nonzero().squeeze(1)
 
     @cached_property
     def _learnt(self) -> tuple[Tensor, Tensor]:
         """Image (P,), and index of the box among its boxes (P,)."""
-        return self.rows // self.positive.shape[1], self._given[3].flatten()[self.rows]
+        return self.rows // self.positive.shape[1], self._gt_index.flatten()[self.rows]
 
     @cached_property
     def labels(self) -> Tensor:
-        return self._given[2][self._learnt]
+        return self._classes[self._learnt]
 
     @cached_property
     def boxes(self) -> Tensor:
-        return self._given[1][self._learnt]
+        return self._boxes[self._learnt]
 
     @cached_property
     def anchors(self) -> Tensor:
-        return self._given[0][self.rows % self.positive.shape[1]]
+        return self._anchors[self.rows % self.positive.shape[1]]
 
     def cell_labels(self, background: int) -> Tensor:
         """(B, A) int64: the class of the positive ones, `background` elsewhere."""

@@ -5,6 +5,7 @@ images, and starts all kernels of a forward or backward pass at once.
 """
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -44,8 +45,8 @@ def speed_up(model: RetinaNet, *, compiled: bool) -> None:
 class Graphs:
     """Calls the model's `outputs` in training as CUDA graphs: images (B, 3, H, W), sizes (B, 2) -> tensors.
 
-    A call's outputs, and the gradients that their backward pass gives, last until the next call: all sizes share their
-    memory.
+    A call's outputs last until the next call, since all sizes share their memory. It trains the parameters that
+    required a gradient when it was made.
     """
 
     def __init__(self, model: RetinaNet):
@@ -54,7 +55,7 @@ class Graphs:
         self.parameters: tuple[Tensor, ...] = parameters
         self.works = True
         self.pool: Any = None
-        self.kept: list[Tensor] = []  # outputs, their gradients, and the parameters' gradients, of all sizes
+        self.kept: dict[tuple, Tensor] = {}  # inputs, outputs and gradients, of all sizes
         self.seen: dict[tuple, int] = {}
         self.recorded: dict[tuple, _Recorded] = {}
 
@@ -68,20 +69,27 @@ class Graphs:
         if images.numel() > 3 * MAX_PIXELS or len(self.recorded) >= MAX_SIZES:
             return False
         self.seen[key] = self.seen.get(key, 0) + 1
-        return self.seen[key] >= SEEN
+        return self.seen[key] >= SEEN and _has_room(images.device)
 
     def __call__(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
         key = self._key(images)
         if key not in self.recorded:
+            buffers = [buffer.clone() for buffer in self.module.buffers()]
             try:
-                self.recorded[key] = _Recorded(self, images, sizes)
-            except RuntimeError as error:  # most often for lack of memory, of which the outputs take some more
+                with torch.cuda.stream(torch.cuda.current_stream(images.device)):  # where a failure returns to
+                    self.recorded[key] = _Recorded(self, images, sizes)
+            except RuntimeError as error:
                 self.works = False
-                self.recorded.clear()
-                self.kept.clear()
                 reason = str(error).strip().partition("\n")[0]
                 warnings.warn(f"training passes run without CUDA graphs, which is slower: {reason}", stacklevel=2)
-                return self.module(images, sizes)
+            with torch.no_grad():
+                for buffer, before in zip(self.module.buffers(), buffers):  # BatchNorm must not count the images again
+                    buffer.copy_(before)
+        if not self.works:
+            self.recorded.clear()
+            self.kept.clear()
+            torch.cuda.empty_cache()
+            return self.module(images, sizes)
         return _Replay.apply(self.recorded[key], images, sizes, *self.parameters)
 
     def leaves(self) -> list[Tensor]:
@@ -96,13 +104,21 @@ class Graphs:
     def _key(images: Tensor) -> tuple:
         return tuple(images.shape), torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
 
-    def shared(self, number: int, like: Tensor) -> Tensor:
-        """The memory that tensor `number` has in all graphs, of this shape."""
-        if number == len(self.kept):
-            self.kept.append(like.new_empty(0))
-        if self.kept[number].numel() < like.numel():  # graphs that were recorded before keep the smaller one
-            self.kept[number] = like.new_empty(like.numel())
-        return self.kept[number][: like.numel()].as_strided(like.shape, like.stride())
+    def shared(self, name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Memory for tensors of these shapes, the same in all graphs."""
+        found = []
+        for number, like in enumerate(tensors):
+            key = name, number, like.dtype
+            if key not in self.kept or self.kept[key].numel() < like.numel():  # older graphs keep the smaller one
+                self.kept[key] = torch.empty_like(like).as_strided((like.numel(),), (1,))
+            found.append(self.kept[key][: like.numel()].as_strided(like.shape, like.stride()))
+        return found
+
+
+def _has_room(device: torch.device) -> bool:
+    """A graph keeps a step's activations, and sizes without one need as much again; so do its outputs, nearly."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) > 3 * torch.cuda.max_memory_allocated(device)
 
 
 class _Outputs(nn.Module):
@@ -116,9 +132,10 @@ class _Outputs(nn.Module):
 
 class _Recorded:
     def __init__(self, owner: Graphs, images: Tensor, sizes: Tensor):
-        module, parameters = owner.module, owner.parameters
-        self.images, self.sizes = images.clone(), sizes.clone()
-        buffers = [buffer.clone() for buffer in module.buffers()]
+        self.parameters = owner.parameters
+        self.images, self.sizes = owner.shared("inputs", [images, sizes])
+        self.images.copy_(images)
+        self.sizes.copy_(sizes)
         stream = torch.cuda.Stream(images.device)
         stream.wait_stream(torch.cuda.current_stream(images.device))
         with torch.cuda.stream(stream):  # once for the libraries' own memory
@@ -126,12 +143,11 @@ class _Recorded:
             outputs = owner.run(leaves, self.images, self.sizes)
             _gradients(outputs, leaves, [torch.zeros_like(output) for output in outputs])
         torch.cuda.current_stream(images.device).wait_stream(stream)
-        self.outputs = [owner.shared(i, output) for i, output in enumerate(outputs)]
-        count = len(outputs)
-        self.gradients = [owner.shared(count + i, output) for i, output in enumerate(outputs)]
-        self.to_parameters = [owner.shared(2 * count + i, parameter) for i, parameter in enumerate(parameters)]
+        self.outputs = owner.shared("outputs", outputs)
+        self.gradients = owner.shared("gradients", outputs)
+        self.to_parameters = owner.shared("to parameters", self.parameters)
         del outputs, leaves
-        torch.clear_autocast_cache()  # the casts of the weights belong into the graph
+        torch.clear_autocast_cache()  # the casts of the weights belong in the graph
 
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         # Other threads may use the device meanwhile: those that pin memory for the next batches.
@@ -147,9 +163,6 @@ class _Recorded:
             kept = [own for own, used in zip(self.to_parameters, self.used) if used]
             torch._foreach_copy_(kept, [gradient for gradient in found if gradient is not None])
         torch.clear_autocast_cache()
-        with torch.no_grad():
-            for buffer, before in zip(module.buffers(), buffers):  # BatchNorm must not count the images again
-                buffer.copy_(before)
 
 
 def _gradients(
@@ -174,6 +187,9 @@ class _Replay(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple:
         recorded = ctx.recorded
+        for parameter in recorded.parameters:  # an earlier part of the batch: its gradient is in the memory used again
+            if parameter.grad is not None:
+                parameter.grad = parameter.grad.clone()
         torch._foreach_copy_(recorded.gradients, list(gradients))
         recorded.backward.replay()
         found = zip(recorded.to_parameters, recorded.used)

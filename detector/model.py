@@ -39,7 +39,7 @@ class RetinaNet(nn.Module):
         """Images (B, 3, H, W) uint8 RGB, H and W multiples of 32; sizes: (height, width) inside the padding."""
         inside = None
         if sizes is not None:
-            inside = torch.tensor(sizes, pin_memory=images.is_cuda).to(images.device, non_blocking=True)
+            inside = torch.tensor(sizes, pin_memory=images.is_cuda).to(images.device, non_blocking=images.is_cuda)
         if inside is not None and self.graphs is not None and self.training and self.graphs.take(images):
             logits, deltas = self.graphs(images, inside)
         else:

@@ -5,7 +5,7 @@
 
 With `takes_quality = True` a class loss also gets, last, `quality` (N,): the IoU of each positive box with its object.
 With `takes_boxes = True` a box loss gets decoded boxes and the ground truth in pixels instead of deltas, and with
-`takes_valid = True` it also gets, last, which rows count (P,).
+`takes_valid = True` and `scope` "level" it also gets, last, which rows count (P,).
 
 num_pos is the number of positive anchors over all processes, at least 1. The scalar is this process's share: training
 minimises its sum over the processes. docs/new_loss.md adds a loss.

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# All that is worth measuring on a GPU, in eight minutes: the tests that need one, each benchmark beside its peer, and a
-# real training. Writes gpu.md, a section for docs/benchmarks.md, into the folder given (default: .).
+# All that is worth measuring on a GPU, in six to ten minutes: the tests that need one, each benchmark beside its peer,
+# and a real training. Writes gpu.md, a section for docs/benchmarks.md, into the folder given (default: .).
 #
 #     bash scripts/bench/gpu.sh [FOLDER] [DATA]
 #
-# DATA holds train.json, val.json and images/ for the real training (default: scenes of the demo). Each part has a time limit and may fail without stopping the others. QUICK=1 tries the script itself on a CPU.
+# DATA holds train.json, val.json and images/ for the real training (default: scenes of the demo). Each part has a time
+# limit and may fail without stopping the others. QUICK=1 tries the script itself on a CPU.
 set -u
 out=${1:-.} data=${2:+$(realpath "$2")}
 mkdir -p "$out"

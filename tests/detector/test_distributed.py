@@ -118,7 +118,13 @@ def run(case, shares, of):
 def as_process(criterion, num_pos, of):
     """The criterion, its state shared, that knows the positives of all, and whose local counts are one of `of`."""
     part = copy.copy(criterion)
-    part.match = lambda *batch: criterion.match(*batch)._replace(num_pos=num_pos)
+
+    def match(*batch):
+        matches = criterion.match(*batch)
+        matches.num_pos = num_pos
+        return matches
+
+    part.match = match
     for loss in ("class", "box"):
         if getattr(getattr(part, f"{loss}_loss"), "local_counts", False):
             setattr(part, f"{loss}_weight", getattr(part, f"{loss}_weight") / of)

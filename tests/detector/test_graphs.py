@@ -1,5 +1,7 @@
 """CUDA graphs of training steps: they do what the model does without them."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ from detector.device import autocast, place
 from detector.graphs import speed_up
 from tests.detector.test_engine import batch, make
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CUDA = torch.device("cuda")
 
 
@@ -34,6 +36,7 @@ def gradients_of_steps(graphed, norm, precision, sizes=((64, 96), (96, 64)), rou
     return found, state, model.graphs
 
 
+@needs_gpu
 @pytest.mark.parametrize("norm", ["bn", "gn"])
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_gradients_and_statistics_are_the_same(norm, precision):
@@ -44,6 +47,7 @@ def test_gradients_and_statistics_are_the_same(norm, precision):
     torch.testing.assert_close(state, expected_state, rtol=0, atol=0)
 
 
+@needs_gpu
 def test_large_batches_and_passes_without_gradient_go_without(monkeypatch):
     model, *_ = make(norm="gn")
     place(model, CUDA, channels_last=True)
@@ -60,6 +64,7 @@ def test_large_batches_and_passes_without_gradient_go_without(monkeypatch):
     assert not model.graphs.recorded
 
 
+@needs_gpu
 def test_no_step_waits_for_the_device():
     """But for the number of positives, which was asked for before the model ran."""
     for class_loss, box_loss in (("focal", "giou"), ("ghm_c", "ghm_r"), ("ohem", "smooth_l1"), ("qfl", "ciou")):
@@ -77,3 +82,43 @@ def test_no_step_waits_for_the_device():
                 criterion(predictions, one.targets, matches).total.backward()
             finally:
                 torch.cuda.set_sync_debug_mode("default")
+
+
+class Graph:
+    """A CUDA graph's replay: what it has recorded, on the memory it has recorded it with."""
+
+    def __init__(self, replay):
+        self.replay = replay
+
+
+def test_gradients_of_several_parts_add_up():
+    """Each replay writes them to the same memory."""
+    weight = torch.nn.Parameter(torch.tensor([2.0, 3.0]))
+    x, output, gradient, to_weight = (torch.zeros(2) for _ in range(4))
+    recorded = SimpleNamespace(
+        parameters=[weight],
+        images=x,
+        sizes=torch.zeros(1),
+        outputs=[output],
+        gradients=[gradient],
+        to_parameters=[to_weight],
+        used=[True],
+        forward=Graph(lambda: output.copy_(weight.detach() * x)),
+        backward=Graph(lambda: to_weight.copy_(gradient * x)),
+    )
+    for part in (torch.tensor([1.0, 10.0]), torch.tensor([4.0, 5.0])):
+        (found,) = graphs._Replay.apply(recorded, part, torch.zeros(1), weight)
+        assert torch.equal(found, weight * part)
+        found.sum().backward()
+    assert torch.equal(weight.grad, torch.tensor([5.0, 15.0]))
+
+
+def test_graphs_share_memory_for_each_type():
+    model, *_ = make(norm="gn")
+    owner = graphs.Graphs(model)
+    (small,) = owner.shared("outputs", [torch.ones(2, 3)])
+    (large,) = owner.shared("outputs", [torch.ones(4, 3, 2, 2).to(memory_format=torch.channels_last)])
+    (again,) = owner.shared("outputs", [torch.ones(3, 3)])
+    (half,) = owner.shared("outputs", [torch.ones(2, 3, dtype=torch.bfloat16)])
+    assert large.is_contiguous(memory_format=torch.channels_last) and half.dtype == torch.bfloat16
+    assert again.shape == (3, 3) and again.data_ptr() == large.data_ptr() != small.data_ptr()
