@@ -130,7 +130,7 @@ class _ConvReLU(torch.autograd.Function):
         *maps: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.options = list(conv.stride), list(conv.padding), list(conv.dilation)
-        ctx.dtypes = weight.dtype, bias.dtype, [x.dtype for x in maps]
+        ctx.dtypes = weight.dtype, bias.dtype
         weight, bias, *inputs = (given.to(dtype) for given in (weight, bias, *maps))
         if shortcut is None:
             outputs = [torch.cudnn_convolution_relu(x, weight, bias, *ctx.options, 1) for x in inputs]  # type: ignore[call-arg]
@@ -158,5 +158,4 @@ class _ConvReLU(torch.autograd.Function):
                 if value is not None:  # over several maps in float32, whatever the maps are
                     total = sums[i]
                     sums[i] = value.to(ctx.dtypes[i]) if total is None else total.add_(value)
-        found = [None if value is None else value.to(dtype) for value, dtype in zip(found, ctx.dtypes[2])]
         return None, None, *sums, before if of_shortcut else None, *found

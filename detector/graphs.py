@@ -69,14 +69,16 @@ class Graphs:
         if images.numel() > 3 * MAX_PIXELS or len(self.recorded) >= MAX_SIZES:
             return False
         self.seen[key] = self.seen.get(key, 0) + 1
-        return self.seen[key] >= SEEN and _has_room(images.device)
+        return self.seen[key] == SEEN and _has_room(images.device)  # asked once: the answer takes time
 
     def __call__(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
         key = self._key(images)
         if key not in self.recorded:
             buffers = [buffer.clone() for buffer in self.module.buffers()]
             try:
-                with torch.cuda.stream(torch.cuda.current_stream(images.device)):  # where a failure returns to
+                with torch.cuda.stream(
+                    torch.cuda.current_stream(images.device)
+                ):  # a failure must not leave training on another stream
                     self.recorded[key] = _Recorded(self, images, sizes)
             except RuntimeError as error:
                 self.works = False
@@ -116,7 +118,7 @@ class Graphs:
 
 
 def _has_room(device: torch.device) -> bool:
-    """A graph keeps a step's activations, and sizes without one need as much again; so do its outputs, nearly."""
+    """Whether three steps fit: activations of graphs, those of a size without a graph, and outputs of graphs."""
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) > 3 * torch.cuda.max_memory_allocated(device)
 

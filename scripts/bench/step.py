@@ -61,14 +61,12 @@ def main() -> None:
     print(f"{measure.environment()}\nprecision of ours: {', '.join(pick_precision('auto', device))}")
     for one in args.work:
         name, side, batch = one.split(":")
-        builders: dict[str, Callable] = {"ours": our_step}
+        builders: dict[str, Callable] = {}
         if not args.ours:
-            builders = {
-                "torchvision": torchvision_step,
-                "torchvision, tuned": partial(torchvision_step, tuned=True),
-                "ours, float32": partial(our_step, settings=["precision=float32"]),
-                "ours": our_step,
-            }
+            builders["torchvision"] = torchvision_step
+            builders["torchvision, tuned"] = partial(torchvision_step, tuned=True)
+            builders["ours, float32"] = partial(our_step, settings=["precision=float32"])
+        builders["ours"] = our_step
         if args.compile:
             builders["ours, compiled"] = partial(our_step, compiled=True)
         builders |= {f"ours, {settings}": partial(our_step, settings=settings.split()) for settings in args.also}

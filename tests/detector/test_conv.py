@@ -72,6 +72,15 @@ def test_equals_float64_forward_and_backward(device, kernel, stride, levels, joi
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_a_map_in_float32_gets_its_gradient_in_float32(device, one_kernel):
+    conv, maps, _ = case(device)
+    x = maps[0].detach().float().requires_grad_()
+    for one in (x, maps[0]):
+        conv_module._ConvReLU.apply(conv, torch.bfloat16, conv.weight, conv.bias, None, one)[0].sum().backward()
+    assert x.grad.dtype == torch.float32 and torch.equal(x.grad, maps[0].grad.float())
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_frozen_weights_get_no_gradient(device, one_kernel):
     conv, maps, _ = case(device)
     conv.requires_grad_(False)
