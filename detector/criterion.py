@@ -11,7 +11,7 @@ from detector import boxes as box_ops
 from detector import distributed
 from detector.assigner import ATSSAssigner, IoUAssigner, groups
 from detector.box_coder import BoxCoder
-from detector.device import NumberOnItsWay
+from detector.device import OnItsWay
 from detector.structures import Assignment, Grid, Losses, Predictions, Target
 
 
@@ -103,14 +103,14 @@ class Matches:
         self.positive, self.valid = assignment.positive, ~assignment.ignored
         count = self.positive.sum()
         self.num_pos = distributed.all_sum(count).clamp(min=1)
-        self._count = NumberOnItsWay(count)
+        self._count = OnItsWay(count)
         self._anchors, self._boxes, self._classes, self._gt_index = anchors, boxes, classes, assignment.gt_index
 
     @cached_property
     def rows(self) -> Tensor:
         positive = self.positive.flatten()
         if positive.is_cuda:
-            return torch.nonzero_static(positive, size=int(self._count)).squeeze(1)
+            return torch.nonzero_static(positive, size=int(self._count.get())).squeeze(1)
         return positive.nonzero().squeeze(1)
 
     @cached_property

@@ -118,19 +118,24 @@ def copied_ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Bat
             return
 
 
-class NumberOnItsWay:
-    """A number () of a device, copied to the host while both go on. int() waits for it, if it has not come yet."""
+class OnItsWay:
+    """A tensor of a device, copied to the host while both go on."""
 
-    def __init__(self, number: Tensor):
-        self._number, self._came = number, None
-        if number.is_cuda:
-            self._number = torch.empty_like(number, device="cpu", pin_memory=True).copy_(number, non_blocking=True)
-            self._came = torch.cuda.current_stream(number.device).record_event()
+    def __init__(self, tensor: Tensor):
+        self._tensor, self._came = tensor, None
+        if tensor.is_cuda:
+            self._tensor = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+            self._came = torch.cuda.current_stream(tensor.device).record_event()
 
-    def __int__(self) -> int:
+    @property
+    def here(self) -> bool:
+        return self._came is None or self._came.query()
+
+    def get(self) -> Tensor:
+        """The tensor on the host; waits for it if need be."""
         if self._came is not None:
             self._came.synchronize()
-        return int(self._number)
+        return self._tensor
 
 
 def peak_memory(device: torch.device) -> int:

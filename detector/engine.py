@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from detector import boxes as box_ops
 from detector import distributed
-from detector.criterion import Criterion
-from detector.device import autocast, copied_ahead
+from detector.criterion import Criterion, Matches
+from detector.device import OnItsWay, autocast, copied_ahead
 from detector.gradients import Observation, observe
 from detector.postprocess import NonFiniteOutput, Postprocess
 from detector.solver import Solver
@@ -50,32 +50,49 @@ def train_until(
     if solver.step_count >= last:
         return
     logger.start(solver.step_count, solver.total_steps)
-    for batch in distributed.padded_alike(batches, device):
-        logger.batch_arrived()
-        number = solver.step_count + 1
-        losses, observation = _backward(model, criterion, batch, solver, logger.wants_gradients(number))
+    stream = distributed.padded_alike(batches, device)
+
+    def fetch(unread: OnItsWay | None = None) -> tuple[Batch, Matches] | None:
+        batch = logger.next_batch(stream, unread)
+        # Which anchor learns which box depends on the images' size alone: it is found before the model runs.
+        return batch and (batch, criterion.match(cast("RetinaNet", solver.model).grid(batch.images), batch.targets))
+
+    upcoming = fetch()
+    while upcoming is not None:
+        (batch, matches), upcoming, number = upcoming, None, solver.step_count + 1
+        losses, observation = _backward(model, criterion, batch, matches, solver, logger.wants_gradients(number))
         if observation is not None:
             logger.gradients(observation, number)
         scalars = {name: value.detach() for name, value in (losses.terms | losses.diagnostics).items()}
         scalars["gradient_norm"] = solver.clip_gradients()
-        values = _to_numbers(scalars, losses.terms.keys())
-        if bad := _not_finite(values, losses.terms.keys(), solver):
-            message = _describe_failure(bad, number, batch)
-            if solver.skipped >= solver.may_skip:
-                raise NonFiniteLoss(f"{message}; the weights were not updated", batch)
-            solver.skip()
-            logger.say(f"{message}; skipped, {solver.may_skip - solver.skipped} more may be (solver.skip_nonfinite)")
-        else:
-            lr = solver.lr_at(solver.step_count)
-            solver.step()
-            logger.step(values, losses.terms.keys(), lr, len(batch.images) * distributed.world_size(), number)
-        logger.batch_done()
-        if solver.step_count >= last:
-            break
+        totals = OnItsWay(distributed.all_sum(torch.stack([value.float() for value in scalars.values()])))
+        try:
+            if number < last:  # before the losses are read: a GPU that still computes them goes on without a gap
+                upcoming = fetch(totals)
+        finally:  # an error in place of a batch loses no step
+            values = dict(zip(scalars, totals.get().tolist()))
+            for name in values.keys() - losses.terms.keys():  # averaged over processes; the losses' terms are summed
+                values[name] /= distributed.world_size()
+            _update(solver, values, losses.terms.keys(), batch, logger)
+
+
+def _update(solver: Solver, values: dict[str, float], terms: Iterable[str], batch: Batch, logger: "Logger") -> None:
+    """Update the weights and log the step, or refuse to where a value is not finite."""
+    if bad := _not_finite(values, terms, solver):
+        message = _describe_failure(bad, solver.step_count + 1, batch)
+        if solver.skipped >= solver.may_skip:
+            raise NonFiniteLoss(f"{message}; the weights were not updated", batch)
+        solver.skip()
+        logger.say(f"{message}; skipped, {solver.may_skip - solver.skipped} more may be (solver.skip_nonfinite)")
+    else:
+        lr = solver.lr_at(solver.step_count)
+        solver.step()
+        logger.step(values, terms, lr, len(batch.images) * distributed.world_size(), solver.step_count)
+    logger.step_done()
 
 
 def _backward(
-    model: nn.Module, criterion: Criterion, batch: Batch, solver: Solver, observing: bool
+    model: nn.Module, criterion: Criterion, batch: Batch, matches: Matches, solver: Solver, observing: bool
 ) -> tuple[Losses, Observation | None]:
     """Losses of the batch, and its gradient in the parameters."""
 
@@ -83,9 +100,8 @@ def _backward(
         with autocast(part.images.device, solver.precision):
             return model(part.images, part.sizes)
 
-    # Which anchor learns which box depends on the images' size alone: found first, it is known when the losses need it.
-    matches = criterion.match(cast("RetinaNet", solver.model).grid(batch.images), batch.targets)
-    parts = _split(batch, solver.accumulate)
+    size = len(batch.images) // solver.accumulate
+    parts = [Batch._make(values[i * size : (i + 1) * size] for values in batch) for i in range(solver.accumulate)]
     if len(parts) > 1:
         # The loss needs the whole batch: its normaliser, and GHM's density, count all images. So predict every part
         # without a graph, compute the gradient in these predictions, and pass it back through each part, run again.
@@ -103,7 +119,6 @@ def _backward(
     # Gradients are averaged over processes; the losses of all processes are meant to be summed.
     solver.backward(losses.total * distributed.world_size())
     if len(parts) > 1:
-        size = len(batch.images) // len(parts)
         for i, part in enumerate(parts):
             again, images = forward(part), slice(i * size, (i + 1) * size)
             gradients = [cast(Tensor, output.grad)[images] for output in (predictions.logits, predictions.deltas)]
@@ -150,19 +165,6 @@ def predict(
         ids = [image_id for part in failed for image_id in part]
         raise FloatingPointError(f"images {ids}: {NonFiniteOutput.reason}")
     return {image_id: detections for part in parts for image_id, detections in part.items()}
-
-
-def _split(batch: Batch, parts: int) -> list[Batch]:
-    """The batch in equal parts, for gradient accumulation."""
-    size = len(batch.images) // parts
-    return [Batch._make(values[i * size : (i + 1) * size] for values in batch) for i in range(parts)]
-
-
-def _to_numbers(tensors: dict[str, Tensor], summed: Iterable[str]) -> dict[str, float]:
-    """The tensors named in `summed` summed over processes, the others averaged; a single transfer from the device."""
-    totals = distributed.all_sum(torch.stack([value.float() for value in tensors.values()])).tolist()
-    summed = set(summed)
-    return {name: total if name in summed else total / distributed.world_size() for name, total in zip(tensors, totals)}
 
 
 def _not_finite(values: dict[str, float], terms: Iterable[str], solver: Solver) -> dict[str, float]:

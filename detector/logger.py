@@ -4,14 +4,16 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tqdm import tqdm
 
 from detector import distributed
 from detector.curves import Curves
+from detector.device import OnItsWay
 from detector.gradients import Observation
+from detector.structures import Batch
 
 WARM_UP = 5  # first steps, left out of the median: caches, kernels and loading processes warm up in them
 
@@ -19,7 +21,8 @@ WARM_UP = 5  # first steps, left out of the median: caches, kernels and loading 
 class Logger:
     """Prints and times the training; `curves` are TensorBoard's.
 
-    The training loop calls `start`, and for each batch `batch_arrived`, `step` unless it is skipped, and `batch_done`.
+    The training loop calls `start`, `next_batch` for its batches, and for each step `step`, unless it is skipped, and
+    `step_done`.
 
     Args:
         folder: where TensorBoard's files go; None: no TensorBoard
@@ -44,7 +47,7 @@ class Logger:
         self._steps = 0
         self._durations: deque[float] = deque(maxlen=1000)
         self._recent: deque[tuple[float, float]] = deque(maxlen=50)  # seconds of a step, and of its wait for data
-        self._step_began = self._batch_arrived = 0.0
+        self._step_began = self._waited = 0.0
         self._line: tqdm | None = None
 
     @property
@@ -72,18 +75,23 @@ class Logger:
                 mininterval=0.5 if terminal else 30,  # a log file gets a line twice a minute
                 maxinterval=10 if terminal else 60,
             )
-        self._step_began = time.perf_counter()
+        self._step_began, self._waited = time.perf_counter(), 0.0
 
-    def batch_arrived(self) -> None:
-        self._batch_arrived = time.perf_counter()
+    def next_batch(self, batches: Iterator[Batch], unread: OnItsWay | None = None) -> Batch | None:
+        """The next of the batches; None if there is none. A wait while a GPU still computes `unread` does not count."""
+        began = time.perf_counter()
+        batch = next(batches, None)
+        if unread is None or unread.here:
+            self._waited += time.perf_counter() - began
+        return batch
 
-    def batch_done(self) -> None:
+    def step_done(self) -> None:
         now = time.perf_counter()
         self._steps += 1
         if self._steps > WARM_UP:
             self._durations.append(now - self._step_began)
-        self._recent.append((now - self._step_began, self._batch_arrived - self._step_began))
-        self._step_began = now
+        self._recent.append((now - self._step_began, self._waited))
+        self._step_began, self._waited = now, 0.0
 
     def step(self, values: dict[str, float], terms: Iterable[str], lr: float, images: int, step: int) -> None:
         """Show and log a step: loss terms and diagnostics, learning rate, and images of all processes."""

@@ -1,5 +1,6 @@
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -357,7 +358,8 @@ def test_on_a_gpu_no_step_depends_on_data(class_loss, box_loss, assigner, monkey
     """Of tensors that have no values, whatever needs one raises; and numbers are not copied from the host."""
     monkeypatch.setattr(dispatch, "compiles", lambda logits: False)
     monkeypatch.setattr(dispatch, "triton_for", lambda logits: None)  # it would run on these tensors' values
-    monkeypatch.setattr(criterion_module, "NumberOnItsWay", lambda number: 7)  # a value that it copies without a wait
+    on_its_way = SimpleNamespace(get=lambda: torch.tensor(7))  # a value that it copies without a wait
+    monkeypatch.setattr(criterion_module, "OnItsWay", lambda number: on_its_way)
     with FakeTensorMode(), Copies() as copies:
         cuda = torch.device("cuda", 0)
         predictions = Predictions(

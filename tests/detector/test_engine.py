@@ -12,7 +12,7 @@ from detector import assemble, engine, losses
 from detector.config import Config
 from detector.configure import complete
 from detector.engine import predict, train_until
-from detector.errors import Stopped
+from detector.errors import Stopped, UserError
 from detector.stop import Stop
 from detector.structures import Batch, Detections, Losses, Predictions, Target
 
@@ -29,10 +29,11 @@ class Recorder:
     def start(self, step, total_steps):
         self.calls.append(f"start {step} of {total_steps}")
 
-    def batch_arrived(self):
-        self.calls.append("arrived")
+    def next_batch(self, batches, unread=None):
+        self.calls.append("next")
+        return next(batches, None)
 
-    def batch_done(self):
+    def step_done(self):
         self.calls.append("done")
 
     def wants_gradients(self, step):
@@ -91,7 +92,20 @@ def test_it_ends_where_the_solver_is_done():
     logger = Recorder()
     train_until(model, criterion, [batch()] * 5, solver, logger, CPU, step=4)
     assert len(logger.steps) == 2 and solver.done
-    assert logger.calls == ["start 0 of 2", "arrived", "done", "arrived", "done"]
+    assert logger.calls == ["start 0 of 2", "next", "next", "done", "done"]
+
+
+@pytest.mark.parametrize("error", [UserError("an image cannot be read"), Stopped(signal.SIGTERM)])
+def test_an_error_in_place_of_a_batch_comes_after_the_step_before(error):
+    def stream():
+        yield batch()
+        raise error
+
+    model, criterion, solver = make()
+    logger = Recorder()
+    with pytest.raises(type(error)):
+        train(model, criterion, stream(), solver, logger, CPU)
+    assert solver.step_count == len(logger.steps) == 1
 
 
 def test_gradients_are_observed_when_asked_for_and_change_nothing():

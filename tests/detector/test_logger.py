@@ -91,9 +91,8 @@ def test_the_progress_line_shows_and_times_all_but_the_first_steps(tmp_path, cap
     assert logger.seconds_per_step == 9.0  # from before it was resumed, until there are steps enough
     logger.start(step=2, total_steps=10)
     for step in range(3, 11):
-        logger.batch_arrived()
         logger.step(VALUES, ("class", "box"), 0.01, 2, step)
-        logger.batch_done()
+        logger.step_done()
         assert (logger.seconds_per_step == 9.0) == (step - 2 <= 5)
     logger.close()
     assert 0 < logger.seconds_per_step < 1
@@ -101,20 +100,24 @@ def test_the_progress_line_shows_and_times_all_but_the_first_steps(tmp_path, cap
     assert printed.out == "" and "10/10" in printed.err and "loss 0.7500" in printed.err
 
 
-def test_waiting_for_data_is_part_of_a_step_and_shown(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("computing", "share"), [(False, 1 / 3), (True, 0)])
+def test_waiting_for_data_is_part_of_a_step_and_shown(computing, share, tmp_path, monkeypatch):
     now = iter(range(1000))  # each look at the clock is a second later
     monkeypatch.setattr("detector.logger.time", SimpleNamespace(perf_counter=lambda: next(now)))
     logger = Logger(tmp_path, every=1)
+    batches = iter(["a batch"] * 8)
     for step in range(1, 9):
         if step in (1, 5):  # where an epoch starts
             logger.start(step=step - 1, total_steps=8)
-        logger.batch_arrived()
+        assert logger.next_batch(batches, SimpleNamespace(here=not computing)) == "a batch"
         logger.step(VALUES, ("class", "box"), 0.01, 3, step)
-        logger.batch_done()
+        logger.step_done()
+    assert logger.next_batch(batches) is None
     logger.close()
-    assert logger.seconds_per_step == 2
-    assert scalars(tmp_path, "speed/data_wait")[8] == 0.5
-    assert scalars(tmp_path, "speed/images_per_second")[8] == 1.5
+    seconds = 2 if computing else 3  # of a step
+    assert logger.seconds_per_step == seconds
+    assert scalars(tmp_path, "speed/data_wait")[8] == pytest.approx(share)
+    assert scalars(tmp_path, "speed/images_per_second")[8] == pytest.approx(3 / seconds)
 
 
 def test_say_goes_to_standard_output(tmp_path, capsys):
