@@ -10,7 +10,7 @@ cells.
 
 The moving average runs over 300 batches of one model, of which the first 100 are not shown. In a training the model
 moves on meanwhile, so a long memory knows less than it does here. Writes into --output (default: the folder of the last
-checkpoint) batch_regions.png and batch_regions.csv, a line for each region.
+checkpoint) batch_regions.png, batch_regions.md with what it prints, and batch_regions.csv with a line for each region.
 """
 
 import argparse
@@ -72,6 +72,10 @@ class Form(NamedTuple):
         """The largest weight of a batch, median over batches."""
         return float(self.beta.amax(dim=1).median())
 
+    def weights(self) -> Tensor:
+        """(bins,) mean weight of each region over the batches in which it holds cells, 0 where there is none."""
+        return self.beta.sum(dim=0) / (self.counts > 0).sum(dim=0).clamp(min=1)
+
     def from_few(self, few: int) -> float:
         """Share of the gradient from regions with fewer than `few` cells, mean over batches."""
         return float((self.gradient * (self.counts < few)).sum(dim=1).mean())
@@ -88,21 +92,23 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--images, --batches: give at least 1")
     folder = args.output or Path(args.checkpoints[-1]).parent
 
-    results = []
+    results, tables = [], []
     for source in args.checkpoints:
         measured = measure(source, args.images)
         forms = {
             size: {name: simulate(measured, size, options) for name, options in FORMS.items()} for size in args.batches
         }
-        print("\n".join(table(measured, forms)))
+        tables.append("\n".join(table(measured, forms)))
+        print(tables[-1])
         results.append((measured, forms))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         draw(results).savefig(folder / "batch_regions.png", dpi=150)
         write(folder / "batch_regions.csv", results)
+        (folder / "batch_regions.md").write_text("\n".join(tables).lstrip(), encoding="utf-8")
     except OSError as error:
         raise UserError(f"--output: {folder} cannot be written ({error.strerror})") from None
-    print(f"written: {folder / 'batch_regions.png'}, {folder / 'batch_regions.csv'}")
+    print(f"written: batch_regions.png, batch_regions.md and batch_regions.csv in {folder}")
 
 
 def measure(source: str, count: int) -> Measured:
@@ -194,19 +200,20 @@ def row(cells: list[Any]) -> str:
 
 
 def write(path: Path, results: list[tuple[Measured, dict[int, dict[str, Form]]]]) -> None:
-    """A line for each region of each size of batch and checkpoint; weights are those of the published form."""
+    """A line for each region of each size of batch and checkpoint; weights and gradient are the published form's."""
     with open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         rare = [f"batches with fewer than {few} cells" for few in FEW]
         writer.writerow(["checkpoint", "images a batch", "from", "to", "mean cells", *rare, "mean weight", "gradient"])
         for measured, forms in results:
             for size, by_name in forms.items():
-                counts, beta, gradient = by_name[PUBLISHED]
+                counts, _, gradient = by_name[PUBLISHED]
+                weights = by_name[PUBLISHED].weights()
                 for region in range(BINS):
                     here = counts[:, region]
                     shares = [f"{(here < few).double().mean():.4f}" for few in FEW]
                     edges = f"{region / BINS:.4f}", f"{(region + 1) / BINS:.4f}"
-                    means = f"{beta[:, region].mean():.6g}", f"{gradient[:, region].mean():.4f}"
+                    means = f"{weights[region]:.6g}", f"{gradient[:, region].mean():.4f}"
                     line = [measured.name, size, *edges, f"{here.double().mean():.2f}", *shares, *means]
                     writer.writerow(line)
 
@@ -219,8 +226,7 @@ def draw(results: list[tuple[Measured, dict[int, dict[str, Form]]]]) -> plt.Figu
     for (of_counts, of_weights, of_shares), (measured, forms) in zip(axes.T, results):
         for size, by_name in forms.items():
             published = by_name[PUBLISHED]
-            for axis, values in ((of_counts, published.counts.double()), (of_weights, published.beta)):
-                mean = values.mean(dim=0)
+            for axis, mean in ((of_counts, published.counts.double().mean(dim=0)), (of_weights, published.weights())):
                 axis.plot(
                     middle, mean.where(mean > 0, torch.nan).numpy(), drawstyle="steps-mid", label=f"{size} images"
                 )

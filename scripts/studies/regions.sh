@@ -1,5 +1,6 @@
 #!/bin/bash
 # How many cells GHM-C's regions hold as a training goes on: short trainings of several lengths, each with its schedule.
+# Also of BCCD, where tables.sh has trained it. Tables and figures go into results/regions.
 # Arguments: the config (configs/demo_long/ghm_c.yaml, without a limit), the numbers of steps, further KEY=VALUE.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -8,8 +9,11 @@ name=$(basename "$(dirname "$config")")
 [ $# -gt 0 ] || python -m data.demo --out datasets/demo
 
 for step in $steps; do
-    python train.py --config "$config" --resume --set class_loss.max_weight=null "${@:3}" run="regions/$name/step$step" \
+    python train.py --config "$config" --resume --set class_loss.max_weight=null "${@:3}" run="regions/$step/$name" \
         "solver.max_steps=$step" tensorboard.images=0 evaluation.every=1000
 done
-python scripts/batch_regions.py --checkpoints $(for step in $steps; do echo "runs/regions/$name/step$step/last.pt"; done) \
-    --output "runs/regions/$name"
+python scripts/batch_regions.py --checkpoints $(for step in $steps; do echo "runs/regions/$step/$name/last.pt"; done) \
+    --output "results/regions/$name"
+if [ -f runs/laptop/ghm_c-s0/best.pt ]; then
+    python scripts/batch_regions.py --checkpoints runs/laptop/ghm_c-s0/best.pt --output results/regions/bccd
+fi

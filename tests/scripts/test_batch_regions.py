@@ -31,6 +31,8 @@ def test_tables_a_picture_and_a_line_for_each_region(checkpoint, folder, command
         assert f"| {form} | 2 |" in out and f"| {form} | 4 |" in out
     picture = read_image(str(folder / "new" / "batch_regions.png"))
     assert picture.shape[1] > 1000 and picture.float().std() > 10  # something is drawn
+    printed = (folder / "new" / "batch_regions.md").read_text(encoding="utf-8")
+    assert printed.strip() in out and printed.count("images of") == 2
     with open(folder / "new" / "batch_regions.csv", newline="") as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == 2 * 2 * BINS
@@ -77,6 +79,10 @@ def test_sparse_regions_worked_by_hand():
     assert form.largest() == pytest.approx(1000 / (4 * 2))  # N / (S n) of two regions
     assert form.from_few(10) == form.from_few(100) == pytest.approx(0.99)
     assert form.from_few(1000) == pytest.approx(1)
+    empty = torch.zeros(1, BINS)  # in half of the batches: the other half alone says what a cell weighs
+    halved = form._replace(counts=torch.cat([form.counts, empty]), beta=torch.cat([form.beta, empty]))
+    halved = halved._replace(counts=halved.counts[-2:], beta=halved.beta[-2:])
+    assert halved.weights()[-1].item() == pytest.approx(1000 / (4 * 2)) and halved.weights()[1] == 0
     assert simulate(Measured("", counts, norms), 3, FORMS[PUBLISHED]).from_few(10) == 0  # 12 cells
 
 
