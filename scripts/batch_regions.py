@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
         results.append((measured, forms))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        draw(results).savefig(folder / "batch_regions.png", dpi=150)
+        draw(results).savefig(folder / "batch_regions.png", dpi=110)
         write(folder / "batch_regions.csv", results)
         (folder / "batch_regions.md").write_text("\n".join(tables).lstrip(), encoding="utf-8")
     except OSError as error:
