@@ -127,3 +127,10 @@ def test_the_table_of_wrong_labels_is_what_the_command_writes(tmp_path, monkeypa
     compare_conditions.main(["results/noise", "--output", str(tmp_path / "noise.png")])
     table = "\n".join(line for line in capsys.readouterr().out.splitlines() if line.startswith("|"))
     assert table.count("\n") == 5 and table in (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+
+
+def test_the_table_of_sparse_regions_is_what_the_command_writes():
+    section = (ROOT / "docs/results.md").read_text(encoding="utf-8").partition("## Why GHM-C needs a limit")[2]
+    rows = [line for line in section.partition("\n## ")[0].splitlines() if line.startswith("|")]
+    written = (ROOT / "results/regions/bccd/batch_regions.md").read_text(encoding="utf-8").splitlines()
+    assert len(rows) > 5 and set(rows) <= set(written)
