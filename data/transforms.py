@@ -16,7 +16,7 @@ from detector.resize import resize_image, target_size
 
 MIN_VISIBLE = 0.25  # drop a box of which less remains in the image: it would teach guessing
 
-Sample = tuple[np.ndarray, np.ndarray, np.ndarray]
+Augmented = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 class EvalTransform:
@@ -26,7 +26,7 @@ class EvalTransform:
         _check_sides(short_side, long_side)
         self.short_side, self.long_side = short_side, long_side
 
-    def __call__(self, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, seed: int = 0) -> Sample:
+    def __call__(self, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, seed: int = 0) -> Augmented:
         height, width = self.largest(*image.shape[:2])
         return *resize(image, boxes, height, width), labels
 
@@ -61,7 +61,7 @@ class TrainTransform:
         self.flips = (horizontal_flip, vertical_flip)
         self.distort = _distortion() if strong else None
 
-    def __call__(self, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, seed: int) -> Sample:
+    def __call__(self, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, seed: int) -> Augmented:
         if self.distort is not None:
             # Not set_random_seed: it starts every step from the same seed, so that they would all happen together.
             self.distort.set_random_state(np.random.default_rng(seed), random.Random(seed))

@@ -84,7 +84,7 @@ class Criterion(nn.Module):
         On a GPU ask for it before the model runs: then the number of positives is known when the losses need it.
         """
         anchors = grid.anchors
-        # Of equal length; with a box at least, since anchors without any point at one too.
+        # Padded to equal length, at least one box: an anchor that learns none needs an index too.
         nothing = Target(anchors.new_zeros(1, 4), anchors.new_zeros(1, dtype=torch.int64))
         boxes, classes = (pad_sequence(list(values), batch_first=True) for values in zip(*targets, nothing))
         parts = groups(anchors, boxes[:-1], [len(target.labels) for target in targets])

@@ -3,7 +3,7 @@
 import contextlib
 import ctypes
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -119,23 +119,36 @@ def copied_ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Bat
 
 
 class OnItsWay:
-    """A tensor of a device, copied to the host while both go on."""
+    """A copy of a tensor to the host that does not block; `get` waits for it."""
 
     def __init__(self, tensor: Tensor):
-        self._tensor, self._came = tensor, None
+        self._tensor, self._device, self._came = tensor, tensor.device, None
         if tensor.is_cuda:
             self._tensor = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
-            self._came = torch.cuda.current_stream(tensor.device).record_event()
-
-    @property
-    def here(self) -> bool:
-        return self._came is None or self._came.query()
+            self._came = _now(tensor.device)
 
     def get(self) -> Tensor:
-        """The tensor on the host; waits for it if need be."""
         if self._came is not None:
             self._came.synchronize()
         return self._tensor
+
+    def idle(self) -> Callable[[], float] | None:
+        """For later: the seconds that the GPU had nothing to do between this tensor and now. None without a GPU."""
+        if (came := self._came) is None:
+            return None
+        now = _now(self._device)
+
+        def seconds() -> float:
+            now.synchronize()
+            return came.elapsed_time(now) / 1000
+
+        return seconds
+
+
+def _now(device: torch.device) -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
 
 
 def peak_memory(device: torch.device) -> int:

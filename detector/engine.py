@@ -60,14 +60,14 @@ def train_until(
     upcoming = fetch()
     while upcoming is not None:
         (batch, matches), upcoming, number = upcoming, None, solver.step_count + 1
-        losses, observation = _backward(model, criterion, batch, matches, solver, logger.wants_gradients(number))
+        losses, observation = backward(model, criterion, batch, matches, solver, logger.wants_gradients(number))
         if observation is not None:
             logger.gradients(observation, number)
         scalars = {name: value.detach() for name, value in (losses.terms | losses.diagnostics).items()}
         scalars["gradient_norm"] = solver.clip_gradients()
         totals = OnItsWay(distributed.all_sum(torch.stack([value.float() for value in scalars.values()])))
         try:
-            if number < last:  # before the losses are read: a GPU that still computes them goes on without a gap
+            if number < last:  # before the losses are read: a GPU that still computes them then goes on without a gap
                 upcoming = fetch(totals)
         finally:  # an error in place of a batch loses no step
             values = dict(zip(scalars, totals.get().tolist()))
@@ -77,7 +77,7 @@ def train_until(
 
 
 def _update(solver: Solver, values: dict[str, float], terms: Iterable[str], batch: Batch, logger: "Logger") -> None:
-    """Update the weights and log the step, or refuse to where a value is not finite."""
+    """Update the weights and log the step. If a value is not finite, skip it or raise NonFiniteLoss."""
     if bad := _not_finite(values, terms, solver):
         message = _describe_failure(bad, solver.step_count + 1, batch)
         if solver.skipped >= solver.may_skip:
@@ -91,10 +91,10 @@ def _update(solver: Solver, values: dict[str, float], terms: Iterable[str], batc
     logger.step_done()
 
 
-def _backward(
-    model: nn.Module, criterion: Criterion, batch: Batch, matches: Matches, solver: Solver, observing: bool
+def backward(
+    model: nn.Module, criterion: Criterion, batch: Batch, matches: Matches, solver: Solver, observing: bool = False
 ) -> tuple[Losses, Observation | None]:
-    """Losses of the batch, and its gradient in the parameters."""
+    """Losses of the batch, and its gradient in the parameters; what each example gives of it, if `observing`."""
 
     def forward(part: Batch) -> Predictions:
         with autocast(part.images.device, solver.precision):

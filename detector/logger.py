@@ -4,7 +4,7 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from tqdm import tqdm
@@ -47,7 +47,8 @@ class Logger:
         self._steps = 0
         self._durations: deque[float] = deque(maxlen=1000)
         self._recent: deque[tuple[float, float]] = deque(maxlen=50)  # seconds of a step, and of its wait for data
-        self._step_began = self._waited = 0.0
+        self._step_began = 0.0
+        self._waits: list[Callable[[], float]] = []  # for batches of the step, in seconds
         self._line: tqdm | None = None
 
     @property
@@ -75,14 +76,14 @@ class Logger:
                 mininterval=0.5 if terminal else 30,  # a log file gets a line twice a minute
                 maxinterval=10 if terminal else 60,
             )
-        self._step_began, self._waited = time.perf_counter(), 0.0
+        self._step_began, self._waits = time.perf_counter(), []
 
     def next_batch(self, batches: Iterator[Batch], unread: OnItsWay | None = None) -> Batch | None:
-        """The next of the batches; None if there is none. A wait while a GPU still computes `unread` does not count."""
+        """The next of the batches; None if there is none. On a GPU only the time after `unread` is a wait for it."""
         began = time.perf_counter()
         batch = next(batches, None)
-        if unread is None or unread.here:
-            self._waited += time.perf_counter() - began
+        seconds = time.perf_counter() - began
+        self._waits.append((unread and unread.idle()) or (lambda: seconds))
         return batch
 
     def step_done(self) -> None:
@@ -90,8 +91,8 @@ class Logger:
         self._steps += 1
         if self._steps > WARM_UP:
             self._durations.append(now - self._step_began)
-        self._recent.append((now - self._step_began, self._waited))
-        self._step_began, self._waited = now, 0.0
+        self._recent.append((now - self._step_began, sum(wait() for wait in self._waits)))
+        self._step_began, self._waits = now, []
 
     def step(self, values: dict[str, float], terms: Iterable[str], lr: float, images: int, step: int) -> None:
         """Show and log a step: loss terms and diagnostics, learning rate, and images of all processes."""

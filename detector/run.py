@@ -195,7 +195,10 @@ class Run:
             torch.save({**batch._asdict(), "targets": [target._asdict() for target in batch.targets]}, path)
         except (OSError, RuntimeError):
             return f"they could not be saved in {path}"
-        return f"they are in {path} for a look; lower solver.lr or set solver.clip_norm, and go on with --resume"
+        return (
+            f"they are in {path} for a look; lower solver.lr or set solver.clip_norm, and go on with --resume "
+            "--accept-changes"
+        )
 
 
 def find_checkpoint(cfg: Config, *, resume: bool) -> Saved | None:

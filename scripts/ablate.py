@@ -23,6 +23,7 @@ compare.py shows these seconds. --output then holds
 """
 
 import argparse
+import hashlib
 import json
 import random
 import sys
@@ -150,6 +151,10 @@ class Study:
         self.processes = processes
         self.notes: dict[str, Values] = {}  # by variant, added to its results
         self.tried: dict[str, list[Trial]] = {}  # by variant, its finished short runs
+        data = self.common.data
+        self.annotations = {
+            key: hash_of(key, part.annotations) for key, part in (("data.train", data.train), ("data.val", data.val))
+        }
 
     def runs(self, variants: dict[str, Values], seeds: int) -> list[Run]:
         """Every variant with one seed, then with the next, so that runs that stop early still compare."""
@@ -200,7 +205,9 @@ class Study:
             file,
             configure(str(file)),
             self.results / f"{name}.json",
-            notes | self.notes.get(notes["variant"], {}) | {"processes": self.processes},
+            notes
+            | self.notes.get(notes["variant"], {})
+            | {"processes": self.processes, "annotations": self.annotations},
             self.processes,
         )
 
@@ -215,6 +222,15 @@ class Study:
         count = max(1, round(HELD_OUT * len(indices)))
         for split, part in (("val", indices[:count]), ("train", indices[count:])):
             self.part(split).write_text(json.dumps(annotations.document(part)), encoding="utf-8")
+
+
+def hash_of(key: str, file: str) -> str:
+    """The start of the file's SHA-256: a result belongs to the data that it was trained on."""
+    try:
+        with open(file, "rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()[:16]
+    except OSError as error:
+        raise UserError(f"{key}.annotations: {file} cannot be read ({error.strerror})") from None
 
 
 def add_timing(runs: list[Run]) -> None:

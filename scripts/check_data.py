@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     anchors: Anchors = assemble.build_model(cfg.model_copy(update={"model": small(cfg)}), 1).anchors
     best = best_iou(anchors, train.boxes, [train.sizes[i] for i in train.image])
     imbalance = balance(cfg, anchors, train)
-    advice = suggest(cfg, anchors, train, best) if len(best) and (best < FITS).mean() > MANY else None
+    advice = suggest(cfg, train, best) if len(best) and (best < FITS).mean() > MANY else None
     pairs = near_duplicates(train, val) if val else []
     suspicious = suspicious_boxes(both)
 
@@ -217,7 +217,7 @@ class Advice(NamedTuple):
         return f"--set anchors.sizes={self.sizes} anchors.ratios={self.ratios}".replace(", ", ",")
 
 
-def suggest(cfg: Config, anchors: Anchors, train: Seen, best: np.ndarray) -> Advice | None:
+def suggest(cfg: Config, train: Seen, best: np.ndarray) -> Advice | None:
     """Anchor sizes and ratios that leave at most 2/3 as many boxes without an anchor; None if none are found."""
     now = cfg.anchors.options
     if cfg.anchors.name != "grid":

@@ -9,9 +9,10 @@ scores, GB the peak memory. In AP, AP50, AP75, AP80 and AP90 the highest value i
 row beyond chance.
 
 Below are the differences in AP (--metric) from the first row (or --baseline), each with its 95% interval over other
-seeds and other validation images. "better" and "worse" are corrected for the number of rows: at most one study in 20
-has any false one. A row with one seed gets no verdict. The last line says how large a difference these runs can detect,
-and how many seeds a smaller one takes. The formulas are in scripts/comparison/verdict.py.
+seeds and other validation images, for the weights that a row has, however they were chosen. "better" and "worse" are
+corrected for the number of rows: at most one table in 20 has any false one. A row with one seed gets no verdict. The
+last line says how large a difference these runs can detect, and how many seeds a smaller one takes. The formulas are in
+scripts/comparison/verdict.py.
 
 Runs of several validation sets, such as results/bccd/*.json results/cards/*.json, get a table for each set and then
 the mean over the sets of each difference, with its interval and verdict, for the rows that have runs in each set.
@@ -108,13 +109,17 @@ def compare(title: str, rows: list[Row], baseline: str, metric: str) -> Compared
     """What there is to say of the rows of one set."""
     cost = costs(rows)
     results = differences(rows, baseline, metric)
+    verdicts = describe(results, named(rows, baseline).name, metric)
+    failures = {row.name: f"; {len(row.failures)} of its runs failed" for row in rows if row.failures}
+    for place, diff in enumerate(results, start=len(verdicts) - len(results)):
+        verdicts[place] += failures.get(diff.name, "")
     return Compared(
         title,
         rows,
         cost,
         table=[cells(row, cost) for row in rows],
         results=results,
-        verdicts=describe(results, named(rows, baseline).name, metric),
+        verdicts=verdicts,
         detectable=detectable_differences(rows, results, metric),
         notes=[f"- {cost.remark}"] * bool(cost.remark) + published(rows) + warn(rows),
     )
@@ -179,6 +184,11 @@ def marks(rows: list[Row]) -> set[tuple[int, int]]:
 def warn(rows: list[Row]) -> list[str]:
     """The failed runs, and a line for each setting in which the runs differ: a warning unless it was tuned."""
     warnings = [f"- failed: {row.name}, {failure}" for row in rows for failure in row.failures]
+    for row in rows:
+        if ends := row.runs[0].get("tuning", {}).get("at_an_end") if row.runs else None:
+            warnings.append(
+                f"- {row.name}: the best {' and '.join(ends)} is at an end of its range: another may be better"
+            )
     settings = []
     for row in rows:
         for run in row.runs:

@@ -36,7 +36,7 @@ from detector.device import keep_freed_memory, pick_device, pick_precision
 from detector.graphs import speed_up
 from detector.model import RetinaNet
 from detector.solver import PRECISIONS
-from detector.structures import Target
+from detector.structures import Batch, Target
 from scripts.bench import measure
 from scripts.comparison.timing import training_step
 
@@ -160,7 +160,8 @@ def our_step(
     solver = assemble.build_solver(cfg, model.train(), steps_per_epoch=1_000_000)
     sizes = [tuple(images.shape[-2:])] * len(images)
     speed_up(model, compiled=compiled)
-    return partial(training_step(model, criterion, solver), images, targets, sizes)
+    batch = Batch(images, targets, list(range(len(images))), sizes, sizes)
+    return partial(training_step(model, criterion, solver), batch)
 
 
 def torchvision_model(name: str, state: dict[str, Tensor], side: int, **options: object) -> nn.Module:

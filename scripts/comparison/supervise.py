@@ -30,7 +30,6 @@ MAY_DIFFER = (  # between a kept result and the same run now: settings of the ma
     "run",
     "output",
     "device",
-    "precision",
     "data.workers",
     "data.cache",
     "data.train",
@@ -38,6 +37,7 @@ MAY_DIFFER = (  # between a kept result and the same run now: settings of the ma
     "tensorboard",
     "checkpoint",
 )
+FORESEEN = re.compile(r"error: (?!process \d+ has lost)")  # a loss that is not finite, say, but no lack of memory
 STEPS = re.compile(r"(\d+)/(\d+) \[")  # of the progress line
 EXIT_CODE = re.compile(r"exitcode\s*: (-?\d+)")  # in torchrun's report; torchrun itself exits with 1
 TAIL = 2**14  # bytes of a log; torchrun's report has a few thousand
@@ -86,6 +86,10 @@ def finished(run: Run) -> bool:
     kept = result.read(run.kept)
     then, now = flat_values(kept["config"]), config.flat(run.cfg.model_dump(mode="json"))
     then["processes"], now["processes"] = kept.get("processes", 1), run.processes
+    for key, value in run.notes.get("annotations", {}).items():  # older results do not have it
+        now[f"SHA-256 of {key}"], then[f"SHA-256 of {key}"] = value, kept.get("annotations", {}).get(key, value)
+    if "auto" in (now.get("precision"), then.get("precision")):
+        now.pop("precision"), then.pop("precision")
     for key in dict.fromkeys([*now, *then]):
         if now.get(key) != then.get(key) and not key.startswith(MAY_DIFFER):
             raise UserError(
@@ -102,8 +106,9 @@ def train_all(
 
     sequences: lists or generators, with `total` runs together. A sequence is asked for its next run when the one
     before has a result, so a run may depend on earlier results.
-    keep: selects what of a full result is written. The result of a run that diverges is the reason. A user error in one
-    run stops the others, which save, and raises UserError. A signal raises SystemExit.
+    keep: selects what of a full result is written. The result of a run that diverges is the reason. A run that ends for
+    another reason, such as a lack of memory, has no result. A user error in one run stops the others, which save, and
+    raises UserError. A signal raises SystemExit.
     """
     waiting: list[tuple[Run, Iterator[Run]]] = []
     done = sum([queue_next(iter(sequence), waiting) for sequence in sequences])
@@ -193,13 +198,13 @@ def ended(child: Child, jobs: int, keep: Callable[[dict], dict], lost: list[str]
         for name in (checkpoint.LAST, checkpoint.PREVIOUS):  # best.pt is kept
             (run.cfg.folder / name).unlink(missing_ok=True)
         tqdm.write(f"{said}: AP {result.read(run.kept)['metrics']['AP']:.3f}")
-    elif code == 1:
+    elif code == 1 and FORESEEN.match(reason):
         result.write(run.kept, {"config": run.cfg.model_dump(mode="json"), "failure": reason, **run.notes})
         tqdm.write(f"{said}: failed: {reason}")
     elif code == 2:
         raise UserError(f"{run.name}: {reason.removeprefix('error: ')} (log: {run.log})")
     else:
-        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        how = signal.Signals(-code).name if code < 0 else reason if code == 1 else f"exit code {code}"
         lost.append(f"{run.name}: ended by {how}; the same command continues it (log: {run.log})")
         tqdm.write(lost[-1])
 
@@ -223,4 +228,5 @@ def last_line(log_tail: str) -> str:
     """The last line of a run's output, or its last error if it printed one."""
     lines = [line.strip() for line in re.split(r"[\r\n]+", log_tail) if line.strip()]
     errors = [line for line in lines if line.startswith("error: ")]
-    return (errors or lines or ["no output"])[-1]
+    causes = [error for error in errors if FORESEEN.match(error)]
+    return (causes or errors or lines or ["no output"])[-1]

@@ -10,19 +10,18 @@ from datetime import UTC, datetime
 from itertools import cycle, islice
 from typing import Any
 
-from torch import Tensor
-
 from data.assemble import build_datasets
 from data.loader import train_loader
 from detector import assemble
 from detector.config import Config
 from detector.criterion import Criterion
-from detector.device import autocast, keep_freed_memory, pick_device, place
-from detector.graphs import speed_up
+from detector.device import keep_freed_memory, pick_device, place
+from detector.engine import backward
+from detector.graphs import SEEN, speed_up
 from detector.model import RetinaNet
 from detector.randomness import seed_everything
 from detector.solver import Solver
-from detector.structures import Target
+from detector.structures import Batch
 from scripts.bench import measure
 
 BATCHES = 4
@@ -40,8 +39,7 @@ def time_steps(configs: dict[str, Config], rounds: int = ROUNDS) -> dict[str, di
     seed_everything(first.seed)
     train_set, _ = build_datasets(first)
     loader = train_loader(train_set, first.solver.batch_size, **assemble.loader_options(first, device), seed=first.seed)
-    on_device = (batch.to(device) for batch in islice(loader, BATCHES))
-    batches = [(batch.images, batch.targets, batch.sizes) for batch in on_device]
+    batches = [batch.to(device) for batch in islice(loader, BATCHES)]
     model = assemble.build_model(first, len(train_set.category_ids)).train()
     place(model, device, channels_last=first.channels_last)
     solver = assemble.build_solver(first, model, steps_per_epoch=len(loader))
@@ -51,28 +49,25 @@ def time_steps(configs: dict[str, Config], rounds: int = ROUNDS) -> dict[str, di
         for name, cfg in configs.items()
     }
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    times = measure.alternate(turns, rounds, warmup=2)
+    warmup = SEEN * BATCHES if model.graphs is not None else 2  # then each size of images has its graph
+    times = measure.alternate(turns, rounds, warmup)
     common = {"steps": rounds, "started": started, "machine": measure.environment()}
     return {name: {"seconds": round(statistics.median(ms) / 1000, 6), **common} for name, ms in times.items()}
 
 
-def training_step(
-    model: RetinaNet, criterion: Criterion, solver: Solver
-) -> Callable[[Tensor, list[Target], list[tuple[int, int]]], None]:
-    """A function that updates the weights once from images, targets and sizes, all on the device."""
+def training_step(model: RetinaNet, criterion: Criterion, solver: Solver) -> Callable[[Batch], None]:
+    """A function that updates the weights once from a batch on the device."""
 
-    def step(images: Tensor, targets: list[Target], sizes: list[tuple[int, int]]) -> None:
-        matches = criterion.match(model.grid(images), targets)
-        with autocast(images.device, solver.precision):
-            predictions = model(images, sizes)
-        solver.backward(criterion(predictions, targets, matches).total)
+    def step(batch: Batch) -> None:
+        matches = criterion.match(model.grid(batch.images), batch.targets)
+        backward(model, criterion, batch, matches, solver)
         solver.clip_gradients()
         solver.step()
 
     return step
 
 
-def on_each(step: Callable, batches: list[tuple]) -> Callable[[], None]:
+def on_each(step: Callable[[Batch], None], batches: list[Batch]) -> Callable[[], None]:
     """A function that calls `step` on the next batch, and starts again after the last."""
     endless = cycle(batches)
-    return lambda: step(*next(endless))
+    return lambda: step(next(endless))

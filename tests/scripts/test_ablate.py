@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -197,7 +198,7 @@ def test_steps_take_turns_and_each_has_its_own_losses(base, monkeypatch):
 
     def noted(model, criterion, solver):
         step = real(model, criterion, solver)
-        return lambda *batch: (order.append(type(criterion.box_loss).__name__), step(*batch))
+        return lambda batch: (order.append(type(criterion.box_loss).__name__), step(batch))
 
     monkeypatch.setattr(timing, "training_step", noted)
     study = ablate.Study(str(base), [], base.parent / "out", None)
@@ -258,6 +259,47 @@ def test_other_numbers_of_processes_are_another_run(base, tmp_path, command):
     assert code == 0 and "1 of 1 runs are already finished" in out
     code, _, err = command(ablate.main, *arguments, "--processes", 2)
     assert code == 2 and "processes 1, now 2" in err
+
+
+def test_the_results_of_other_data_or_precision_are_not_taken_for_finished(base, tmp_path, command):
+    arguments = ["--config", base, "--variants", "focal", "--seeds", 1, "--output", tmp_path / "out"]
+    assert command(ablate.main, *arguments, "--set", "precision=float32")[0] == 0
+    assert "1 of 1 runs are already finished" in command(ablate.main, *arguments)[1]  # auto is any of them
+    code, _, err = command(ablate.main, *arguments, "--set", "precision=bfloat16")
+    assert code == 2 and "precision float32, now bfloat16" in err
+    kept = tmp_path / "out" / "results" / "focal-s0.json"
+    file = Path(result.read(kept)["config"]["data"]["train"]["annotations"])
+    moved = file.with_name("moved.json")
+    moved.write_bytes(file.read_bytes())
+    setting = f"data.train.annotations={moved}"
+    assert "1 of 1 runs are already finished" in command(ablate.main, *arguments, "--set", setting)[1]
+    moved.write_bytes(file.read_bytes() + b" ")
+    code, _, err = command(ablate.main, *arguments, "--set", setting)
+    assert code == 2 and "SHA-256 of data.train" in err and "delete it to train the run again" in err
+    code, _, err = command(ablate.main, *arguments, "--set", "data.val.annotations=none.json")
+    assert code == 2 and "data.val.annotations: none.json cannot be read" in err
+
+
+@pytest.mark.parametrize(
+    ("log", "failure"),
+    [
+        ("error: loss = nan at step 3\n", "error: loss = nan at step 3"),
+        ("error: loss = nan at step 3\nerror: process 1 has lost another one\n", "error: loss = nan at step 3"),
+        ("error: process 1 has lost another one, whose message says why\n", None),
+        ("Traceback (most recent call last):\ntorch.OutOfMemoryError: CUDA out of memory.\n", None),
+    ],
+)
+def test_only_a_foreseen_failure_is_a_result(base, tmp_path, log, failure):
+    (run,) = ablate.Study(str(base), [], tmp_path / "out", None).runs({"focal": {}}, 1)
+    run.log.write_text(log)
+    lost = []
+    process = SimpleNamespace(returncode=1)
+    supervise.ended(supervise.Child(run, process, run.log.open("a"), 0, iter(())), 1, lambda full: full, lost)
+    assert run.kept.exists() == (failure is not None) and len(lost) == (failure is None)
+    if failure is None:
+        assert f"ended by {log.splitlines()[-1]}; the same command continues it" in lost[0]
+    else:
+        assert result.read(run.kept)["failure"] == failure
 
 
 def test_each_run_has_gpus_of_its_own(monkeypatch):

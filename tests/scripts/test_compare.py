@@ -383,6 +383,20 @@ def test_sets_of_one_size_but_another_name_are_not_compared(tmp_path, capsys):
     assert "no verdict: focal and ce were scored on different images" in capsys.readouterr().out
 
 
+def test_a_verdict_says_how_many_runs_failed_and_a_row_what_lay_at_an_end(tmp_path, capsys):
+    files = [kept(tmp_path, name, seed, ap) for name, ap in (("ce", 0.3), ("focal", 0.5)) for seed in range(3)]
+    failed = json.loads(Path(files[-1]).read_text())
+    Path(files[-1]).write_text(json.dumps({"config": failed["config"], "variant": "focal", "failure": "loss = nan"}))
+    content = json.loads(Path(files[0]).read_text())
+    search = {"keys": ["box_loss.weight"], "trials": [], "at_an_end": ["box_loss.weight"]}
+    Path(files[0]).write_text(json.dumps(content | {"tuning": search}))
+    main(files)
+    out = capsys.readouterr().out
+    (line,) = [line for line in out.splitlines() if line.startswith("- focal: ")]
+    assert line.endswith("; 1 of its runs failed")
+    assert "- ce: the best box_loss.weight is at an end of its range: another may be better" in out
+
+
 def test_runs_that_all_failed_are_listed(tmp_path, capsys):
     path = Path(kept(tmp_path, "ce", 0, 0.3))
     config = json.loads(path.read_text())["config"]
