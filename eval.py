@@ -35,13 +35,18 @@ from detector.structures import Detections
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, metavar="FILE")
+    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="of train.py, or torchvision's")
     parser.add_argument(
-        "--data", nargs=2, metavar=("ANNOTATIONS", "IMAGES"), help="annotation file and image folder, not its own"
+        "--data",
+        nargs=2,
+        metavar=("ANNOTATIONS", "IMAGES"),
+        help="score on these instead of the run's own validation set; torchvision's checkpoints need them",
     )
-    parser.add_argument("--output", metavar="FOLDER", help="for the results")
+    parser.add_argument(
+        "--output", metavar="FOLDER", help="for the results (default: the run's, whose own are replaced)"
+    )
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="other options")
-    parser.add_argument("--benchmark", action="store_true", help="also say how many images a second each stage takes")
+    parser.add_argument("--benchmark", action="store_true", help="print the images per second of each stage")
     args = parser.parse_args()
 
     content = checkpoint.read(args.checkpoint)

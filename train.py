@@ -43,9 +43,11 @@ from detector.structures import Batch, Detections
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML with what differs from the defaults")
-    parser.add_argument("--set", nargs="+", action="extend", metavar="KEY=VALUE", help="one-off options on top")
-    parser.add_argument("--resume", action="store_true", help="go on from the run's newest whole checkpoint, if any")
-    parser.add_argument("--accept-changes", action="store_true", help="with --resume, even if the config has changed")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", metavar="KEY=VALUE", help="options that override the file's"
+    )
+    parser.add_argument("--resume", action="store_true", help="continue from the newest undamaged checkpoint, if any")
+    parser.add_argument("--accept-changes", action="store_true", help="with --resume: although the config has changed")
     args = parser.parse_args()
     cfg = configure(args.config, args.set)
     with distributed.group(pick_device(cfg.device)) as device:

@@ -1,7 +1,7 @@
 """The options, typed, with their defaults, which a YAML file changes (config_files.py).
 
 The options of a swappable part (`{name: ..., its options}`) are the arguments of its constructor, and are checked in
-assemble.py, which knows the parts.
+configure.py, which knows the parts.
 """
 
 import os
@@ -48,7 +48,7 @@ class Options(_Checked):
 
 
 class Part(_Checked):
-    """A swappable part: its name in the menu of assemble.py, and its options."""
+    """A swappable part: its name in the menu of configure.py, and its options."""
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
     name: str
@@ -81,8 +81,8 @@ class Data(Options):
     short_side: int = Field(800, ge=32, le=2**14)  # pixels, unless the long side would pass long_side
     long_side: int = Field(1333, ge=32, le=2**14)  # pixels, at most
     pad_to: int = Field(32, ge=32, le=1024, multiple_of=32)  # of padded sides; 128 keeps the sizes few, for compile
-    # processes that load images; 0 loads in the training process; auto: for a GPU one less than its share of the cores,
-    # at most 16; where the CPU trains 1, or 0 on a single core
+    # loading processes; 0: load in the training process. auto on a GPU: its share of the cores minus one, at most 16.
+    # auto on a CPU: 1, or 0 on a single core
     workers: Workers = "auto"
     horizontal_flip: float = Field(0.5, ge=0, le=1)  # probability
     vertical_flip: float = Field(0.0, ge=0, le=1)  # probability
@@ -155,7 +155,7 @@ class BoxCoding(Options):
 
 class Solver(Options):
     optimizer: Literal["sgd", "adamw"] = "sgd"  # the second goes with a far smaller lr, such as 1e-4
-    lr: float = Field(0.01, gt=0)  # for batches of lr_batch_size
+    lr: float = Field(0.01, gt=0)  # for batches of lr_batch_size; scaled in proportion, or by the root for adamw
     lr_batch_size: int | None = Field(16, ge=1)  # lr scales from here to batch_size; null: lr is as given
     batch_size: int = Field(16, ge=1, le=2**20)  # images a step, over all processes and accumulated parts
     # Parts in which a step is computed, one after the other, to save memory. The loss is that of the whole batch, so
@@ -165,7 +165,9 @@ class Solver(Options):
     max_steps: int | None = Field(None, ge=1)  # ends the training, and its schedule, earlier
     momentum: float = Field(0.9, ge=0, lt=1)  # of sgd
     weight_decay: float = Field(1e-4, ge=0)  # not of norms and biases
-    warmup_steps: int = Field(500, ge=0)  # at lr_batch_size; smaller batches take proportionally more
+    warmup_steps: int = Field(
+        500, ge=0
+    )  # at lr_batch_size; smaller batches take proportionally more, at most half of all
     warmup_factor: float = Field(0.001, gt=0, le=1)  # of lr, at the first step
     schedule: Literal["step", "cosine"] = "step"  # of lr
     decay_at: list[float] = [8 / 12, 11 / 12]  # shares of the training after which lr drops (step)
@@ -185,18 +187,20 @@ class Solver(Options):
 
 class PostprocessOptions(Options):
     score_threshold: float = Field(0.05, ge=0, lt=1)  # detections that do not exceed it are dropped
-    top_k: int = Field(1000, ge=1)  # a level, before NMS
+    top_k: int = Field(1000, ge=1)  # candidates kept on each pyramid level, before NMS
     nms_iou: float = Field(0.5, ge=0, le=1)  # of two boxes of a class that overlap more, the worse is dropped
-    max_detections: int = Field(100, ge=1)  # an image
+    max_detections: int = Field(100, ge=1)  # boxes kept for an image
 
 
 class Evaluation(Options):
     every: int = Field(1, ge=1)  # epochs; the last is always evaluated
-    batch_size: int | None = Field(None, ge=1)  # a process; by default the training's, at most 8
+    batch_size: int | None = Field(
+        None, ge=1
+    )  # images that each process evaluates at once; default: the training batch, at most 8
 
 
 class Saving(Options):
-    every: int = Field(1000, ge=1)  # steps; besides, at the end of each epoch
+    every: int = Field(1000, ge=1)  # steps between checkpoints; one more at the end of each epoch
 
 
 class TensorBoard(Options):
@@ -269,7 +273,7 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def dump(config: Config) -> str:
-    """The options as YAML that `load` reads back to the same."""
+    """The options as YAML that `config_files.read` reads back to the same."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 

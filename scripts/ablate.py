@@ -15,7 +15,9 @@ The variant is then trained with its best values. docs/new_loss.md says what tun
 Stop it at any time; the same command continues. Finished runs are kept, interrupted runs are resumed. A run that
 diverges is a result too, with its reason; delete the result to try again. `--processes 2` trains each run with two
 processes, on two GPUs if there are any. `--time` times a step of each variant at the end, taking turns in one process:
-compare.py shows these seconds. --output then holds
+compare.py shows these seconds.
+
+The folder --output holds
 
     VARIANT-sSEED/     the run folder of train.py, with best.pt
     results/*.json     a small file for each run, all that scripts/compare.py needs
@@ -84,7 +86,10 @@ def main() -> None:
         "--results", type=Path, metavar="FOLDER", help="where to put the small files (default: in --output)"
     )
     parser.add_argument(
-        "--jobs", type=int, metavar="N", help="runs at once (default: one for each --processes GPUs, or 1)"
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="runs at once (default: as many as the GPUs allow with --processes each; 1 without GPUs)",
     )
     parser.add_argument(
         "--processes", type=int, default=1, metavar="N", help="processes of each run, with torchrun (default: 1)"

@@ -8,9 +8,9 @@ from these images at random. For each size of batch it prints how many regions h
 GHM-C the largest weight and the share of the class gradient that comes from regions with fewer than 10, 100 and 1,000
 cells.
 
-The moving average runs over 300 batches of one model, of which the first 100 are not shown. In a training the model
-moves on meanwhile, so a long memory knows less than it does here. Writes into --output (default: the folder of the last
-checkpoint) batch_regions.png, batch_regions.md with what it prints, and batch_regions.csv with a line for each region.
+The moving average runs over 300 batches of one model, of which the first 100 are not shown. In a real training the
+model changes meanwhile, so a long average is less accurate than here. Writes into --output batch_regions.png,
+batch_regions.md with what it prints, and batch_regions.csv with a line for each region.
 """
 
 import argparse
@@ -83,10 +83,17 @@ class Form(NamedTuple):
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoints", nargs="+", required=True, metavar="FILE")
-    parser.add_argument("--batches", nargs="+", type=int, default=[2, 4, 16, 64], metavar="N", help="images a batch")
+    parser.add_argument("--checkpoints", nargs="+", required=True, metavar="FILE", help="of runs on one data set")
+    parser.add_argument(
+        "--batches",
+        nargs="+",
+        type=int,
+        default=[2, 4, 16, 64],
+        metavar="N",
+        help="images a batch (default: 2 4 16 64)",
+    )
     parser.add_argument("--images", type=int, default=256, metavar="N", help="training images (default: 256)")
-    parser.add_argument("--output", type=Path, metavar="FOLDER")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: that of the last checkpoint")
     args = parser.parse_args(argv)
     if min(args.images, *args.batches) < 1:
         raise UserError("--images, --batches: give at least 1")

@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--val", metavar="FILE", help="validation annotations, instead of the config's")
     parser.add_argument("--images", metavar="FOLDER", help="images of both files (default: searched beside each)")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="other options")
-    parser.add_argument("--output", type=Path, default=Path("data.html"), metavar="FILE")
+    parser.add_argument("--output", type=Path, default=Path("data.html"), metavar="FILE", help="the page (%(default)s)")
     args = parser.parse_args(argv)
     page.refuse_folder(args.output)
     cfg = options(args)

@@ -43,7 +43,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--condition", default="condition", metavar="WORDS", help="what the folders' numbers are")
     parser.add_argument("--log", action="store_true", help="draw the condition on a logarithmic axis")
     parser.add_argument("--baseline", metavar="NAME", help="the row to compare the others with (default: the first)")
-    parser.add_argument("--output", type=Path, default=Path("conditions.png"), metavar="FILE")
+    parser.add_argument(
+        "--output", type=Path, default=Path("conditions.png"), metavar="FILE", help="the plot (%(default)s)"
+    )
     args = parser.parse_args(argv)
     conditions = read(args.folder)
     if len(conditions) < 2:

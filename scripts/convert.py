@@ -1,4 +1,4 @@
-"""YOLO, VOC, labelme or COCO files -> COCO files, split into train and val. Nothing is left out unsaid.
+"""YOLO, VOC, labelme or COCO files -> COCO files, split into train and val. Everything left out is reported.
 
     python scripts/convert.py yolo hands_yolo/ datasets/hands
     python scripts/convert.py voc VOCdevkit/VOC2007 datasets/voc --val 0.1 --seed 1
@@ -21,9 +21,9 @@ SRC is a folder, or in its place a set's data.yaml or obj.data. It is not change
              JSON file is taken from there.
     coco     a file, or several, or folders of them; classes of the same name become one. Boxes only.
 
-An image and its labels have the same path, but for a folder images or JPEGImages in the place of labels or Annotations;
-or the label file says the image's name; or no other file has this name. With voc and labelme an image without labels is
-left out, as it may not be empty. Boxes are clipped to the image, but for those of COCO files.
+Labels belong to an image if they have the same path, with labels/ or Annotations/ in place of images/ or JPEGImages/,
+if the label file names the image, or if the file name is unique. With voc and labelme an image without labels is left
+out, because it may show objects that nobody labelled. Boxes are clipped to the image, except in COCO files.
 
 The split is SRC's own where it has one: data.yaml's, obj.data's, lists called train.txt and val.txt, ImageSets/Main's,
 or files and folders with train and val (valid, validation, dev) in their names; its test part is left out. Else, and

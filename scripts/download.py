@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", choices=["coco2017"])
     parser.add_argument("--only", choices=["train", "val"], help="download one part and the annotations")
-    parser.add_argument("--output", type=Path, default=Path("datasets/coco"), metavar="FOLDER")
+    parser.add_argument("--output", type=Path, default=Path("datasets/coco"), metavar="FOLDER", help="(%(default)s)")
     parser.add_argument(
         "--mirror", default=SERVER, metavar="URL", help=f"download from another server (default: {SERVER})"
     )

@@ -3,7 +3,7 @@
     python scripts/export.py --checkpoint runs/mine/best.pt --format onnx [--output mine.onnx]
     python scripts/run_onnx.py mine.onnx photo.jpg        runs it without torch
 
-The model takes any number of images of one size, which may be any size. Resize them first: the rule is in the file's
+The model takes a batch of images that all have one size; any size works. Resize them first: the rule is in the file's
 metadata, and takes two lines in scripts/run_onnx.py. You choose what is inside the graph:
 
     --preprocessing  inside: images (B, H, W, 3) uint8 RGB, normalised and padded in the graph
@@ -117,8 +117,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--checkpoint", required=True, metavar="FILE")
     parser.add_argument("--format", required=True, choices=["onnx"])
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: beside the checkpoint, .onnx")
-    parser.add_argument("--preprocessing", choices=["inside", "outside"], default="inside")
-    parser.add_argument("--nms", choices=["inside", "outside"], default="inside")
+    parser.add_argument("--preprocessing", choices=["inside", "outside"], default="inside", help="(%(default)s)")
+    parser.add_argument("--nms", choices=["inside", "outside"], default="inside", help="(%(default)s)")
     parser.add_argument(
         "--data",
         nargs=2,

@@ -46,7 +46,7 @@ def main() -> None:
         "--data", nargs=2, metavar=("ANNOTATIONS", "IMAGES"), help="use this data instead of the run's validation set"
     )
     parser.add_argument("--images", type=int, default=100, metavar="N", help="use the first N images (default: 100)")
-    parser.add_argument("--output", type=Path, metavar="FOLDER")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: that of the checkpoint")
     args = parser.parse_args()
     if args.images < 1:
         raise UserError(f"--images {args.images}: give at least 1")
