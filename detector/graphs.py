@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from detector.errors import UserError
+from detector.losses.dispatch import vector_options
 from detector.model import RetinaNet
 
 MAX_PIXELS = 2**25  # of a batch: 31 images of 800 x 1344. Larger ones keep a GPU busy without
@@ -39,7 +40,7 @@ def speed_up(model: RetinaNet, *, compiled: bool) -> None:
         raise UserError(f"compile: torch.compile does not work here ({reason}); set it to false") from None
     torch._dynamo.config.recompile_limit = MAX_SIZES  # beyond the limit, 8 by default, other sizes run uncompiled
     for part in (model.backbone, model.fpn, model.head):
-        part.compile(dynamic=False)
+        part.compile(dynamic=False, options=vector_options())
 
 
 class Graphs:

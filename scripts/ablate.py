@@ -157,9 +157,8 @@ class Study:
         self.notes: dict[str, Values] = {}  # by variant, added to its results
         self.tried: dict[str, list[Trial]] = {}  # by variant, its finished short runs
         data = self.common.data
-        self.annotations = {
-            key: hash_of(key, part.annotations) for key, part in (("data.train", data.train), ("data.val", data.val))
-        }
+        files = {"data.train": Path(data.train.annotations), "data.val": Path(data.val.annotations)}
+        self.annotations = {key: hash_of(file) for key, file in files.items() if file.is_file()}
 
     def runs(self, variants: dict[str, Values], seeds: int) -> list[Run]:
         """Every variant with one seed, then with the next, so that runs that stop early still compare."""
@@ -229,13 +228,10 @@ class Study:
             self.part(split).write_text(json.dumps(annotations.document(part)), encoding="utf-8")
 
 
-def hash_of(key: str, file: str) -> str:
+def hash_of(file: Path) -> str:
     """The start of the file's SHA-256: a result belongs to the data that it was trained on."""
-    try:
-        with open(file, "rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest()[:16]
-    except OSError as error:
-        raise UserError(f"{key}.annotations: {file} cannot be read ({error.strerror})") from None
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()[:16]
 
 
 def add_timing(runs: list[Run]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 COMPILED_FROM = 2**21  # cells; compiling takes seconds to a minute, which smaller inputs never earn back
 MAX_VARIANTS = 128  # that are compiled of one function in a process: by loss, dtype, settings
+VECTOR_BITS = {"AVX2": 256, "AVX512": 512}  # of other processors torch finds out itself
 PIECE = {"cpu": 2**17, "else": 2**25}  # cells; a GPU has no such cache, and each piece costs launches
 
 _broken: list[Exception] = []  # why torch.compile is not used any more
@@ -78,7 +79,16 @@ def compiled_or_plain(logits: Tensor, function: Callable, *arguments: Any) -> An
 @cache
 def _compiled(function: Callable) -> Callable:
     # Every index is clamped where it is made; checking it again would double the time of GHM's sweep.
-    return torch.compile(function, dynamic=True, options={"assert_indirect_indexing": False})
+    return torch.compile(function, dynamic=True, options={"assert_indirect_indexing": False, **vector_options()})
+
+
+def vector_options() -> dict[str, Any]:
+    """For torch.compile: the width of this processor's vectors.
+
+    An option is part of the key of torch's cache on the disk. Without it, torch 2.14 gives a processor with AVX2 what
+    another one compiled for AVX512, and the sums are wrong.
+    """
+    return {"cpp.simdlen": VECTOR_BITS.get(torch.backends.cpu.get_cpu_capability())}
 
 
 def _first_line(error: Exception) -> str:

@@ -1,9 +1,13 @@
 """The sum of each class loss is the paper's formula, whichever way it runs: in pieces, compiled, or by Triton."""
 
 import copy
+import os
 import shutil
+import subprocess
+import sys
 import warnings
 from functools import cache, partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -56,6 +60,7 @@ LOSSES = {
     "varifocal_1": (Varifocal(gamma=1.0), lambda ce, g, y: torch.where(y > 0, y, 0.75 * g) * ce),
 }
 every = pytest.mark.parametrize("name", LOSSES)
+ROOT = Path(__file__).resolve().parents[3]
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 
@@ -217,6 +222,23 @@ def test_an_option_is_never_that_of_an_earlier_call(monkeypatch):
         z = torch.where(torch.arange(20) == labels[:, None], -logits, logits)[valid]
         assert value.item() == pytest.approx((z.sigmoid() ** exponent).sum().item(), rel=1e-5)
     torch.compiler.reset()
+
+
+@needs_compiler
+def test_a_kernel_is_never_that_of_wider_vectors(tmp_path):
+    """torch 2.14's cache on the disk gives a processor with AVX2 what was written for AVX512: half of the sum."""
+    script = (
+        "import torch; from detector.losses import CrossEntropy, dispatch; dispatch.COMPILED_FROM = 1; "
+        "z = torch.linspace(-4, 4, 4000).view(-1, 20); rows = torch.ones(200, dtype=torch.bool); "
+        "print(CrossEntropy()(z, torch.full((200,), 20), rows, 1.0).item(), dispatch._broken)"
+    )
+    expected = torch.nn.functional.softplus(torch.linspace(-4, 4, 4000, dtype=torch.float64)).sum().item()
+    for capability in ({}, {"ATEN_CPU_CAPABILITY": "avx2"}):
+        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)} | capability
+        done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        value, broken = done.stdout.split(maxsplit=1)
+        assert float(value) == pytest.approx(expected, rel=1e-5) and broken.strip() == "[]"
 
 
 def test_a_curve_without_its_slope_says_what_to_do():
