@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from detector import assemble, checkpoint, load
+from detector.errors import UserError
 from scripts import export
 
 ROOT = Path(__file__).parents[2]
@@ -63,7 +64,7 @@ def test_the_file_says_what_pytorch_says(learnt, folder, command, preprocessing,
     assert "boxes of 2 images agree with PyTorch" in out and "images/s" in out
     assert [path.name for path in target.parent.iterdir()] == ["mine.onnx"]
     session = onnxruntime.InferenceSession(str(target))
-    worst = {"boxes": 0, "pixels": 0.0, "score": 0.0}
+    worst = {"boxes": 0, "ties": 0, "pixels": 0.0, "score": 0.0}
     one = exported(learnt, preprocessing, nms)
     for size, count in (((64, 64), 1), ((96, 32), 3), ((352, 288), 2)):
         images = pixels(size, count, preprocessing == "inside")
@@ -110,22 +111,35 @@ def detections(*rows):
 
 
 def test_what_counts_as_the_same(learnt):
-    from detector.errors import UserError
-
     after = exported(learnt, "inside", "inside").postprocess
     one, two = ([1, 2, 30, 40], 0.9, 0), ([5, 5, 20, 20], 0.6, 1)
-    worst = {"boxes": 0, "pixels": 0.0, "score": 0.0}
+    worst = {"boxes": 0, "ties": 0, "pixels": 0.0, "score": 0.0}
     export.compare(detections(one, two), detections(two, ([1, 2.04, 30, 40], 0.90005, 0)), after, worst)
-    assert worst == {"boxes": 2, "pixels": pytest.approx(0.04), "score": pytest.approx(5e-5)}
+    assert worst == {"boxes": 2, "ties": 0, "pixels": pytest.approx(0.04), "score": pytest.approx(5e-5)}
     edge = ([7, 7, 9, 9], after.score_threshold + 5e-5, 1)  # may be on either side of the threshold
     export.compare(detections(one, edge), detections(one), after, worst)
     export.compare(detections(one), detections(one, edge), after, worst)
-    for other in (([1, 2.06, 30, 40], 0.9, 0), ([1, 2, 30, 40], 0.9002, 0), ([1, 2, 30, 40], 0.9, 1)):
+    for other in (([12, 2, 41, 40], 0.9, 0), ([1, 2, 30, 40], 0.8998, 0), ([1, 2, 30, 40], 0.9, 1)):
         with pytest.raises(UserError):
             export.compare(detections(one), detections(other), after, worst)
-    for theirs, ours in (((one, two), (one,)), ((one,), (one, two)), ((one,), (one, one))):
+    for theirs, ours in (((one, two), (one,)), ((one,), (one, two))):
         with pytest.raises(UserError):
             export.compare(detections(*theirs), detections(*ours), after, worst)
+
+
+def test_a_few_ties_in_nms_are_the_same_and_many_are_not(learnt, monkeypatch):
+    one, shifted = ([1, 2, 30, 40], 0.9, 0), ([3, 2, 32, 40], 0.90005, 0)  # NMS keeps one of them
+    others = [([50 * i, 50, 50 * i + 40, 90], 0.5, 1) for i in range(1, 81)]
+    monkeypatch.setattr(export, "images_of", lambda *_: [np.zeros((1, 64, 64, 3), np.uint8)])
+    monkeypatch.setattr(export, "reference", lambda *_: [detections(one, *others)])
+    of_export = exported(learnt, "inside", "inside")
+    monkeypatch.setattr(export, "onnx_detections", lambda *_: [detections(shifted, *others)])
+    found = export.check(of_export, None, [0], 1)
+    assert found["ties"] == 3 and found["boxes"] == 3 * 80  # three batches
+    moved = [([box[0] + 2, *box[1:3], box[3] + 1], score, label) for box, score, label in others[:5]]
+    monkeypatch.setattr(export, "onnx_detections", lambda *_: [detections(one, *moved, *others[5:])])
+    with pytest.raises(UserError, match="in 15 places onnxruntime finds another box than PyTorch, and in 228 the same"):
+        export.check(of_export, None, [0], 1)
 
 
 def test_the_example_needs_no_torch_and_finds_the_same(learnt, folder, command):
