@@ -133,8 +133,6 @@ def test_a_compiled_model_is_the_same_and_compiled_once_for_each_size(monkeypatc
     counter = CompileCounterWithBackend("aot_eager")  # what is tested is not the code that a compiler makes
     by_counter = partial(torch.compile, backend=counter)
     monkeypatch.setattr(torch, "compile", lambda *given, options=None, **more: by_counter(*given, **more))
-        torch, "compile", lambda *given, options=None, **more: compiler(*given, backend=counter, **more)
-    )
     plain, compiled = build().train(), build().train()
     names = list(compiled.state_dict())
     speed_up(compiled, compiled=True)
