@@ -11,8 +11,8 @@ row beyond chance.
 Below are the differences in AP (--metric) from the first row (or --baseline), each with its 95% interval over other
 seeds and other validation images, for the weights that a row has, however they were chosen. "better" and "worse" are
 corrected for the number of rows: at most one table in 20 has any false one. A row with one seed gets no verdict. The
-last line says how large a difference these runs can detect, and how many seeds a smaller one takes. The formulas are in
-scripts/comparison/verdict.py.
+last line says how large a difference these runs can detect, and how many seeds a smaller one takes. --pairs prints
+which of all pairs of rows differ, without any baseline. The formulas are in scripts/comparison/verdict.py.
 
 Runs of several validation sets, such as results/bccd/*.json results/cards/*.json, get a table for each set and then
 the mean over the sets of each difference, with its interval and verdict, for the rows that have runs in each set.
@@ -42,6 +42,7 @@ from scripts.comparison.differences import (
     detectable_differences,
     differences,
     differences_over_sets,
+    differing_pairs,
     named,
 )
 from scripts.comparison.rows import AP, METRICS, Costs, Result, Row, costs, numbers, read_sets
@@ -65,6 +66,7 @@ class Compared(NamedTuple):
     table: list[list[str]]
     results: list[Difference]
     verdicts: list[str]
+    pairs: list[str]
     detectable: list[str]
     notes: list[str]
 
@@ -79,6 +81,7 @@ def main(argv: list[str] | None = None) -> None:
         default="AP",
         help="the metric to compare (default: AP); choose it before you see results",
     )
+    parser.add_argument("--pairs", action="store_true", help="also print which of all pairs of rows differ")
     parser.add_argument("--markdown", metavar="FILE", help="also write the tables as Markdown")
     parser.add_argument("--html", metavar="FILE", help="also write a page with curves and, for run folders, pictures")
     parser.add_argument("--csv", metavar="FILE", help="also write the numbers, one line for each run")
@@ -90,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     for title, rows in sets if several else ():
         if baseline not in (names := [row.name for row in rows]):
             raise UserError(f"--baseline {baseline}: not in {title}; there the rows are {', '.join(names)}")
-    compared = [compare(title, rows, baseline, args.metric) for title, rows in sets]
+    compared = [compare(title, rows, baseline, args.metric, args.pairs) for title, rows in sets]
     together = over_sets(compared, baseline, args.metric) if several else []
     if args.html:
         from scripts.comparison import report  # imports matplotlib, which only the page needs
@@ -105,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
     print("\n".join(whole(compared, together, aligned)))
 
 
-def compare(title: str, rows: list[Row], baseline: str, metric: str) -> Compared:
+def compare(title: str, rows: list[Row], baseline: str, metric: str, pairs: bool = False) -> Compared:
     """What there is to say of the rows of one set."""
     cost = costs(rows)
     results = differences(rows, baseline, metric)
@@ -120,6 +123,7 @@ def compare(title: str, rows: list[Row], baseline: str, metric: str) -> Compared
         table=[cells(row, cost) for row in rows],
         results=results,
         verdicts=verdicts,
+        pairs=differing_pairs(rows, metric) if pairs else [],
         detectable=detectable_differences(rows, results, metric),
         notes=[f"- {cost.remark}"] * bool(cost.remark) + published(rows) + warn(rows),
     )
@@ -234,7 +238,7 @@ def whole(compared: list[Compared], together: list[str], write: Callable, headin
     parts = []
     for one in compared:
         parts += [[f"{heading}{one.title}"]] * (len(compared) > 1)
-        parts += [write(one.table, marks(one.rows)), one.verdicts, one.detectable, one.notes]
+        parts += [write(one.table, marks(one.rows)), one.verdicts, one.pairs, one.detectable, one.notes]
     parts += [[f"{heading}All {len(compared)} sets"], together] if together else []
     return [line for part in parts if part for line in ("", *part)][1:]
 

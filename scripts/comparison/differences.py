@@ -1,7 +1,8 @@
 """How rows of runs differ from a baseline, with verdicts, and how large a difference they can detect."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ from scripts.comparison import result, verdict
 from scripts.comparison.rows import METRICS, Row, scored_on
 
 SEEDS = 3  # the least that users are advised to train
+Correction = Callable[[Sequence[float]], list[float]]
 WANTED = (1.0, 0.2)  # percent: differences for which the needed number of seeds is printed
 
 
@@ -83,6 +85,23 @@ def differences_in_change(
     return results, _detectable(list(changes.values()), results, "in the change of AP")
 
 
+def differing_pairs(rows: Sequence[Row], metric: str = "AP") -> list[str]:
+    """A paragraph on which of all pairs of rows differ, corrected together; empty for fewer than three rows."""
+    pairs = list(combinations([row for row in rows if row.runs], 2))
+    if len(pairs) < 2:
+        return []
+    found = zip(pairs, _corrected([_difference([pair], metric) for pair in pairs], verdict.holm))
+    lines = []
+    for (one, other), of_pair in sorted(found, key=lambda item: 1.0 if item[1].p is None else item[1].p):
+        if of_pair.verdict == "worse":
+            one, other = other, one
+            of_pair = of_pair._replace(mean=-of_pair.mean, low=-of_pair.high, high=-of_pair.low)
+        if of_pair.verdict == "better":
+            lines.append(_line(of_pair._replace(name=f"{one.name} over {other.name}")).rpartition(",")[0])
+    heading = f"Of all {len(pairs)} pairs of rows, corrected together, these differ in {metric}:"
+    return [heading, "", *(lines or ["- none"])]
+
+
 def same_images(runs: Sequence[dict]) -> bool:
     """Whether the runs were scored on as many images, with as many boxes of each class."""
     boxes = [{name: of.get("boxes") for name, of in run["metrics"].get("per_class", {}).items()} for run in runs]
@@ -103,9 +122,9 @@ def differences_over_sets(
     )
 
 
-def _corrected(results: list[Difference]) -> list[Difference]:
+def _corrected(results: list[Difference], correct: Correction = verdict.hochberg) -> list[Difference]:
     with_p = [index for index, result in enumerate(results) if result.p is not None]
-    for index, p in zip(with_p, verdict.hochberg([results[index].p for index in with_p])):
+    for index, p in zip(with_p, correct([results[index].p for index in with_p])):
         results[index] = results[index]._replace(p=p)
     return results
 

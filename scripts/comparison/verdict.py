@@ -128,6 +128,15 @@ def hochberg(ps: Sequence[float]) -> list[float]:
     return adjusted
 
 
+def holm(ps: Sequence[float]) -> list[float]:
+    """As `hochberg`, for comparisons of any dependence, such as all pairs of rows. Holm, 1979."""
+    adjusted, most = [1.0] * len(ps), 0.0
+    for done, place in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
+        most = min(1.0, max(most, (len(ps) - done) * ps[place]))
+        adjusted[place] = most
+    return adjusted
+
+
 def variances(rows: Sequence[Runs]) -> Variances | None:
     """The mean parts over rows that share their draws of images; None unless two rows have two or more seeds."""
     rows = [row for row in rows if len(row.aps) > 1]

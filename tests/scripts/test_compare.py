@@ -397,6 +397,18 @@ def test_a_verdict_says_how_many_runs_failed_and_a_row_what_lay_at_an_end(tmp_pa
     assert "- ce: the best box_loss.weight is at an end of its range: another may be better" in out
 
 
+def test_pairs_that_differ_are_listed_the_better_first(tmp_path, capsys):
+    means = {"ce": 0.3, "focal": 0.5, "ghm_c": 0.301}
+    files = [kept(tmp_path, name, seed, mean + 0.001 * seed) for name, mean in means.items() for seed in range(3)]
+    main([*files, "--pairs"])
+    lines = capsys.readouterr().out.partition("Of all 3 pairs of rows, corrected together, these differ in AP:")[2]
+    listed = [line.rpartition(":")[0] if ":" in line else line for line in lines.split("\n\n")[1].splitlines()]
+    assert sorted(line.partition(":")[0] for line in listed) == ["- focal over ce", "- focal over ghm_c"]
+    assert re.search(r"- focal over ce: \+20\.0 \[\+1\d\.\d, \+2\d\.\d\], p ", lines)
+    main([*[file for file in files if "focal" not in file], "--pairs"])
+    assert "Of all" not in capsys.readouterr().out  # one pair is what the table says
+
+
 def test_runs_that_all_failed_are_listed(tmp_path, capsys):
     path = Path(kept(tmp_path, "ce", 0, 0.3))
     config = json.loads(path.read_text())["config"]

@@ -85,6 +85,23 @@ def test_correction_against_its_definition():
     assert verdict.hochberg([]) == [] and verdict.hochberg([0.03]) == [0.03]
 
 
+def test_holm_against_its_definition():
+    """Holm: reject from the smallest p on, until the first p_(k) above level / (m - k + 1)."""
+    rng = np.random.default_rng(0)
+    for m in range(1, 7):
+        for _ in range(100):
+            ps = (rng.random(m) ** 3).round(3).tolist()
+            for level in (0.01, 0.05, 0.2):
+                rejected = set()
+                for k, place in enumerate(np.argsort(ps, kind="stable"), start=1):
+                    if ps[place] > level / (m - k + 1):
+                        break
+                    rejected.add(place)
+                adjusted = verdict.holm(ps)
+                assert {place for place, p in enumerate(adjusted) if p <= level + 1e-12} == rejected
+    assert verdict.holm([]) == [] and verdict.holm([0.03]) == [0.03]
+
+
 def test_variances_are_found_again():
     known = Variances(seed=2.0, image=0.5, both=0.8, images=500)
     rng = np.random.default_rng(0)
