@@ -46,7 +46,7 @@ from scripts.comparison.differences import (
     named,
 )
 from scripts.comparison.rows import AP, METRICS, Costs, Result, Row, costs, numbers, read_sets
-from scripts.comparison.tuning import budget, tuned_keys
+from scripts.comparison.tuning import budget, described, tuned_keys
 
 HEADER = ("run", "class loss", "box loss", *AP, "ECE", "s/step", "GB")
 LEFT = 3  # the first columns are text, aligned to the left
@@ -189,10 +189,8 @@ def warn(rows: list[Row]) -> list[str]:
     """The failed runs, and a line for each setting in which the runs differ: a warning unless it was tuned."""
     warnings = [f"- failed: {row.name}, {failure}" for row in rows for failure in row.failures]
     for row in rows:
-        if ends := row.runs[0].get("tuning", {}).get("at_an_end") if row.runs else None:
-            warnings.append(
-                f"- {row.name}: the best {' and '.join(ends)} is at an end of its range: another may be better"
-            )
+        if row.runs and "tuning" in row.runs[0]:
+            warnings.append(f"- {row.name} was tuned: {described(row.runs[0]['tuning'])}")
     settings = []
     for row in rows:
         for run in row.runs:

@@ -99,7 +99,8 @@ def described(tuning: dict[str, Any]) -> str:
     """The chosen values of a summary with their ranges, and a remark if they may not be the best."""
     if "key" in tuning:
         tried = list(tuning["AP"])
-        return tuning["chosen"] + (", an end" if len(tried) > 1 and tuning["chosen"] in (tried[0], tried[-1]) else "")
+        end = ", an end" if len(tried) > 1 and tuning["chosen"] in (tried[0], tried[-1]) else ""
+        return f"{tuning['key']} {tuning['chosen']}{end}"
     words = []
     for key, value in tuning["chosen"].items():
         low, high = tuning["range"][key]

@@ -388,13 +388,15 @@ def test_a_verdict_says_how_many_runs_failed_and_a_row_what_lay_at_an_end(tmp_pa
     failed = json.loads(Path(files[-1]).read_text())
     Path(files[-1]).write_text(json.dumps({"config": failed["config"], "variant": "focal", "failure": "loss = nan"}))
     content = json.loads(Path(files[0]).read_text())
-    search = {"keys": ["box_loss.weight"], "trials": [], "at_an_end": ["box_loss.weight"]}
+    search = {"keys": ["box_loss.weight"], "trials": [{"values": {}, "AP": 0.1}], "extended": []}
+    search |= {"at_an_end": ["box_loss.weight"], "chosen": {"box_loss.weight": 9.5}}
+    search |= {"range": {"box_loss.weight": [0.1, 10]}}
     Path(files[0]).write_text(json.dumps(content | {"tuning": search}))
     main(files)
     out = capsys.readouterr().out
     (line,) = [line for line in out.splitlines() if line.startswith("- focal: ")]
     assert line.endswith("; 1 of its runs failed")
-    assert "- ce: the best box_loss.weight is at an end of its range: another may be better" in out
+    assert "- ce was tuned: box_loss.weight 9.5 (range 0.1 to 10, at an end of it)" in out
 
 
 def test_pairs_that_differ_are_listed_the_better_first(tmp_path, capsys):

@@ -105,5 +105,6 @@ def test_every_variant_starts_with_the_same_multiples():
 
 def test_results_of_an_earlier_version_read_as_before():
     old = {"key": "box_loss.weight", "AP": {"x0.5": 0.3, "x1": 0.4, "x2": None}, "chosen": "x1"}
-    assert tuning.described(old) == "x1" and tuning.described(old | {"chosen": "x2"}) == "x2, an end"
+    assert tuning.described(old) == "box_loss.weight x1"
+    assert tuning.described(old | {"chosen": "x2"}) == "box_loss.weight x2, an end"
     assert tuning.aps(old) == old["AP"] and tuning.budget(old) == "box_loss.weight in 3 trials"
