@@ -77,6 +77,7 @@ def test_the_example_of_a_loss_trains(tiny, tmp_path, monkeypatch):
     [
         ("docs/results.md", "laptop", "ce"),
         ("docs/results.md", "bccd", "ce"),
+        ("docs/results.md", "cards", "ce"),
         ("docs/results.md", "switches", "ghm_c[scope=batch]"),
         ("docs/results.md", "counts", "ghm_c[local_counts=false]"),
         ("docs/results.md", "scope", "ghm_c[scope=batch][weight=4]"),
@@ -85,8 +86,8 @@ def test_the_example_of_a_loss_trains(tiny, tmp_path, monkeypatch):
 def test_a_table_of_results_is_what_the_command_writes(tmp_path, monkeypatch, document, results, baseline):
     """Each of its numbers is of a run in results/."""
     monkeypatch.chdir(ROOT)
-    runs = sorted(map(str, Path("results", results).glob("*.json")))
-    pairs = ["--pairs"] * (results in ("laptop", "bccd"))
+    runs = sorted(map(str, Path("results", results).glob("*-s[01].json" if results == "cards" else "*.json")))
+    pairs = ["--pairs"] * (results in ("laptop", "bccd", "cards"))
     compare.main([*runs, "--baseline", baseline, *pairs, "--markdown", str(tmp_path / "table.md")])
     table = (tmp_path / "table.md").read_text(encoding="utf-8")
     assert table.count("\n| ") >= 2 and "warning" not in table
