@@ -13,7 +13,6 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from torch.nn import Module
 
 from data.assemble import build_datasets
 from data.coco import CocoDataset
@@ -43,9 +42,7 @@ from detector.structures import Batch, Detections
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML with what differs from the defaults")
-    parser.add_argument(
-        "--set", nargs="+", action="extend", metavar="KEY=VALUE", help="options that override the file's"
-    )
+    parser.add_argument("--set", nargs="+", action="extend", metavar="KEY=VALUE", help="override the file's options")
     parser.add_argument("--resume", action="store_true", help="continue from the newest undamaged checkpoint, if any")
     parser.add_argument("--accept-changes", action="store_true", help="with --resume: although the config has changed")
     args = parser.parse_args()
@@ -83,11 +80,9 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False, accept_cha
     with contextlib.closing(logger), Stop() as stop:  # closed on an error too, which must not land in the progress line
         logger.curves.config(config.dump(cfg), config.flat(cfg.model_dump(mode="json")))
         details = (", channels_last" if cfg.channels_last else "") + (f", from step {run.step}" if saved else "")
-        details += f", data.workers {batches.num_workers}"
-        lines = [f"run: {cfg.folder} on {device}, {precision} ({reason}){details}", *remarks]
-        lines += [f"train: {train_set.summary()}", f"val: {val_set.summary()}"]
-        lines += [f"{cfg.model.backbone}: {model.describe()}, {weights}", solver.describe()]
-        logger.say("\n".join(lines))
+        lines = [f"run: {cfg.folder} on {device}, {precision} ({reason}){details}, data.workers {batches.num_workers}"]
+        lines += [*remarks, f"train: {train_set.summary()}", f"val: {val_set.summary()}"]
+        logger.say("\n".join([*lines, f"{cfg.model.backbone}: {model.describe()}, {weights}", solver.describe()]))
 
         replica = distributed.replicate(model, device)
         # One stream over all epochs: batches of the next are loaded while an epoch ends and during evaluation.
@@ -105,7 +100,7 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False, accept_cha
     return metrics
 
 
-def advance(run: Run, model: Module, batches: Iterator[Batch], logger: Logger, device: torch.device) -> None:
+def advance(run: Run, model: torch.nn.Module, batches: Iterator[Batch], logger: Logger, device: torch.device) -> None:
     """Train until something is to be evaluated or saved, and save. An interruption between two steps loses none."""
     interruption: UserError | Stopped | None = None
     try:

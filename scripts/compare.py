@@ -10,7 +10,7 @@ row beyond chance.
 
 Below are the differences in AP (--metric) from the first row (or --baseline), each with its 95% interval over other
 seeds and other validation images, for the weights that a row has, however they were chosen. "better" and "worse" are
-corrected for the number of rows: at most one table in 20 has any false one. A row with one seed gets no verdict. The
+corrected for the number of rows: at most one list in 20 has any false one. A row with one seed gets no verdict. The
 last line says how large a difference these runs can detect, and how many seeds a smaller one takes. --pairs prints
 which of all pairs of rows differ, without any baseline. The formulas are in scripts/comparison/verdict.py.
 

@@ -350,35 +350,34 @@ def compare(theirs: tuple, ours: tuple, after: Postprocess, worst: dict[str, flo
     edge = after.score_threshold + SCORE
     if max(len(theirs[0]), len(ours[0])) >= after.max_detections:
         edge = max(edge, min(scores.min() for _, scores, _ in (theirs, ours) if len(scores)) + SCORE)
-    free = np.ones(len(ours[0]), bool)
-    for box, score, label in zip(*theirs):
+    alone, free = np.ones(len(theirs[0]), bool), np.ones(len(ours[0]), bool)
+    for index, (box, score, label) in enumerate(zip(*theirs)):
         gap = np.abs(ours[0] - box).max(axis=1, initial=0) if len(ours[0]) else np.zeros(0)
         gap = np.where(free & (ours[2] == label) & (np.abs(ours[1] - score) <= SCORE), gap, math.inf)
         best = int(gap.argmin()) if len(gap) else -1
-        if best < 0 or gap[best] > PIXELS:
-            if score > edge and _suppressed(box, score, label, ours, after.nms_iou):
-                worst["ties"] += 1
-            elif score > edge:
-                nearest = f"the nearest is {gap[best]:.3f} pixels off" if best >= 0 and gap[best] < math.inf else "none"
+        if best >= 0 and gap[best] <= PIXELS:
+            alone[index] = free[best] = False
+            worst["boxes"] += 1
+            worst["pixels"] = max(worst["pixels"], float(gap[best]))
+            worst["score"] = max(worst["score"], float(abs(ours[1][best] - score)))
+    of_pytorch, of_onnx = (
+        [column[unmatched] for column in side] for side, unmatched in ((theirs, alone), (ours, free))
+    )
+    for name, lacking, side, other in (
+        ("PyTorch", "onnxruntime", of_pytorch, of_onnx),
+        ("onnxruntime", "PyTorch", of_onnx, of_pytorch),
+    ):
+        for box, score, label in zip(*side):
+            if score > edge and not _suppressed(box, score, label, other, after.nms_iou):
                 raise UserError(
-                    f"the export differs from the model: PyTorch finds {np.round(box, 2).tolist()} with {score:.5f}; of"
-                    f" onnxruntime's boxes with that class and score, {nearest}; nothing is kept"
+                    f"the export differs from the model: {name} finds {np.round(box, 2).tolist()} with {score:.5f}, "
+                    f"and {lacking} does not; nothing is kept"
                 )
-            continue
-        free[best] = False
-        worst["boxes"] += 1
-        worst["pixels"] = max(worst["pixels"], float(gap[best]))
-        worst["score"] = max(worst["score"], float(abs(ours[1][best] - score)))
-    alone = [of for of in zip(*(column[free] for column in ours)) if of[1] > edge]
-    if lacking := [of for of in alone if not _suppressed(*of, theirs, after.nms_iou)]:
-        raise UserError(
-            f"the export differs from the model: onnxruntime finds {len(lacking)} boxes that PyTorch does not; nothing "
-            "is kept"
-        )
+    worst["ties"] += int((of_pytorch[1] > edge).sum())
 
 
-def _suppressed(box: np.ndarray, score: float, label: int, others: tuple, nms_iou: float) -> bool:
-    """Whether NMS would drop the box beside the others: one of its class, as good within rounding, overlaps it."""
+def _suppressed(box: np.ndarray, score: float, label: int, others: list, nms_iou: float) -> bool:
+    """Whether one of the other side's boxes without a match is of this class, as good within rounding, and overlaps."""
     overlap = iou(torch.from_numpy(box[None].astype(float)), torch.from_numpy(others[0].astype(float)))[0].numpy()
     return bool(((others[2] == label) & (others[1] >= score - SCORE) & (overlap > nms_iou - 1e-3)).any())
 

@@ -122,7 +122,7 @@ def test_what_counts_as_the_same(learnt):
     for other in (([12, 2, 41, 40], 0.9, 0), ([1, 2, 30, 40], 0.8998, 0), ([1, 2, 30, 40], 0.9, 1)):
         with pytest.raises(UserError):
             export.compare(detections(one), detections(other), after, worst)
-    for theirs, ours in (((one, two), (one,)), ((one,), (one, two))):
+    for theirs, ours in (((one, two), (one,)), ((one,), (one, two)), ((one,), (one, one))):
         with pytest.raises(UserError):
             export.compare(detections(*theirs), detections(*ours), after, worst)
 
