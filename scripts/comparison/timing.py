@@ -33,26 +33,34 @@ def time_steps(configs: dict[str, Config], rounds: int = ROUNDS) -> dict[str, di
 
     Uses one process and fresh weights, as at the start of a training.
     """
+    turns, warmup = training_steps(configs)
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    times = measure.alternate(turns, rounds, warmup)
+    common = {"steps": rounds, "started": started, "machine": measure.environment()}
+    return {name: {"seconds": round(statistics.median(ms) / 1000, 6), **common} for name, ms in times.items()}
+
+
+def training_steps(configs: dict[str, Config], batches: int = BATCHES) -> tuple[dict[str, Callable[[], None]], int]:
+    """A training step of each config, and how many calls of each warm it up.
+
+    The configs may differ only in losses. All share one model, its solver, and batches in the device's memory.
+    """
     first = next(iter(configs.values()))
     device = pick_device(first.device)
     keep_freed_memory(device)
     seed_everything(first.seed)
     train_set, _ = build_datasets(first)
     loader = train_loader(train_set, first.solver.batch_size, **assemble.loader_options(first, device), seed=first.seed)
-    batches = [batch.to(device) for batch in islice(loader, BATCHES)]
+    kept = [batch.to(device) for batch in islice(loader, batches)]
     model = assemble.build_model(first, len(train_set.category_ids)).train()
     place(model, device, channels_last=first.channels_last)
     solver = assemble.build_solver(first, model, steps_per_epoch=len(loader))
     speed_up(model, compiled=first.compile)
     turns = {
-        name: on_each(training_step(model, assemble.build_criterion(cfg).to(device).train(), solver), batches)
+        name: on_each(training_step(model, assemble.build_criterion(cfg).to(device).train(), solver), kept)
         for name, cfg in configs.items()
     }
-    started = datetime.now(UTC).isoformat(timespec="seconds")
-    warmup = SEEN * BATCHES if model.graphs is not None else 2  # then each size of images has its graph
-    times = measure.alternate(turns, rounds, warmup)
-    common = {"steps": rounds, "started": started, "machine": measure.environment()}
-    return {name: {"seconds": round(statistics.median(ms) / 1000, 6), **common} for name, ms in times.items()}
+    return turns, SEEN * batches if model.graphs is not None else 2  # by then each size of images has its graph
 
 
 def training_step(model: RetinaNet, criterion: Criterion, solver: Solver) -> Callable[[Batch], None]:
