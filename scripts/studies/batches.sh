@@ -2,10 +2,10 @@
 # Focal, GHM-C and GHM-C with a limit in batches of 4, 16 and 64 images, and forms of GHM-C in batches of 4.
 # Each run sees 9,000 images, in parts of 4, so that BatchNorm sees the same; lr grows with the root of the batch, as is
 # usual for AdamW. GHM-C counts the whole batch, however it is split. Stop it at any time; the same command continues.
-# Arguments: runs at once (1), seeds (3).
+# Arguments: runs at once (1), seeds (3), and the only batch to train with (all).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-jobs=${1:-1} seeds=${2:-3}
+jobs=${1:-1} seeds=${2:-3} only=${3:-}
 
 python -m data.demo --quick --out datasets/batches
 data=()
@@ -13,6 +13,7 @@ for part in train val; do
     data+=("data.$part.annotations=datasets/batches/$part.json" "data.$part.images=datasets/batches/$part")
 done
 while read -r batch parts lr warmup; do
+    [[ $batch == "${only:-$batch}" ]] || continue
     train=(python scripts/ablate.py --config configs/demo/base.yaml --seeds "$seeds" --jobs "$jobs"
         --output "runs/batches/$batch" --set "${data[@]}" "solver.batch_size=$batch" "solver.accumulate=$parts" "solver.lr=$lr"
         "solver.warmup_steps=$warmup" solver.epochs=12 evaluation.every=12 tensorboard.images=0 precision=bfloat16)

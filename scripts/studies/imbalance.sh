@@ -1,12 +1,14 @@
 #!/bin/bash
 # AP of CE, Focal and GHM-C against the ratio of positives to negatives, on digits of one size.
 # Each line: negative anchors for each positive one (scripts/check_data.py), scene, digits in a scene. Each run has 750
-# steps of 4 images. Stop it at any time; the same command continues. Arguments: runs at once (1), seeds (3).
+# steps of 4 images. Stop it at any time; the same command continues. Arguments: runs at once (1), seeds (3), and the
+# only ratio to train for (all).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-jobs=${1:-1} seeds=${2:-3}
+jobs=${1:-1} seeds=${2:-3} only=${3:-}
 
 while read -r ratio width height fewest most; do
+    [[ $ratio == "${only:-$ratio}" ]] || continue
     data=datasets/imbalance/$ratio
     python -m data.demo --quick --out "$data" --train-images 1500 --val-images 400 \
         --size "$width" "$height" --objects "$fewest" "$most" --digit-size 10 12

@@ -1,11 +1,12 @@
 #!/bin/bash
 # CE, Focal and GHM-C with a limit, trained with 0, 20 and 40% wrong labels and scored on right ones; 564 steps of 4
-# images a run. Stop it at any time; the same command continues. Arguments: runs at once (1), seeds (5).
+# images a run. Stop it at any time; the same command continues. Arguments: runs at once (1), seeds (5), and the
+# only percentage to train with (all).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 jobs=${1:-1} seeds=${2:-5}
 
-for share in 0 20 40; do
+for share in ${3:-0 20 40}; do
     data=datasets/demo$share
     python -m data.demo --out "$data" --wrong-labels "0.$share"
     python scripts/ablate.py --config configs/demo_long/base.yaml --variants ce focal ghm_c --seeds "$seeds" \

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# The studies of batches, imbalance and wrong labels on one GPU, all conditions at once.
+#
+#     bash scripts/bench/gpu_studies.sh [LOGS] [SECONDS]
+#
+# Results go into results/, a log of each condition into LOGS (runs/logs). After SECONDS (540) it stops what still
+# trains; the same command continues.
+set -u
+cd "$(dirname "$0")/../.."
+logs=${1:-runs/logs} limit=${2:-540}
+mkdir -p "$logs"
+export NO_ALBUMENTATIONS_UPDATE=1 OMP_NUM_THREADS=1
+python -m data.demo --quick --out datasets/batches || exit # three conditions share it
+
+study() { # NAME CONDITIONS...
+    local name=$1
+    shift
+    for condition in "$@"; do
+        timeout "$limit" bash "scripts/studies/$name.sh" 2 3 "$condition" > "$logs/$name-$condition.log" 2>&1 &
+    done
+}
+study batches 4 16 64
+study imbalance 70 350 1600 11000 46000
+study wrong_labels 0 20 40
+wait
+tail -n 1 "$logs"/*.log
