@@ -3,9 +3,9 @@
     python train.py --config configs/demo/focal.yaml [--set solver.lr=0.02 run=mine ...] [--resume]
     torchrun --nproc_per_node=8 train.py --config configs/coco/focal.yaml
 
-Writes the folder output/run: config.yaml, last.pt, best.pt (the best AP so far), metrics.json, detections.json and
-detections.png of the last evaluation, and TensorBoard's files. A run that was interrupted, for whatever reason, goes on
-with --resume as if it had not been. All options: docs/configuration.md; problems: docs/troubleshooting.md.
+Writes the folder output/run: config.yaml, last.pt, previous.pt (the one before), best.pt (the best AP so far),
+metrics.json, detections.json and detections.png of the last evaluation, and TensorBoard's files. Whatever interrupted a
+run, --resume continues it. All options: docs/configuration.md; problems: docs/troubleshooting.md.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from detector.logger import Logger
 from detector.metrics import Metrics
 from detector.pretrained import load_initial_weights
 from detector.randomness import seed_everything
-from detector.run import Run, find_checkpoint
+from detector.run import Run, checkpoint_to_resume
 from detector.stop import Stop
 from detector.structures import Batch, Detections
 
@@ -63,7 +63,7 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False, accept_cha
     batches = train_loader(train_set, assemble.images_per_process(cfg), **loading, seed=cfg.seed)
     val_batches = eval_loader(val_set, assemble.evaluation_batch(cfg), **loading)
 
-    saved = find_checkpoint(cfg, resume=resume)
+    saved = checkpoint_to_resume(cfg, resume=resume)
     model = assemble.build_model(cfg, num_classes=len(train_set.category_ids))
     weights = f"weights from {saved.path}" if saved else load_initial_weights(model, cfg)
     place(model, device, channels_last=cfg.channels_last)
@@ -88,7 +88,7 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False, accept_cha
         # One stream over all epochs: batches of the next are loaded while an epoch ends and during evaluation.
         batches.batch_sampler.set_position(*run.position, until=cfg.solver.epochs)
         upcoming = stop.between(copied_ahead(batches, device))
-        if run.evaluation_due:  # stopped before its evaluation was saved, or finished: that is evaluated once more
+        if run.evaluation_due:  # it stopped before this evaluation was saved, or it was finished: evaluate again
             metrics = evaluate(run, val_set, val_batches, stop, logger, device)
         while not solver.done:
             advance(run, replica, upcoming, logger, device)
@@ -101,10 +101,10 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False, accept_cha
 
 
 def advance(run: Run, model: torch.nn.Module, batches: Iterator[Batch], logger: Logger, device: torch.device) -> None:
-    """Train until something is to be evaluated or saved, and save. An interruption between two steps loses none."""
+    """Train to the next pause and save. An interruption loses no step; a loss that is not finite saves its batch."""
     interruption: UserError | Stopped | None = None
     try:
-        train_until(model, run.criterion, batches, run.solver, logger, device, step=run.next_pause)
+        train_until(model, run.criterion, batches, run.solver, logger, device, until_step=run.next_pause)
     except NonFiniteLoss as error:
         raise FloatingPointError(f"{error}; {run.save_batch(error.batch)}") from None
     except Stopped as error:
@@ -132,7 +132,7 @@ def evaluate(
             metrics |= run.figures
             report(run, metrics, val_set, detections, logger)
     metrics = distributed.from_main(metrics)
-    run.record(metrics)
+    run.record_and_save(metrics)
     return metrics
 
 

@@ -43,14 +43,14 @@ class Transform(Protocol):
 class CocoDataset(Dataset):
     """Samples of one annotation file.
 
-    Without `images`, the folder of the images is searched where common exporters put it. A validation set is given
-    the `category_ids` (and, to have them compared, the `class_names`) of the training set, so that a label means the
-    same class in both. `cache` is a folder to keep the images in, decoded and resized for the transform, or empty;
+    Without `images`, the folder of the images is searched where common exporters put it. Give a validation set the
+    training set's `category_ids`, so that a label means the same class in both; with `class_names` it also compares the
+    names. `cache` is a folder to keep the images in, decoded and resized for the transform, or empty;
     samples are the same to the bit where the transform neither jitters nor distorts. With `trust`, boxes that look like
     another format are taken as they stand.
 
-    Raises UserError at once for an error in the annotation file or its boxes and for a missing image; for an image that
-    cannot be decoded, or has another size than its record, when it is read: at once too if a cache is built.
+    Raises UserError at once for an error in the annotation file or its boxes and for a missing image. An image that
+    cannot be decoded, or has another size than its record, raises it when it is read; a cache reads all at once.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class CocoDataset(Dataset):
         self.class_names: list[str] = [names.get(category, f"category {category}") for category in self.category_ids]
 
     def _collect_boxes(self) -> None:
-        """Gather the boxes of all images in one array, image by image, and count what is left out of it.
+        """Gather the boxes of all images in one array, image by image, and count those left out.
 
         One array instead of an object per box: the worker processes share it without copying.
         """

@@ -100,8 +100,9 @@ def _mean(values: np.ndarray) -> float:
 
 
 def _best_threshold(precision: np.ndarray, at_recalls: np.ndarray, scores: np.ndarray) -> float:
-    """The score where F1 is best, given precision (R,) and scores (R,) at R recalls, and all scores; -1 without a hit.
+    """The score threshold with the best F1; -1 if no object was found.
 
+    precision, at_recalls (R,): precision and score at R recalls; scores: all scores of the class.
     It lies halfway to the next lower score: in another batch, precision or machine the last digits of a score differ,
     and the lowest one that counts must still reach the threshold.
     """

@@ -69,7 +69,7 @@ class TrainSampler(Sampler[list[tuple[int, int]]]):
     def set_position(self, epoch: int, batch: int = 0, *, until: int | None = None) -> None:
         """Make the next iteration go from this batch of this epoch to its end, or on to the start of epoch `until`.
 
-        In one iteration over several epochs, loading processes go on with the next while the last is still in use.
+        An iteration over several epochs lets loading processes begin the next while training finishes this one.
         """
         self.epoch, self.batch = epoch, batch
         self.until = epoch + 1 if until is None else until
@@ -137,7 +137,7 @@ def collate(samples: Sequence[Sample], pad_to: int = STRIDE) -> Batch:
     return Batch(stacked, list(targets), list(image_ids), sizes, list(original_sizes))
 
 
-def _collate(dataset: CocoDataset, pad_to: int, samples: Sequence[Sample]) -> tuple[Batch, Remarks]:
+def _collate_with_remarks(dataset: CocoDataset, pad_to: int, samples: Sequence[Sample]) -> tuple[Batch, Remarks]:
     """A batch, and this process's remarks on its images, which it then forgets."""
     remarks, dataset.image_remarks = dataset.image_remarks, {}
     return collate(samples, pad_to), remarks
@@ -148,7 +148,7 @@ def _loader(dataset: CocoDataset, sampler: Sampler, workers: int, pad_to: int, p
         dataset,
         batch_sampler=sampler,
         num_workers=workers,
-        collate_fn=partial(_collate, dataset, pad_to),
+        collate_fn=partial(_collate_with_remarks, dataset, pad_to),
         pin_memory=pin_memory,
         worker_init_fn=start_worker,
         persistent_workers=workers > 0,

@@ -63,7 +63,7 @@ class TrainTransform:
 
     def __call__(self, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, seed: int) -> Augmented:
         if self.distort is not None:
-            # Not set_random_seed: it starts every step from the same seed, so that they would all happen together.
+            # Not set_random_seed: it gives every step the same seed, so all would happen to the same images.
             self.distort.set_random_state(np.random.default_rng(seed), random.Random(seed))
             result = self.distort(image=image, bboxes=boxes, rows=np.arange(len(boxes)))
             image = result["image"]
@@ -74,18 +74,18 @@ class TrainTransform:
         old_height, old_width = image.shape[:2]
         height, width = target_size(old_height, old_width, self.short_side * factor, self.long_side * factor)
         image, boxes = resize(image, boxes, height, width)
-        # After resizing, so that a kept image, which is resized already, gives the same pixels.
+        # Flip last: images from the cache are resized already and must give the same pixels.
         return *flip(image, boxes, *(draw.random(2) < self.flips)), labels
 
     def largest(self, height: int, width: int) -> tuple[int, int]:
         low, high = self.scale_jitter
         size = target_size(height, width, self.short_side * high, self.long_side * high)
-        # Where each sample is resized anyway, an enlarged image would hold no more and take more room.
+        # If each sample is resized anyway, an enlarged image would only take more room in the cache.
         return min(size, (height, width)) if self.distort or low < high else size
 
 
 def resize(image: np.ndarray, boxes: np.ndarray, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Image and boxes at another size; boxes by the exact ratio of each axis, which rounding makes differ."""
+    """Image and boxes at another size; boxes by each axis's own ratio, since sides are whole pixels."""
     size = image.shape[:2]
     if (height, width) == size:
         return image, boxes
@@ -110,8 +110,8 @@ def flip(image: np.ndarray, boxes: np.ndarray, horizontal: bool, vertical: bool)
 
 def _distortion():
     """The albumentations pipeline."""
-    # Here and not above: albumentations takes seconds to import, which those who do without need not wait for, and
-    # looks for a newer version of itself over the network unless this is set.
+    # Imported here, because it takes seconds and few runs need it. The variable keeps it from looking for a newer
+    # version of itself over the network.
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
     import albumentations as A
 

@@ -36,7 +36,7 @@ class Anchors:
         if octaves < 1 or not ratios or min(sizes) <= 0 or min(ratios) <= 0 or min(strides) < 1:
             raise ValueError("octaves, sizes, ratios and strides must be positive, and at least one ratio given")
         self.strides = tuple(strides)
-        self.per_cell = octaves * len(ratios)
+        self.per_position = octaves * len(ratios)
         self.shapes = [self._level_shapes(size, octaves, ratios) for size in sizes]
         self._cache: dict[tuple, Tensor] = {}  # images come in few sizes: each grid is built once
 
@@ -50,7 +50,7 @@ class Anchors:
         return torch.stack([-widths, -heights, widths, heights], dim=1) / 2
 
     def steps(self, grid: tuple[int, int], level: int, image_size: tuple[int, int]) -> tuple[int, int]:
-        """Pixels between the cells of a level, (vertical, horizontal), of its grid and the padded image's size."""
+        """Pixels between positions of a level, (vertical, horizontal), given its grid and the padded image's size."""
         return self.strides[level], self.strides[level]
 
     def __call__(self, grids: Sequence[tuple[int, int]], image_size: tuple[int, int], device: torch.device) -> Tensor:

@@ -20,12 +20,12 @@ from detector.solver import Solver
 
 
 def build_model(cfg: Config, num_classes: int) -> RetinaNet:
-    """The detector with random weights; checkpoint.py fills in better ones."""
+    """The detector with random weights; pretrained.py or a checkpoint fills in better ones."""
     options = cfg.model
     backbone = Backbone(options.backbone, options.norm, options.frozen_stages or 0)
     fpn = FPN(backbone.channels, options.fpn_channels, options.p6_from)
     anchors = build_part(cfg, "anchors")
-    head = Head(options.fpn_channels, anchors.per_cell, num_classes, **options.head.model_dump())
+    head = Head(options.fpn_channels, anchors.per_position, num_classes, **options.head.model_dump())
     return RetinaNet(backbone, fpn, head, anchors)
 
 
@@ -66,7 +66,7 @@ def images_per_process(cfg: Config) -> int:
 
 
 def evaluation_batch(cfg: Config) -> int:
-    """Images that one process evaluates at once; unless the config says, it does not depend on their number."""
+    """Images that one process evaluates at once: by default the same for any number of processes."""
     return cfg.evaluation.batch_size or min(8, cfg.solver.batch_size // cfg.solver.accumulate)
 
 

@@ -16,10 +16,10 @@ MIN_BLOCK = 4096  # anchors
 class IoUAssigner:
     """RetinaNet's rule: an anchor belongs to the box it overlaps most.
 
-    Positive where that IoU >= `fg_iou`, background where it is < `bg_iou`, ignored between. Besides, for
-    every box, all anchors that reach the box's best IoU are positive for the box that *they* overlap most,
-    whatever the IoU, if it is above 0 and at least `min_iou`; without this, boxes far from all anchor shapes
-    are never learnt (+0.7 AP on COCO). `min_iou` = `fg_iou` switches this off.
+    Positive where that IoU >= `fg_iou`, background where it is < `bg_iou`, ignored between. Each box also
+    makes the anchors that reach its best IoU positive, if that is above 0 and at least `min_iou`; such an anchor still
+    learns the box that *it* overlaps most. Without this, boxes far from all anchor shapes are never learnt.
+    `min_iou` = `fg_iou` switches it off.
 
     Source: Lin et al., Focal Loss, 2017, section 4; the low-quality matches are Faster R-CNN's (Ren et al.,
     2015, section 3.1.2). Same result as torchvision's Matcher, but where a box overlaps no anchor at all:
@@ -60,7 +60,7 @@ class IoUAssigner:
         return Assignment(gt_index, positive, ignored)
 
 
-def groups(anchors: Tensor, gt_boxes: Tensor, counts: list[int]) -> list[Tensor] | tuple[Tensor, ...]:
+def split_boxes(anchors: Tensor, gt_boxes: Tensor, counts: list[int]) -> list[Tensor] | tuple[Tensor, ...]:
     """A batch's boxes (B, G, 4) in parts (b, g, 4) for an assigner. Image i has counts[i] boxes, then zeros.
 
     On a CPU each image alone, since its boxes choose the blocks of _blocks. Elsewhere as many as memory allows, which
@@ -74,9 +74,8 @@ def groups(anchors: Tensor, gt_boxes: Tensor, counts: list[int]) -> list[Tensor]
 def _blocks(anchors: Tensor, gt_boxes: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Runs of anchors, each with the indices (k,) of the boxes that may overlap it, so that (G, A) is never computed.
 
-    On a CPU they are so short that all pairs of one stay in the cache, and lie in a part of the image that most boxes
-    of a crowd do not reach. Elsewhere they are as long as memory allows: choosing boxes would mean waiting for the
-    device.
+    On a CPU a run is short: its pairs fit the cache, and most boxes of a crowd do not reach its part of the image.
+    Elsewhere it is as long as memory allows: choosing boxes would mean waiting for the device.
     """
     on_cpu = anchors.device.type == "cpu"
     length = max((CACHED_PAIRS if on_cpu else MAX_PAIRS) // max(gt_boxes.shape[:-1].numel(), 1), MIN_BLOCK)
@@ -108,9 +107,9 @@ class ATSSAssigner:
         self.cells = cells
 
     @torch.no_grad()
-    def __call__(self, anchors: Tensor, gt_boxes: Tensor, levels: tuple[int, ...], per_cell: int) -> Assignment:
+    def __call__(self, anchors: Tensor, gt_boxes: Tensor, levels: tuple[int, ...], per_position: int) -> Assignment:
         """As IoUAssigner's, with the number of anchors in each level and in each cell."""
-        candidates = self._candidates(anchors, gt_boxes, levels, per_cell)
+        candidates = self._candidates(anchors, gt_boxes, levels, per_position)
         centres = (anchors[:, :2] + anchors[:, 2:])[candidates] / 2
         boxes = gt_boxes[..., None, :]
         iou = box_ops.iou_of_pairs(anchors[candidates], boxes)  # (..., G, K)
@@ -130,15 +129,15 @@ class ATSSAssigner:
         gt_index = torch.full_like(best_iou, count, dtype=torch.int64).scatter_reduce(-1, candidates, index, "amin")
         return Assignment(torch.where(positive, gt_index, 0), positive, torch.zeros_like(positive))
 
-    def _candidates(self, anchors: Tensor, gt_boxes: Tensor, levels: tuple[int, ...], per_cell: int) -> Tensor:
+    def _candidates(self, anchors: Tensor, gt_boxes: Tensor, levels: tuple[int, ...], per_position: int) -> Tensor:
         """Indices of the anchors in each box's nearest cells, (..., G, K)."""
-        first = anchors[::per_cell]  # all anchors of a cell have one centre
+        first = anchors[::per_position]  # all anchors of a cell have one centre
         twice_centre = (gt_boxes[..., :2] + gt_boxes[..., 2:])[..., None, :]
         away = (first[:, :2] + first[:, 2:] - twice_centre).square().sum(dim=-1)  # (..., G, cells)
         nearest, start = [], 0
-        for distance in away.split([count // per_cell for count in levels], dim=-1):
+        for distance in away.split([count // per_position for count in levels], dim=-1):
             cells = distance.shape[-1]
             nearest.append(start + distance.topk(min(self.cells, cells), largest=False, sorted=False).indices)
             start += cells
-        shapes = torch.arange(per_cell, device=anchors.device)
-        return (torch.cat(nearest, dim=-1)[..., None] * per_cell + shapes).flatten(-2)
+        shapes = torch.arange(per_position, device=anchors.device)
+        return (torch.cat(nearest, dim=-1)[..., None] * per_position + shapes).flatten(-2)

@@ -9,18 +9,19 @@ from torch.nn.utils.rnn import pad_sequence
 
 from detector import boxes as box_ops
 from detector import distributed
-from detector.assigner import ATSSAssigner, IoUAssigner, groups
+from detector.assigner import ATSSAssigner, IoUAssigner, split_boxes
 from detector.box_coder import BoxCoder
-from detector.device import OnItsWay
+from detector.device import PendingCopy
 from detector.structures import Assignment, Grid, Losses, Predictions, Target
 
 
 class Criterion(nn.Module):
     """Predictions and targets of a batch -> Losses.
 
-    Each loss is called once, on all images and levels joined, unless its `scope` is "level": then once for each
-    level, and the values are added up. Losses and boxes are float32 whatever the model ran in. The losses' state (GHM's
-    moving averages) moves in training mode only, and is saved with this module's state dict.
+    Each loss sums and normalises by itself: most divide by the number of positives, GHM-C by that of valid examples.
+    It is called once, on all images and levels joined, unless its `scope` is "level": then once for each level, and the
+    values are added up. Losses and boxes are float32 whatever the model ran in. The losses' state (GHM's moving
+    averages) moves in training mode only, and is saved with this module's state dict.
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class Criterion(nn.Module):
         self.class_weight, self.box_weight = class_weight, box_weight
 
     def forward(self, predictions: Predictions, targets: list[Target], matches: "Matches | None" = None) -> Losses:
-        """Targets on the predictions' device, one for each image; matches: of these targets, if made before."""
+        """Targets on the predictions' device, one for each image; `matches`: theirs, if `match` was called before."""
         matches = matches or self.match(predictions, targets)
         deltas = predictions.deltas.flatten(0, 1)[matches.rows].float()
         return Losses(
@@ -53,7 +54,7 @@ class Criterion(nn.Module):
         )
 
     def _class_loss(self, predictions: Predictions, matches: "Matches", deltas: Tensor) -> Tensor:
-        cells = [predictions.logits, matches.cell_labels(predictions.logits.shape[-1]), matches.valid]
+        cells = [predictions.logits, matches.anchor_labels(predictions.logits.shape[-1]), matches.valid]
         if getattr(self.class_loss, "takes_quality", False):
             quality = deltas.new_zeros(matches.valid.numel())
             quality[matches.rows] = box_ops.iou_of_pairs(self.coder.decode(deltas, matches.anchors), matches.boxes)
@@ -81,15 +82,15 @@ class Criterion(nn.Module):
     def match(self, grid: Grid | Predictions, targets: list[Target]) -> "Matches":
         """Which box each anchor of each image learns.
 
-        On a GPU ask for it before the model runs: then the number of positives is known when the losses need it.
+        On a GPU call it before the model runs: then the number of positives has arrived when the losses need it.
         """
         anchors = grid.anchors
-        # Padded to equal length, at least one box: an anchor that learns none needs an index too.
-        nothing = Target(anchors.new_zeros(1, 4), anchors.new_zeros(1, dtype=torch.int64))
-        boxes, classes = (pad_sequence(list(values), batch_first=True) for values in zip(*targets, nothing))
-        parts = groups(anchors, boxes[:-1], [len(target.labels) for target in targets])
-        assignments = [self.assigner(anchors, part, grid.levels, grid.per_cell) for part in parts]
-        return Matches(anchors, boxes, classes, Assignment(*(torch.cat(values) for values in zip(*assignments))))
+        # Padded to equal length, and to one box at least: an anchor that learns none has an index too.
+        no_objects = Target(anchors.new_zeros(1, 4), anchors.new_zeros(1, dtype=torch.int64))
+        boxes, labels = (pad_sequence(list(values), batch_first=True) for values in zip(*targets, no_objects))
+        parts = split_boxes(anchors, boxes[:-1], [len(target.labels) for target in targets])
+        assignments = [self.assigner(anchors, part, grid.levels, grid.per_position) for part in parts]
+        return Matches(anchors, boxes, labels, Assignment(*(torch.cat(values) for values in zip(*assignments))))
 
 
 class Matches:
@@ -103,7 +104,7 @@ class Matches:
         self.positive, self.valid = assignment.positive, ~assignment.ignored
         count = self.positive.sum()
         self.num_pos = distributed.all_sum(count).clamp(min=1)
-        self._count = OnItsWay(count)
+        self._count = PendingCopy(count)
         self._anchors, self._boxes, self._classes, self._gt_index = anchors, boxes, classes, assignment.gt_index
 
     @cached_property
@@ -130,7 +131,7 @@ class Matches:
     def anchors(self) -> Tensor:
         return self._anchors[self.rows % self.positive.shape[1]]
 
-    def cell_labels(self, background: int) -> Tensor:
+    def anchor_labels(self, background: int) -> Tensor:
         """(B, A) int64: the class of the positive ones, `background` elsewhere."""
         labels = self.rows.new_full((self.positive.numel(),), background)
         labels[self.rows] = self.labels
@@ -143,6 +144,6 @@ def _by_level(loss: nn.Module) -> bool:
 
 @torch.no_grad()
 def _true_class_probability(logits: Tensor, matches: Matches) -> Tensor:
-    """Mean over all positives of all processes; this process's share of it, scaled to be averaged over them."""
+    """This process's part of the mean over all positives: its average over the processes is that mean."""
     logit = logits.flatten(0, 1)[matches.rows].gather(1, matches.labels[:, None])
     return logit.float().sigmoid().sum() / matches.num_pos * distributed.world_size()

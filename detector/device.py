@@ -118,7 +118,7 @@ def copied_ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Bat
             return
 
 
-class OnItsWay:
+class PendingCopy:
     """A copy of a tensor to the host that does not block; `get` waits for it."""
 
     def __init__(self, tensor: Tensor):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from detector import boxes as box_ops
 from detector import distributed
 from detector.criterion import Criterion, Matches
-from detector.device import OnItsWay, autocast, copied_ahead
+from detector.device import PendingCopy, autocast, copied_ahead
 from detector.gradients import Observation, observe
 from detector.postprocess import NonFiniteOutput, Postprocess
 from detector.solver import Solver
@@ -37,22 +37,22 @@ def train_until(
     logger: "Logger",
     device: torch.device,
     *,
-    step: int,
+    until_step: int,
 ) -> None:
-    """Train until `step` steps are done, or the solver is done, or there are no more batches. These are on the device.
+    """Train until `until_step` steps are done, or the solver is, or there are no more batches (on the device).
 
-    Raises NonFiniteLoss, before the weights are touched, where the loss or its gradient is not finite, and the solver
-    may not skip the step. UserError and Stopped of the batches come between two steps, the same two in all processes.
+    Raises NonFiniteLoss, with the weights as before, if loss or gradient is not finite and the solver may not skip the
+    step. If the batches raise UserError or Stopped, all processes raise it after the same step.
     """
     model.train()
     criterion.train()
-    last = min(step, solver.total_steps)
+    last = min(until_step, solver.total_steps)
     if solver.step_count >= last:
         return
     logger.start(solver.step_count, solver.total_steps)
     stream = distributed.padded_alike(batches, device)
 
-    def fetch(unread: OnItsWay | None = None) -> tuple[Batch, Matches] | None:
+    def fetch(unread: PendingCopy | None = None) -> tuple[Batch, Matches] | None:
         batch = logger.next_batch(stream, unread)
         # Which anchor learns which box depends on the images' size alone: it is found before the model runs.
         return batch and (batch, criterion.match(cast("RetinaNet", solver.model).grid(batch.images), batch.targets))
@@ -60,17 +60,18 @@ def train_until(
     upcoming = fetch()
     while upcoming is not None:
         (batch, matches), upcoming, number = upcoming, None, solver.step_count + 1
-        losses, observation = backward(model, criterion, batch, matches, solver, logger.wants_gradients(number))
+        observing = logger.wants_gradients(number)
+        losses, observation = compute_gradients(model, criterion, batch, matches, solver, observing)
         if observation is not None:
             logger.gradients(observation, number)
         scalars = {name: value.detach() for name, value in (losses.terms | losses.diagnostics).items()}
         scalars["gradient_norm"] = solver.clip_gradients()
-        totals = OnItsWay(distributed.all_sum(torch.stack([value.float() for value in scalars.values()])))
+        summed = PendingCopy(distributed.all_sum(torch.stack([value.float() for value in scalars.values()])))
         try:
             if number < last:  # before the losses are read: a GPU that still computes them then goes on without a gap
-                upcoming = fetch(totals)
+                upcoming = fetch(summed)
         finally:  # an error in place of a batch loses no step
-            values = dict(zip(scalars, totals.get().tolist()))
+            values = dict(zip(scalars, summed.get().tolist()))
             for name in values.keys() - losses.terms.keys():  # averaged over processes; the losses' terms are summed
                 values[name] /= distributed.world_size()
             _update(solver, values, losses.terms.keys(), batch, logger)
@@ -91,10 +92,10 @@ def _update(solver: Solver, values: dict[str, float], terms: Iterable[str], batc
     logger.step_done()
 
 
-def backward(
+def compute_gradients(
     model: nn.Module, criterion: Criterion, batch: Batch, matches: Matches, solver: Solver, observing: bool = False
 ) -> tuple[Losses, Observation | None]:
-    """Losses of the batch, and its gradient in the parameters; what each example gives of it, if `observing`."""
+    """Run model and losses, and add to the parameters' `grad`. If `observing`, measure the gradient by region too."""
 
     def forward(part: Batch) -> Predictions:
         with autocast(part.images.device, solver.precision):
@@ -168,7 +169,7 @@ def predict(
 
 
 def _not_finite(values: dict[str, float], terms: Iterable[str], solver: Solver) -> dict[str, float]:
-    # In float16 a gradient may overflow: the scaler then skips the step and lowers its scale. Below 1 it will not end.
+    # In float16 a gradient may overflow: the scaler then skips the step and halves its scale. Below 1 that is no use.
     watched = [*terms] if solver.scaler.is_enabled() else [*terms, "gradient_norm"]
     bad = {name: values[name] for name in watched if not abs(values[name]) < float("inf")}
     if solver.scaler.get_scale() < 1:

@@ -57,7 +57,7 @@ def observe(
     Leaves the criterion's state and the predictions' graph alone. Each process must call it.
     """
     matches = matches or criterion.match(predictions, targets)
-    labels = matches.cell_labels(predictions.logits.shape[-1])
+    labels = matches.anchor_labels(predictions.logits.shape[-1])
     logits = predictions.logits.detach().float().requires_grad_()
     deltas = predictions.deltas.detach().float().requires_grad_()
     training = criterion.training

@@ -14,7 +14,7 @@ class Head(nn.Module):
 
     Args:
         channels: channels of the pyramid
-        anchors_per_cell: shapes on each cell
+        anchors_per_position: shapes on each cell
         num_classes: C; there is no output for background, whatever the loss
         depth, width: convolutions in each tower, and their channels
         norm: "gn" puts a GroupNorm behind each convolution of the towers
@@ -25,7 +25,7 @@ class Head(nn.Module):
     def __init__(
         self,
         channels: int,
-        anchors_per_cell: int,
+        anchors_per_position: int,
         num_classes: int,
         depth: int = 4,
         width: int = 256,
@@ -37,8 +37,8 @@ class Head(nn.Module):
         self.class_tower = _tower(channels, depth, width, norm)
         self.box_tower = _tower(channels, depth, width, norm)
         inputs = width if depth else channels
-        self.logits = nn.Conv2d(inputs, anchors_per_cell * num_classes, 3, padding=1)
-        self.deltas = nn.Conv2d(inputs, anchors_per_cell * 4, 3, padding=1)
+        self.logits = nn.Conv2d(inputs, anchors_per_position * num_classes, 3, padding=1)
+        self.deltas = nn.Conv2d(inputs, anchors_per_position * 4, 3, padding=1)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, std=0.01)

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from detector import distributed
 from detector.curves import Curves
-from detector.device import OnItsWay
+from detector.device import PendingCopy
 from detector.gradients import Observation
 from detector.structures import Batch
 
@@ -78,7 +78,7 @@ class Logger:
             )
         self._step_began, self._waits = time.perf_counter(), []
 
-    def next_batch(self, batches: Iterator[Batch], unread: OnItsWay | None = None) -> Batch | None:
+    def next_batch(self, batches: Iterator[Batch], unread: PendingCopy | None = None) -> Batch | None:
         """The next of the batches; None if there is none. On a GPU only the time after `unread` is a wait for it."""
         began = time.perf_counter()
         batch = next(batches, None)

@@ -85,11 +85,11 @@ class Run:
 
     @property
     def next_pause(self) -> int:
-        """The step before which nothing is to be evaluated or saved."""
+        """The step at which to pause and save: at the end of the epoch, or at a multiple of checkpoint.every."""
         every = self.cfg.checkpoint.every
         return min((self.position[0] + 1) * self.steps_per_epoch, (self.step // every + 1) * every)
 
-    def record(self, metrics: Metrics) -> None:
+    def record_and_save(self, metrics: Metrics) -> None:
         """Note an evaluation of the present weights, and save them: as best.pt where their AP is the highest so far."""
         self.evaluated = self.step
         by_class = metrics["per_class"]
@@ -201,8 +201,8 @@ class Run:
         )
 
 
-def find_checkpoint(cfg: Config, *, resume: bool) -> Saved | None:
-    """Where a run is to go on from, if there is one; UserError where a new run would overwrite one."""
+def checkpoint_to_resume(cfg: Config, *, resume: bool) -> Saved | None:
+    """The checkpoint to continue from, if any. UserError if the folder holds a run and `resume` is false."""
     if not resume and any((cfg.folder / name).exists() for name in (LAST, PREVIOUS)):
         raise UserError(f"{cfg.folder} already holds a run: go on with --resume, or name another by --set run=NAME")
     return checkpoint.newest(cfg.folder)

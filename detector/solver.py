@@ -79,7 +79,7 @@ class Solver:
         return self.step_count >= self.total_steps
 
     def lr_at(self, step: int) -> float:
-        """Learning rate of the step after `step` steps."""
+        """Learning rate of the next step when `step` steps are done."""
         lr = self.lr
         if self.schedule == "cosine":
             progress = max(step - self.warmup_steps, 0) / max(self.total_steps - self.warmup_steps, 1)
@@ -147,7 +147,7 @@ class Solver:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """ValueError for the state of another optimizer, which torch would accept and fail with at the next step."""
+        """ValueError for the state of another optimizer: torch would accept it and fail at the next step."""
         if state["optimizer"]["param_groups"][0].keys() != self.optimizer.state_dict()["param_groups"][0].keys():
             raise ValueError("the optimizer is another")
         self.step_count, self.skipped = state["step"], state["skipped"]

@@ -5,6 +5,7 @@
     G ground-truth boxes of one image                          P positive anchors of a batch
     D detections of one image
 
+A cell is an anchor and a class; a position is a point of a level's feature map.
 Boxes are float32 (x1, y1, x2, y2) in pixels, x2 and y2 exclusive. Labels are 0..C-1; where background needs
 a label (the class losses), it is C.
 """
@@ -51,7 +52,7 @@ class Grid(NamedTuple):
 
     anchors: Tensor  # (A, 4) float32
     levels: tuple[int, ...]  # anchors in each level, adding up to A
-    per_cell: int = 1  # anchors at each position of a level
+    per_position: int = 1  # anchors at each position of a level
 
 
 class Predictions(NamedTuple):
@@ -61,7 +62,7 @@ class Predictions(NamedTuple):
     deltas: Tensor  # (B, A, 4)
     anchors: Tensor  # (A, 4) float32
     levels: tuple[int, ...]  # anchors in each level, adding up to A
-    per_cell: int = 1  # anchors at each position of a level
+    per_position: int = 1  # anchors at each position of a level
 
 
 class Assignment(NamedTuple):
@@ -74,7 +75,7 @@ class Assignment(NamedTuple):
 
 @dataclass
 class Losses:
-    """This process's share of the loss: summed over processes, `total` is what is minimised."""
+    """This process's share of the loss. Training minimises the sum of `total` over processes."""
 
     terms: dict[str, Tensor]  # scalars that add up to the total
     diagnostics: dict[str, Tensor] = field(default_factory=dict)  # detached, only logged

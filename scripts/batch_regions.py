@@ -144,7 +144,7 @@ def measure(source: str, count: int) -> Measured:
                 with autocast(device, precision):
                     predictions = model(batch.images, batch.sizes)
                 matches = criterion.match(predictions, batch.targets)
-                every_label = matches.cell_labels(predictions.logits.shape[-1])
+                every_label = matches.anchor_labels(predictions.logits.shape[-1])
                 for logits, labels, valid in zip(predictions.logits.float(), every_label, matches.valid):
                     norms = logits_against_truth(logits, labels, valid).sigmoid()
                     images.append(Regions(*(value.cpu() for value in by_region(norms, norms, valid, BINS))))

@@ -192,9 +192,9 @@ def balance(cfg: Config, anchors: Anchors, train: Seen) -> str:
     for index in chosen:
         size = tuple(-(-side // cfg.data.pad_to) * cfg.data.pad_to for side in train.sizes[index])
         grids = [tuple(-(-side // stride) for side in size) for stride in anchors.strides]
-        levels = [height * width * anchors.per_cell for height, width in grids]
+        levels = [height * width * anchors.per_position for height, width in grids]
         boxes = torch.from_numpy(train.boxes[train.image == index])
-        found = assigner(anchors(grids, size, torch.device("cpu")), boxes, levels, anchors.per_cell)
+        found = assigner(anchors(grids, size, torch.device("cpu")), boxes, levels, anchors.per_position)
         positives += int(found.positive.sum())
         negatives += int((~found.positive & ~found.ignored).sum())
     if not positives:

@@ -212,7 +212,7 @@ class Exported(nn.Module):
         logits, deltas = self.model.head(levels)
         grids = [(level.shape[-2], level.shape[-1]) for level in levels]
         anchors = self.model.anchors.build(grids, (images.shape[-2], images.shape[-1]))
-        counts = tuple(height * width * self.model.anchors.per_cell for height, width in grids)
+        counts = tuple(height * width * self.model.anchors.per_position for height, width in grids)
         return Predictions(logits, deltas, anchors.to(deltas.device), counts)
 
     def best_of(self, scores: Tensor) -> Tensor:

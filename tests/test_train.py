@@ -252,7 +252,7 @@ def test_a_run_reads_one_stream_of_batches(tiny, folder, monkeypatch):
     def counted(*arguments, step):
         assert pauses[-1:] != [step]  # a stream that ends early would go on without end
         pauses.append(step)
-        train_until(*arguments, step=step)
+        train_until(*arguments, until_step=step)
 
     monkeypatch.setattr(train, "train_until", counted)
     cfg = configure(tiny(folder, checkpoint={"every": 1}), ["solver.epochs=2"])

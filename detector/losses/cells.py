@@ -42,7 +42,7 @@ def accumulator(logits: Tensor) -> torch.dtype:
     return torch.promote_types(logits.dtype, torch.float32)
 
 
-# What curves are written in, besides torch. kernels.py runs the same functions on a GPU, so they use what it knows.
+# Functions for curves, besides torch's. kernels.py runs them in Triton too, so they use only operations that it knows.
 
 
 def sigmoid_softplus(z: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
 """The class losses' sum over all cells: value and gradient in one sweep over the logits.
 
-A loss gives its curve: value and slope of one cell as functions of z, the logit against the truth (cells.py). It is the
-only place where the loss's formula is written. With the slope in closed form nothing is kept between forward and
-backward but the gradient itself, and it is more accurate than what autograd finds through powers and products.
+A loss gives its curve: value and slope of one cell as functions of z, the logit against the truth (cells.py). The
+formula of the loss is only there. Since the slope is in closed form, forward keeps only its inputs and the gradient for
+backward. This gradient is also more accurate than what autograd finds through powers and products.
 """
 
 from collections.abc import Callable
@@ -31,14 +31,14 @@ def cell_sum(
 ) -> Tensor:
     """Sum over all valid cells of the curve's value x the cell's weight / num_pos -> at least float32.
 
-    curve: (z, is_positive, *params) -> (value, slope), cell by cell. is_positive says which cells are; it is None where
-        none is. A loss that knows its slope only through autograd wraps its curve in `SlopeByAutograd`.
+    curve: (z, is_positive, *params) -> (value, slope), cell by cell. is_positive marks the positive cells; None if all
+        are background. A loss that knows its slope only through autograd wraps its curve in `SlopeByAutograd`.
     logits (N, C) of any float type, labels (N,) int64 with C = background, valid (N,) bool
     params: (K,) tensors first, then numbers; none gets a gradient
     quality (N,): how good each positive's box is. The curve gets it as its third argument, None where is_positive is.
     """
-    # Dividing each cell and not their sum rounds a gradient in half precision once. The scale is a tensor because each
-    # new number would compile again; full() fills it on the device, without a copy that would wait.
+    # Divide each cell, not the sum: then a gradient in half precision is rounded once. The scale is a tensor, because
+    # torch.compile compiles again for each new number. full() makes it on the device, so nothing waits for a copy.
     scale = torch.full((), 1.0, dtype=accumulator(logits), device=logits.device) / num_pos
     return _CellSum.apply(logits, labels, valid, quality, curve, (scale, negative_weight, positive_weight), params)
 
@@ -77,8 +77,8 @@ class _CellSum(torch.autograd.Function):
         if (kernels := dispatch.triton_for(logits)) is not None:
             kernels.scale_(gradient, upstream)
         elif upstream.device.type != "cpu" or upstream != 1:  # elsewhere the comparison would wait for the device
-            # In float32 whatever the gradient's type: 1 / num_pos rounded to bfloat16 may be 0.4% off, and so would be
-            # all of the gradient. A CPU takes a scalar as it is; a GPU would round it, but not with a dimension.
+            # In bfloat16 `upstream` may be 0.4% off, and so would the gradient. A GPU rounds a scalar tensor to the
+            # gradient's type, but not a tensor with a dimension. A CPU rounds neither.
             gradient.mul_(upstream if upstream.device.type == "cpu" else upstream[None])
         return gradient.to(logits.dtype), *[None] * 6
 
@@ -99,8 +99,9 @@ def _value_and_gradient(
     scale, negative, positive = weights
     scales = negative * scale, positive * scale
     if logits.device.type != "cpu":
-        # Which rows have a positive is not known here; telling its cell apart in every row costs a GPU nothing.
+        # Which rows have a positive is not known here. Looking for its cell in every row costs a GPU nothing.
         return _all_rows(curve, logits, valid, labels, quality, scales, params)
+    # A CPU sweeps all rows as background, then replaces the few that have a positive.
     is_positive = labels < logits.shape[1]
     value, gradient = _all_rows(curve, logits, valid & ~is_positive, None, quality, scales, params)
     few = (valid & is_positive).nonzero()[:, 0]

@@ -21,7 +21,7 @@ TRAIN = """
 import os, sys, train
 train_until = train.train_until
 def first_step(*args, step):
-    train_until(*args, step=1)
+    train_until(*args, until_step=1)
     print("first step done", flush=True)
     os._exit(0)
 train.train_until = first_step

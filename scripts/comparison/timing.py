@@ -16,7 +16,7 @@ from detector import assemble
 from detector.config import Config
 from detector.criterion import Criterion
 from detector.device import keep_freed_memory, pick_device, place
-from detector.engine import backward
+from detector.engine import compute_gradients
 from detector.graphs import SEEN, speed_up
 from detector.model import RetinaNet
 from detector.randomness import seed_everything
@@ -68,7 +68,7 @@ def training_step(model: RetinaNet, criterion: Criterion, solver: Solver) -> Cal
 
     def step(batch: Batch) -> None:
         matches = criterion.match(model.grid(batch.images), batch.targets)
-        backward(model, criterion, batch, matches, solver)
+        compute_gradients(model, criterion, batch, matches, solver)
         solver.clip_gradients()
         solver.step()
 

@@ -57,7 +57,7 @@ def test_order_is_level_row_column_shape():
 
 def test_every_ratio_keeps_the_area():
     anchors = Anchors(octaves=1, ratios=(0.1, 0.7, 3.0, 11.0))
-    assert anchors.per_cell == 4
+    assert anchors.per_position == 4
     areas = boxes.area(anchors([(1, 1)] * 5, (8, 8), CPU)).view(5, 4)
     torch.testing.assert_close(areas, torch.tensor([32.0, 64, 128, 256, 512])[:, None].square().expand(5, 4))
 
@@ -65,7 +65,7 @@ def test_every_ratio_keeps_the_area():
 def test_number_of_anchors():
     anchors = Anchors(octaves=2, ratios=(1.0, 2.0))
     grids = grids_of(96, 224)
-    assert len(anchors(grids, (96, 224), CPU)) == anchors.per_cell * sum(h * w for h, w in grids)
+    assert len(anchors(grids, (96, 224), CPU)) == anchors.per_position * sum(h * w for h, w in grids)
 
 
 @pytest.mark.parametrize("size", [(800, 1344), (320, 448), (96, 160), (32, 32), (608, 992), (128, 256)])

@@ -160,10 +160,10 @@ def test_several_images_are_matched_as_each_alone(counts):
 def test_parts_of_a_batch_hold_every_box_and_few_pairs(monkeypatch):
     counts = [3, 0, 20, 1, 7]
     anchors, boxes = all_anchors(), padded(counts)
-    on_cpu = assigner.groups(anchors, boxes, counts)
+    on_cpu = assigner.split_boxes(anchors, boxes, counts)
     assert [part.shape for part in on_cpu] == [(1, count, 4) for count in counts]
     assert all(torch.equal(part[0], boxes[i, :count]) for i, (part, count) in enumerate(zip(on_cpu, counts)))
     for at_once, pairs in ((1, 1), (2, 50 * len(anchors)), (5, 100 * len(anchors))):
         monkeypatch.setattr(assigner, "MAX_PAIRS", pairs)
-        parts = assigner.groups(anchors.to("meta"), boxes, counts)
+        parts = assigner.split_boxes(anchors.to("meta"), boxes, counts)
         assert torch.equal(torch.cat(parts), boxes) and len(parts[0]) == at_once

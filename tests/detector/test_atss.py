@@ -19,10 +19,10 @@ def anchors_and_boxes(seed, count, octaves=1, ratios=(1.0,)):
     rng = torch.Generator().manual_seed(seed)
     corner = torch.rand(count, 2, generator=rng) * 80
     boxes = torch.cat([corner, corner + 6 + torch.rand(count, 2, generator=rng) * 60], dim=1)
-    return anchors, boxes, tuple(h * w * make.per_cell for h, w in GRIDS), make.per_cell
+    return anchors, boxes, tuple(h * w * make.per_position for h, w in GRIDS), make.per_position
 
 
-def by_hand(anchors, boxes, levels, per_cell, cells):
+def by_hand(anchors, boxes, levels, per_position, cells):
     """Index of the box of each anchor, -1 for background."""
     iou = box_iou(anchors.double(), boxes.double()).tolist()
     owner, best = [-1] * len(anchors), [0.0] * len(anchors)
@@ -33,7 +33,7 @@ def by_hand(anchors, boxes, levels, per_cell, cells):
             level = range(start, start + size)
             middle = (x1 + x2) / 2, (y1 + y2) / 2
             level = sorted(level, key=lambda a: (centres[a][0] - middle[0]) ** 2 + (centres[a][1] - middle[1]) ** 2)
-            candidates += level[: cells * per_cell]
+            candidates += level[: cells * per_position]
             start += size
         values = [iou[a][g] for a in candidates]
         threshold = statistics.mean(values) + statistics.stdev(values)
@@ -48,27 +48,27 @@ def by_hand(anchors, boxes, levels, per_cell, cells):
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("cells", [1, 9])
 def test_equals_plain_loops(seed, cells, shapes):
-    anchors, boxes, levels, per_cell = anchors_and_boxes(seed, 12, **shapes)
-    assignment = ATSSAssigner(cells)(anchors, boxes, levels, per_cell)
+    anchors, boxes, levels, per_position = anchors_and_boxes(seed, 12, **shapes)
+    assignment = ATSSAssigner(cells)(anchors, boxes, levels, per_position)
     ours = torch.where(assignment.positive, assignment.gt_index, -1).tolist()
-    assert ours == by_hand(anchors, boxes, levels, per_cell, cells)
+    assert ours == by_hand(anchors, boxes, levels, per_position, cells)
     assert max(ours) >= 0
     assert not assignment.ignored.any()
 
 
 def test_several_images_are_matched_as_each_alone():
-    anchors, boxes, levels, per_cell = anchors_and_boxes(0, 12, octaves=3)
+    anchors, boxes, levels, per_position = anchors_and_boxes(0, 12, octaves=3)
     images = [boxes[:0], boxes, boxes[:2], boxes[5:]]
-    together = ATSSAssigner()(anchors, pad_sequence(images, batch_first=True), levels, per_cell)
+    together = ATSSAssigner()(anchors, pad_sequence(images, batch_first=True), levels, per_position)
     for index, positive, ignored, own in zip(*together, images):
-        alone = ATSSAssigner()(anchors, own, levels, per_cell)
+        alone = ATSSAssigner()(anchors, own, levels, per_position)
         assert torch.equal(positive, alone.positive) and torch.equal(index[positive], alone.gt_index[positive])
         assert not ignored.any() and positive.any() == (len(own) > 0)
 
 
 def test_no_boxes_is_all_background():
-    anchors, boxes, levels, per_cell = anchors_and_boxes(0, 0)
-    assignment = ATSSAssigner()(anchors, boxes, levels, per_cell)
+    anchors, boxes, levels, per_position = anchors_and_boxes(0, 0)
+    assignment = ATSSAssigner()(anchors, boxes, levels, per_position)
     assert not assignment.positive.any() and not assignment.ignored.any()
 
 

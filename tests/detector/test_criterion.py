@@ -345,7 +345,7 @@ def test_images_matched_together_learn_what_each_does_alone(assigner, monkeypatc
     one = build()
     one.assigner = assigner()
     alone = one.match(predictions, targets)
-    monkeypatch.setattr(criterion_module, "groups", lambda anchors, boxes, counts: boxes.split(len(boxes)))
+    monkeypatch.setattr(criterion_module, "split_boxes", lambda anchors, boxes, counts: boxes.split(len(boxes)))
     together = one.match(predictions, targets)
     assert len(alone.boxes) > 0
     for name in ("labels", "valid", "positive", "num_pos", "rows", "anchors", "boxes"):
@@ -358,8 +358,8 @@ def test_on_a_gpu_no_step_depends_on_data(class_loss, box_loss, assigner, monkey
     """Of tensors that have no values, whatever needs one raises; and numbers are not copied from the host."""
     monkeypatch.setattr(dispatch, "compiles", lambda logits: False)
     monkeypatch.setattr(dispatch, "triton_for", lambda logits: None)  # it would run on these tensors' values
-    on_its_way = SimpleNamespace(get=lambda: torch.tensor(7))  # a value that it copies without a wait
-    monkeypatch.setattr(criterion_module, "OnItsWay", lambda number: on_its_way)
+    pending = SimpleNamespace(get=lambda: torch.tensor(7))  # a value that it copies without a wait
+    monkeypatch.setattr(criterion_module, "PendingCopy", lambda number: pending)
     with FakeTensorMode(), Copies() as copies:
         cuda = torch.device("cuda", 0)
         predictions = Predictions(

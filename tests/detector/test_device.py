@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from detector.device import OnItsWay, copied_ahead, pick_device, pick_precision, pick_workers, usable_cores
+from detector.device import PendingCopy, copied_ahead, pick_device, pick_precision, pick_workers, usable_cores
 from detector.errors import UserError
 from detector.structures import Batch, Target
 
@@ -173,14 +173,14 @@ def test_a_batch_moves_with_all_its_targets():
 
 def test_a_copy_on_its_way_is_there_at_once_without_a_gpu():
     number = torch.tensor([3.0, 4.0])
-    assert OnItsWay(number).get() is number and OnItsWay(number).idle() is None
+    assert PendingCopy(number).get() is number and PendingCopy(number).idle() is None
 
 
 @NEEDS_GPU
 def test_a_gpu_is_idle_from_the_end_of_its_work_to_the_next():
     x = torch.randn(4096, 4096, device="cuda")
     (x @ x).sum().item()
-    copy = OnItsWay((x @ x).sum())
+    copy = PendingCopy((x @ x).sum())
     busy = copy.idle()
     copy.get()
     time.sleep(0.2)

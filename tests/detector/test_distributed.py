@@ -69,7 +69,7 @@ class SmallBackbone(nn.Module):
 def small_model():
     torch.manual_seed(0)
     backbone, anchors = SmallBackbone(), Anchors()
-    head = Head(16, anchors.per_cell, CLASSES, depth=1, width=32, prior=0.1)
+    head = Head(16, anchors.per_position, CLASSES, depth=1, width=32, prior=0.1)
     return RetinaNet(backbone, FPN(backbone.channels, 16, "p5"), head, anchors)
 
 

@@ -62,7 +62,7 @@ def make(norm="gn", steps=10, precision="float32", class_loss=None, box_loss=Non
 
 
 def train(model, criterion, batches, solver, logger, device):
-    train_until(model, criterion, batches, solver, logger, device, step=solver.total_steps)
+    train_until(model, criterion, batches, solver, logger, device, until_step=solver.total_steps)
 
 
 def batch(ids=(1, 2), seed=0, size=(64, 64)) -> Batch:
@@ -90,7 +90,7 @@ def test_a_step_moves_the_weights_and_is_logged():
 def test_it_ends_where_the_solver_is_done():
     model, criterion, solver = make(steps=2)
     logger = Recorder()
-    train_until(model, criterion, [batch()] * 5, solver, logger, CPU, step=4)
+    train_until(model, criterion, [batch()] * 5, solver, logger, CPU, until_step=4)
     assert len(logger.steps) == 2 and solver.done
     assert logger.calls == ["start 0 of 2", "next", "next", "done", "done"]
 
@@ -228,7 +228,7 @@ def test_a_step_that_is_not_finite_may_be_skipped():
 
 def test_it_ends_at_the_step_it_is_given_and_between_two_where_it_is_asked_to():
     model, criterion, solver = make()
-    train_until(model, criterion, [batch()] * 5, solver, Recorder(), CPU, step=2)
+    train_until(model, criterion, [batch()] * 5, solver, Recorder(), CPU, until_step=2)
     assert solver.step_count == 2
     backward = solver.backward
 
@@ -249,7 +249,7 @@ def test_a_stream_goes_on_where_the_last_steps_ended():
     batches = [batch(seed=seed) for seed in range(4)]
     stream = (one for one in batches)
     for step in (1, 3, 4):
-        train_until(model, criterion, stream, solver, Recorder(), CPU, step=step)
+        train_until(model, criterion, stream, solver, Recorder(), CPU, until_step=step)
     assert all(images is one.images for images, one in zip(seen, batches, strict=True))
 
 

@@ -38,7 +38,7 @@ def test_counts_and_gradients_are_those_of_plain_numpy():
 
     matches = criterion.match(predictions, targets)
     num_pos = int(matches.num_pos)
-    one_hot = torch.nn.functional.one_hot(matches.cell_labels(3), 4)[..., :3]
+    one_hot = torch.nn.functional.one_hot(matches.anchor_labels(3), 4)[..., :3]
     g = (predictions.logits.detach().double().sigmoid() - one_hot).abs()[matches.valid].flatten().numpy()
     assert cells.counts.tolist() == np.histogram(g, 30, (0, 1))[0].tolist()
     expected = np.histogram(g, 30, (0, 1), weights=2 * g / num_pos)[0]  # the slope of cross entropy is g itself

@@ -41,7 +41,7 @@ CELLS = [(0, 0, 0, 0), (0, 11, 19, 8), (0, 3, 7, 5), (1, 5, 2, 1), (2, 2, 4, 3),
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("label", [0, 3])
 def test_mark_one_class_cell_and_its_anchor_is_marked(cell, label):
-    head = Head(channels=1, anchors_per_cell=9, num_classes=4, depth=0)
+    head = Head(channels=1, anchors_per_position=9, num_classes=4, depth=0)
     level, row, column, shape = cell
     logits, _ = head(marked_output(head.logits, level, row, column, shape * 4 + label))
     anchor, found = marked_anchor(logits)
@@ -51,7 +51,7 @@ def test_mark_one_class_cell_and_its_anchor_is_marked(cell, label):
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_mark_one_box_cell_and_its_anchor_is_marked(cell):
-    head = Head(channels=1, anchors_per_cell=9, num_classes=4, depth=0)
+    head = Head(channels=1, anchors_per_position=9, num_classes=4, depth=0)
     level, row, column, shape = cell
     _, deltas = head(marked_output(head.deltas, level, row, column, shape * 4 + 2))
     anchor, found = marked_anchor(deltas)
@@ -62,7 +62,7 @@ def test_mark_one_box_cell_and_its_anchor_is_marked(cell):
 @pytest.mark.parametrize("norm", ["none", "gn"])
 @pytest.mark.parametrize("depth", [0, 1, 4])
 def test_shapes_and_layers(norm, depth):
-    head = Head(channels=8, anchors_per_cell=3, num_classes=5, depth=depth, width=32, norm=norm)
+    head = Head(channels=8, anchors_per_position=3, num_classes=5, depth=depth, width=32, norm=norm)
     logits, deltas = head([torch.randn(2, 8, *grid) for grid in GRIDS])
     count = 3 * sum(height * width for height, width in GRIDS)
     assert logits.shape == (2, count, 5) and deltas.shape == (2, count, 4)
@@ -72,14 +72,14 @@ def test_shapes_and_layers(norm, depth):
 
 
 def test_an_untrained_head_says_the_prior_everywhere():
-    head = Head(channels=8, anchors_per_cell=3, num_classes=5, depth=1, width=32, prior=0.03)
+    head = Head(channels=8, anchors_per_position=3, num_classes=5, depth=1, width=32, prior=0.03)
     logits, deltas = head([torch.zeros(1, 8, *grid) for grid in GRIDS])
     torch.testing.assert_close(logits.sigmoid(), torch.full_like(logits, 0.03))
     assert not deltas.any()
 
 
 def test_levels_share_the_towers_and_do_not_mix():
-    head = Head(channels=8, anchors_per_cell=3, num_classes=5, depth=2, width=32).eval()
+    head = Head(channels=8, anchors_per_position=3, num_classes=5, depth=2, width=32).eval()
     levels = [torch.randn(1, 8, 4, 4) for _ in GRIDS]
     joined, _ = head(levels)
     apart = torch.cat([head([level])[0] for level in levels], dim=1)
@@ -90,6 +90,6 @@ def test_levels_share_the_towers_and_do_not_mix():
 
 
 def test_classes_and_boxes_do_not_share_a_tower():
-    head = Head(channels=8, anchors_per_cell=3, num_classes=5, depth=1, width=32)
+    head = Head(channels=8, anchors_per_position=3, num_classes=5, depth=1, width=32)
     head([torch.randn(1, 8, 4, 4)])[0].sum().backward()
     assert head.class_tower[0].weight.grad is not None and head.box_tower[0].weight.grad is None

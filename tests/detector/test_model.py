@@ -19,7 +19,7 @@ def build(anchors=None):
     torch.manual_seed(0)
     anchors = anchors or Anchors()
     backbone = Backbone("resnet18", "bn", 0)
-    head = Head(32, anchors.per_cell, num_classes=3, depth=1, width=32)
+    head = Head(32, anchors.per_position, num_classes=3, depth=1, width=32)
     model = RetinaNet(backbone, FPN(backbone.channels, 32), head, anchors).eval()
     torch.nn.init.normal_(model.head.logits.weight, std=0.3)  # so that logits differ visibly
     return model

@@ -10,7 +10,7 @@ from detector import checkpoint
 from detector.checkpoint import Saved
 from detector.errors import UserError
 from detector.pretrained import load_initial_weights
-from detector.run import find_checkpoint
+from detector.run import checkpoint_to_resume
 
 
 def read(path) -> Saved:
@@ -50,7 +50,7 @@ def test_the_best_evaluation_is_saved_as_such(make_run, monkeypatch):
     monkeypatch.setattr(checkpoint, "save", lambda path, content: saves.append((path.name, content["run"]["best"])))
     for step, ap in ((5, 0.2), (10, 0.1), (15, 0.3)):
         per_class = {"cat": {"threshold": ap}, "cow": {"threshold": 0.9}}
-        at(run, step).record({"AP": ap, "per_class": per_class})
+        at(run, step).record_and_save({"AP": ap, "per_class": per_class})
         assert run.evaluated == step and run.score_thresholds == [ap, -1.0, 0.9]
     assert saves == [("best.pt", 0.2), ("last.pt", 0.2), ("last.pt", 0.2), ("best.pt", 0.3), ("last.pt", 0.3)]
 
@@ -66,12 +66,12 @@ def test_a_checkpoint_has_the_keys_of_format_3(saved):
 
 def test_a_new_run_overwrites_none(make_run, folder, saved):
     cfg = make_run(output=str(folder), run="x").cfg
-    assert find_checkpoint(cfg, resume=False) is None and find_checkpoint(cfg, resume=True) is None
+    assert checkpoint_to_resume(cfg, resume=False) is None and checkpoint_to_resume(cfg, resume=True) is None
     cfg.folder.mkdir()
     (cfg.folder / "previous.pt").write_bytes(saved[0].read_bytes())
     with pytest.raises(UserError, match="already holds a run: go on with --resume"):
-        find_checkpoint(cfg, resume=False)
-    assert find_checkpoint(cfg, resume=True).path == cfg.folder / "previous.pt"
+        checkpoint_to_resume(cfg, resume=False)
+    assert checkpoint_to_resume(cfg, resume=True).path == cfg.folder / "previous.pt"
 
 
 def test_resume_gives_back_the_state(make_run, saved, same):
