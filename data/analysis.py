@@ -47,7 +47,7 @@ def classify_errors(truth: list[dict], detections: list[dict]) -> ImageErrors:
     same = np.array([[d["category_id"] == t["category_id"] for t in real] for d in detections], bool).reshape(iou.shape)
     free = np.ones(len(real), bool)
     kinds = [""] * len(detections)
-    for d in range(len(detections)):  # right ones first: a duplicate may come before the detection that it duplicates
+    for d in range(len(detections)):  # right ones first: a duplicate may come before its original
         hits = np.where(same[d] & free, iou[d], 0)
         if hits.size and hits.max() >= HIT:
             free[hits.argmax()] = False

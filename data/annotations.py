@@ -389,7 +389,7 @@ class _Reader:
 
 
 def leads_out(name: str) -> bool:
-    """Whether the dots of a file name lead out of the folder that it starts from."""
+    """Whether the dots of a file name lead out of the folder it starts in."""
     return posixpath.normpath(name.replace("\\", "/")).split("/")[0] == ".."
 
 

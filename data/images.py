@@ -35,12 +35,12 @@ UPRIGHT = {
 PNG_ORIENTATION = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
 # Complete files of these formats end so; OpenCV would fill up the rest of a truncated one with gray.
 END_MARK = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
-TAIL, LOST = 64, 0.01  # bytes whose absence shows how far a cut JPEG goes; share of its picture that it may lack
+TAIL, LOST = 64, 0.01  # bytes whose absence shows how far a cut JPEG goes; share of its picture it may lack
 BITS_PER_SAMPLE, MAX_SAMPLE_VALUE = 258, 281  # TIFF tags
-DARK_BITS = 14  # of 16: what is in so few or fewer is below a quarter of the range
+DARK_BITS = 14  # of 16: an image in so few is below a quarter of the range
 
 
-Remarks = dict[str, set[str]]  # what is odd about images that are read all the same -> their files
+Remarks = dict[str, set[str]]  # an oddity of images that are read all the same -> their files
 
 
 def add_remarks(remarks: Remarks, more: Remarks) -> None:
@@ -129,7 +129,7 @@ def _other_size(path: str | Path, seen: tuple[int, int], size: tuple[int, int]) 
 
 
 def _decode(file: Image.Image, data: bytes) -> tuple[np.ndarray, list[str]]:
-    """The pixels as stored, (h, w, 3) uint8 RGB, not turned; and what is odd about the file."""
+    """The pixels as stored, (h, w, 3) uint8 RGB, not turned; and the file's oddities."""
     if file.mode in ("L", "RGB") and data.endswith(END_MARK.get(file.format or "", b"no such end")):
         # OpenCV gives the same pixels as PIL in less time; it would turn the image by its EXIF tag if let.
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
@@ -160,7 +160,7 @@ def _decode(file: Image.Image, data: bytes) -> tuple[np.ndarray, list[str]]:
 
 
 def _declared_bits(file: Image.Image) -> int:
-    """How many of its 16 bits an image says that it uses: microscopes write 12 of them."""
+    """How many of its 16 bits an image claims to use: microscopes write 12."""
     if not isinstance(file, TiffImageFile):
         return 16
     bits, most = (file.tag_v2.get(tag, 0) for tag in (BITS_PER_SAMPLE, MAX_SAMPLE_VALUE))

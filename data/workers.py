@@ -67,7 +67,7 @@ class BatchLoader(DataLoader):
 
             highest = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
             resource.setrlimit(resource.RLIMIT_NOFILE, (highest, highest))
-        # The workers inherit what is blocked here, so that no signal can end one before it ignores them.
+        # The workers inherit the blocked signals, so none can end one before it ignores them.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS) if hasattr(signal, "pthread_sigmask") else None
         try:
             batches: Any = super().__iter__()

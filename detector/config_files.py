@@ -17,7 +17,7 @@ from detector.errors import CONTROL, UserError, one_line
 from detector.option_errors import shown
 
 MAX_LEVELS = 20  # of a text
-MAX_VALUES = 10_000  # of a text, an alias counting as everything that it stands for
+MAX_VALUES = 10_000  # of a text; an alias counts as everything it stands for
 # Types that YAML may read into a text. Not null, which means no value.
 AS_WRITTEN = {f"tag:yaml.org,2002:{tag}" for tag in ("bool", "float", "int", "merge", "timestamp", "value")}
 

@@ -1,4 +1,4 @@
-"""From a YAML file to a complete config: the menu of names that it may say, and the options of each part."""
+"""From a YAML file to a complete config: the menu of names it may use, and the options of each part."""
 
 import contextlib
 import inspect
@@ -63,7 +63,7 @@ def flat_values(saved: dict[str, Any]) -> dict[str, Any]:
 
 
 def _concerns(key: str, message: str) -> bool:
-    """Whether an error is about the option `key`, what it is in, or what is in it."""
+    """Whether an error is about the option `key`, its parent or one of its parts."""
     about = message.partition(": ")[0]
     return f"{about}.".startswith(f"{key}.") or f"{key}.".startswith(f"{about}.") or key in about.split()
 

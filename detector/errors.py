@@ -79,7 +79,7 @@ class _Output(io.FileIO):
 
 
 def _robust(stream: Any) -> Any:
-    """Standard output or error that raises neither for a letter that it cannot encode nor for a failed write."""
+    """Standard output or error that raises neither for a letter it cannot encode nor for a failed write."""
     if stream is None:  # closed by who started us
         return open(os.devnull, "w", encoding="utf-8")
     if not isinstance(stream, io.TextIOWrapper):  # a notebook's is none
@@ -107,7 +107,7 @@ def _check_output() -> None:
             raise UserError(f"all is done, but not all of what it says could be printed ({failure.strerror})")
 
 
-_stopped: Stopped | None = None  # a library may turn what is raised in its callbacks into another error
+_stopped: Stopped | None = None  # a library may turn an error of its callbacks into another
 
 
 def run_main(main: Callable[[], None], *, after_stop: str = "") -> None:

@@ -128,7 +128,7 @@ class Run:
         }
 
     def resume(self, saved: Saved, *, accept_changes: bool = False) -> list[str]:
-        """Go on from a checkpoint; returns what is worth a line: damaged files, and how the config has changed since.
+        """Go on from a checkpoint; returns remarks: damaged files, and how the config has changed.
 
         Raises UserError where the config or the classes differ in something that would change the result, unless such
         changes are accepted. A run may be made longer or shorter.

@@ -229,7 +229,7 @@ class Study:
 
 
 def hash_of(file: Path) -> str:
-    """The start of the file's SHA-256: a result belongs to the data that it was trained on."""
+    """The start of the file's SHA-256: a result belongs to the data of its training."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()[:16]
 

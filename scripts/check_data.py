@@ -1,4 +1,4 @@
-"""Check a data set as the detector will see it: what is wrong with it, and which boxes no anchor fits.
+"""Check a data set as the detector will see it: its faults, and which boxes no anchor fits.
 
     python scripts/check_data.py --config configs/bccd/focal.yaml [--set KEY=VALUE ...]
     python scripts/check_data.py --train mine/train.json --val mine/val.json [--images mine/images]
@@ -210,7 +210,7 @@ class Advice(NamedTuple):
     ratios: list[float]
     before: float  # share of boxes without an anchor
     after: float
-    boxes: int  # number of boxes that it was tried on
+    boxes: int  # number of boxes of the trial
 
     @property
     def settings(self) -> str:

@@ -137,7 +137,7 @@ def mean_and_spread(values: list[float]) -> str:
 
 
 def verdicts(conditions: Conditions, by_condition: dict[float, list[Difference]], baseline: str) -> list[str]:
-    """The differences from the baseline in each condition, and in what is lost from the first to the last."""
+    """The differences from the baseline in each condition, and in the loss of AP from the first to the last."""
     named = [
         result._replace(name=f"{result.name} at {value:g}")
         for value, results in by_condition.items()

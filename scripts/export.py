@@ -4,7 +4,7 @@
     python scripts/run_onnx.py mine.onnx photo.jpg        runs it without torch
 
 The model takes a batch of images that all have one size; any size works. Resize them first: the rule is in the file's
-metadata, and takes two lines in scripts/run_onnx.py. You choose what is inside the graph:
+metadata, and takes two lines in scripts/run_onnx.py. You choose what the graph does:
 
     --preprocessing  inside: images (B, H, W, 3) uint8 RGB, normalised and padded in the graph
                      outside: images (B, 3, H, W) float32, normalised by the metadata's mean and std, H and W multiples

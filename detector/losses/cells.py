@@ -42,7 +42,7 @@ def accumulator(logits: Tensor) -> torch.dtype:
     return torch.promote_types(logits.dtype, torch.float32)
 
 
-# Functions for curves, besides torch's. kernels.py runs them in Triton too, so they use only operations that it knows.
+# Functions for curves, besides torch's. kernels.py runs them in Triton too, so they use only operations it knows.
 
 
 def sigmoid_softplus(z: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ def triton_for(logits: Tensor) -> ModuleType | None:
         return None
     try:
         from detector.losses import kernels
-    except Exception as error:  # not installed, or too old for what is imported from it
+    except Exception as error:  # not installed, or too old for our imports
         _give_up_triton(None, error)
         return None
     return kernels

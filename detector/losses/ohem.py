@@ -110,7 +110,7 @@ def _by_digits(logits: Tensor, labels: Tensor, valid: Tensor, k: Tensor | int, n
         place = place - at_least.take(digit) + ties
         prefix = ((digit - 2 ** (width - 1)) if first else (prefix << width) + digit).to(torch.int32).view(1)
     low = digits[-1][0]
-    bits = (prefix << low) + torch.where(prefix < 0, 2**low - 1, 0)  # what is left of a negative number's bits are ones
+    bits = (prefix << low) + torch.where(prefix < 0, 2**low - 1, 0)  # a negative number's other bits are ones
     last = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32)
     some = place > 0
     return torch.stack([torch.where(some, last[0], torch.inf), torch.where(some, place / ties.clamp(min=1), 0)])

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 KEYS = ("class_loss.weight", "box_loss.weight", "solver.lr")  # what can be tuned: factors, of any positive size
 DECADES = 1.0  # that the range goes below and above the first trial, at first
 STEP = 0.5  # decades of an extension
-LIMIT = 2.0  # decades that it may go at most
+LIMIT = 2.0  # decades it may grow at most
 END = 0.1  # the share of a range, in decades, that counts as one of its ends
 RANDOM = 4  # trials before the Gaussian process, with the first
 

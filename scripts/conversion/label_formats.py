@@ -1,7 +1,7 @@
 """Label files of YOLO, VOC and labelme -> boxes; see scripts/convert.py for what each format means.
 
 A reader takes a file, what a set says of its classes, and the notes, to which it adds what it leaves out. UserError for
-a file that it can make nothing of, also where it has objects and none of them is a box: its image is not empty.
+a file it cannot use, also one that has objects but no box: its image is not empty.
 """
 
 import json

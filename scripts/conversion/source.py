@@ -17,4 +17,4 @@ class Source(NamedTuple):
     lists: Sequence[str] = ()  # those of them that list the images of a part
     described: Described | None = None
     parts: dict[str, set[str]] = {}  # noqa: RUF012  part -> images whose annotation file is called so
-    as_is: bool = False  # boxes stay as they are, so that what is odd about them is seen when they are read again
+    as_is: bool = False  # boxes stay as they are, so their oddities show when they are read again

@@ -28,7 +28,7 @@ class Split(NamedTuple):
 
 
 def own_split(source: Source, notes: Notes) -> Split:
-    """The split that a set came with; UserError where a part that it names is not there."""
+    """The split that a set came with; UserError where a part is missing."""
     finder = Finder(source, notes)
     listed, _ = finder.named("train")
     train = listed or source.parts.get("train", set())
