@@ -225,11 +225,11 @@ def test_an_interrupted_and_resumed_run_equals_the_whole(tiny, trained, folder, 
 def test_a_run_resumed_within_an_epoch_sees_the_images_it_had_not_seen(tiny, folder, monkeypatch):
     seen = []
 
-    def look(model, criterion, batches, solver, logger, device, step):
+    def look(model, criterion, batches, solver, logger, device, until_step):
         for batch in batches:
             seen.append(batch.image_ids)
             solver.step_count += 1
-            if solver.done or solver.step_count == step:
+            if solver.done or solver.step_count == until_step:
                 break
 
     monkeypatch.setattr(train, "train_until", look)
@@ -249,10 +249,10 @@ def test_a_run_reads_one_stream_of_batches(tiny, folder, monkeypatch):
     monkeypatch.setattr(TrainSampler, "__iter__", lambda sampler: begun.append(sampler.epoch) or iterate(sampler))
     pauses, train_until = [], train.train_until
 
-    def counted(*arguments, step):
-        assert pauses[-1:] != [step]  # a stream that ends early would go on without end
-        pauses.append(step)
-        train_until(*arguments, until_step=step)
+    def counted(*arguments, until_step):
+        assert pauses[-1:] != [until_step]  # a stream that ends early would go on without end
+        pauses.append(until_step)
+        train_until(*arguments, until_step=until_step)
 
     monkeypatch.setattr(train, "train_until", counted)
     cfg = configure(tiny(folder, checkpoint={"every": 1}), ["solver.epochs=2"])

@@ -46,11 +46,11 @@ def tell(begin):
 PROGRAMS = {
     "start to the first step": """
 import train
-# An older checkout calls them otherwise.
-name, limit = ("train_until", "step") if hasattr(train, "train_until") else ("train_one_epoch", "until")
+# An older checkout calls it otherwise; the last argument is the step to train to.
+name = "train_until" if hasattr(train, "train_until") else "train_one_epoch"
 train_until = getattr(train, name)
-def first_step(*args, **options):
-    train_until(*args, **options | {limit: 1})
+def first_step(*args, **last):
+    train_until(*args, **dict.fromkeys(last, 1))
     tell((float(os.environ["STARTED"]), 0))
 setattr(train, name, first_step)
 train.main()

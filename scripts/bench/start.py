@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TRAIN = """
 import os, sys, train
 train_until = train.train_until
-def first_step(*args, step):
+def first_step(*args, until_step):
     train_until(*args, until_step=1)
     print("first step done", flush=True)
     os._exit(0)
