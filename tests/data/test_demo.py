@@ -13,6 +13,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from sklearn.datasets import load_digits
 
+from data import demo
 from data.demo import (
     CLASS_WEIGHTS,
     MAX_COVERED,
@@ -263,6 +264,21 @@ def test_mistakes_are_named(tmp_path, mistake):
     with pytest.raises(UserError, match=next(iter(mistake))):
         write_demo(tmp_path, **mistake)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_command_writes_what_its_options_say(tmp_path, command):
+    options = ["--train-images", 3, "--val-images", 2, "--seed", 5, "--wrong-labels", 0.5, "--objects", 2, 4]
+    assert command(demo.main, "--out", tmp_path / "a", *options)[0] == 0
+    write_demo(tmp_path / "b", train_images=3, val_images=2, seed=5, wrong_labels=0.5, objects=(2, 4))
+    files = [path.relative_to(tmp_path / "b") for path in (tmp_path / "b").rglob("*") if path.is_file()]
+    assert len(files) == 7
+    assert all((tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes() for file in files)
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, command):
+    (tmp_path / "file").touch()
+    code, _, err = command(demo.main, "--out", tmp_path / "file" / "set", "--train-images", 1, "--val-images", 1)
+    assert code == 2 and err.startswith(f"error: --out: {tmp_path / 'file' / 'set'} cannot be written")
 
 
 @pytest.mark.usefixtures("warm_starts")
