@@ -110,7 +110,10 @@ def described(tuning: dict[str, Any]) -> str:
     failed = sum(trial["AP"] is None for trial in tuning["trials"])
     if failed:
         words.append(f"{failed} of {len(tuning['trials'])} trials failed")
-    if not any((trial["AP"] or 0) > 0 for trial in tuning["trials"]):
+    best = max(trial["AP"] or 0 for trial in tuning["trials"])
+    if best > 0:  # far below the AP of whole runs, a trial may rank weights otherwise than they would
+        words.append(f"best trial {100 * best:.1f} AP")
+    else:
         words.append("no trial scored above 0, so these are the variant's own values; give longer trials (--tune-set)")
     return ", ".join(words)
 

@@ -396,7 +396,7 @@ def test_a_verdict_says_how_many_runs_failed_and_a_row_what_lay_at_an_end(tmp_pa
     out = capsys.readouterr().out
     (line,) = [line for line in out.splitlines() if line.startswith("- focal: ")]
     assert line.endswith("; 1 of its runs failed")
-    assert "- ce was tuned: box_loss.weight 9.5 (range 0.1 to 10, at an end of it)" in out
+    assert "- ce was tuned: box_loss.weight 9.5 (range 0.1 to 10, at an end of it), best trial 10.0 AP\n" in out
 
 
 def test_pairs_that_differ_are_listed_the_better_first(tmp_path, capsys):
