@@ -18,7 +18,7 @@ export NO_ALBUMENTATIONS_UPDATE := 1
 demo: .venv/user
 	$(BIN)/python -m data.demo --quick --train-images 640 --val-images 100 --out datasets/demo_quick
 	@mkdir -p runs
-	@echo "training ce, focal, ghm_c and ghm, two at a time, some two minutes each; progress is in runs/demo_*.log"
+	@echo "training ce, focal, ghm_c and ghm, two at a time, one or two minutes each; progress is in runs/demo_*.log"
 	@printf '%s\n' ce focal ghm_c ghm | OMP_NUM_THREADS=1 xargs -n 1 -P 2 sh -c '\
 	    log=runs/demo_$$0.log; \
 	    $(BIN)/python train.py --config configs/demo/$$0.yaml --resume >$$log 2>&1 || { tail -n 1 $$log; exit 255; }; \

@@ -55,14 +55,15 @@ def run(title: str, command: str) -> str:
 
 
 def write(path: Path, section: str) -> None:
-    """Replace the section with the same title in the page, or insert it; the text above the first section stays."""
+    """Replace the section with the same title in the page, or insert it; the text above and other sections stay."""
     head, *parts = re.split(
         r"^(?=## )", path.read_text(encoding="utf-8") if path.is_file() else HEAD, flags=re.MULTILINE
     )
     by_title = {part.splitlines()[0]: part for part in parts}
     by_title[section.splitlines()[0]] = section
     titles = [f"## {title}" for title, _ in SECTIONS.values()]
-    parts = [head, *(by_title[title] for title in titles if title in by_title)]
+    others = [part for title, part in by_title.items() if title not in titles]  # as gpu.sh's
+    parts = [head, *others, *(by_title[title] for title in titles if title in by_title)]
     path.write_text("\n\n".join(part.strip() for part in parts) + "\n", encoding="utf-8")
 
 

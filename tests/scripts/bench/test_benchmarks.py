@@ -75,11 +75,13 @@ def test_the_page_keeps_its_other_sections_and_their_order(folder):
     every = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(every)
     page = folder / "page.md"
+    page.write_text("# Benchmarks\n\n## On a GPU\n\nby another script\n")
     for section in ("## Loading\n\nold\n", "## Training step\n\nthe step\n", "## Loading\n\nnew\n\n| a |\n"):
         every.write(page, section)
     text = page.read_text()
-    assert text.startswith("# Benchmarks") and "old" not in text and text.count("## ") == 2
-    assert text.index("## Training step") < text.index("the step") < text.index("## Loading") < text.index("| a |")
+    assert text.startswith("# Benchmarks") and "old" not in text and text.count("## ") == 3
+    assert text.index("by another") < text.index("## Training step") < text.index("the step")
+    assert text.index("the step") < text.index("## Loading") < text.index("| a |")
     assert {command.split()[0] for _, command in every.SECTIONS.values()} <= {
         str(path.relative_to(ROOT)) for path in (ROOT / "scripts/bench").glob("*.py")
     }
