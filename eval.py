@@ -2,8 +2,8 @@
 
     python eval.py --checkpoint runs/mine/best.pt [--data annotations.json images/] [--benchmark]
 
-On its own validation set or on another. Prints the COCO table and writes metrics.json and detections.json (COCO's
-results format) into the checkpoint's folder; with --data, into a folder in it that has the annotation file's name.
+Scores on its own validation set or on --data. Prints the COCO table and writes metrics.json and detections.json (COCO's
+results format) into the checkpoint's folder; with --data, into a subfolder with the annotation file's name.
 """
 
 import argparse
@@ -85,7 +85,7 @@ def evaluate(
     run: Mapping[str, Any] = content.get("run") or {}
     metrics["step"], metrics["epoch"] = run.get("solver", {}).get("step"), run.get("epoch")
     metrics["seconds_per_step"], metrics["peak_memory"] = run.get("seconds_per_step"), run.get("peak_memory", 0)
-    try:  # before printing, so that an error there does not lose them
+    try:  # before printing, so an error in printing does not lose the results
         folder.mkdir(parents=True, exist_ok=True)
         write_results(folder, metrics, coco_results(detections, dataset.category_ids))
     except OSError as error:
@@ -109,7 +109,7 @@ def detect(
 
 
 def speeds(watch: Stopwatch, images: int) -> str:
-    """Images per second of each stage, and of all one after the other."""
+    """Images per second of each stage, and of all stages in sequence."""
     stages = {**watch.seconds, "all": sum(watch.seconds.values())}
     lines = [f"{'stage':<16}{'images/s':>10}{'share':>8}"]
     for stage, seconds in stages.items():

@@ -58,7 +58,7 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False, accept_cha
     seed_everything(cfg.seed)
     train_set, val_set = build_datasets(cfg)
     del train_set.annotations  # 60 MB of COCO's, which only scoring needs
-    keep_freed_memory(device)  # from here on: what reading has freed goes back to the system
+    keep_freed_memory(device)  # only from here on, so memory that reading freed goes back to the system
     loading = assemble.loader_options(cfg, device)
     batches = train_loader(train_set, assemble.images_per_process(cfg), **loading, seed=cfg.seed)
     val_batches = eval_loader(val_set, assemble.evaluation_batch(cfg), **loading)
@@ -77,7 +77,7 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False, accept_cha
 
     board = cfg.tensorboard
     logger = Logger(cfg.folder if board.enabled else None, board.every, run.step, run.seconds_per_step, board.gradients)
-    with contextlib.closing(logger), Stop() as stop:  # closed on an error too, which must not land in the progress line
+    with contextlib.closing(logger), Stop() as stop:  # closed on errors too: no message may land in the progress line
         logger.curves.config(config.dump(cfg), config.flat(cfg.model_dump(mode="json")))
         details = (", channels_last" if cfg.channels_last else "") + (f", from step {run.step}" if saved else "")
         lines = [f"run: {cfg.folder} on {device}, {precision} ({reason}){details}, data.workers {batches.num_workers}"]
@@ -88,7 +88,7 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False, accept_cha
         # One stream over all epochs: batches of the next are loaded while an epoch ends and during evaluation.
         batches.batch_sampler.set_position(*run.position, until=cfg.solver.epochs)
         upcoming = stop.between(copied_ahead(batches, device))
-        if run.evaluation_due:  # it stopped before this evaluation was saved, or it was finished: evaluate again
+        if run.evaluation_due:  # the run stopped before it saved this evaluation, or it was finished: evaluate again
             metrics = evaluate(run, val_set, val_batches, stop, logger, device)
         while not solver.done:
             advance(run, replica, upcoming, logger, device)
@@ -101,7 +101,7 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False, accept_cha
 
 
 def advance(run: Run, model: torch.nn.Module, batches: Iterator[Batch], logger: Logger, device: torch.device) -> None:
-    """Train to the next pause and save. An interruption loses no step; a loss that is not finite saves its batch."""
+    """Train to the next pause and save. An interruption loses no step. If a loss is not finite, save its batch."""
     interruption: UserError | Stopped | None = None
     try:
         train_until(model, run.criterion, batches, run.solver, logger, device, until_step=run.next_pause)
@@ -137,7 +137,7 @@ def evaluate(
 
 
 def report(run: Run, metrics: Metrics, val_set: CocoDataset, detections: dict[int, Detections], logger: Logger) -> None:
-    """An evaluation as a line, as metrics.json and detections.json, in TensorBoard and as detections.png."""
+    """Report an evaluation: print a line; write metrics.json, detections.json, TensorBoard and detections.png."""
     write_results(run.cfg.folder, metrics, coco_results(detections, val_set.category_ids))
     logger.say(f"epoch {run.epoch}, step {run.step}: {metrics_line(metrics)}")
     logger.curves.metrics(metrics, run.step)

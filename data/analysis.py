@@ -1,7 +1,8 @@
 """Which kind of error each detection is, and what each kind costs.
 
-The kinds are TIDE's (Bolya et al., "TIDE: A General Toolbox for Identifying Object Detection Errors", ECCV 2020): a
-detection that is not right is, where an IoU of at least 0.5 is a hit and one below 0.1 counts as none,
+The kinds are TIDE's (Bolya et al., "TIDE: A General Toolbox for Identifying Object Detection Errors", ECCV 2020). An
+IoU of at least 0.5 is a hit, and one below 0.1 counts as none. A detection that is not right has the first kind that
+applies:
 
     localisation    0.1 to 0.5 with a box of its class
     classification  a hit on a box of another class
@@ -9,8 +10,7 @@ detection that is not right is, where an IoU of at least 0.5 is a hit and one be
     background      below 0.1 with every box
     both            0.1 to 0.5 with a box of another class
 
-the first of these that applies. A box is missed where no detection is right about it, or a localisation or
-classification error on it.
+A box is missed if no detection is right about it, nor a localisation or classification error on it.
 """
 
 from typing import Any, NamedTuple
@@ -32,14 +32,14 @@ HOTCOCO_NAMES = dict(zip(KINDS, ("Cls", "Loc", "Both", "Dupe", "Bkg", "Miss"))) 
 
 
 class ImageErrors(NamedTuple):
-    """Of one image."""
+    """The errors of one image."""
 
     kinds: list[str]  # of each detection: RIGHT, IGNORED (it is on a crowd) or one of KINDS
-    missed: list[int]  # places of the boxes that are missed
+    missed: list[int]  # indices of the missed boxes
 
 
 def classify_errors(truth: list[dict], detections: list[dict]) -> ImageErrors:
-    """Boxes of an image (COCO annotations) and detections (COCO results), best first, of which all count."""
+    """truth: an image's boxes (COCO annotations). detections: COCO results, best first, all of which count."""
     real = [box for box in truth if not box.get("iscrowd")]
     crowds = [box for box in truth if box.get("iscrowd")]
     iou = overlaps([detection["bbox"] for detection in detections], [box["bbox"] for box in real])
@@ -47,7 +47,7 @@ def classify_errors(truth: list[dict], detections: list[dict]) -> ImageErrors:
     same = np.array([[d["category_id"] == t["category_id"] for t in real] for d in detections], bool).reshape(iou.shape)
     free = np.ones(len(real), bool)
     kinds = [""] * len(detections)
-    for d in range(len(detections)):  # right ones first: a duplicate may come before its original
+    for d in range(len(detections)):  # the right ones first
         hits = np.where(same[d] & free, iou[d], 0)
         if hits.size and hits.max() >= HIT:
             free[hits.argmax()] = False
@@ -87,9 +87,9 @@ def overlaps(boxes: list, others: list, *, of_first: bool = False) -> np.ndarray
 
 
 def costs(annotations: Annotations, results: list[dict]) -> dict[str, float] | None:
-    """AP at an IoU of 0.5 (0..1) gained if only this kind of error were fixed.
+    """For each kind of error, the AP at an IoU of 0.5 (0..1) gained if only this kind were fixed.
 
-    None without hotcoco, which computes it, and without detections.
+    None without detections, or without hotcoco, which computes it.
     """
     if hotcoco is None or not results:
         return None
@@ -102,7 +102,7 @@ def costs(annotations: Annotations, results: list[dict]) -> dict[str, float] | N
 def confusion(annotations: Annotations, results: list[dict]) -> tuple[np.ndarray, list[str]] | None:
     """How often a box of one class (row) is detected as another (column), (K + 1, K + 1), and the classes' names.
 
-    The last row has detections on no box, the last column boxes without a detection. None where `costs` is.
+    The last row counts detections on no box, the last column boxes without a detection. None if `costs` is None.
     """
     if hotcoco is None or not results:
         return None

@@ -1,8 +1,8 @@
 """A COCO annotation file as columns: its images, classes and boxes in arrays.
 
-A file that is as the format says is decoded straight into typed records. Otherwise its records are checked one by one:
-what has one plain meaning is accepted and counted in a remark, the rest is refused in one line. Polygons are read only
-where a box is missing; they are most of a file.
+A file that follows the format is decoded directly into typed records. Otherwise its records are checked one by one: a
+value with one clear meaning is accepted and counted in a remark, any other is refused in one line. Polygons, the
+largest part of a file, are read only if a box is missing.
 """
 
 import json
@@ -26,10 +26,10 @@ from data.segmentation import bounds
 from detector.errors import CONTROL, UserError
 
 MAX_ID = 2**63 - 1  # pycocotools puts ids in arrays
-NO_ID = -(2**63)  # stands for an id that is yet to be given
+NO_ID = -(2**63)  # stands for a missing id
 MAX_BOX, MAX_AREA = 1e9, 1e18
 LISTS = ("images", "categories", "annotations")
-# A file name that leads nowhere but down: neither absolute nor with a drive, backslash, dots or control characters.
+# A file name that only leads down: not absolute; no drive, backslash, control characters or dot at a part's start.
 PLAIN_NAME = re.compile(r"(?![./\\])(?!.*(?:/[./]|[\\:\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]))[^/](?:.*[^/])?")
 WHOLE = re.compile(r"\s*([+-]?\d{1,40})(?:\.0*)?\s*", re.ASCII)  # a number in quotes
 NUMBER = re.compile(r"\s*[+-]?(?:\d{1,40}\.?\d{0,40}|\.\d{1,40})(?:[eE][+-]?\d{1,3})?\s*", re.ASCII)
@@ -74,15 +74,15 @@ class Annotations:
     sizes: np.ndarray  # (I, 2) int64 height, width; 0 where the file does not say
     names: dict[int, str]  # category id -> name; no two are the same
     ids: np.ndarray  # (N,) int64
-    images: np.ndarray  # (N,) int64, places of their images
+    images: np.ndarray  # (N,) int64, indices of their images
     categories: np.ndarray  # (N,) int64, ids
     boxes: np.ndarray  # (N, 4) float64 x, y, width, height
-    areas: np.ndarray  # (N,) float64, in COCO the mask's
+    areas: np.ndarray  # (N,) float64, in COCO those of the masks
     crowds: np.ndarray  # (N,) bool
-    remarks: list[str]  # what was accepted although it is not as the format says, a line a kind
+    remarks: list[str]  # accepted deviations from the format, one line for each kind
 
     def document(self, places: Sequence[int] | None = None) -> dict:
-        """What a COCO file of it holds; of the images at these places alone, if any are given."""
+        """The content of a COCO file with these annotations; with `places`, of the images at these indices only."""
         chosen = np.arange(len(self.image_ids)) if places is None else np.asarray(places, np.int64)
         rows = np.flatnonzero(np.isin(self.images, chosen))
         columns = (self.ids, self.image_ids[self.images], self.categories, self.boxes, self.areas, self.crowds)
@@ -102,7 +102,7 @@ class Annotations:
 
 
 def load_annotations(path: str | Path) -> Annotations:
-    """Read a COCO annotation file. UserError with record, value and cure for what may mean several things."""
+    """Read a COCO annotation file. Raises UserError, with record, value and cure, for ambiguous values."""
     try:
         with open(path, "rb") as file:
             reader = _Reader(path)
@@ -112,7 +112,7 @@ def load_annotations(path: str | Path) -> Annotations:
     except OSError as error:
         raise UserError(f"{path}: cannot read the annotation file ({error.strerror}); correct its path") from None
     except (ValueError, RecursionError):
-        pass  # another encoding, or broken: Python's own parser takes it, or says why not
+        pass  # another encoding, or broken: Python's own parser reads it or explains the error
     try:
         document = json.loads(Path(path).read_bytes())
     except (ValueError, RecursionError) as error:
@@ -121,7 +121,7 @@ def load_annotations(path: str | Path) -> Annotations:
 
 
 def parse_annotations(document: object, path: str | Path = "annotations") -> Annotations:
-    """What `load_annotations` makes of a file that holds this document."""
+    """Like `load_annotations` for a file with this content."""
     if not isinstance(document, dict):
         raise UserError(f"{path}: holds a {type(document).__name__}, not an object; give a COCO annotation file")
     reader = _Reader(path)
@@ -133,7 +133,7 @@ def parse_annotations(document: object, path: str | Path = "annotations") -> Ann
 
 
 class _Column:
-    """Values that come part by part: an array, or a list. They are never in memory twice, as with np.concatenate."""
+    """Joins parts to an array or a list, without a second copy in memory, as np.concatenate would make."""
 
     def __init__(self) -> None:
         self._list: list = []
@@ -155,22 +155,22 @@ class _Column:
 
 
 class _Flaw(Exception):
-    """What is wrong with a record, and what to do about it."""
+    """A flaw of a record, and what to do about it."""
 
 
 class _Reader:
-    """Makes columns of records, and counts what it accepts although it is not as the format says."""
+    """Turns records into columns, and counts the deviations from the format that are accepted."""
 
     def __init__(self, path: str | Path):
         self.path = str(path)
         self.counts: Counter[str] = Counter()
         self.first: dict[str, str] = {}
-        self.where = ""  # the record that is looked at
+        self.where = ""  # the current record
         self.read = dict.fromkeys(LISTS, 0)  # records
         self.columns: dict[str, list[_Column]] = {}
 
     def add(self, name: str, part: bytes | list) -> None:
-        """Add records of a list, decoded or not. ValueError where they are no JSON."""
+        """Add records of a list, decoded or not. Raises ValueError if they are not JSON."""
         kinds: dict[str, tuple[type[Record], Callable[[list], tuple], Callable[[dict], Record]]] = {
             "images": (Image, _image_columns, self.image),
             "categories": (Category, _category_columns, self.category),
@@ -317,11 +317,11 @@ class _Reader:
         return number
 
     def is_empty(self, value: object) -> bool:
-        """Whether a value is there to say that there is none: null, an empty text, or the NaN of pandas."""
+        """Whether a value means "none": null, an empty text, or the NaN of pandas."""
         return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
 
     def value(self, value: object, flaw: str) -> int | float | None:
-        """A number, in quotes or not; None for none."""
+        """A number, in quotes or not; None if the value is empty."""
         if self.is_empty(value):
             return None
         if isinstance(value, str) and ((whole := WHOLE.fullmatch(value)) or NUMBER.fullmatch(value)):
@@ -350,7 +350,7 @@ class _Reader:
     # ---------------------------------------------------------------------------------------- what all have together
 
     def number(self, ids: np.ndarray) -> None:
-        """Give ids to those that have none."""
+        """Give ids to annotations without one."""
         without = np.flatnonzero(ids == NO_ID)
         if len(without):
             ids[without] = np.setdiff1d(np.arange(1, 2 * len(ids) + 1), ids)[: len(without)]
@@ -402,7 +402,7 @@ def shortened(value: object) -> str:
 
 
 def _unique_names(ids: list[int], names: list[str]) -> dict[int, str]:
-    """Category id -> name; those that share a name, as in some exports, get their ids behind it."""
+    """Category id -> name. If several share a name, as in some exports, each id is added to it."""
     count = Counter(names)
     unique = {id: name if count[name] == 1 else f"{name} (id {id})" for id, name in zip(ids, names)}
     if len(set(unique.values())) == len(unique):
@@ -411,7 +411,7 @@ def _unique_names(ids: list[int], names: list[str]) -> dict[int, str]:
 
 
 def _decoded(part: bytes, kind: type[Record], columns_of: Callable[[list], tuple]) -> tuple | None:
-    """Columns of records that are `kind` and sound as they are; None where any of them is not."""
+    """The columns of records, if all have the type `kind` and are sound; otherwise None."""
     try:
         columns = columns_of(msgspec.json.decode(part, type=GenericAlias(list, kind)))
     except (msgspec.MsgspecError, RecursionError):
@@ -436,7 +436,7 @@ def _box_columns(boxes: list[Box]) -> tuple[np.ndarray, ...]:
 
 
 def _sound_images(ids: np.ndarray, names: list[str], sizes: np.ndarray) -> bool:
-    # The product of two sides that are in bounds themselves is in bounds.
+    # If both sides are within bounds, their product is within int64.
     return bool(((sizes > 0) & (sizes <= MAX_PIXELS)).all() and (sizes.prod(axis=1) <= MAX_PIXELS).all()) and all(
         map(PLAIN_NAME.fullmatch, names)
     )

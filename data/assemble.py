@@ -41,7 +41,7 @@ def build_datasets(cfg: Config) -> tuple[CocoDataset, CocoDataset]:
 
 
 def open_dataset(source: str | Path, content: Content, cfg: Config, files: Sequence[str | Path] | None) -> CocoDataset:
-    """For the checkpoint read from `source`: `files`, an annotation file and an image folder, or its validation set."""
+    """The data set for the checkpoint from `source`: `files` (annotation file, image folder) or its validation set."""
     annotations, images = files or (cfg.data.val.annotations, cfg.data.val.images)
     if not annotations:
         raise UserError(f"{source} names no validation set; give one by --data ANNOTATIONS IMAGES")

@@ -1,8 +1,8 @@
 """The images of a data set decoded and resized once, in one file that every process maps.
 
-The file holds raw pixels, uint8 RGB, image after image; where each lies follows from the sizes. Its name is a digest of
-everything its content depends on: other files, files changed since, or another size make another cache. A
-cache that no run uses any more stays until you delete it.
+The file holds raw pixels, uint8 RGB, image after image; the sizes give each image's position. Its name is a digest of
+everything its content depends on, so other files, changed files or another size make another cache. An unused cache
+stays until you delete it.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from data.transforms import resize
 from detector.atomic import replacing
 from detector.errors import UserError
 
-FORMAT = 1  # to be raised when the same images give other bytes
+FORMAT = 1  # raise it if the same images give other bytes
 
 Sizes = Sequence[tuple[int, int]]
 
@@ -33,17 +33,17 @@ class Cache:
     """Images by index, as (h, w, 3) uint8 RGB.
 
     Args:
-        folder: of the cache, which is built unless it is there and whole
+        folder: folder of the cache, which is built unless it exists and is complete
         files, sizes: of the images, as read_image takes them
-        kept: (height, width) of each in the cache
+        kept: (height, width) of each image in the cache
 
-    Raises UserError where the folder cannot be written or lacks room, and for an image that cannot be read.
+    Raises UserError if the folder cannot be written or lacks room, or an image cannot be read.
     """
 
     def __init__(self, folder: str | Path, files: Sequence[Path], sizes: Sizes, kept: Sizes):
         self.kept = kept
         self._pixels: np.memmap | None = None
-        self.remarks: Remarks = {}  # on the images, where they were read for it just now
+        self.remarks: Remarks = {}  # on the images, if this object has read them
         self.ends = np.cumsum([height * width * 3 for height, width in kept])
         try:
             stats = [(os.path.abspath(file), os.stat(file)) for file in files]
@@ -59,7 +59,7 @@ class Cache:
         return f"Images from the cache {self.path}, {self.ends[-1] / 1e6:,.0f} MB, {'found' if self.found else 'new'}."
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """A copy, which may be written to."""
+        """A writable copy."""
         if self._pixels is None:
             self._pixels = np.memmap(self.path, np.uint8, "r")
         height, width = self.kept[index]
@@ -73,7 +73,7 @@ class Cache:
         return self.path.is_file() and self.path.stat().st_size == self.ends[-1]
 
     def _build(self, files: Sequence[Path], sizes: Sizes) -> bool:
-        """Write the file, unless another process has just done so; whether it was written."""
+        """Write the file, unless another process has just done so; returns whether it was written here."""
         folder = self.path.parent
         folder.mkdir(parents=True, exist_ok=True)
         with _alone(folder):
@@ -85,7 +85,7 @@ class Cache:
                     f"data.cache: the images take {needed:,.0f} MB, in {folder} {free:,.0f} MB are free; make room, "
                     "name another folder or leave it empty"
                 )
-            # A name of its own, since _alone cannot exclude other processes everywhere.
+            # A unique name, since _alone does not exclude other processes on every system.
             with replacing(self.path, f".{uuid.uuid4().hex}.tmp") as beside:
                 self._write(beside, files, sizes)
         return True
@@ -99,7 +99,7 @@ class Cache:
                 file.seek(self.ends[index] - image.size)
                 file.write(image.tobytes())
 
-        # Threads suffice: decoding and resizing leave Python to the others.
+        # Threads are enough, because decoding and resizing release Python's lock.
         with path.open("wb") as file, ThreadPoolExecutor() as pool:
             for _ in tqdm(pool.map(keep, range(len(files))), f"cache {path.parent}", len(files), unit="image"):
                 pass
@@ -107,7 +107,7 @@ class Cache:
 
 def _alone(folder: Path) -> TextIO:
     """A lock for one process at a time; on systems without file locks, several processes do the same work."""
-    file = os.fdopen(os.open(folder / ".lock", os.O_RDONLY | os.O_CREAT))  # readable, as it may be another user's
+    file = os.fdopen(os.open(folder / ".lock", os.O_RDONLY | os.O_CREAT))  # read-only, since it may be another user's
     with contextlib.suppress(ImportError, OSError):
         import fcntl  # not on Windows
 

@@ -25,7 +25,7 @@ from detector.errors import UserError
 from detector.structures import Target
 
 MIN_SIDE = 1e-3  # pixels; a box thinner than this, after clipping, has no area
-CLIP_TOLERANCE = 0.1  # pixels; finer than this, a box outside its image is rounding in the file
+CLIP_TOLERANCE = 0.1  # pixels; a box that sticks out by less is a rounding error of the file
 
 Sample = tuple[Tensor, Target, int, tuple[int, int]]  # see CocoDataset.__getitem__
 
@@ -43,14 +43,14 @@ class Transform(Protocol):
 class CocoDataset(Dataset):
     """Samples of one annotation file.
 
-    Without `images`, the folder of the images is searched where common exporters put it. Give a validation set the
-    training set's `category_ids`, so that a label means the same class in both; with `class_names` it also compares the
-    names. `cache` is a folder to keep the images in, decoded and resized for the transform, or empty;
-    samples are the same to the bit where the transform neither jitters nor distorts. With `trust`, boxes that look like
-    another format are taken as they stand.
+    Without `images`, it looks for their folder where common exporters put it. Give a validation set the training set's
+    `category_ids`, so that a label means the same class in both; with `class_names` it also compares the names. `cache`
+    is a folder to keep the images in, decoded and resized for the transform, or empty. If the transform neither jitters
+    nor distorts, a cache does not change a bit of a sample. With `trust`, boxes that look like another format are taken
+    as they stand.
 
-    Raises UserError at once for an error in the annotation file or its boxes and for a missing image. An image that
-    cannot be decoded, or has another size than its record, raises it when it is read; a cache reads all at once.
+    Raises UserError at once for an error in the annotation file or its boxes and for a missing image. Reading an image
+    raises it if the image cannot be decoded or its size differs from its record; a cache reads all images at once.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class CocoDataset(Dataset):
             add_remarks(self.image_remarks, self.cache.remarks)
 
     def _complete_sizes(self) -> None:
-        """Read the sizes that are not in the file from the images."""
+        """Read sizes that the annotation file lacks from the images."""
         sizes = self.annotations.sizes
         unsaid = np.flatnonzero((sizes == 0).any(axis=1))
         if len(unsaid):
@@ -148,7 +148,7 @@ class CocoDataset(Dataset):
         self._starts = np.searchsorted(image[order], np.arange(len(self) + 1))  # image i owns starts[i]..starts[i+1]
 
     def _clipped(self, rows: np.ndarray, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """x1, y1, x2, y2 of these annotations inside their images, and whether that cuts off anything."""
+        """x1, y1, x2, y2 of these annotations clipped to their images, and whether that cuts off anything."""
         boxes, clipped = np.empty((len(rows), 4), np.float32), np.zeros(len(rows), bool)
         for axis, side in ((0, 1), (1, 0)):  # a column at a time, which takes the least memory
             low, extent = self.annotations.boxes[rows, axis], self.annotations.boxes[rows, axis + 2]
@@ -159,7 +159,7 @@ class CocoDataset(Dataset):
         return boxes, clipped
 
     def refuse_without_boxes(self) -> None:
-        """UserError where there is nothing to learn."""
+        """Raise UserError if there is no box to learn from."""
         if not self.num_boxes:
             left_out = "".join(f"; {remark}" for remark in self.annotations.remarks if "left out" in remark)
             raise UserError(
@@ -169,7 +169,7 @@ class CocoDataset(Dataset):
             )
 
     def summary(self) -> str:
-        """What training takes of the file and what it leaves out, in one paragraph."""
+        """A paragraph on the parts of the file that training uses and leaves out."""
         examples = ", ".join(map(str, self.dropped_ids[:3])) + (", ..." if len(self.dropped_ids) > 3 else "")
         return (
             f"{self.path}: {len(self):,} images, {self.num_boxes:,} boxes, {len(self.category_ids)} classes; "

@@ -1,6 +1,6 @@
 """The two programs that compute COCO's precision and recall.
 
-pycocotools is the reference; hotcoco, where it is installed, gives the same numbers to the bit, far faster.
+pycocotools is the reference; hotcoco, if it is installed, gives the same numbers to the bit, far faster.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ except ImportError:
 
 
 class GroundTruth(NamedTuple):
-    """N boxes, with the places of image and category in place of ids, which may be 0, negative or huge."""
+    """N boxes. Images and categories are given by index, because ids may be 0, negative or huge."""
 
     images: np.ndarray  # (N,) int64
     categories: np.ndarray  # (N,) int64

@@ -46,7 +46,7 @@ def score(
     truth = _ground_truth(annotations, sorted(detections), sorted(names))
     images, boxes, scores, labels = columns(detections)
     categories = np.array([place.get(category_id, -1) for category_id in category_ids], np.int64)[labels]
-    # COCO.loadRes takes an array of floats, which hold places exactly but not every id.
+    # COCO.loadRes takes an array of floats, which hold indices exactly, but not every id.
     results = np.column_stack([images, boxes, scores, categories])[categories >= 0]  # (N, 7)
 
     engine = engine or next(iter(ENGINES))
@@ -103,8 +103,8 @@ def _best_threshold(precision: np.ndarray, at_recalls: np.ndarray, scores: np.nd
     """The score threshold with the best F1; -1 if no object was found.
 
     precision, at_recalls (R,): precision and score at R recalls; scores: all scores of the class.
-    It lies halfway to the next lower score: in another batch, precision or machine the last digits of a score differ,
-    and the lowest one that counts must still reach the threshold.
+    The threshold lies halfway to the next lower score: the last digits of a score differ with batch, precision and
+    machine, and the lowest score that counts must still reach it.
     """
     recall = np.linspace(0, 1, len(precision))
     f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-9)

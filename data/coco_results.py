@@ -1,6 +1,6 @@
-"""COCO's results format, in which detections are exchanged and scored.
+"""COCO's results format, for exchanging and scoring detections.
 
-Only here do detections change from xyxy boxes and labels 0..C-1 to COCO's xywh boxes and category ids, and back.
+Only this file converts detections from xyxy boxes and labels 0..C-1 to COCO's xywh boxes and category ids, and back.
 """
 
 import json
@@ -62,7 +62,7 @@ def from_coco_results(
 ) -> dict[int, Detections]:
     """Detections of every image of `image_ids`, best first, from `coco_results` or another program.
 
-    Raises UserError for an entry that lacks a key, or is of an image or category that is not listed.
+    Raises UserError for an entry that lacks a key, or whose image or category is not listed.
     """
     label_of = {category_id: label for label, category_id in enumerate(category_ids)}
     by_image: dict[int, list[tuple[float, int, list[float]]]] = {image_id: [] for image_id in image_ids}
@@ -86,6 +86,6 @@ def from_coco_results(
 
 
 def write_results(folder: Path, metrics: Metrics, results: list[dict[str, Any]]) -> None:
-    """Write metrics.json and detections.json; OSError where that fails."""
+    """Write metrics.json and detections.json. Raises OSError if that fails."""
     atomic.write(folder / "detections.json", json.dumps(results))
     atomic.write(folder / "metrics.json", json.dumps(metrics, indent=1))

@@ -20,7 +20,7 @@ from sklearn.datasets import load_digits, load_sample_image
 from detector import atomic
 from detector.errors import UserError, run_main
 
-RECIPE = 4  # raise it when the same settings come to give other files
+RECIPE = 4  # raise it if the same settings give other files
 SPLITS = ("train", "val")
 FIRST_VAL_DIGIT = 1437  # of 1,797, see split_digits
 PHOTO_COLUMNS = {"train": (0, 416), "val": (416, 640)}  # so that no val background is seen in training
@@ -30,11 +30,11 @@ MAX_COVERED = 0.1  # of the smaller of two boxes; more would make digits illegib
 
 
 class Style(NamedTuple):
-    """What the scenes of a set have in common."""
+    """The settings that all scenes of a set share."""
 
-    sizes: tuple[tuple[int, int], ...]  # width, height; small, and whole multiples of 32: CPUs train on them
+    sizes: tuple[tuple[int, int], ...]  # width, height: small multiples of 32, because CPUs train on them
     classes: int  # digits 0 to classes - 1
-    usual: tuple[int, int]  # digits in a scene: from, up to and without
+    usual: tuple[int, int]  # digits in a scene: from, up to but not including
     crowded: tuple[int, int]
     largest: int  # px, of a digit in a usual scene
     smallest: int = 14  # px, of a digit
@@ -74,7 +74,7 @@ class Scene(NamedTuple):
 def split_digits() -> dict[str, np.ndarray]:
     """Indices into load_digits by split: the last fifth is for validation.
 
-    By position, not at random: the set comes writer by writer, so that validation sees mostly new hands.
+    By position, not at random: the set is sorted by writer, so validation has mostly new writers.
     """
     indices = np.arange(len(load_digits().target))
     return {"train": indices[:FIRST_VAL_DIGIT], "val": indices[FIRST_VAL_DIGIT:]}
@@ -119,7 +119,7 @@ def plan_scene(
     for _ in range(wanted):
         label = int(rng.choice(style.classes, p=weights))
         source = int(rng.choice(by_class[label]))
-        for _ in range(20):  # then there is no room: go without
+        for _ in range(20):  # after 20 tries there is no room, so leave it out
             size = np.exp(rng.uniform(np.log(style.smallest), np.log(largest)))  # px, longer side before the rotation
             alpha = enlarge(images[source], size, angle=rng.uniform(-15, 15))
             x = int(rng.integers(0, width - alpha.shape[1], endpoint=True))
@@ -139,8 +139,8 @@ def enlarge(image: np.ndarray, size: float, angle: float) -> np.ndarray:
     matrix = cv2.getRotationMatrix2D((3.5, 3.5), angle, scale)
     matrix[:, 2] = matrix[:, 2] + ((side - 1) / 2 - 3.5)
     smooth = cv2.warpAffine((image / 16).astype(np.float32), matrix, (side, side), flags=cv2.INTER_CUBIC)
-    # A contour with an edge of about two pixels: readable at any size, where a plain enlargement is a blur.
-    # At 0.45, since above it thin strokes break and below it ones become bars.
+    # A contour with an edge of about two pixels: readable at any size, while a plain enlargement is a blur.
+    # The contour is at 0.45: above that thin strokes break, below it ones become bars.
     alpha = np.clip((smooth - 0.45) * max(scale / 1.5, 1.5) + 0.5, 0, 1)
     rows, columns = (np.flatnonzero((alpha >= 0.25).any(axis=axis)) for axis in (1, 0))
     return alpha[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
@@ -244,7 +244,7 @@ def write_demo(
 
     The same settings give the same bytes. A folder that already holds them is left alone; one that holds
     another data set is refused unless `force`. The outliers go into train only; val is always clean.
-    Raises UserError for counts below 1, a negative seed, shares outside 0..1, sizes that do not fit and the refusal.
+    Raises UserError for counts below 1, a negative seed, shares outside 0..1, sizes that do not fit, a refused folder.
     """
     folder = Path(folder)
     counts = {"train": train_images, "val": val_images}

@@ -24,8 +24,8 @@ WIDTH = 480  # pixels of one image in a picture
 def validation_pictures(dataset: CocoDataset, detections: dict[int, Detections], count: int) -> Iterator[Tensor]:
     """Ground truth (left) and the detections with the highest scores (right) of `count` images spread over the set.
 
-    `detections`: by image id, in pixels of the original image. In the whole set, as many detections
-    are shown as it has boxes: each loss has its own scale of scores, so that a fixed score would not compare them.
+    `detections`: by image id, in pixels of the original image. Over the whole set, it shows as many detections as there
+    are boxes: losses differ in their scale of scores, so a fixed score would not compare them.
     Yields (3, h, 2 x WIDTH) uint8.
     """
     names = dataset.class_names
@@ -73,7 +73,7 @@ def draw_boxes(image: Tensor, boxes: Tensor, captions: Sequence[str], colour: st
 
 
 def annotate(canvas: Image.Image, boxes: Tensor, captions: Sequence[str], colours: Sequence[str]) -> None:
-    """Draw boxes (D, 4) in pixels, each with its caption and colour, larger on larger images; the first is on top."""
+    """Draw boxes (D, 4) in pixels with their captions and colours, larger on larger images. The first is on top."""
     pen = ImageDraw.Draw(canvas)
     longest = max(canvas.size)
     size, width = max(11, longest // 60), max(2, longest // 400)

@@ -1,5 +1,5 @@
-"""Font files for any name. DejaVu, which comes with matplotlib, has accented Latin, Greek and Cyrillic letters; for all
-others the fonts of the machine are looked through, when the first of them is to be written."""
+"""Font files for names in any script. DejaVu, from matplotlib, has accented Latin, Greek and Cyrillic letters. At the
+first letter that DejaVu lacks, the machine's fonts are searched."""
 
 import sys
 import unicodedata
@@ -19,9 +19,9 @@ NO_LETTERS = ("lastresort", "adobeblank", "notdef")  # fonts that have a box, or
 
 
 def stretches(text: str) -> list[tuple[str, str]]:
-    """The text in stretches that one font can write, each with its file; in one line, accents joined to their letters.
+    """Split a text into stretches that one font can write, each with its file; one line, accents joined to letters.
 
-    A letter that no font has is left to DejaVu, which draws a square, and it is said once which font to install.
+    DejaVu draws a square for a letter that no font has, and a message says once which font to install.
     """
     text = CONTROL.sub("\N{REPLACEMENT CHARACTER}", unicodedata.normalize("NFC", text))
     found = [(letter, _file(letter)) for letter in text]
@@ -43,11 +43,11 @@ def _dejavu() -> frozenset[int]:
 
 @cache
 def _others() -> dict[int, str]:
-    """For each letter, by its code, the font of this machine that has it, upright and plain where there is one.
+    """The code of each letter -> a font file of this machine that has the letter, upright and plain if possible.
 
-    Of those the one of the most letters comes first: it writes whole words, and not every second letter of them.
+    Of those, the font with the most letters comes first, so that one font writes whole words.
     """
-    from matplotlib.font_manager import findSystemFonts  # looks for fonts when imported, which takes its time
+    from matplotlib.font_manager import findSystemFonts  # searches for fonts when imported, which is slow
 
     fonts = []
     for file in sorted(findSystemFonts()):
@@ -57,7 +57,7 @@ def _others() -> dict[int, str]:
         except (OSError, RuntimeError, ValueError):
             continue  # broken, or of a kind that FreeType does not read
         name = font.family_name.lower().replace(" ", "")
-        if font.scalable and not name.startswith(NO_LETTERS):  # of one size are bitmaps, such as coloured emoji
+        if font.scalable and not name.startswith(NO_LETTERS):  # fonts of one size are bitmaps, such as coloured emoji
             fonts.append(((font.style_name not in PLAIN, "unifont" in name, -len(letters)), letters, file))
     by_letter: dict[int, str] = {}
     for _, letters, file in sorted(fonts, key=lambda one: one[0]):
@@ -67,7 +67,7 @@ def _others() -> dict[int, str]:
 
 
 def _warn(missing: str) -> None:
-    """Once, at the first letters that are missing."""
+    """Print a message once, for the first missing letters."""
     if not _missing:
         cure = "install one, such as Noto Sans CJK for Chinese, Japanese, Korean (Debian: apt install fonts-noto-cjk)"
         tqdm.write(f"pictures: no font on this machine has {missing[:20]}, squares are drawn; {cure}", file=sys.stderr)

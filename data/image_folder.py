@@ -1,4 +1,4 @@
-"""Where the images of an annotation file are: their folder, and each file in it, however its name is written."""
+"""Find the images of an annotation file: their folder, and each file in it, however its name is spelled."""
 
 import os
 import posixpath
@@ -9,11 +9,11 @@ from data.annotations import leads_out
 from data.spelling import spelling
 from detector.errors import UserError
 
-SAMPLE = 50  # names by which a folder is known to be the right one
+SAMPLE = 50  # names that a folder must have to be the right one
 
 
 class ImageFolder:
-    """A folder of images, each of its folders listed at most once."""
+    """A folder of images. It lists each folder inside at most once."""
 
     def __init__(self, root: str | Path):
         self.root = Path(root)
@@ -21,11 +21,11 @@ class ImageFolder:
         self._spelled: dict[str, tuple[dict[str, list[str]], dict[str, list[str]]]] = {}  # the same by spelling
 
     def locate(self, names: Sequence[str], source: str | Path) -> tuple[list[str], list[str]]:
-        """The paths in the folder of the images that `source` names so, and remarks on those written otherwise.
+        """The paths in the folder for the image names in `source`, and remarks on names with another spelling.
 
-        The name as it stands comes first, then what may stand for it: with a backslash for a separator, an absolute
-        path into the folder, what follows the folder's own name in it; at last other spellings of these. UserError for
-        an image that is not there, or may be either of two, and for a name that leads out of the folder.
+        It tries the name as it stands, then other forms: with backslashes as separators, an absolute path into the
+        folder, the part after the folder's own name; and last, other spellings of these. Raises UserError for an image
+        that is missing or may be either of two, and for a name that leads out of the folder.
         """
         self._list("")  # a UserError where there is no such folder
         paths_of = {name: name for name in names if self._has(name)}
@@ -63,7 +63,7 @@ class ImageFolder:
         return [paths_of[name] for name in names], remarks
 
     def files(self, names: Sequence[str]) -> tuple[str, ...] | None:
-        """The files themselves, links followed, if all images of these names are there."""
+        """The real paths of the images with these names, links followed; None unless all are found."""
         try:
             return tuple(os.path.realpath(self.root / path) for path in self.locate(names, "")[0])
         except UserError:
@@ -80,7 +80,7 @@ class ImageFolder:
                 return forms
             if os.path.exists(name):  # a file of this machine, which is elsewhere
                 return []
-        # Also "images/a.jpg" where the folder is images/ itself, and a whole path of another machine.
+        # Also "images/a.jpg" if the folder is images/ itself, and a full path from another machine.
         forms = [] if PureWindowsPath(name).anchor else [posixpath.normpath(name), plain]
         folder = spelling(os.path.basename(os.path.abspath(self.root)))
         for parts in (plain.split("/"), posixpath.normpath(spelling(name)).split("/")):
@@ -91,7 +91,7 @@ class ImageFolder:
         return [form] if self._has(form) else self._search("", posixpath.normpath(spelling(form)).split("/"))
 
     def _search(self, below: str, parts: list[str]) -> list[str]:
-        """Files whose path below a folder has these parts, all as `spelling` has them."""
+        """Files whose path below a folder has these parts, compared by `spelling`."""
         if below not in self._spelled:
             names = self._list(below)
             self._spelled[below] = _by_spelling(names[0]), _by_spelling(names[1])
@@ -108,13 +108,13 @@ class ImageFolder:
         return not name.startswith("/") and ".." not in folder.split("/") and file in self._list(folder)[0]
 
     def _list(self, below: str) -> tuple[set[str], set[str]]:
-        """Names of the files and of the folders in a folder; a pipe, which is read without an end, is neither."""
+        """Names of the files and of the folders in a folder, without pipes, because reading a pipe may never end."""
         if below not in self._entries:
             files, folders = set(), set()
             try:
                 with os.scandir(self.root / below) as entries:
                     for entry in entries:
-                        # A link is what it leads to; one that leads round in a circle leads nowhere.
+                        # A link counts as its target; a circular link is left out.
                         path = entry.path if entry.is_symlink() else None
                         if os.path.isfile(path) if path else entry.is_file():
                             files.add(entry.name)
@@ -125,7 +125,7 @@ class ImageFolder:
                     raise UserError(
                         f"{self.root}: cannot read the image folder ({error.strerror}); correct its path"
                     ) from None
-            except ValueError:  # a name that the system cannot have
+            except ValueError:  # a name that the system does not allow
                 pass
             self._entries[below] = files, folders
         return self._entries[below]
@@ -139,10 +139,10 @@ def _by_spelling(names: set[str]) -> dict[str, list[str]]:
 
 
 def find_folder(annotations: str | Path, names: Sequence[str]) -> Path:
-    """The folder that holds the images of an annotation file, looked for where common exporters put it.
+    """Find the folder with the images of an annotation file where common exporters put it.
 
-    That is beside the file, or beside its folder: there, in images/ and the like, or in a folder named after the file.
-    UserError where no folder has them, or several do.
+    It looks beside the file and beside the file's folder: there, in images/ and similar ones, and in a folder named
+    after the file. Raises UserError if no folder has the images, or several have.
     """
     path = Path(annotations)
     sample = [names[place] for place in sorted({len(names) * n // SAMPLE for n in range(SAMPLE)})]

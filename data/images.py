@@ -1,4 +1,4 @@
-"""Image files of any kind -> RGB of 8 bits, turned as their boxes are."""
+"""Image files of any kind -> RGB of 8 bits, in the orientation of their boxes."""
 
 import io
 from functools import cache
@@ -13,15 +13,15 @@ from detector.errors import UserError
 
 # Larger images are refused before they are decoded, whatever the size of the file: 179 million, PIL's own limit.
 MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 2**30 // 12)
-# Of PIL's formats those that hold pictures and whose pixels read_image gives; AVIF only where PIL was built with it.
+# The picture formats of PIL that read_image can read; AVIF only if PIL was built with it.
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP")
-# Suffixes of pictures that, unless PIL can after all, cannot be read: cameras' own formats and the like.
+# Suffixes of pictures that cannot be read, unless PIL supports them: raw formats of cameras and others.
 OTHER_PICTURES = (
     *(".arw", ".cr2", ".cr3", ".crw", ".dng", ".nef", ".orf", ".raf", ".raw", ".rw2"),
     *(".avif", ".dcm", ".dicom", ".exr", ".hdr", ".heic", ".heif", ".hif", ".jxl", ".jxr", ".psd", ".svg", ".xcf"),
 )
 ORIENTATION = 0x0112  # the EXIF tag
-# What undoes each value of the tag; image (h, w, 3).
+# Undoes each value of the tag; image (h, w, 3).
 UPRIGHT = {
     2: lambda image: image[:, ::-1],
     3: lambda image: image[::-1, ::-1],
@@ -31,13 +31,13 @@ UPRIGHT = {
     7: lambda image: image[::-1, ::-1].transpose(1, 0, 2),
     8: lambda image: np.rot90(image),
 }
-# Marks of a PNG that may have an orientation. PIL decodes the pixels to see whether there is any behind them.
+# Marks of a PNG that may have an orientation. PIL decodes the pixels to look for one after them.
 PNG_ORIENTATION = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
 # Complete files of these formats end so; OpenCV would fill up the rest of a truncated one with gray.
 END_MARK = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 TAIL, LOST = 64, 0.01  # bytes whose absence shows how far a cut JPEG goes; share of its picture it may lack
 BITS_PER_SAMPLE, MAX_SAMPLE_VALUE = 258, 281  # TIFF tags
-DARK_BITS = 14  # of 16: an image in so few is below a quarter of the range
+DARK_BITS = 14  # of 16: an image that uses no more is below a quarter of the range
 
 
 Remarks = dict[str, set[str]]  # an oddity of images that are read all the same -> their files
@@ -50,7 +50,7 @@ def add_remarks(remarks: Remarks, more: Remarks) -> None:
 
 
 def remark_lines(*remarks: Remarks) -> list[str]:
-    """A line a kind, with the number of images and one of them."""
+    """One line for each kind, with the number of images and an example."""
     every: Remarks = {}
     for more in remarks:
         add_remarks(every, more)
@@ -66,10 +66,10 @@ def suffixes() -> frozenset[str]:
 def read_image(path: str | Path, size: tuple[int, int] | None = None, remarks: Remarks | None = None) -> np.ndarray:
     """An image file as (h, w, 3) uint8 RGB. Alpha is dropped; of 16 bits, the upper 8 that the file uses are kept.
 
-    `size` is the (height, width) of its record, which says in which frame the boxes are: if that is the stored
-    size and not the one that the EXIF orientation asks for, the image is not turned. What is odd about the file is
-    added to `remarks`. Raises UserError for a file that cannot be decoded, and, before it is, for one that has another
-    size or more than MAX_PIXELS.
+    `size` is the (height, width) of its record, which decides the frame of the boxes: if it is the stored size and not
+    the size after turning by the EXIF orientation, the image is not turned. Oddities of the file are added to
+    `remarks`. Raises UserError if the file cannot be decoded, and before decoding if it has another size or more than
+    MAX_PIXELS.
     """
     try:
         data = Path(path).read_bytes()
@@ -99,11 +99,11 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None, remarks: R
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
-    """(height, width) of an image file, turned as its EXIF orientation asks; UserError where it has none."""
+    """(height, width) of an image file, turned by its EXIF orientation. Raises UserError if it cannot be read."""
     try:
         with Image.open(path) as file:
             _check_header(path, file.size, None)
-            # Of a TIFF, PIL has turned the size already, or has not: that depends on its version.
+            # Some versions of PIL have already turned the size of a TIFF, so read its tags.
             size = (file.tag_v2[256], file.tag_v2[257]) if isinstance(file, TiffImageFile) else file.size
             turned = file.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
             return size if turned else size[::-1]
@@ -117,7 +117,7 @@ def _check_header(path: str | Path, seen: tuple[int, int], size: tuple[int, int]
     """Raise UserError where the (width, height) that a file's header claims is too large or not the record's."""
     if seen[0] * seen[1] > MAX_PIXELS:  # PIL refuses it too, unless somebody has lifted its limit
         raise UserError(f"{path}: the image is {seen[0]} x {seen[1]}, more than {MAX_PIXELS} pixels; make it smaller")
-    if size is not None and sorted(seen) != sorted(size):  # which side is which, the orientation says
+    if size is not None and sorted(seen) != sorted(size):  # the orientation decides which side is which
         raise _other_size(path, seen[::-1], size)
 
 
@@ -155,7 +155,7 @@ def _decode(file: Image.Image, data: bytes) -> tuple[np.ndarray, list[str]]:
         return np.repeat(gray[:, :, None], 3, axis=2), odd
     if file.mode in ("F", "I"):
         raise ValueError(f"its pixels, of PIL mode {file.mode!r}, have no fixed range; convert it to 8 or 16 bits")
-    # A palette by way of RGBA, since PIL warns where one has alpha and is to lose it.
+    # A palette goes through RGBA, since PIL warns if a palette with alpha becomes RGB.
     return np.array(file.convert("RGBA" if file.mode == "P" else "RGB"))[:, :, :3], odd
 
 
@@ -178,7 +178,7 @@ def _has_end(data: bytes) -> bool:
 
 
 def _is_nearly_whole(data: bytes) -> bool:
-    """Whether a JPEG that does not end lacks a few bytes alone: its last ones are of the picture's last blocks."""
+    """Whether a JPEG without an end lacks only a few bytes: its last bytes belong to the picture's last blocks."""
     ends = (data, data[:-TAIL])
     with_tail, without = (np.asarray(Image.open(io.BytesIO(part + END_MARK["JPEG"])).convert("L")) for part in ends)
     rows, columns = (-(-side // 16) for side in with_tail.shape)

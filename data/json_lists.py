@@ -11,8 +11,8 @@ from typing import BinaryIO
 import msgspec
 import numpy as np
 
-BLOCK = 2**20  # bytes that are looked at together
-STEP = np.zeros(256, np.int8)  # of the depth, at each character
+BLOCK = 2**20  # bytes that are parsed together
+STEP = np.zeros(256, np.int8)  # change of the depth at each character
 STEP[list(b"[{")], STEP[list(b"]}")] = 1, -1
 DIVIDES = bytes(character in b'[]{}"' for character in range(256))
 OPENING = re.compile(rb'"((?:[^"\\]|\\.)*)"\s*:\s*\[$', re.DOTALL)  # of a list: its key
@@ -21,14 +21,14 @@ OPENING = re.compile(rb'"((?:[^"\\]|\\.)*)"\s*:\s*\[$', re.DOTALL)  # of a list:
 def read_lists(file: BinaryIO, names: Sequence[str], block: int = BLOCK) -> Iterator[tuple[str, bytes]]:
     """Yield each top-level list of these names, in the order of the file, in parts: (name, JSON list of some records).
 
-    What is inside a part shows when it is decoded. Raises ValueError, at the end at the latest, where all around the
-    lists is no JSON object in UTF-8, or a list is missing or there twice; what was yielded before is void then.
+    Does not check the content of the parts. Raises ValueError, at the end at the latest, if the text around the lists
+    is no JSON object in UTF-8, or a list is missing or present twice; the parts yielded before are then invalid.
     """
     depth, quoted, pending, rest = 0, 0, b"", bytearray()  # rest: all that is not in one of the lists
     name, seen, first = "", set(), True  # the list that is read, if any; whether its next part is its first
     while text := file.read(block):
         plain = text
-        if b"\\" in text:  # a quote behind a backslash is none
+        if b"\\" in text:  # a quote after a backslash does not count
             plain = re.sub(rb"\\.", b"..", text, flags=re.DOTALL)
             if plain.endswith(b"\\"):
                 text += file.read(1)
@@ -72,7 +72,7 @@ def read_lists(file: BinaryIO, names: Sequence[str], block: int = BLOCK) -> Iter
 
 
 def _list(text: bytes, first: bool, last: bool) -> bytes:
-    """Records with the commas that divide them from those before as a JSON list."""
+    """A JSON list of these records. Unless they are the first, the text starts with a comma."""
     text = text.strip()
     if not first and text:
         if text[:1] != b"," or not text[1:].strip():

@@ -46,7 +46,7 @@ def eval_loader(
     rank: int = 0,
     world_size: int = 1,
 ) -> BatchLoader:
-    """This process's part of the images, each once."""
+    """Batches of this process's share of the images, each image once."""
     return _loader(dataset, EvalSampler(dataset.aspects, batch_size, rank, world_size), workers, pad_to, pin_memory)
 
 
@@ -138,7 +138,7 @@ def collate(samples: Sequence[Sample], pad_to: int = STRIDE) -> Batch:
 
 
 def _collate_with_remarks(dataset: CocoDataset, pad_to: int, samples: Sequence[Sample]) -> tuple[Batch, Remarks]:
-    """A batch, and this process's remarks on its images, which it then forgets."""
+    """A batch, and this process's remarks on its images, which are then cleared."""
     remarks, dataset.image_remarks = dataset.image_remarks, {}
     return collate(samples, pad_to), remarks
 
@@ -152,6 +152,6 @@ def _loader(dataset: CocoDataset, sampler: Sampler, workers: int, pad_to: int, p
         pin_memory=pin_memory,
         worker_init_fn=start_worker,
         persistent_workers=workers > 0,
-        # DataLoader draws a number at each epoch: from a generator of its own, not from the run's.
+        # DataLoader draws a number at each epoch: from this generator, not from the run's.
         generator=torch.Generator(),
     )

@@ -32,7 +32,7 @@ class ClassOutcomes(NamedTuple):
 
 
 class Outcomes(NamedTuple):
-    """What became of the detections of a run on a set of images."""
+    """The outcomes of a run's detections on a set of images."""
 
     images: int  # I
     classes: list[ClassOutcomes]

@@ -8,7 +8,7 @@ SAMPLED = 100_000  # boxes that are looked at, at most
 
 
 def suspicion(annotations: Annotations) -> str | None:
-    """Which other format the boxes have, where they are almost certainly not x, y, width, height in pixels."""
+    """The other format of the boxes, if they are almost certainly not x, y, width, height in pixels; else None."""
     rows = np.flatnonzero(~annotations.crowds)
     rows = rows[:: len(rows) // SAMPLED + 1]
     sides = annotations.boxes[rows]
@@ -23,7 +23,7 @@ def suspicion(annotations: Annotations) -> str | None:
             f"its {len(sides):,} boxes all lie in 0..1, as {shortened(sides[0].tolist())} does: they look divided "
             "by the size of the image; multiply x and width by the image's width, y and height by its height"
         )
-    # Rounding, and objects at the border, put few boxes out of their image, and never one in five by a twentieth of it.
+    # Rounding and objects at the border put few boxes outside their image, and never one in five by 5% of its size.
     beyond = int((corner + extent > 1.05 * image).any(axis=1).sum())
     if beyond < 3 or beyond < 0.2 * len(sides):
         return None

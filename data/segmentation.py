@@ -9,7 +9,7 @@ from pycocotools import mask
 from data.images import MAX_PIXELS
 
 MAX_VALUE = 1e9
-MASK = re.compile(r"[0-o]*[0-O]")  # a compressed mask: six bits a letter, of which the last has no successor
+MASK = re.compile(r"[0-o]*[0-O]")  # a compressed mask: six bits a letter; the last one ends a number
 
 
 def bounds(segmentation: object) -> tuple[float, float, float, float] | None:
@@ -55,7 +55,7 @@ def _corners_of_mask(segmentation: dict) -> Iterator[tuple[float, float, float, 
         raise ValueError("a mask has size: [height, width]")
     if isinstance(counts, str) and MASK.fullmatch(counts):
         counts = _runs(counts)
-    # pycocotools takes what it is given for sound.
+    # pycocotools does not check its input.
     if not (isinstance(counts, list) and all(type(count) is int and count >= 0 for count in counts)):
         raise ValueError("a mask's counts are a list or a compressed text")
     if sum(counts) != size[0] * size[1] or sum(counts) > MAX_PIXELS:

@@ -40,7 +40,7 @@ def per_class_table(metrics: Metrics) -> str:
 
 
 def explain_missing(metrics: Metrics) -> list[str]:
-    """Why numbers are -1, a line a reason; empty where none is."""
+    """One line for each reason why numbers are -1; empty if none is."""
     if metrics["images"] == 0:
         return ["all numbers are -1: no images were scored"]
     if metrics["AP"] < 0:

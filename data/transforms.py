@@ -14,7 +14,7 @@ import numpy as np
 from detector.errors import UserError
 from detector.resize import resize_image, target_size
 
-MIN_VISIBLE = 0.25  # drop a box of which less remains in the image: it would teach guessing
+MIN_VISIBLE = 0.25  # drop a box if a smaller share remains in the image: it would teach guessing
 
 Augmented = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -38,7 +38,7 @@ class TrainTransform:
     """Augmentation, and resizing as in evaluation.
 
     horizontal_flip, vertical_flip: probabilities. scale_jitter: both sides are multiplied by a factor drawn
-    log-uniformly from this range. strong: before, also shift, zoom, turn, crop and change colours, all mildly.
+    log-uniformly from this range. strong: first shift, zoom, turn, crop and change colours, all mildly.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class TrainTransform:
 
     def __call__(self, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, seed: int) -> Augmented:
         if self.distort is not None:
-            # Not set_random_seed: it gives every step the same seed, so all would happen to the same images.
+            # Not set_random_seed: it gives every step the same seed, so all steps would apply to the same images.
             self.distort.set_random_state(np.random.default_rng(seed), random.Random(seed))
             result = self.distort(image=image, bboxes=boxes, rows=np.arange(len(boxes)))
             image = result["image"]
@@ -117,7 +117,7 @@ def _distortion():
 
     steps = [
         A.Affine(scale=(0.9, 1.1), translate_percent=(-0.06, 0.06), rotate=(-5, 5), balanced_scale=True, p=0.5),
-        # Rather than one of the crops that look for boxes: those enlarge a single small object without bound.
+        # Not one of the crops that follow boxes: those enlarge a single small object without limit.
         A.RandomCropFromBorders(crop_left=0.2, crop_right=0.2, crop_top=0.2, crop_bottom=0.2, p=0.5),
         A.ColorJitter(brightness=(0.7, 1.3), contrast=(0.7, 1.3), saturation=(0.7, 1.3), hue=(-0.03, 0.03), p=0.8),
     ]
@@ -125,8 +125,8 @@ def _distortion():
         format="pascal_voc",
         label_fields=["rows"],
         min_visibility=MIN_VISIBLE,
-        # Judged once at the end, where the shift and the crop have both taken their part. That is why the crop
-        # comes after the shift: it shows nothing that the shift has pushed out.
+        # Checked once at the end, after shift and crop have both removed their part. So the crop comes after
+        # the shift: it shows nothing that the shift has pushed out.
         check_each_transform=False,
     )
     return A.Compose(steps, bbox_params=boxes)

@@ -30,7 +30,7 @@ from detector.structures import Batch
 class BatchLoader(DataLoader):
     """A DataLoader that reports every failure of its processes between two batches, and never waits for a dead one.
 
-    A UserError, a process that has died, and a lack of memory or files for the batches are UserErrors of one line. The
+    It raises a UserError of one line if a process raised a UserError or died, or if memory or open files run out. The
     processes' remarks on their images are added to the data set's.
     """
 
@@ -71,13 +71,13 @@ class BatchLoader(DataLoader):
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS) if hasattr(signal, "pthread_sigmask") else None
         try:
             batches: Any = super().__iter__()
-            # torch would wait ten seconds for each worker that is busy or gets no notice of the end. It gets none if a
-            # failure's traceback holds the loader: the garbage collector closes its queue first.
+            # torch would wait ten seconds for each worker that is busy or not notified of the end. None is notified if
+            # a failure's traceback holds the loader: the garbage collector closes their queues first.
             weakref.finalize(self, _kill, getattr(batches, "_workers", ()), os.getpid())
             return batches
         finally:
             # At exit, torch and Python would wait as long for busy workers, and send them SIGTERM, which ours ignore.
-            # Registered last, ours comes before torch's; Finalize is for a parent that multiprocessing started.
+            # Registered last, our function runs before torch's; Finalize is for parents started by multiprocessing.
             atexit.unregister(_end_workers)
             atexit.register(_end_workers)
             multiprocessing.util.Finalize(None, _end_workers, exitpriority=0)
@@ -169,13 +169,13 @@ def _end_with_parent() -> None:
 
 
 def _quiet_if_parent_left(kind: type, error: BaseException, trace: TracebackType | None) -> None:
-    """For sys.excepthook in a worker, whose sending thread fails when the parent has ended: that needs no message."""
+    """sys.excepthook of a worker. After the parent has ended, its sending thread fails, which needs no message."""
     if not isinstance(error, (ConnectionError, EOFError)):
         sys.__excepthook__(kind, error, trace)
 
 
 def _send_error(queue: multiprocessing.queues.Queue, error: Exception, message: object) -> None:
-    """In a worker, when a batch cannot be sent: send the reason, or the parent would wait for ever."""
+    """In a worker that cannot send a batch: send the reason, otherwise the parent would wait forever."""
     if not isinstance(message, tuple):  # it was half sent
         os._exit(1)
     queue.put((message[0], ExceptionWrapper(where="in a process that loads images")))

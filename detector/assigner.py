@@ -8,7 +8,7 @@ from torch import Tensor
 from detector import boxes as box_ops
 from detector.structures import Assignment
 
-CACHED_PAIRS = 2**17  # of an anchor and a box at a time, on a CPU
+CACHED_PAIRS = 2**17  # pairs of an anchor and a box at a time, on a CPU
 MAX_PAIRS = 2**24  # elsewhere
 MIN_BLOCK = 4096  # anchors
 
@@ -16,14 +16,14 @@ MIN_BLOCK = 4096  # anchors
 class IoUAssigner:
     """RetinaNet's rule: an anchor belongs to the box it overlaps most.
 
-    Positive where that IoU >= `fg_iou`, background where it is < `bg_iou`, ignored between. Each box also
-    makes the anchors that reach its best IoU positive, if that is above 0 and at least `min_iou`; such an anchor still
-    learns the box that *it* overlaps most. Without this, boxes far from all anchor shapes are never learnt.
-    `min_iou` = `fg_iou` switches it off.
+    An anchor is positive if that IoU >= `fg_iou`, background if it is < `bg_iou`, and ignored between. The anchors that
+    reach a box's best IoU are positive too, if this IoU is above 0 and at least `min_iou`; such an anchor still learns
+    the box that *it* overlaps most. Without this rule, boxes far from all anchor shapes are never learnt.
+    `min_iou` = `fg_iou` switches the rule off.
 
     Source: Lin et al., Focal Loss, 2017, section 4; the low-quality matches are Faster R-CNN's (Ren et al.,
-    2015, section 3.1.2). Same result as torchvision's Matcher, but where a box overlaps no anchor at all:
-    there torchvision makes every anchor positive.
+    2015, section 3.1.2). Same result as torchvision's Matcher, except for a box that overlaps no anchor:
+    then torchvision makes every anchor positive.
     """
 
     def __init__(self, fg_iou: float = 0.5, bg_iou: float = 0.4, min_iou: float = 0.0):
@@ -35,9 +35,9 @@ class IoUAssigner:
 
     @torch.no_grad()
     def __call__(self, anchors: Tensor, gt_boxes: Tensor, *_: object) -> Assignment:
-        """Anchors (A, 4), boxes (G, 4) of one image or (B, G, 4) of several, filled up with zeros -> Assignment.
+        """Anchors (A, 4), boxes (G, 4) of one image or (B, G, 4) of several, padded with zeros -> Assignment.
 
-        G may be 0. Levels and cells do not matter to it.
+        G may be 0. Other arguments, such as the levels, are ignored.
         """
         anchors = anchors.t().contiguous().t()  # each coordinate in one piece
         best_iou = anchors.new_zeros(*gt_boxes.shape[:-2], len(anchors))
@@ -63,8 +63,8 @@ class IoUAssigner:
 def split_boxes(anchors: Tensor, gt_boxes: Tensor, counts: list[int]) -> list[Tensor] | tuple[Tensor, ...]:
     """A batch's boxes (B, G, 4) in parts (b, g, 4) for an assigner. Image i has counts[i] boxes, then zeros.
 
-    On a CPU each image alone, since its boxes choose the blocks of _blocks. Elsewhere as many as memory allows, which
-    takes few kernel launches. Boxes of zeros overlap no anchor.
+    On a CPU each image is a part, so _blocks can select its boxes alone. Elsewhere a part has as many images as memory
+    allows, for few kernel launches. Boxes of zeros overlap no anchor.
     """
     if anchors.device.type == "cpu":
         return [boxes[None, :count] for boxes, count in zip(gt_boxes, counts)]
@@ -75,7 +75,7 @@ def _blocks(anchors: Tensor, gt_boxes: Tensor) -> Iterator[tuple[slice, Tensor]]
     """Runs of anchors, each with the indices (k,) of the boxes that may overlap it, so that (G, A) is never computed.
 
     On a CPU a run is short: its pairs fit the cache, and most boxes of a crowd do not reach its part of the image.
-    Elsewhere it is as long as memory allows: choosing boxes would mean waiting for the device.
+    Elsewhere it is as long as memory allows and gets all boxes, because selecting some would wait for the device.
     """
     on_cpu = anchors.device.type == "cpu"
     length = max((CACHED_PAIRS if on_cpu else MAX_PAIRS) // max(gt_boxes.shape[:-1].numel(), 1), MIN_BLOCK)
@@ -93,9 +93,9 @@ def _blocks(anchors: Tensor, gt_boxes: Tensor) -> Iterator[tuple[slice, Tensor]]
 class ATSSAssigner:
     """Adaptive training sample selection: every box sets its own threshold.
 
-    Candidates of a box are, on each level, the anchors of the `cells` cells nearest its centre. Positive are those
-    whose IoU with it is at least mean + standard deviation of all candidates' IoUs, and whose centre it contains; an
-    anchor that several boxes claim goes to the one it overlaps most. The rest is background, nothing is ignored.
+    A box's candidates on each level are the anchors of the `cells` cells nearest its centre. A candidate is positive
+    if its centre is in the box and its IoU is at least mean + standard deviation of all candidates' IoUs. If several
+    boxes claim an anchor, it learns the one it overlaps most. All others are background; none is ignored.
 
     Source: Zhang et al., "Bridging the Gap Between Anchor-based and Anchor-free Detection", CVPR 2020,
     arXiv 1912.02424, algorithm 1, with every anchor shape of a cell a candidate, as in its section 4.4.
@@ -108,7 +108,7 @@ class ATSSAssigner:
 
     @torch.no_grad()
     def __call__(self, anchors: Tensor, gt_boxes: Tensor, levels: tuple[int, ...], per_position: int) -> Assignment:
-        """As IoUAssigner's, with the number of anchors in each level and in each cell."""
+        """Like IoUAssigner's, with the number of anchors in each level and in each cell."""
         candidates = self._candidates(anchors, gt_boxes, levels, per_position)
         centres = (anchors[:, :2] + anchors[:, 2:])[candidates] / 2
         boxes = gt_boxes[..., None, :]
@@ -122,7 +122,7 @@ class ATSSAssigner:
         candidates = candidates.flatten(-2)
         best_iou = anchors.new_zeros(*gt_boxes.shape[:-2], len(anchors)).scatter_reduce(-1, candidates, iou, "amax")
         positive = best_iou > 0
-        # The first box where several overlap an anchor alike.
+        # If several boxes overlap an anchor equally, it learns the first.
         count = gt_boxes.shape[-2]
         index = torch.arange(count, device=anchors.device).repeat_interleave(iou.shape[-1] // max(count, 1))
         index = torch.where((iou == best_iou.gather(-1, candidates)) & (iou > 0), index, count)

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: written beside their place, then renamed."""
+"""Files that are complete or absent: written under a temporary name, then renamed."""
 
 import contextlib
 import os
@@ -8,10 +8,10 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replacing(path: Path, ending: str = ".tmp") -> Iterator[Path]:
-    """A path to write to, whose file takes the place of `path` at the end of the block.
+    """A path to write to. At the end of the block its file replaces `path`.
 
-    Where the block or the disk fails, the new file is removed and an old one stays as it was. The data reach the disk
-    before the rename, so that a power failure cannot leave an empty file under the final name.
+    If the block or the disk fails, the new file is removed and an old one stays unchanged. The data reach the disk
+    before the rename, so a power failure cannot leave an empty file under the final name.
     """
     beside = path.with_name(path.name + ending)
     try:
@@ -30,6 +30,6 @@ def sync(path: Path) -> None:
 
 
 def write(path: Path, text: str) -> None:
-    """Write `text` in UTF-8; OSError leaves what was there."""
+    """Write `text` in UTF-8. After an OSError, the old file is unchanged."""
     with replacing(path) as beside:
         beside.write_text(text, encoding="utf-8")

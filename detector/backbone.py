@@ -9,8 +9,8 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from detector.conv import FoldedConv, FrozenBatchNorm, Residual
 
-# torchvision's names, and after how many layers C2, C3, C4 and C5 come: of a ResNet's children, a MobileNet's features.
-# The 1x1 convolution behind a MobileNet's C5 is left out: it widens C5 for the classifier, the pyramid would narrow it.
+# torchvision's names, and the number of layers up to C2, C3, C4 and C5: a ResNet's children, a MobileNet's features.
+# The 1x1 convolution after a MobileNet's C5 is left out: it widens C5 for the classifier; the pyramid would narrow it.
 BACKBONES = {
     **dict.fromkeys(["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"], (5, 6, 7, 8)),
     **dict.fromkeys(["resnext50_32x4d", "resnext101_32x8d"], (5, 6, 7, 8)),
@@ -49,8 +49,8 @@ class Backbone(nn.Module):
 
     Args:
         name: a key of `BACKBONES`
-        norm: a key of `NORMS`; frozen_bn keeps the statistics and the affine part of the weights it is given;
-            sync_bn is bn with statistics over the images of all processes, and has the same tensors
+        norm: a key of `NORMS`; frozen_bn keeps the given statistics and affine part; sync_bn is bn with
+            statistics over the images of all processes, and has the same tensors
         frozen_stages: 0 none, 1 the stem and the first stage (C2), ... 4 all
     """
 
@@ -66,7 +66,7 @@ class Backbone(nn.Module):
             for child, layer in list(network.named_children())[: ends[-1]]:
                 self.add_module(child, layer)
             layers = list(self.children())
-        # In a list: the tensors keep torchvision's names.
+        # A plain list, so the tensors keep torchvision's names.
         self._stages = [nn.Sequential(*layers[start:end]) for start, end in pairwise((0, *ends))]
         convs = [[layer for layer in stage.modules() if isinstance(layer, nn.Conv2d)] for stage in self._stages]
         self.channels = (convs[1][-1].out_channels, convs[2][-1].out_channels, convs[3][-1].out_channels)

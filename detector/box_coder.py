@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-# A decoded side is at most this multiple of its anchor's: keeps exp() finite on an untrained head.
+# A decoded side is at most 1000 / 16 times its anchor's, which keeps exp() finite on an untrained head.
 MAX_LOG_SCALE = math.log(1000 / 16)
 
 
@@ -37,7 +37,7 @@ class BoxCoder:
         return torch.cat([centre - half, centre + half], dim=-1)
 
     def _factors(self, like: Tensor) -> Tensor:
-        """The weights (4,), filled in where they are needed: a copy to a GPU would wait for it."""
+        """The weights (4,), made on the device of `like`, because a copy to a GPU would wait for it."""
         return torch.cat([torch.full((1,), weight, device=like.device) for weight in self.weights])
 
 

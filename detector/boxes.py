@@ -12,7 +12,7 @@ def area(boxes: Tensor) -> Tensor:
 
 
 def clip(boxes: Tensor, size: Iterable[int | Tensor]) -> Tensor:
-    """(D, 4) -> (D, 4) inside an image of (height, width), or each in its own: of (D,) heights and (D,) widths."""
+    """(D, 4) -> (D, 4) inside an image of (height, width), or each in its own, with (D,) heights and widths."""
     height, width = (torch.as_tensor(side, dtype=boxes.dtype, device=boxes.device) for side in size)
     x1, y1, x2, y2 = boxes.clamp(min=0).unbind(-1)
     return torch.stack([x1.minimum(width), y1.minimum(height), x2.minimum(width), y2.minimum(height)], dim=-1)
@@ -25,7 +25,7 @@ def rescale(boxes: Tensor, size: tuple[int, int], new_size: tuple[int, int]) -> 
 
 
 def iou_of_pairs(boxes: Tensor, others: Tensor) -> Tensor:
-    """IoU of (..., 4) boxes, each with its own of (..., 4) others; the two are broadcast -> (...)."""
+    """IoU of each of (..., 4) boxes with its counterpart in (..., 4) others, broadcast -> (...)."""
     width = boxes[..., 2].minimum(others[..., 2]) - boxes[..., 0].maximum(others[..., 0])
     height = boxes[..., 3].minimum(others[..., 3]) - boxes[..., 1].maximum(others[..., 1])
     intersection = width.clamp_(min=0) * height.clamp_(min=0)

@@ -1,8 +1,7 @@
 """The checkpoint file: write it, read it, and rebuild a model from it alone.
 
 A checkpoint holds plain types and tensors only: config, classes, weights, and the state that run.py resumes from. The
-one before last is kept as previous.pt, in case the disk damages the last. Each tensor has a checksum, which reading
-compares.
+last but one is kept as previous.pt, in case the disk damages the last. Reading compares the checksum of each tensor.
 """
 
 import os
@@ -43,7 +42,7 @@ class RunState(TypedDict):
 
 
 class Content(TypedDict):
-    """The file."""
+    """The content of a checkpoint file."""
 
     config: dict[str, Any]
     category_ids: list[int]
@@ -63,9 +62,9 @@ class Saved(NamedTuple):
 
 
 def save(path: Path, content: Content) -> None:
-    """Write a checkpoint. A last.pt that is replaced becomes previous.pt.
+    """Write a checkpoint. A replaced last.pt becomes previous.pt.
 
-    UserError where the file cannot be written; then what was there stays.
+    Raises UserError if the file cannot be written; then the existing files stay.
     """
     try:
         with atomic.replacing(path) as beside:
@@ -83,7 +82,7 @@ def save(path: Path, content: Content) -> None:
 
 
 def newest(folder: Path) -> Saved | None:
-    """The newest whole checkpoint of a run; None without any, UserError where all are damaged."""
+    """The newest undamaged checkpoint of a run; None without any. Raises UserError if all are damaged."""
     damaged: list[str] = []
     for path in (folder / LAST, folder / PREVIOUS):
         if path.exists():
@@ -97,7 +96,7 @@ def newest(folder: Path) -> Saved | None:
 
 
 def read(path: str | Path) -> Content:
-    """A checkpoint of train.py, or one of torchvision's RetinaNet in the same form; UserError for anything else."""
+    """Read a checkpoint of train.py, or convert one of torchvision's RetinaNet. Raises UserError for anything else."""
     path = Path(path)
     _check_sums(path)
     content = read_weights(path)
@@ -119,7 +118,7 @@ def read_weights(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such file")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:  # torch's message says how to load it all the same, which may run code in the file
+    except pickle.UnpicklingError:  # torch's message suggests to load it anyway, which may run code in the file
         reason = "it is none of PyTorch's, or holds more than tensors"
         raise UserError(f"{path}: not a readable weights file ({reason})") from None
     except Exception as error:
@@ -143,7 +142,7 @@ def build_model(content: Content, path: str | Path, settings: list[str] | None =
 
 
 def score_thresholds(content: Content, unknown: float = -1.0) -> list[float]:
-    """Of each class, the score where its F1 was best in the last evaluation; `unknown` where there is none."""
+    """The score of each class at its best F1 in the last evaluation; `unknown` if there is none."""
     thresholds = content.get("score_thresholds") or [-1.0] * len(content["category_ids"])
     return [unknown if threshold < 0 else threshold for threshold in thresholds]
 
@@ -154,9 +153,9 @@ def class_names(content: Content) -> list[str]:
 
 
 def _check_sums(path: Path) -> None:
-    """UserError where the file is an archive, as torch.save's are, with a part that is not as it was written."""
+    """Raise UserError if the file is an archive, as written by torch.save, and a part fails its checksum."""
     if not zipfile.is_zipfile(path):
-        return  # a file that was cut short is no archive: the reader reports that, and other kinds of files
+        return  # a truncated file is no archive; the reader reports it, and other kinds of files
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()

@@ -1,7 +1,7 @@
-"""The options, typed, with their defaults, which a YAML file changes (config_files.py).
+"""The typed options and their defaults, which a YAML file overrides (config_files.py).
 
-The options of a swappable part (`{name: ..., its options}`) are the arguments of its constructor, and are checked in
-configure.py, which knows the parts.
+The options of a swappable part (`{name: ..., its options}`) are the arguments of its constructor. configure.py, which
+knows the parts, checks them.
 """
 
 import os
@@ -24,10 +24,10 @@ from pydantic import (
 from detector.errors import CONTROL, UserError
 from detector.option_errors import describe
 
-MAX_OPTION = 1e6  # of a part: a billion octaves or bins would fill the memory before any check of their own
+MAX_OPTION = 1e6  # for a part's options: a billion octaves or bins would fill the memory before the part checks them
 
 Workers = Annotated[int, Field(ge=0, le=1024)] | Literal["auto"]
-FilePath = Annotated[str, AfterValidator(os.path.expanduser)]  # no shell expands the ~ of key=~/x, or of a file
+FilePath = Annotated[str, AfterValidator(os.path.expanduser)]  # no shell expands ~ in key=~/x, or in a file
 
 
 class _Checked(BaseModel):
@@ -96,7 +96,7 @@ class Data(Options):
     def _auto_or_number(cls, value: Any, check: ValidatorFunctionWrapHandler) -> Workers:
         try:
             return check(value)
-        except ValidationError:  # an error for each of the two
+        except ValidationError:  # it lists an error for each of the two types
             raise ValueError("give auto, or a whole number from 0 to 1024") from None
 
     @model_validator(mode="after")
@@ -235,7 +235,7 @@ class Config(Options):
     @model_validator(mode="before")
     @classmethod
     def _named(cls, values: Any) -> Any:
-        """A part whose options are given without its name is the default one; but a loss is chosen by name."""
+        """Options without a name belong to the default part. A loss needs its name."""
         if not isinstance(values, dict):
             return values
         defaults = {key: field.default for key, field in cls.model_fields.items() if type(field.default) is Part}

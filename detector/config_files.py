@@ -1,7 +1,7 @@
 """Configs from YAML files and the command line: bases, one-off settings, and the checks that PyYAML lacks.
 
-`read(path)` reads a file and the file it is based on (key `base`), `with_settings(values, ["solver.lr=0.02"])` puts
-one-off settings on top. Where an option is text it stays as written: `run: 2024-05-01` is no date.
+`read(path)` reads a file and the file it is based on (key `base`); `with_settings(values, ["solver.lr=0.02"])` puts
+one-off settings on top. An option that is text stays as written: `run: 2024-05-01` is no date.
 """
 
 import os
@@ -23,12 +23,12 @@ AS_WRITTEN = {f"tag:yaml.org,2002:{tag}" for tag in ("bool", "float", "int", "me
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """The values of a YAML file on top of those of its bases, unchecked; UserError where it cannot be read."""
+    """The unchecked values of a YAML file on top of those of its bases. Raises UserError if it cannot be read."""
     return _read(Path(path), ())
 
 
 def with_settings(values: dict[str, Any], settings: Iterable[str]) -> dict[str, Any]:
-    """Plain values with `settings` ("a.b=value") on top: text as it is typed, all else in YAML."""
+    """Plain values with `settings` ("a.b=value") on top. Text is taken as typed, all else is YAML."""
     for setting in settings:
         key, equals, text = setting.partition("=")
         source = one_line(f"--set {setting}")
@@ -80,9 +80,9 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's plain types. Refuses a key that is given twice, and aliases that multiply to too many values.
+    """Loads YAML's plain types. Refuses a key that is given twice, and aliases that expand to too many values.
 
-    `kind`: the type of the whole, Config or a type in it. Where it declares text, YAML makes no number or date of it.
+    `kind`: the type of the document, Config or a type in it. Values of type text stay text.
     """
 
     def __init__(self, stream: str, kind: Any = None):
@@ -104,9 +104,9 @@ class _Loader(yaml.SafeLoader):
                     self._keep_text(value, declared[key.value].annotation)
 
     def _weigh(self, node: yaml.Node, known: dict[yaml.Node, tuple[float, int]]) -> tuple[float, int]:
-        """How many values and levels a node has with its aliases expanded; YAMLError where they are too many."""
+        """The numbers of values and levels of a node with expanded aliases. Raises YAMLError if they are too large."""
         if node not in known:
-            known[node] = (float("inf"), 0)  # until it is known: an alias of what it is in has no end
+            known[node] = (float("inf"), 0)  # until known: an alias to a node that contains it never ends
             children = [] if isinstance(node, yaml.ScalarNode) else node.value
             if isinstance(node, yaml.MappingNode):
                 self._check_keys([key for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
@@ -130,7 +130,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _parse(text: str, source: str, kind: Any) -> Any:
-    """The value of a YAML text that is to become a `kind`; the UserError for other text names `source`."""
+    """The value of a YAML text for a `kind`. Raises UserError, which names `source`, for other text."""
     try:
         loader = _Loader(text, kind)
         try:

@@ -30,14 +30,14 @@ PARTS: dict[str, Mapping[str, Any]] = {
 
 
 def configure(path: str | Path, settings: list[str] | None = None) -> Config:
-    """The config of a YAML file, every part's options checked and filled in; UserError for any mistake."""
+    """The config of a YAML file, with each part's options checked and filled in. Raises UserError for any mistake."""
     return resolve(config_files.read(path), str(path), settings or [])
 
 
 def resolve(values: dict[str, Any], source: str, settings: list[str]) -> Config:
     """The config of plain values with `settings` ("a.b=value") on top, every part's options checked and filled in.
 
-    The UserError for a mistake names `source`, or the settings where it is theirs.
+    A UserError names `source`, or the settings if they cause it.
     """
     changed = config_files.with_settings(values, settings)
     try:
@@ -48,7 +48,7 @@ def resolve(values: dict[str, Any], source: str, settings: list[str]) -> Config:
         try:
             resolve(values, source, [])
         except UserError as without:
-            if str(error).startswith(str(without).partition(" (and ")[0]):  # how many more there are may differ
+            if str(error).startswith(str(without).partition(" (and ")[0]):  # the number of further errors may differ
                 raise error from None
         message = str(error).removeprefix(f"{source}: ")
         suspects = [setting for setting in settings if _concerns(setting.partition("=")[0], message)] or settings
@@ -69,7 +69,7 @@ def _concerns(key: str, message: str) -> bool:
 
 
 def complete(cfg: Config, source: str) -> Config:
-    """`cfg` with the defaults of its parts spelled out; UserError, naming `source`, where it cannot be built."""
+    """`cfg` with the defaults of its parts filled in. Raises UserError, naming `source`, if it cannot be built."""
     try:
         _pick(BACKBONES, "model.backbone", cfg.model.backbone)
         if cfg.model.norm == "gn" and cfg.model.backbone.startswith("mobilenet"):
@@ -113,7 +113,7 @@ def _pick(menu: Mapping[str, Any], key: str, name: str) -> Any:
 def _typed_options(part: Callable, section: str, options: dict[str, Any], fixed: dict[str, Any]) -> dict[str, Any]:
     """`options` checked against the arguments of the part's constructor, its defaults filled in.
 
-    `fixed`: the keys that the section has whatever the part.
+    `fixed`: the section's keys that do not depend on the part.
     """
     parameters = list(inspect.signature(part).parameters.values())
     fields: dict[str, Any] = {p.name: (p.annotation, ... if p.default is p.empty else p.default) for p in parameters}

@@ -1,6 +1,6 @@
-"""Convolutions joined with what follows them: a frozen BatchNorm, and where cuDNN can, bias, shortcut and ReLU.
+"""Convolutions fused with the next operations: a frozen BatchNorm, and if cuDNN can, bias, shortcut and ReLU.
 
-PyTorch takes a pass over the activations for each of these. On an H100 they took a quarter of a training step.
+PyTorch makes a pass over the activations for each of these. On an H100 the passes took a quarter of a training step.
 """
 
 import warnings
@@ -13,11 +13,11 @@ from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
 
-_broken: list[str] = []  # why cuDNN's kernels are not used any more
+_broken: list[str] = []  # why cuDNN's kernels are no longer used
 
 
 class ConvReLU(nn.Conv2d):
-    """relu(conv(x) + bias); of several maps with the same weights, in one call, a list."""
+    """relu(conv(x) + bias) of a map, or of each map in a list, with the same weights."""
 
     def forward(self, x: Tensor | list[Tensor]) -> Any:
         if isinstance(x, Tensor):
@@ -33,12 +33,12 @@ class FrozenBatchNorm(FrozenBatchNorm2d):
 
 
 class FoldedConv(nn.Conv2d):
-    """A convolution and the frozen BatchNorm behind it in one, which scales the weights and not the activations.
+    """A convolution fused with the frozen BatchNorm after it: it scales the weights instead of the activations.
 
-    Saves two passes over the activations, and under autocast keeping them in float32.
+    This saves two passes over the activations, and under autocast the memory to keep them in float32.
     """
 
-    relu = False  # whether it also does the ReLU behind the BatchNorm
+    relu = False  # whether it also applies the ReLU after the BatchNorm
 
     def __init__(self, conv: nn.Conv2d, norm: FrozenBatchNorm):
         super().__init__(
@@ -52,10 +52,10 @@ class FoldedConv(nn.Conv2d):
             bias=False,
         )
         self.weight = conv.weight
-        self._norm = (norm,)  # in a tuple: its tensors keep their names
+        self._norm = (norm,)  # a tuple hides it from nn.Module, so its tensors keep their names
 
     def folded(self) -> tuple[Tensor, Tensor]:
-        """Weight and bias of the two."""
+        """Weight and bias of convolution and norm in one."""
         norm = self._norm[0]
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
         return self.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
@@ -65,7 +65,7 @@ class FoldedConv(nn.Conv2d):
 
 
 class Residual(nn.Module):
-    """torchvision's BasicBlock or Bottleneck with folded convolutions, each joined with the ReLU behind it."""
+    """torchvision's BasicBlock or Bottleneck with folded convolutions, each fused with the ReLU after it."""
 
     def __init__(self, block: BasicBlock | Bottleneck):
         super().__init__()
@@ -96,7 +96,7 @@ def conv_relu(
             return list(_ConvReLU.apply(conv, dtype, weight, bias, shortcut, *maps))
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:  # this cuDNN has none for such a convolution
+        except RuntimeError as error:  # this cuDNN has no kernel for such a convolution
             _broken.append(str(error).strip().partition("\n")[0])
             warnings.warn(
                 f"convolutions run without cuDNN's fused kernels, which is slower: {_broken[0]}", stacklevel=2
@@ -155,7 +155,7 @@ class _ConvReLU(torch.autograd.Function):
             )
             found.append(to_x)
             for i, value in enumerate(to_parameters):
-                if value is not None:  # over several maps in float32, whatever the maps are
+                if value is not None:  # summed over maps in the parameters' float32, whatever the maps' dtype
                     total = sums[i]
                     sums[i] = value.to(ctx.dtypes[i]) if total is None else total.add_(value)
         return None, None, *sums, before if of_shortcut else None, *found

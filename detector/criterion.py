@@ -19,9 +19,9 @@ class Criterion(nn.Module):
     """Predictions and targets of a batch -> Losses.
 
     Each loss sums and normalises by itself: most divide by the number of positives, GHM-C by that of valid examples.
-    It is called once, on all images and levels joined, unless its `scope` is "level": then once for each level, and the
-    values are added up. Losses and boxes are float32 whatever the model ran in. The losses' state (GHM's moving
-    averages) moves in training mode only, and is saved with this module's state dict.
+    One call of a loss gets all images and levels. With `scope` "level" it is called once for each level, and the values
+    are added. Losses and boxes are float32, whatever the model's precision. The losses' state (GHM's moving averages)
+    changes in training mode only, and is saved in this module's state dict.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Criterion(nn.Module):
         self.class_weight, self.box_weight = class_weight, box_weight
 
     def forward(self, predictions: Predictions, targets: list[Target], matches: "Matches | None" = None) -> Losses:
-        """Targets on the predictions' device, one for each image; `matches`: theirs, if `match` was called before."""
+        """Targets on the predictions' device, one for each image. `matches`: from `match`, if called before."""
         matches = matches or self.match(predictions, targets)
         deltas = predictions.deltas.flatten(0, 1)[matches.rows].float()
         return Losses(
@@ -82,10 +82,10 @@ class Criterion(nn.Module):
     def match(self, grid: Grid | Predictions, targets: list[Target]) -> "Matches":
         """Which box each anchor of each image learns.
 
-        On a GPU call it before the model runs: then the number of positives has arrived when the losses need it.
+        On a GPU, call this before the model runs, so the number of positives arrives before the losses need it.
         """
         anchors = grid.anchors
-        # Padded to equal length, and to one box at least: an anchor that learns none has an index too.
+        # Padded to equal length and to at least one box, because anchors that learn no box have an index too.
         no_objects = Target(anchors.new_zeros(1, 4), anchors.new_zeros(1, dtype=torch.int64))
         boxes, labels = (pad_sequence(list(values), batch_first=True) for values in zip(*targets, no_objects))
         parts = split_boxes(anchors, boxes[:-1], [len(target.labels) for target in targets])
@@ -96,8 +96,8 @@ class Criterion(nn.Module):
 class Matches:
     """The anchors of a batch, and the class and box that each learns.
 
-    valid, positive (B, A) bool: not ignored, and positive; num_pos: positive anchors of all processes, at least 1.
-    Of this process's P positive ones: `rows` (P,) of the B x A, `labels` (P,), `boxes` and `anchors` (P, 4).
+    `valid` (not ignored) and `positive`: (B, A) bool; `num_pos`: positive anchors of all processes, at least 1.
+    For the P positives of this process: `rows` (P,) among B x A, `labels` (P,), `boxes` and `anchors` (P, 4).
     """
 
     def __init__(self, anchors: Tensor, boxes: Tensor, classes: Tensor, assignment: Assignment):
@@ -116,7 +116,7 @@ class Matches:
 
     @cached_property
     def _learnt(self) -> tuple[Tensor, Tensor]:
-        """Image (P,), and index of the box among its boxes (P,)."""
+        """Of each positive, the image (P,) and the index of its box in that image (P,)."""
         return self.rows // self.positive.shape[1], self._gt_index.flatten()[self.rows]
 
     @cached_property
@@ -144,6 +144,6 @@ def _by_level(loss: nn.Module) -> bool:
 
 @torch.no_grad()
 def _true_class_probability(logits: Tensor, matches: Matches) -> Tensor:
-    """This process's part of the mean over all positives: its average over the processes is that mean."""
+    """This process's share of the mean over all positives: the average of the shares over processes is the mean."""
     logit = logits.flatten(0, 1)[matches.rows].gather(1, matches.labels[:, None])
     return logit.float().sigmoid().sum() / matches.num_pos * distributed.world_size()

@@ -42,9 +42,9 @@ COMPARED = {
 
 
 class Curves:
-    """TensorBoard's files in a folder, by the first process alone.
+    """Writes TensorBoard's files into a folder, in the first process only.
 
-    Where they cannot be written, training goes on without them, and a line says so.
+    If they cannot be written, training continues without them, and a line says so.
 
     Args:
         folder: None writes nothing

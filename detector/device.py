@@ -15,7 +15,7 @@ from detector.structures import Batch
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of this name; `auto` is CUDA where there is a GPU, else the CPU. UserError where it is not usable."""
+    """The device of this name; `auto` is CUDA if there is a GPU, else the CPU. Raises UserError if it is not usable."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -27,7 +27,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def place(model: nn.Module, device: torch.device, *, channels_last: bool) -> None:
-    """Move a model to the device, in the memory format in which it is to compute."""
+    """Move a model to the device, and to the channels_last or the default memory format."""
     model.to(device).to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
@@ -37,7 +37,7 @@ def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
 
 
 def pick_precision(name: str, device: torch.device) -> tuple[str, str]:
-    """The precision of this name, and for `auto` the reason: bfloat16 where the hardware gains by it, else float32."""
+    """The precision and the reason for it. `auto` is bfloat16 if the hardware computes faster with it, else float32."""
     if name != "auto":
         return name, "as configured"
     if device.type == "cuda":
@@ -50,7 +50,7 @@ def pick_precision(name: str, device: torch.device) -> tuple[str, str]:
 
 
 def _bfloat16_units() -> bool:
-    """AMX, or AVX512-BF16 on AMD's processors, which do it at twice the speed of float32; Intel's do not."""
+    """Whether there is AMX, or AVX512-BF16 on an AMD CPU, where it is twice as fast as float32, unlike on Intel's."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -61,10 +61,10 @@ def _bfloat16_units() -> bool:
 
 
 def pick_workers(number: int | Literal["auto"], device: torch.device) -> int:
-    """How many processes load images for this one: the number, or for `auto` as many as its share of the cores allows.
+    """The number of processes that load images for this one; `auto` fits it to the cores that this process may use.
 
-    On a GPU they take all of its cores but one. On a CPU the training itself needs the cores: one process is enough to
-    load the next batch in the meantime. Processes that torchrun starts on one machine share its cores.
+    With a GPU, they take all cores but one, at most 16. On a CPU the training needs the cores, and one process can load
+    the next batch meanwhile. Processes that torchrun starts on one machine share its cores.
     """
     if number != "auto":
         return number
@@ -85,9 +85,9 @@ def usable_cores() -> int:
 
 
 def copied_ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-    """The batches on the device. On a GPU each is copied, on a stream of its own, while the one before it is in use.
+    """The batches on the device. To a GPU, each is copied on a separate stream while the one before it is in use.
 
-    A UserError comes where it would without this: in place of the batch that could not be loaded.
+    A UserError still comes in place of the batch that could not be loaded.
     """
     if device.type != "cuda":
         for batch in batches:
@@ -104,13 +104,13 @@ def copied_ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Bat
             except UserError as raised:
                 error = raised
         using = torch.cuda.current_stream(device)
-        using.wait_stream(copying)  # for the copy of the batch that is ready: the next is not yet asked for
+        using.wait_stream(copying)  # waits for the copy of `ready` only: the next copy is not queued yet
         if following is not None:
             with torch.cuda.stream(copying):
                 following = following.to(device)
         if ready is not None:
             for tensor in (ready.images, *(value for target in ready.targets for value in target)):
-                tensor.record_stream(using)  # its memory is free for another batch only when it is done there
+                tensor.record_stream(using)  # its memory may be reused only after this stream is done with it
             yield ready
         if error is not None:
             raise error
@@ -133,7 +133,7 @@ class PendingCopy:
         return self._tensor
 
     def idle(self) -> Callable[[], float] | None:
-        """For later: the seconds that the GPU had nothing to do between this tensor and now. None without a GPU."""
+        """A function that returns the GPU's idle seconds between this tensor and now. None without a GPU."""
         if (came := self._came) is None:
             return None
         now = _now(self._device)
@@ -152,7 +152,7 @@ def _now(device: torch.device) -> torch.cuda.Event:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes in use at once so far: of tensors on a GPU, of the process on a CPU; 0 where that is unknown."""
+    """The peak of bytes in use so far: of tensors on a GPU, of the process on a CPU; 0 if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -165,8 +165,8 @@ def peak_memory(device: torch.device) -> int:
 def keep_freed_memory(device: torch.device | None = None) -> None:
     """Have the C library keep the memory that a step on the CPU frees, for the next step. On a GPU, do nothing.
 
-    By default glibc returns large blocks to the system and asks for them again. Where the first touch of a page is
-    slow, as on virtual machines, that was half of a training step.
+    By default glibc returns large blocks to the system and asks for them again. If the first access to a page is
+    slow, as on virtual machines, this took half of a training step.
     """
     if device is not None and device.type != "cpu":
         return

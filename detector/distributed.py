@@ -29,9 +29,9 @@ PR_SET_PDEATHSIG = 1
 
 @contextlib.contextmanager
 def group(device: torch.device) -> Iterator[torch.device]:
-    """Join the group that torchrun announces in the environment, if any; gives this process's device.
+    """Join the group that torchrun announces in the environment, if any; yields this process's device.
 
-    LostProcess where another process of the group has ended.
+    Raises LostProcess if another process of the group has ended.
     """
     try:
         yield setup(device)
@@ -57,7 +57,7 @@ def setup(device: torch.device) -> torch.device:
         torch.cuda.set_device(device)
     if sys.platform == "linux":  # end with the launcher, even if it is killed
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    before = listen(signal.SIG_DFL, *SIGNALS)  # while Python waits for the others it handles no signal: let one end it
+    before = listen(signal.SIG_DFL, *SIGNALS)  # Python runs no handler during the wait below: let signals end it
     store, rank, world_size = next(rendezvous("env://"))
     store = _unused(store, rank, world_size)
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -68,10 +68,10 @@ def setup(device: torch.device) -> torch.device:
 
 
 def _unused(store: dist.Store, rank: int, world_size: int) -> dist.Store:
-    """The part of `store` under a new name, which these processes agree on.
+    """A part of `store` under a new name that all processes agree on.
 
-    When torchrun restarts processes it keeps its store, with the addresses of those that have ended, and gloo would
-    wait for them. Each machine counts the restarts by itself, so that number cannot be the name.
+    When torchrun restarts processes, its store keeps the addresses of those that have ended, and gloo would wait for
+    them. Each machine counts the restarts separately, so the count cannot be the name.
     """
     if rank > 0:
         question = uuid.uuid4().hex
@@ -107,9 +107,9 @@ def is_main() -> bool:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """A block after which all processes raise the UserError or Stopped that one of them raised in it.
+    """If one process raises UserError or Stopped in this block, all processes raise it after the block.
 
-    In the block they must not wait for each other.
+    Processes must not wait for each other inside the block.
     """
     error = None
     try:
@@ -122,7 +122,7 @@ def together() -> Iterator[None]:
 
 
 def all_sum(tensor: Tensor) -> Tensor:
-    """Sum of `tensor` over all processes, a new tensor; `tensor` itself alone. Carries no gradient."""
+    """Sum of `tensor` over all processes, a new tensor without gradient; with one process, `tensor` itself."""
     if world_size() == 1:
         return tensor
     total = tensor.detach().clone()
@@ -131,7 +131,7 @@ def all_sum(tensor: Tensor) -> Tensor:
 
 
 def all_max(tensor: Tensor) -> Tensor:
-    """Elementwise maximum of `tensor` over all processes; `tensor` itself alone. Carries no gradient."""
+    """Elementwise maximum of `tensor` over all processes, without gradient; with one process, `tensor` itself."""
     if world_size() == 1:
         return tensor
     largest = tensor.detach().clone()
@@ -140,7 +140,7 @@ def all_max(tensor: Tensor) -> Tensor:
 
 
 def all_cat(tensor: Tensor) -> Tensor:
-    """The 1-d `tensor`s of all processes, of any lengths, one after the other; `tensor` itself alone. No gradient."""
+    """The processes' 1-d `tensor`s of any length, joined, without gradient; with one process, `tensor` itself."""
     if world_size() == 1:
         return tensor
     length = torch.tensor([len(tensor)], device=tensor.device)
@@ -172,7 +172,7 @@ def from_main(value: Any) -> Any:
 
 
 def same_everywhere(values: dict[str, Any]) -> None:
-    """UserError on every process, with what differs, unless all have equal values under the same names."""
+    """Raise UserError on every process, naming a difference, unless all have equal values under the same names."""
     everyone = gather(values)
     for name in dict.fromkeys(name for of_process in everyone for name in of_process):
         given = [of_process.get(name) for of_process in everyone]
@@ -181,16 +181,16 @@ def same_everywhere(values: dict[str, Any]) -> None:
 
 
 def share_buffers(module: nn.Module) -> None:
-    """Give every process the buffers of the first: BatchNorm's statistics are of each process's own images."""
+    """Copy the first process's buffers to all: each process has BatchNorm statistics of its own images."""
     if world_size() > 1:
         for buffer in module.buffers():
             dist.broadcast(buffer, src=0)
 
 
 def replicate(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model whose gradients are averaged over processes; the model itself alone.
+    """Wrap the model so that gradients are averaged over processes; with one process, return the model itself.
 
-    UserError for SyncBatchNorm, which shares statistics between processes, on processes without a GPU.
+    Raises UserError for SyncBatchNorm, which shares statistics between processes, on processes without a GPU.
     """
     if world_size() == 1:
         return model
@@ -204,7 +204,7 @@ def replicate(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def _by_rank(values: list[Any]) -> str:
-    """The value of each process, equal ones together; of long values the part from where they differ."""
+    """The value of each process, equal ones grouped. Long values are cut to the part around the first difference."""
     texts = [str(value) for value in values]
     start = 0
     if max(map(len, texts)) > 80:
@@ -223,10 +223,10 @@ def _by_rank(values: list[Any]) -> str:
 def padded_alike(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
     """The batches, padded to the largest image of all processes: padding is background, which the losses count.
 
-    Where a process cannot load its next batch (UserError, Stopped), all processes raise its error.
+    If a process cannot load its next batch (UserError, Stopped), all processes raise its error.
     """
     if world_size() == 1:
-        for own in batches:  # noqa: UP028 `yield from` would close a stream that is to be read on later
+        for own in batches:  # noqa: UP028 `yield from` would close the stream, which is read on later
             yield own
         return
     batches = iter(batches)

@@ -39,10 +39,10 @@ def train_until(
     *,
     until_step: int,
 ) -> None:
-    """Train until `until_step` steps are done, or the solver is, or there are no more batches (on the device).
+    """Train to step `until_step`, to the solver's last step or to the last batch. The batches are on the device.
 
-    Raises NonFiniteLoss, with the weights as before, if loss or gradient is not finite and the solver may not skip the
-    step. If the batches raise UserError or Stopped, all processes raise it after the same step.
+    Raises NonFiniteLoss, without updating the weights, if loss or gradient is not finite and the solver may not skip
+    the step. If the batches raise UserError or Stopped, all processes raise it after the same step.
     """
     model.train()
     criterion.train()
@@ -54,7 +54,7 @@ def train_until(
 
     def fetch(unread: PendingCopy | None = None) -> tuple[Batch, Matches] | None:
         batch = logger.next_batch(stream, unread)
-        # Which anchor learns which box depends on the images' size alone: it is found before the model runs.
+        # Matching needs the images' size and the targets, but no prediction, so it comes before the model.
         return batch and (batch, criterion.match(cast("RetinaNet", solver.model).grid(batch.images), batch.targets))
 
     upcoming = fetch()
@@ -68,9 +68,9 @@ def train_until(
         scalars["gradient_norm"] = solver.clip_gradients()
         summed = PendingCopy(distributed.all_sum(torch.stack([value.float() for value in scalars.values()])))
         try:
-            if number < last:  # before the losses are read: a GPU that still computes them then goes on without a gap
+            if number < last:  # before reading the losses, so a GPU that still computes them continues without a gap
                 upcoming = fetch(summed)
-        finally:  # an error in place of a batch loses no step
+        finally:  # also after an error in loading, so no step is lost
             values = dict(zip(scalars, summed.get().tolist()))
             for name in values.keys() - losses.terms.keys():  # averaged over processes; the losses' terms are summed
                 values[name] /= distributed.world_size()
@@ -78,7 +78,7 @@ def train_until(
 
 
 def _update(solver: Solver, values: dict[str, float], terms: Iterable[str], batch: Batch, logger: "Logger") -> None:
-    """Update the weights and log the step. If a value is not finite, skip it or raise NonFiniteLoss."""
+    """Update the weights and log the step. If a value is not finite, skip the step or raise NonFiniteLoss."""
     if bad := _not_finite(values, terms, solver):
         message = _describe_failure(bad, solver.step_count + 1, batch)
         if solver.skipped >= solver.may_skip:
@@ -104,8 +104,8 @@ def compute_gradients(
     size = len(batch.images) // solver.accumulate
     parts = [Batch._make(values[i * size : (i + 1) * size] for values in batch) for i in range(solver.accumulate)]
     if len(parts) > 1:
-        # The loss needs the whole batch: its normaliser, and GHM's density, count all images. So predict every part
-        # without a graph, compute the gradient in these predictions, and pass it back through each part, run again.
+        # The loss needs the whole batch, because its normaliser and GHM's density count all images. So predict each
+        # part without a graph, compute the gradient of these predictions, and send it back through a second forward.
         buffers = [buffer.clone() for buffer in model.buffers()]
         with torch.no_grad():
             predicted = [forward(part) for part in parts]
@@ -138,9 +138,9 @@ def predict(
 ) -> dict[int, Detections]:
     """Detections of every image, on the CPU, in pixels of the original image, keyed by image id.
 
-    Each process predicts its own batches, and all return the detections of all. `watch` gets the seconds by stage.
+    Each process predicts its own batches; every process returns all detections. `watch` gets the seconds by stage.
 
-    Raises, on all processes: UserError and Stopped of the batches; FloatingPointError, with the images' ids, where the
+    All processes raise a UserError or Stopped of the batches, and FloatingPointError, with the images' ids, if the
     model's output is not finite.
     """
     model.eval()
@@ -154,7 +154,7 @@ def predict(
             with watch("postprocessing"):
                 try:
                     detections = postprocess(predictions, batch.sizes)
-                except NonFiniteOutput as error:  # raised below, where no process is left waiting for this one
+                except NonFiniteOutput as error:  # raised below: here the other processes would wait for this one
                     not_finite = [batch.image_ids[index] for index in error.images]
                     break
                 rows = zip(batch.image_ids, detections, batch.sizes, batch.original_sizes)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-# These would break a line of messages, and the drawing and logging of names.
+# Characters that would break one-line messages, and the drawing and logging of names.
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
@@ -30,7 +30,7 @@ class LostProcess(Exception):
 
 
 class Stopped(BaseException):
-    """A signal asked the process to end. No Exception, like KeyboardInterrupt, so that nothing catches it by chance."""
+    """A signal asked the process to end. Like KeyboardInterrupt it is no Exception, so `except Exception` misses it."""
 
     def __init__(self, number: int):
         super().__init__(number)
@@ -41,12 +41,12 @@ class Stopped(BaseException):
 
 
 def one_line(text: str) -> str:
-    """The text with control characters escaped, and its middle left out where it is long."""
+    """The text with control characters escaped; a long text loses its middle."""
     text = CONTROL.sub(lambda match: repr(match[0])[1:-1], text)
     return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN // 2]} ... {text[-MAX_SHOWN // 2 :]}"
 
 
-# What asks a process to end: Ctrl-C; scancel, timeout, systemd, torchrun; a terminal that is closed.
+# Signals that ask a process to end, from: Ctrl-C; scancel, timeout, systemd, torchrun; a closed terminal.
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
@@ -54,17 +54,17 @@ Handler = Callable[[int, FrameType | None], Any] | int | signal.Handlers | None 
 
 
 def listen(handler: Handler, *signals: int) -> dict[int, Handler]:
-    """Have the handler called on these signals; returns the handlers before. What nohup ignores stays ignored."""
+    """Install the handler for these signals; returns the earlier handlers. Signals that nohup ignores stay ignored."""
     hang_up = getattr(signal, "SIGHUP", None)
     heard = [number for number in signals if number != hang_up or signal.getsignal(number) != signal.SIG_IGN]
     return {number: signal.signal(number, handler) for number in heard}
 
 
 class _Output(io.FileIO):
-    """Standard output or error, where a failed write ends no command: its results are files.
+    """Standard output or error. A failed write does not end the command, because its results are files.
 
-    Where nobody reads on (a closed terminal, a pipe into head), nothing is said. Any other failure, such as a full
-    disk, is kept in `failure` for the end.
+    If the reader is gone (a closed terminal, a pipe into head), it stays silent. `failure` keeps any other error, such
+    as a full disk, for the end of the command.
     """
 
     failure: OSError | None = None
@@ -79,8 +79,8 @@ class _Output(io.FileIO):
 
 
 def _robust(stream: Any) -> Any:
-    """Standard output or error that raises neither for a letter it cannot encode nor for a failed write."""
-    if stream is None:  # closed by who started us
+    """Standard output or error that does not raise for characters it cannot encode, or for failed writes."""
+    if stream is None:  # closed by the parent process
         return open(os.devnull, "w", encoding="utf-8")
     if not isinstance(stream, io.TextIOWrapper):  # a notebook's is none
         return stream
@@ -99,7 +99,7 @@ def _robust(stream: Any) -> Any:
 
 
 def _check_output() -> None:
-    """UserError where a part of what was printed could not be written."""
+    """Raise UserError if a part of the output could not be written."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
         buffer = getattr(stream, "buffer", None)
@@ -107,7 +107,7 @@ def _check_output() -> None:
             raise UserError(f"all is done, but not all of what it says could be printed ({failure.strerror})")
 
 
-_stopped: Stopped | None = None  # a library may turn an error of its callbacks into another
+_stopped: Stopped | None = None  # kept, because a library may replace an error from its callbacks by another
 
 
 def run_main(main: Callable[[], None], *, after_stop: str = "") -> None:
@@ -117,9 +117,9 @@ def run_main(main: Callable[[], None], *, after_stop: str = "") -> None:
     output that is not finite), end in one line; anything else keeps its traceback, because it is a bug. `after_stop`
     says how to go on after a signal.
 
-    Printing never ends a command: a letter that the terminal or the log file cannot encode is printed as \\u7ec6, and
-    what nobody reads (`| head -1`) is dropped while the work goes on. A `~` that starts an argument, or a value as in
-    `--output=~/x`, is the home folder: not every shell expands it.
+    Printing never ends a command: a character that the terminal or log file cannot encode is printed as \\u7ec6, and
+    output without a reader (`| head -1`) is dropped while the work goes on. A `~` at the start of an argument, or of a
+    value as in `--output=~/x`, is the home folder, because not every shell expands it.
     """
     global _stopped
     sys.stdout, sys.stderr = _robust(sys.stdout), _robust(sys.stderr)
@@ -147,14 +147,14 @@ def run_main(main: Callable[[], None], *, after_stop: str = "") -> None:
 
 
 def _stop(number: int, _frame: object) -> None:
-    listen(_ignore, *SIGNALS[1:])  # the first counts: torchrun passes on what the whole group has got already
+    listen(_ignore, *SIGNALS[1:])  # only the first counts: torchrun passes on signals that the whole group has received
     global _stopped
     _stopped = Stopped(number)
     raise _stopped
 
 
 def _again(unraisable: Any) -> None:
-    """For sys.unraisablehook: a Stopped that Python cannot pass on, out of a destructor, is raised a moment later."""
+    """For sys.unraisablehook: Python cannot propagate a Stopped from a destructor, so raise it a moment later."""
     if not isinstance(unraisable.exc_value, Stopped):
         return sys.__unraisablehook__(unraisable)
     if signal.getsignal(signal.SIGTERM) is _ignore:
@@ -163,7 +163,7 @@ def _again(unraisable: Any) -> None:
 
 
 def _ignore(_number: int, _frame: object) -> None:
-    """SIG_IGN would be inherited by programs that we start."""
+    """Used instead of SIG_IGN, which programs that we start would inherit."""
 
 
 def _at_home(argument: str) -> str:

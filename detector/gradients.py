@@ -1,4 +1,4 @@
-"""What a loss does to the gradient, measured: by region of the gradient norm, for cells and for box coordinates."""
+"""Measure the gradient of a loss by region of the gradient norm, for cells and for box coordinates."""
 
 from typing import NamedTuple
 
@@ -54,7 +54,7 @@ def observe(
 ) -> Observation:
     """Gradient norms of a batch, and the gradient that the criterion's losses give in each region.
 
-    Leaves the criterion's state and the predictions' graph alone. Each process must call it.
+    Does not change the criterion's state or the predictions' graph. Each process must call it.
     """
     matches = matches or criterion.match(predictions, targets)
     labels = matches.anchor_labels(predictions.logits.shape[-1])
@@ -82,7 +82,7 @@ def observe(
 
 
 def by_region(norms: Tensor, gradient: Tensor, valid: Tensor, bins: int) -> Regions:
-    """The valid (N,) rows of norms in 0..1 and gradient, both (N, K), in `bins` equal regions of the norm."""
+    """Counts and sums of |gradient| (N, K) in `bins` equal regions of norms (N, K) in 0..1, over valid (N,) rows."""
     region = (norms * bins).long().clamp_(0, bins - 1).masked_fill_(~valid[:, None], bins).flatten()
     counts = torch.zeros(bins + 1, dtype=torch.int64, device=norms.device)
     counts.scatter_add_(0, region, torch.ones_like(region))

@@ -17,16 +17,16 @@ from detector.errors import UserError
 from detector.losses.dispatch import vector_options
 from detector.model import RetinaNet
 
-MAX_PIXELS = 2**25  # of a batch: 31 images of 800 x 1344. Larger ones keep a GPU busy without
-MAX_SIZES = 64  # of images, that are recorded or compiled
-SEEN = 3  # batches of a size, before a graph is recorded for it: kernels are chosen and compiled by then
+MAX_PIXELS = 2**25  # of a batch: 31 images of 800 x 1344. Larger batches keep a GPU busy without graphs
+MAX_SIZES = 64  # image sizes that are recorded or compiled
+SEEN = 3  # the batch of a size at which its graph is recorded: by then its kernels are chosen and compiled
 
 
 def speed_up(model: RetinaNet, *, compiled: bool) -> None:
-    """Before training: have the model run through torch.compile, or on a GPU as CUDA graphs.
+    """Call before training: the model then runs through torch.compile, or on a GPU as CUDA graphs.
 
-    It compiles backbone, pyramid and heads at their next call, again for each new size of images. Raises UserError
-    where torch.compile does not work.
+    torch.compile compiles backbone, pyramid and heads at their next call, and again for each new image size. Raises
+    UserError if torch.compile does not work.
     """
     device = model.mean.device
     if not compiled:
@@ -46,8 +46,8 @@ def speed_up(model: RetinaNet, *, compiled: bool) -> None:
 class Graphs:
     """Calls the model's `outputs` in training as CUDA graphs: images (B, 3, H, W), sizes (B, 2) -> tensors.
 
-    A call's outputs last until the next call, since all sizes share their memory. It trains the parameters that
-    required a gradient when it was made.
+    A call's outputs are valid until the next call, since all sizes share their memory. Trains the parameters that
+    required a gradient when this object was made.
     """
 
     def __init__(self, model: RetinaNet):
@@ -61,7 +61,7 @@ class Graphs:
         self.recorded: dict[tuple, _Recorded] = {}
 
     def take(self, images: Tensor) -> bool:
-        """Whether a batch of this size is for `__call__`."""
+        """Whether to use `__call__` for a batch of this size."""
         key = self._key(images)
         if not self.works or not torch.is_grad_enabled():
             return False
@@ -96,8 +96,8 @@ class Graphs:
         return _Replay.apply(self.recorded[key], images, sizes, *self.parameters)
 
     def leaves(self) -> list[Tensor]:
-        """The parameters' memory as other tensors: those of the default stream must have no part in a graph."""
-        # .data and not .detach(), which makes a view: autocast would cast that again at each use.
+        """New tensors with the parameters' memory, because a graph must not contain tensors of the default stream."""
+        # .data, because .detach() makes a view, which autocast would cast again at each use.
         return [parameter.data.requires_grad_() for parameter in self.parameters]
 
     def run(self, leaves: list[Tensor], *given: Tensor) -> tuple[Tensor, ...]:
@@ -141,7 +141,7 @@ class _Recorded:
         self.sizes.copy_(sizes)
         stream = torch.cuda.Stream(images.device)
         stream.wait_stream(torch.cuda.current_stream(images.device))
-        with torch.cuda.stream(stream):  # once for the libraries' own memory
+        with torch.cuda.stream(stream):  # a first run, in which the libraries allocate their own memory
             leaves = owner.leaves()
             outputs = owner.run(leaves, self.images, self.sizes)
             _gradients(outputs, leaves, [torch.zeros_like(output) for output in outputs])
@@ -171,7 +171,7 @@ class _Recorded:
 def _gradients(
     outputs: tuple[Tensor, ...], leaves: list[Tensor], of_outputs: list[Tensor]
 ) -> tuple[Tensor | None, ...]:
-    with torch.autocast("cuda", enabled=False):  # as in any backward pass: it would change the type of some sums
+    with torch.autocast("cuda", enabled=False):  # as in any backward pass: autocast would change the dtype of some sums
         return torch.autograd.grad(outputs, leaves, of_outputs, allow_unused=True)
 
 
@@ -190,7 +190,7 @@ class _Replay(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple:
         recorded = ctx.recorded
-        for parameter in recorded.parameters:  # an earlier part of the batch: its gradient is in the memory used again
+        for parameter in recorded.parameters:  # from an earlier part of the batch, in memory that this replay reuses
             if parameter.grad is not None:
                 parameter.grad = parameter.grad.clone()
         torch._foreach_copy_(recorded.gradients, list(gradients))

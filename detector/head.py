@@ -18,8 +18,8 @@ class Head(nn.Module):
         num_classes: C; there is no output for background, whatever the loss
         depth, width: convolutions in each tower, and their channels
         norm: "gn" puts a GroupNorm behind each convolution of the towers
-        prior: probability that an untrained head gives every class, so that at first the flood of background
-            does not drown the rest (Lin et al., Focal Loss, 2017, section 3.3)
+        prior: probability of every class from an untrained head. If it is low, the many background cells do not
+            dominate the first steps (Lin et al., Focal Loss, 2017, section 3.3)
     """
 
     def __init__(
@@ -62,7 +62,7 @@ def _tower(channels: int, depth: int, width: int, norm: str) -> nn.Sequential:
             conv = nn.Conv2d(inputs, width, 3, padding=1, bias=False)
             layers += [conv, nn.GroupNorm(32, width), nn.ReLU(inplace=True)]
         else:
-            layers += [ConvReLU(inputs, width, 3, padding=1), nn.Identity()]  # so that those behind keep their names
+            layers += [ConvReLU(inputs, width, 3, padding=1), nn.Identity()]  # Identity: later layers keep their names
     return nn.Sequential(*layers)
 
 

@@ -18,7 +18,7 @@ from detector.resize import STRIDE, resize_image, target_size
 from detector.solver import PRECISIONS
 from detector.structures import Detections
 
-UNKNOWN_THRESHOLD = 0.3  # of a class that no evaluation had a hit in
+UNKNOWN_THRESHOLD = 0.3  # for a class in which no evaluation had a hit
 
 
 class NamedDetections(NamedTuple):
@@ -64,10 +64,10 @@ class Detector:
 
     @torch.no_grad()
     def detect(self, images: Sequence[np.ndarray]) -> list[Detections]:
-        """All detections of images (h, w, 3) uint8 RGB, on the CPU and in each image's own pixels, computed at once.
+        """All detections of a batch of images (h, w, 3) uint8 RGB, on the CPU, in each image's own pixels.
 
-        As in evaluation: resized alike, with the same postprocessing; images padded to the largest of them. Raises
-        FloatingPointError where the model's output is not finite.
+        Resizing and postprocessing are those of evaluation; images are padded to the largest of them. Raises
+        FloatingPointError if the model's output is not finite.
         """
         originals = [image.shape[:2] for image in images]
         sizes = [target_size(height, width, self.short_side, self.long_side) for height, width in originals]
@@ -88,7 +88,7 @@ class Detector:
 def load(path: str | Path, device: str = "auto") -> Detector:
     """The detector of a checkpoint of train.py, or of torchvision's retinanet_resnet50_fpn.
 
-    Raises UserError for a file that is no checkpoint, and for a device that is not there.
+    Raises UserError if the file is no checkpoint or the device is not available.
     """
     content = checkpoint.read(path)
     model, cfg = checkpoint.build_model(content, path)

@@ -1,4 +1,4 @@
-"""The lines that a run prints: messages and the progress line, whose steps it times. Other processes print nothing."""
+"""A run's messages and progress line, and the time of its steps. Only the first process prints."""
 
 import statistics
 import sys
@@ -21,8 +21,8 @@ WARM_UP = 5  # first steps, left out of the median: caches, kernels and loading 
 class Logger:
     """Prints and times the training; `curves` are TensorBoard's.
 
-    The training loop calls `start`, `next_batch` for its batches, and for each step `step`, unless it is skipped, and
-    `step_done`.
+    The training loop calls `start`, and `next_batch` for each batch. After each step it calls `step`, unless the step
+    was skipped, and `step_done`.
 
     Args:
         folder: where TensorBoard's files go; None: no TensorBoard
@@ -62,7 +62,7 @@ class Logger:
             sys.stdout.flush()
 
     def start(self, step: int, total_steps: int) -> None:
-        """Steps follow, after `step` that are done: show the progress line, and start the clock."""
+        """Show the progress line, with `step` steps done, and start the clock for the next step."""
         if self._line is None:
             terminal = sys.stderr.isatty()
             self._line = tqdm(
@@ -79,7 +79,7 @@ class Logger:
         self._step_began, self._waits = time.perf_counter(), []
 
     def next_batch(self, batches: Iterator[Batch], unread: PendingCopy | None = None) -> Batch | None:
-        """The next of the batches; None if there is none. On a GPU only the time after `unread` is a wait for it."""
+        """The next batch; None after the last. On a GPU, only the time after `unread` arrives counts as a wait."""
         began = time.perf_counter()
         batch = next(batches, None)
         seconds = time.perf_counter() - began
@@ -116,7 +116,7 @@ class Logger:
         self.curves.scalars(scalars, step)
 
     def wants_gradients(self, step: int) -> bool:
-        """Whether the gradients of this step (from 1) are to be observed; the same on all processes."""
+        """Whether to observe the gradients of this step (counted from 1); the same on all processes."""
         return self.gradients_every > 0 and step % self.gradients_every == 0
 
     def gradients(self, observation: Observation, step: int) -> None:

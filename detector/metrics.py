@@ -1,10 +1,10 @@
-"""What an evaluation gives, as metrics.json has it."""
+"""The results of an evaluation, as in metrics.json."""
 
 from typing import Literal, NotRequired, TypedDict
 
 
 class ClassMetrics(TypedDict):
-    """Of one class, fractions 0..1 or -1 without ground truth."""
+    """Results of one class: fractions 0..1, or -1 without ground truth."""
 
     AP: float
     AP50: float
@@ -19,7 +19,7 @@ AR = Literal["AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
 
 
 class RunFigures(TypedDict):
-    """Of the run whose weights were scored."""
+    """Figures of the run whose weights were scored."""
 
     step: int | None
     epoch: int | None
@@ -28,7 +28,7 @@ class RunFigures(TypedDict):
 
 
 class Metrics(TypedDict):
-    """An evaluation, as metrics.json has it: fractions 0..1, or -1 where there is no ground truth to measure on."""
+    """An evaluation, as in metrics.json: fractions 0..1, or -1 without ground truth to measure on."""
 
     AP: float
     AP50: float

@@ -14,7 +14,7 @@ from detector.structures import Grid, Predictions
 if TYPE_CHECKING:
     from detector.graphs import Graphs
 
-# Of ImageNet's pixels, 0..255: the backbones' weights were trained with these.
+# Mean and deviation of ImageNet's pixels, 0..255, with which the backbones' weights were trained.
 MEAN = (123.675, 116.28, 103.53)
 STD = (58.395, 57.12, 57.375)
 
@@ -22,7 +22,7 @@ STD = (58.395, 57.12, 57.375)
 class RetinaNet(nn.Module):
     """Backbone, pyramid and heads (Lin et al., Focal Loss, 2017).
 
-    Takes uint8 images, so that a quarter of the bytes cross to the device, and normalises there.
+    Takes uint8 images, a quarter of float32's bytes to transfer, and normalises them on the device.
     """
 
     mean: Tensor
@@ -33,7 +33,7 @@ class RetinaNet(nn.Module):
         self.backbone, self.fpn, self.head, self.anchors = backbone, fpn, head, anchors
         self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
-        self.graphs: Graphs | None = None  # that run its training passes
+        self.graphs: Graphs | None = None  # runs the training passes unless None
 
     def forward(self, images: Tensor, sizes: list[tuple[int, int]] | None = None) -> Predictions:
         """Images (B, 3, H, W) uint8 RGB, H and W multiples of 32; sizes: (height, width) inside the padding."""
@@ -47,7 +47,7 @@ class RetinaNet(nn.Module):
         return Predictions(logits, deltas, *self.grid(images))
 
     def outputs(self, images: Tensor, sizes: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Logits and deltas of images (B, 3, H, W) of these (height, width) inside the padding, (B, 2)."""
+        """Logits and deltas of images (B, 3, H, W); sizes (B, 2): (height, width) inside the padding."""
         return self.head(self.fpn(self.backbone(self.normalize(images, sizes))))
 
     def grid(self, images: Tensor) -> Grid:
@@ -63,7 +63,7 @@ class RetinaNet(nn.Module):
         return f"{total / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained"
 
     def normalize(self, images: Tensor, sizes: Tensor | None) -> Tensor:
-        """To mean 0 and deviation 1; the padding to 0, which is the mean colour."""
+        """Normalise images to mean 0 and deviation 1. Padding becomes 0, the mean colour."""
         images = (images.to(self.mean.dtype) - self.mean) / self.std
         if sizes is None:
             return images

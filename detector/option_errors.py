@@ -10,9 +10,9 @@ from detector.errors import one_line
 
 
 def describe(error: ValidationError, options: type[BaseModel], where: str = "", also: Iterable[str] = ()) -> str:
-    """The first error in one line, with a suggestion for an unknown key, and how many more there are.
+    """The first error in one line, with a suggestion for an unknown key and the number of further errors.
 
-    `also`: keys that are allowed beside those of `options`.
+    `also`: keys that are allowed in addition to those of `options`.
     """
     first = error.errors(include_url=False)[0]
     location = ".".join(str(part) for part in first["loc"])
@@ -34,7 +34,7 @@ def shown(value: Any) -> str:
     """The value as Python writes it."""
     try:
         return repr(value)
-    except (ValueError, RecursionError):  # a whole number of more than 4,300 digits, a list in itself
+    except (ValueError, RecursionError):  # an integer of more than 4,300 digits, a list that contains itself
         return f"a huge {type(value).__name__}"
 
 

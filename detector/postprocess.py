@@ -12,7 +12,7 @@ from detector.structures import Detections, Predictions
 
 
 class NonFiniteOutput(FloatingPointError):
-    """A model's output is NaN or infinite; `images` says where in the batch."""
+    """A model's output is NaN or infinite; `images` are the indices in the batch."""
 
     reason = (
         "the model's output is not finite: it diverged in training (take an earlier checkpoint, or train with a lower "
@@ -50,8 +50,8 @@ class Postprocess:
     def __call__(self, predictions: Predictions, sizes: list[tuple[int, int]]) -> list[Detections]:
         """Sizes: (height, width) of each image inside its padding -> Detections of each, in input pixels.
 
-        Raises NonFiniteOutput where a logit or delta is NaN or infinite. A NaN passes no threshold: without this check
-        a model that has diverged would find nothing, without any message.
+        Raises NonFiniteOutput if a logit or delta is NaN or infinite. NaN passes no threshold, so without this check a
+        diverged model would find nothing and print no message.
         """
         logits = predictions.logits.float()
         num_images, num_anchors, num_classes = logits.shape
@@ -69,7 +69,7 @@ class Postprocess:
         limits = torch.tensor(sizes, device=logits.device)[image]
         boxes = self.coder.decode(predictions.deltas[image, anchor], predictions.anchors[anchor])
         boxes = box_ops.clip(boxes, limits.unbind(1))
-        # In float64: boxes of different groups are kept apart by large offsets, which would round a float32's pixels.
+        # In float64: batched_nms separates groups by large offsets, which would round float32 pixels.
         keep = batched_nms(boxes.double(), scores.double(), image * num_classes + label, self.nms_iou)
         keep = keep[_best(scores[keep], image[keep], self.max_detections)]
         finite = _finite(logits) & _finite(predictions.deltas)
@@ -80,9 +80,9 @@ class Postprocess:
 
 
 def _finite(values: Tensor) -> Tensor:
-    """Which images' values (B, ...) are all finite, (B,) bool; without a copy of them, which isfinite() would take."""
+    """Whether all values (B, ...) of each image are finite, (B,) bool. Unlike isfinite(), it makes no copy of them."""
     values = values.flatten(1)
-    return values.amax(1).isfinite() & values.amin(1).isfinite()  # of values with a NaN both are NaN
+    return values.amax(1).isfinite() & values.amin(1).isfinite()  # both are NaN if a value is
 
 
 def _best(values: Tensor, groups: Tensor, count: int) -> Tensor:

@@ -10,10 +10,10 @@ from detector.model import RetinaNet
 
 
 def load_initial_weights(model: RetinaNet, cfg: Config) -> str:
-    """Fill a new model as `model.weights` says, and describe in a line what was done; UserError where it cannot be.
+    """Fill a new model as `model.weights` says; returns a line that describes it. Raises UserError if that fails.
 
-    A detector's checkpoint fills every tensor that has the same name and shape: all but the class outputs, where the
-    classes are others.
+    A detector's checkpoint fills every tensor of the same name and shape: all but the class outputs if the number of
+    classes differs.
     """
     weights = cfg.model.weights
     if weights == "none":

@@ -1,4 +1,4 @@
-"""What a run knows: saved in its checkpoints, and restored by --resume, as one."""
+"""The state of a run, which its checkpoints save and --resume restores as a whole."""
 
 from dataclasses import dataclass, field
 
@@ -68,7 +68,7 @@ class Run:
 
     @property
     def figures(self) -> RunFigures:
-        """What metrics.json says of the run."""
+        """The run's entries in metrics.json."""
         return {
             "step": self.step,
             "epoch": self.epoch,
@@ -78,7 +78,7 @@ class Run:
 
     @property
     def evaluation_due(self) -> bool:
-        """At the end of the training, and after every `evaluation.every` epochs unless that is done already."""
+        """True at the end of the training, and after every `evaluation.every` epochs unless that is done."""
         epoch, batch = self.position
         after_epoch = batch == 0 and epoch > 0 and epoch % self.cfg.evaluation.every == 0
         return self.solver.done or (after_epoch and self.evaluated != self.step)
@@ -90,7 +90,7 @@ class Run:
         return min((self.position[0] + 1) * self.steps_per_epoch, (self.step // every + 1) * every)
 
     def record_and_save(self, metrics: Metrics) -> None:
-        """Note an evaluation of the present weights, and save them: as best.pt where their AP is the highest so far."""
+        """Record an evaluation of the current weights and save them; as best.pt too, if AP is the highest so far."""
         self.evaluated = self.step
         by_class = metrics["per_class"]
         self.score_thresholds = [by_class[name]["threshold"] if name in by_class else -1.0 for name in self.class_names]
@@ -101,7 +101,7 @@ class Run:
         self.save(LAST)
 
     def save(self, name: str) -> None:
-        """Write a checkpoint into the run's folder; UserError, in all processes, where that fails."""
+        """Write a checkpoint into the run's folder. If that fails, all processes raise UserError."""
         with distributed.together():
             if distributed.is_main():
                 checkpoint.save(self.cfg.folder / name, self.content())
@@ -128,10 +128,10 @@ class Run:
         }
 
     def resume(self, saved: Saved, *, accept_changes: bool = False) -> list[str]:
-        """Go on from a checkpoint; returns remarks: damaged files, and how the config has changed.
+        """Continue from a checkpoint; returns remarks on damaged files and on changes in the config.
 
-        Raises UserError where the config or the classes differ in something that would change the result, unless such
-        changes are accepted. A run may be made longer or shorter.
+        Raises UserError if a change in the config or the classes would change the result, unless `accept_changes`. A
+        run may become longer or shorter.
         """
         path, content = saved.path, saved.content
         if "run" not in content:
@@ -171,7 +171,7 @@ class Run:
         ]
 
     def refuse_differences(self, data: dict[str, str]) -> None:
-        """UserError where processes differ in config, checkpoint or `data`; the places of results and data may."""
+        """Raise UserError if processes differ in config, checkpoint or `data`, except for paths of results and data."""
         options = config.flat(self.cfg.model_dump(mode="json"))
         places = ("output", "data.train", "data.val")
         shared = {key: value for key, value in options.items() if not key.startswith(places)}
@@ -189,7 +189,7 @@ class Run:
                     raise UserError(f"output: the run folder {folder} cannot be written ({error.strerror})") from None
 
     def save_batch(self, batch: Batch) -> str:
-        """Save this process's images of a step whose loss is not finite, for a look; says where, and what to do."""
+        """Save this process's images of a step whose loss is not finite; returns a text: where, and what to do."""
         path, batch = self.cfg.folder / f"nonfinite_{distributed.rank()}.pt", batch.to(torch.device("cpu"))
         try:
             torch.save({**batch._asdict(), "targets": [target._asdict() for target in batch.targets]}, path)

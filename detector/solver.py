@@ -18,8 +18,8 @@ class Solver:
     al., 2017), by the square root for AdamW (Malladi et al., 2022). Warm-up steps scale the other way, so
     that warm-up covers the same number of images. The schedule spans `total_steps`.
 
-    Weight decay applies to the weights of convolutions and linear layers, which have two dimensions or more; norms and
-    biases, which have one, are left out.
+    Weight decay applies to tensors of two or more dimensions: the weights of convolutions and linear layers. It leaves
+    out norms and biases, which have one.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Solver:
         self.precision = PRECISIONS[precision]
         self.scaler = torch.amp.GradScaler(self.parameters[0].device.type, enabled=precision == "float16")
         self.model = model
-        self.step_count = 0  # steps done, with those skipped
+        self.step_count = 0  # steps done, including skipped ones
         self.skipped, self.may_skip = 0, skip_nonfinite  # steps whose gradient was not finite
         self.averaged = AveragedModel(model, multi_avg_fn=self._average, use_buffers=True) if ema else None
         self.ema = ema
@@ -110,7 +110,7 @@ class Solver:
         self.scaler.scale(loss).backward()
 
     def clip_gradients(self) -> Tensor:
-        """Scale the gradients down to `clip_norm`; returns their norm before that. Once a step, before `step`."""
+        """Scale the gradients down to `clip_norm`; returns their norm before that. Call once a step, before `step`."""
         self.scaler.unscale_(self.optimizer)
         return nn.utils.clip_grad_norm_(self.parameters, self.clip_norm or math.inf)
 
@@ -128,7 +128,7 @@ class Solver:
     def skip(self) -> None:
         """Count a step, and leave the weights as they are."""
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.update(self.scaler.get_scale())  # resets it: it has seen this step's gradients
+        self.scaler.update(self.scaler.get_scale())  # resets the scaler, which has seen this step's gradients
         self.step_count += 1
         self.skipped += 1
 
@@ -147,7 +147,7 @@ class Solver:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """ValueError for the state of another optimizer: torch would accept it and fail at the next step."""
+        """Raises ValueError for another optimizer's state, because torch would accept it and fail at the next step."""
         if state["optimizer"]["param_groups"][0].keys() != self.optimizer.state_dict()["param_groups"][0].keys():
             raise ValueError("the optimizer is another")
         self.step_count, self.skipped = state["step"], state["skipped"]
@@ -158,9 +158,9 @@ class Solver:
 
     @torch.no_grad()
     def _average(self, averages: Tensors, currents: Tensors, _: Tensor | int) -> None:
-        """Move the exponential moving average of weights and statistics; called by AveragedModel from step 2 on.
+        """Update the exponential moving average of weights and statistics; AveragedModel calls it from step 2 on.
 
-        Its decay grows as (1 + n) / (10 + n) up to `ema`, so that the average of a short run is not mostly its start.
+        The decay grows as (1 + n) / (10 + n) up to `ema`, so the start does not dominate the average of a short run.
         """
         n = self.step_count - 1  # steps averaged so far; reading AveragedModel's own count would wait for the device
         weight = 1 - min(self.ema or 0.0, (1 + n) / (10 + n))

@@ -13,8 +13,8 @@ Item = TypeVar("Item")
 class Stop:
     """A context that notes the first of SIGNALS in `number`, and raises Stopped only in `between`.
 
-    A second Ctrl-C ends the process at once, as Python does. SIGTERM and SIGHUP may come more than once: torchrun
-    passes on what the whole group has received already.
+    A second Ctrl-C ends the process at once, as usual in Python. SIGTERM and SIGHUP may come more than once: torchrun
+    passes on signals that the whole group has received already.
     """
 
     def __init__(self) -> None:
@@ -23,7 +23,7 @@ class Stop:
         self._waiting = False
 
     def __enter__(self) -> "Stop":
-        if threading.current_thread() is threading.main_thread():  # nowhere else can a handler be set
+        if threading.current_thread() is threading.main_thread():  # other threads cannot set handlers
             self._before = listen(self._note, *SIGNALS)
         return self
 
@@ -32,7 +32,7 @@ class Stop:
             signal.signal(number, handler)
 
     def between(self, items: Iterable[Item]) -> Iterator[Item]:
-        """The items; Stopped instead of the next one, even while waiting for it."""
+        """The items. After a signal, raises Stopped instead of the next item, even while waiting for it."""
         iterator = iter(items)
         while True:
             self._waiting = True

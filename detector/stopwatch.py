@@ -14,8 +14,8 @@ Item = TypeVar("Item")
 class Stopwatch:
     """How long each stage of a loop takes: `with watch("network"): ...`, and `watch.each("loading", batches)`.
 
-    device: waited for at both ends of a stage, so that its work counts where it was asked for. None: not waited for,
-    and on a GPU only the asking is measured.
+    device: synchronised at both ends of a stage, so its work counts for the stage that queued it. None: not
+    synchronised, so on a GPU only the time to queue the work is measured.
     """
 
     def __init__(self, device: torch.device | None = None):
@@ -31,7 +31,7 @@ class Stopwatch:
         self.seconds[stage] += time.perf_counter() - start
 
     def each(self, stage: str, items: Iterable[Item]) -> Iterator[Item]:
-        """The items, the time to get each counting for the stage."""
+        """The items; the time to get each of them counts for the stage."""
         iterator = iter(items)
         while True:
             with self(stage):

@@ -37,10 +37,10 @@ class Batch(NamedTuple):
         return self._replace(images=self.images.pin_memory())
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on the device, in three transfers. That of pinned images to a GPU is asynchronous."""
+        """The batch on the device, in three transfers. The transfer of pinned images to a GPU is asynchronous."""
         if device.type == self.images.device.type:
             return self
-        wait_free = device.type == "cuda"  # on the way back, the values would not be there yet
+        wait_free = device.type == "cuda"  # to the CPU, the values could be read before they arrive
         counts = [len(target.labels) for target in self.targets]
         joined = (torch.cat(values).to(device, non_blocking=wait_free) for values in zip(*self.targets))
         targets = [Target(*values) for values in zip(*(values.split(counts) for values in joined))]

@@ -1,7 +1,7 @@
-"""Checkpoints of torchvision's RetinaNet, as ours.
+"""Convert checkpoints of torchvision's RetinaNet to ours.
 
-`retinanet_resnet50_fpn` and `retinanet_resnet50_fpn_v2`, the published files or any state dict with their
-names. Their labels are category ids (0 and COCO's gaps are outputs that were never trained), so the
+It takes `retinanet_resnet50_fpn` and `retinanet_resnet50_fpn_v2`: the published files or any state dict with
+their names. Their labels are category ids (0 and COCO's gaps are outputs that were never trained), so the
 category ids of the converted checkpoint are simply 0, 1, 2, ...
 """
 
@@ -25,7 +25,7 @@ _HEADS = {  # theirs: our tower, their output, our output
 
 
 def is_torchvision(content: dict[str, Any]) -> bool:
-    # The box head's name tells it from FCOS, which has the same class head.
+    # FCOS has the same heads, and also a centerness branch: bbox_ctrness.
     return {
         "head.classification_head.cls_logits.bias",
         "head.regression_head.bbox_reg.weight",

@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def compare(title: str, rows: list[Row], baseline: str, metric: str, pairs: bool = False) -> Compared:
-    """What there is to say of the rows of one set."""
+    """The comparison of the rows of one set."""
     cost = costs(rows)
     results = differences(rows, baseline, metric)
     verdicts = describe(results, named(rows, baseline).name, metric)

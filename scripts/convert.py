@@ -10,7 +10,7 @@ Writes the new folder DST, whole or not at all:
     images/               SRC's images; hard links where the disk allows it, copies elsewhere
     report.txt            all that was left out or read with a remark; the screen shows three examples of each kind
 
-SRC is a folder, or in its place a set's data.yaml or obj.data. It is not changed. Links in it are followed.
+SRC is a folder, or a set's data.yaml or obj.data. It is not changed. Links in it are followed.
 
     yolo     class cx cy w h, in parts of the image. A polygon or an oriented box becomes its bounding box, keypoints
              (kpt_shape in data.yaml) are left out. Names are data.yaml's, obj.data's, those of classes.txt or *.names,
@@ -25,9 +25,9 @@ Labels belong to an image if they have the same path, with labels/ or Annotation
 if the label file names the image, or if the file name is unique. With voc and labelme an image without labels is left
 out, because it may show objects that nobody labelled. Boxes are clipped to the image, except in COCO files.
 
-The split is SRC's own where it has one: data.yaml's, obj.data's, lists called train.txt and val.txt, ImageSets/Main's,
-or files and folders with train and val (valid, validation, dev) in their names; its test part is left out. Else, and
-with --split random, --val of the images are drawn by --seed.
+If SRC has its own split, this is used: that of data.yaml, obj.data, lists called train.txt and val.txt, ImageSets/Main,
+or files and folders with train and val (valid, validation, dev) in their names; its test part is left out. Otherwise,
+and with --split random, a share --val of the images is drawn by --seed.
 """
 
 import argparse
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def convert(args: argparse.Namespace, beside: Path) -> tuple[dict[str, Picture], set[str], str, Notes]:
-    """Write the new folder at `beside`; its images, those to score on, how they were chosen, and the remarks."""
+    """Write the new folder at `beside`; returns its images, those of val, how val was chosen, and the remarks."""
     notes: Notes = defaultdict(list)
     if args.format == "coco":
         source = read_coco(args.sources, notes)
@@ -124,13 +124,13 @@ def convert(args: argparse.Namespace, beside: Path) -> tuple[dict[str, Picture],
 
 
 def look_at(source: Source, split: Split, notes: Notes) -> dict[str, Picture]:
-    """The images, without those that the split leaves out, that can be used, with boxes in their pixels."""
+    """The usable images, without those that the split leaves out, with boxes in pixels."""
     pictures, remarks = {}, Remarks()
     chosen = [name for name in source.labels if name not in split.left_out]
     for name in tqdm(chosen, desc="reading", unit="image"):
         path, labels = source.images[name], source.labels[name]
         try:
-            size = labels.size or image_size(path)[::-1]  # whoever labelled it may not have turned it as EXIF asks
+            size = labels.size or image_size(path)[::-1]  # the labels may be of the image not turned by EXIF
             read_image(path, size[::-1], remarks)
         except UserError as error:
             notes["left out: images or labels that cannot be used"].append(str(error))
@@ -146,7 +146,7 @@ def look_at(source: Source, split: Split, notes: Notes) -> dict[str, Picture]:
 
 
 def cut(box: Box, size: tuple[int, int], name: str, notes: Notes, as_is: bool) -> Box | None:
-    """The part of a box that lies in its image, or `as_is` the box itself; None where no part does."""
+    """The part of a box inside its image, or with `as_is` the box itself; None if no part is inside."""
     x, y, width, height = box.sides
     if not all(map(math.isfinite, box.sides)):
         notes["left out: boxes that are not finite"].append(f"{name}: {box.name}")
@@ -170,7 +170,7 @@ def cut(box: Box, size: tuple[int, int], name: str, notes: Notes, as_is: bool) -
 
 @contextmanager
 def whole_or_not(target: Path) -> Iterator[Path]:
-    """A folder beside the target that takes its place where nothing fails, and else is gone."""
+    """A folder beside the target. It takes the target's place if nothing fails; otherwise it is deleted."""
     place = Path(os.path.abspath(target))  # "." has no name
     beside = place.with_name(f".{place.name}.part")
     try:
@@ -186,7 +186,7 @@ def whole_or_not(target: Path) -> Iterator[Path]:
 def write(
     beside: Path, pictures: dict[str, Picture], val: set[str], names: list[str], notes: Notes, trust: bool = False
 ) -> None:
-    """The new folder, checked as training will check it."""
+    """Write the new folder, and check it as training will."""
     used = {box.name for picture in pictures.values() for box in picture.boxes}
     classes = list(dict.fromkeys([*names, *sorted(used)]))
     category = {name: place for place, name in enumerate(classes, start=1)}

@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def values(row: Row, metric: str) -> list[float]:
-    """Of each seed, in percent; those where it is not known are left out."""
+    """The metric of each seed in percent, without seeds for which it is unknown."""
     return [known for run in row.runs if (known := known_value(run, metric)) is not None]
 
 
@@ -86,7 +86,7 @@ def escaped(text: str) -> str:
 
 
 def shares(row: Row) -> dict[str, float] | None:
-    """The mean share of the classification gradient from each of BANDS; None where no run observed it."""
+    """The mean share of the classification gradient from each of BANDS; None if no run observed it."""
     observed = [point for run in row.runs for point in run.get("gradient", ()) if "class_easy" in point]
     return (
         {band: statistics.fmean(point[f"class_{band}"] for point in observed) for band in BANDS} if observed else None

@@ -49,12 +49,12 @@ def demo(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def handlers():
-    """A command that was stopped hears no signal any more; the tests' process does."""
+    """Restore the signal handlers: a stopped command ignores signals, the tests' process must not."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
     hook = sys.unraisablehook
     yield
     for timer in threading.enumerate():
-        if isinstance(timer, threading.Timer):  # it sends a signal once more
+        if isinstance(timer, threading.Timer):  # it sends another signal
             timer.join()
     sys.unraisablehook = hook
     for number, handler in before.items():
@@ -63,7 +63,7 @@ def handlers():
 
 @pytest.fixture
 def within():
-    """A context that fails after so many seconds, for what would hang for ever."""
+    """A context that fails after a number of seconds, for code that may hang forever."""
 
     def late(*_):
         raise AssertionError("it hangs")
@@ -90,7 +90,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def full_disk():
-    """A context in which no file grows beyond so many bytes, as on a disk with no more room."""
+    """A context in which no file grows beyond a number of bytes, as on a full disk."""
 
     @contextmanager
     def limit(size: int):
@@ -223,7 +223,7 @@ def command(monkeypatch, capsys):
     return call
 
 
-# In a process that has imported PyTorch: become the command that Python's command line would start.
+# Runs in a process that has imported PyTorch, and turns it into the command that a command line would start.
 WARM = """
 import atexit, multiprocessing, os, runpy, sys
 multiprocessing.set_start_method(start_method, force=True)  # here it is forkserver
@@ -250,9 +250,9 @@ finally:
 
 
 class WarmStart:
-    """What subprocess.Popen does for `python SCRIPT ...` and `python -m MODULE ...`, without four seconds of imports.
+    """Like subprocess.Popen for `python SCRIPT ...` and `python -m MODULE ...`, without four seconds of imports.
 
-    The command runs in a process of its own: forked from one that has imported PyTorch and done nothing else.
+    The command runs in its own process, forked from one that has only imported PyTorch.
     """
 
     context = multiprocessing.get_context("forkserver")
@@ -323,7 +323,7 @@ def warm_starts(warm_start, monkeypatch):
 
 @pytest.fixture
 def font(tmp_path):
-    """Makes a font in which each letter is a black square, but for a margin, and returns its file."""
+    """Makes a font in which each letter is a black square with a margin, and returns its file."""
 
     def make(file: str, letters: str, style: str = "Regular", advance: int = 1000, name: str = "Made") -> str:
         pen = TTGlyphPen(None)
@@ -349,7 +349,7 @@ def font(tmp_path):
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Makes it a machine with these font files alone, of which nothing has been asked yet."""
+    """Makes these the machine's only font files, and clears what was found before."""
 
     def has(*files: str) -> None:
         monkeypatch.setattr(font_manager, "findSystemFonts", lambda: list(files))

@@ -1,4 +1,4 @@
-"""Who may know whom (DESIGN section 2): parses the imports of every file and fails where one runs the wrong way."""
+"""Who may import whom: parses the imports of every file and fails if one breaks a rule."""
 
 import ast
 import re
@@ -80,7 +80,7 @@ def project_modules(found, modules):
 
 
 def violations(module, found, modules):
-    """The rules of DESIGN section 2 that these imports of `module` break."""
+    """The rules that these imports of `module` break."""
     top = module.split(".")[0]
     broken = []
     if top == "detector" and knows(found, "data"):
@@ -100,7 +100,7 @@ def violations(module, found, modules):
     if module != "detector.distributed" and knows(found, "torch.distributed"):
         broken.append("torch.distributed outside distributed.py")
     of_data = any(knows(found, name) for name in ("albumentations", "pycocotools", "hotcoco"))
-    if top != "data" and not module.startswith("scripts.bench.") and of_data:  # to a benchmark they are peers
+    if top != "data" and not module.startswith("scripts.bench.") and of_data:  # benchmarks compare with them
         broken.append("albumentations, pycocotools or hotcoco outside data")
     if top != "scripts" and module not in CONFIG_READERS and knows(found, "detector.config"):
         broken.append("a part sees the config")
@@ -192,7 +192,7 @@ def test_the_checker_of_encodings_finds_what_has_none():
     assert without_encoding(right + ", encoding='utf-8')") == []
 
 
-# Its own, since it runs where nothing but onnxruntime is.
+# scripts/run_onnx.py is not among them: it has no __main__ and runs with onnxruntime alone.
 @pytest.mark.parametrize("module", [name for name in SOURCES if "__main__" in SOURCES[name]])
 def test_entry_points_can_print_anywhere(module):
     assert module.startswith("scripts.bench.") or "    run_main(main" in SOURCES[module].partition("__main__")[2]

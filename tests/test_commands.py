@@ -21,7 +21,7 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def commands(text):
-    """What stands indented, over several lines where one ends in a backslash, and in code spans with an option."""
+    """The indented commands, joined over lines that end in a backslash, and the code spans with an option."""
     lines = re.sub(r"```.*?```", "", text, flags=re.S).replace("\\\n", " ").splitlines()
     found = [line.strip() for line in lines if re.match(r"    (python|torchrun|srun) ", line)]
     return found + [span for span in re.findall(r"`(python [^`]*--[^`]*)`", " ".join(text.split()))]
@@ -52,7 +52,7 @@ def test_help_is_a_page(path, command):
 
 @pytest.mark.parametrize("text", COMMANDS)
 def test_a_documented_command_is_one_that_there_is(text, command):
-    """Its script, options, configs, settings and variants; what the scripts do is tested where they are."""
+    """Its script, options, configs, settings and variants exist; the scripts' own tests check what they do."""
     words = shlex.split(text.replace("...", ""))
     script = next((word for word in words if word.endswith(".py")), None)
     if script is None:
@@ -112,7 +112,7 @@ def learnt(tiny, tmp_path_factory):
 
 @pytest.fixture
 def place(demo, folder, monkeypatch):
-    """Where a reader stands: the repository's folder, with data where the documents have them."""
+    """The reader's folder: the repository's, with data where the documents have them."""
     for name in ("train.py", "eval.py", "scripts", "configs", "results"):
         (folder / name).symlink_to(ROOT / name)
     (folder / "docs").mkdir()
@@ -163,7 +163,7 @@ def as_yolo(folder, demo):
 
 
 def supply(words, learnt):
-    """What a command uses and no command before it has made: the run of `learnt`, and results."""
+    """Provide what a command uses and no earlier command has made: the run of `learnt`, and results."""
     for word in words:
         path = Path(word)
         if path.name in ("best.pt", "last.pt") and not path.exists():
@@ -175,7 +175,7 @@ def supply(words, learnt):
 
 
 def runnable(path):
-    """A document's commands as words, with what may be left out; those that others run are not among them.
+    """A document's commands as words, with their optional parts, without those that other tests run.
 
     Benchmarks are run by tests/scripts/bench/, torchrun by tests/test_distributed.py, data.demo by tests/data/.
     """
@@ -191,7 +191,7 @@ RUN = [path for path in DOCUMENTS if runnable(path)]
 
 @pytest.mark.parametrize("document", RUN, ids=lambda path: path.name)
 def test_the_commands_of_a_document_run(document, place, learnt, command, monkeypatch):
-    """In the order in which they stand, each with what those before have made.
+    """In the order of the document, each with what the earlier ones have made.
 
     Trainings are made small, and scripts/ablate.py ends when all is checked.
     """

@@ -92,7 +92,7 @@ def test_two_processes_train_as_one(runs):
 
 
 def test_one_two_and_three_processes_score_the_same(runs, rectangles, run):
-    """Seven images, so that shares differ; in batches of a size of their own, so that those do not."""
+    """Seven images, so that shares differ; with a fixed batch size, so that batches do not."""
     boxes = [[(i % 2, [3 * i, 10, 20 + 3 * i, 30])] for i in range(7)]
     data = rectangles(runs / "other", boxes, classes=2)
     found = []
@@ -136,7 +136,7 @@ def begin(*settings: object, folder: Path, processes: int = 2) -> subprocess.Pop
 
 
 def test_a_signal_to_all_saves_and_ends_all(runs):
-    """torchrun and its processes get it, and these from torchrun again."""
+    """torchrun and its processes get the signal, and the processes get it again from torchrun."""
     process = begin("run=asked", "solver.epochs=500", "checkpoint.every=1", "data.workers=2", folder=runs)
     last = runs / "asked" / "last.pt"
     while not last.exists():

@@ -1,4 +1,4 @@
-"""What the documents show is so: their code runs, their tables are what commands write."""
+"""The documents are true: their code runs, and their tables are what commands write."""
 
 import re
 from pathlib import Path

@@ -34,7 +34,7 @@ NOT_NEEDED += ["tensorboard", "torchvision"]
 
 
 def copy_sources(folder):
-    """What setuptools sees of the repository; it leaves files beside them."""
+    """Copy what setuptools needs of the repository, because it leaves files beside the sources."""
     folder.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE", "train.py", "eval.py"):
         shutil.copy(ROOT / name, folder)

@@ -1,4 +1,4 @@
-"""Real COCO images: ids with gaps, crowds, images without boxes, grayscale, all aspects. Skipped where they are not."""
+"""Real COCO images: ids with gaps, crowds, images without boxes, grayscale, all aspects. Skipped without them."""
 
 import json
 from pathlib import Path

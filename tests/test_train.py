@@ -303,7 +303,7 @@ def test_a_stopped_process_says_how_to_go_on(tiny, folder):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_signal_in_evaluation_leaves_it_at_once(tiny, folder, monkeypatch, workers):
-    """Within a batch that is waited for and, without workers, within a call that takes errors for a broken image."""
+    """While it waits for a batch and, without workers, in a call that takes errors for a broken image."""
     cfg = configure(tiny(folder, data={"workers": workers}, evaluation={"batch_size": 1}))
     predict = train.predict
 

@@ -1,11 +1,11 @@
-"""One loss a file; none knows another, nor any other part of the detector.
+"""One loss in each file. No loss imports another one; of the detector's other parts they use only distributed.py.
 
     class_loss(logits (N,C), labels (N,), valid (N,), num_pos) -> scalar      label C = background
     box_loss(deltas (P,4), targets (P,4), num_pos)              -> scalar      P may be 0
 
-With `takes_quality = True` a class loss also gets, last, `quality` (N,): the IoU of each positive box with its object.
-With `takes_boxes = True` a box loss gets decoded boxes and the ground truth in pixels instead of deltas, and with
-`takes_valid = True` and `scope` "level" it also gets, last, which rows count (P,).
+With `takes_quality = True`, a class loss gets a last argument `quality` (N,): the IoU of each positive box with its
+object. With `takes_boxes = True`, a box loss gets decoded boxes and the ground truth in pixels instead of deltas. With
+`takes_valid = True` and `scope` "level", it gets a last argument: which rows count (P,).
 
 num_pos is the number of positive anchors over all processes, at least 1. The scalar is this process's share: training
 minimises its sum over the processes. docs/new_loss.md adds a loss.
@@ -24,7 +24,7 @@ from detector.losses.rank_sort import RankSort
 from detector.losses.smooth_l1 import SmoothL1
 from detector.losses.varifocal import Varifocal
 
-# The names that a config file may say. A loss that is here is an option of every command and passes through the laws.
+# The names for config files. Every command accepts a loss that is listed here, and test_laws.py tests it.
 CLASS_LOSSES = {
     "ce": CrossEntropy,
     "ohem": OHEM,

@@ -1,4 +1,4 @@
-"""ASL1: smooth everywhere, its gradient norm tells how hard a coordinate is."""
+"""ASL1: smooth everywhere; its gradient norm shows how hard a coordinate is."""
 
 import torch
 from torch import Tensor, nn
@@ -29,5 +29,5 @@ class ASL1(nn.Module):
         """deltas, targets (P, 4), in encoded box coordinates; P may be 0 -> scalar."""
         dtype = torch.promote_types(deltas.dtype, torch.float32)
         d = deltas.to(dtype) - targets.to(dtype)
-        # hypot: the square of a large d would overflow, and at 0 its gradient is 0.
+        # hypot, because the square of a large d would overflow. At 0 its gradient is 0.
         return (torch.hypot(d, torch.full_like(d, self.mu)) - self.mu).sum() / num_pos

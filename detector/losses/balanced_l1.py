@@ -12,8 +12,8 @@ class BalancedL1(nn.Module):
         d loss / d u = alpha log(b u + 1)  where u < 1,  gamma  elsewhere,      u = |delta - target| / beta
         loss = (beta / num_pos) sum of its integral from 0 to u
 
-    b = e^(gamma / alpha) - 1, so that the two meet at u = 1. A smaller alpha lifts the gradient of small errors, gamma
-    bounds that of large ones, and beta is where it becomes constant.
+    b = e^(gamma / alpha) - 1, so that both parts agree at u = 1. A smaller alpha raises the gradient of small errors,
+    gamma bounds the gradient of large ones, and from beta on the gradient is constant.
 
     Pang et al., "Libra R-CNN: Towards Balanced Learning for Object Detection", CVPR 2019, arXiv 1904.02701,
     equations 7 and 8, where beta is 1. Normalised by num_pos, the positive anchors of all processes.
@@ -30,7 +30,7 @@ class BalancedL1(nn.Module):
         for name, value in {"alpha": alpha, "gamma": gamma, "beta": beta}.items():
             if not 0 < value < float("inf"):
                 raise ValueError(f"BalancedL1: {name} is {value}; it must be positive")
-        if gamma / alpha > 50:  # e^88 is the last that float32 holds
+        if gamma / alpha > 50:  # float32 holds no more than e^88
             raise ValueError(f"BalancedL1: gamma / alpha is {gamma / alpha:g}; it must be at most 50")
         self.alpha, self.gamma, self.beta = alpha, gamma, beta
         self.b = math.expm1(gamma / alpha)

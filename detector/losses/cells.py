@@ -15,12 +15,12 @@ from torch import Tensor
 
 
 def logits_against_truth(logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
-    """z (N, C), at least float32; 0 in rows that are not valid, so that NaN or inf there reaches nothing.
+    """z (N, C), at least float32; 0 in rows that are not valid, so their NaN or inf has no effect.
 
     logits (N, C); labels (N,) int64 in 0..C, C = background, anything where not valid; valid (N,) bool.
     """
     x = logits.to(accumulator(logits)).masked_fill(~valid[:, None], 0)
-    # One cell a row may change its sign, so that no one-hot target, as large as the logits, is ever built.
+    # At most one cell of a row changes its sign, so no one-hot target as large as the logits is built.
     column = labels.clamp(0, logits.shape[1] - 1)[:, None]
     at_label = x.gather(1, column)
     return x.scatter(1, column, torch.where((labels < logits.shape[1])[:, None], -at_label, at_label))
@@ -66,7 +66,7 @@ def sigmoid_softplus_in_one_sweep(z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def power(base: Tensor, exponent: float, log: Tensor | None = None) -> Tensor:
-    """base ** exponent for base in [0, 1]; `log` is its logarithm, where that is known."""
+    """base ** exponent for base in [0, 1]; `log`: the base's logarithm, if known."""
     if exponent == 0:
         return base * 0 + 1
     if exponent == 1:
@@ -77,7 +77,7 @@ def power(base: Tensor, exponent: float, log: Tensor | None = None) -> Tensor:
 
 
 def region_of(norms: Tensor, bins: int) -> Tensor:
-    """Which of `bins` equal regions of 0..1 each norm is in, int32; the last one for 1 itself."""
+    """The index of each norm's region among `bins` equal regions of 0..1, int32; 1 is in the last one."""
     return torch.clamp((norms * bins).to(torch.int32), 0, bins - 1)
 
 
@@ -87,6 +87,6 @@ def lookup(table: Tensor, index: Tensor | int) -> Tensor:
 
 
 def ordered_bits(z: Tensor) -> Tensor:
-    """float32 as int32 that order as the floats do; 0 and -0 are one."""
+    """float32 -> int32 that sort like the floats; 0 and -0 become equal."""
     bits = (z + 0.0).view(torch.int32)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)

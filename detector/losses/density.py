@@ -1,4 +1,4 @@
-"""Gradient density: every example weighs the inverse of how many share its gradient norm.
+"""Gradient density: an example's weight is the inverse of the number of examples with its gradient norm.
 
 Li, Liu, Wang, "Gradient Harmonized Single-stage Detector", AAAI 2019, arXiv 1811.05181.
 """
@@ -23,7 +23,7 @@ except ImportError:  # torch runs without it, and so do the losses
 Density = Literal["unit_region", "near_exact", "exact"]
 Scope = Literal["batch", "level"]
 Normalizer = Literal["valid_bins", "all_bins"]
-FINE = 128  # cells of the grid, to a window's width, that "near_exact" puts gradient norms on
+FINE = 128  # grid cells in the width of a window, for the gradient norms of "near_exact"
 RELEASED: dict[str, Any] = {
     "density": "unit_region",
     "scope": "level",
@@ -43,32 +43,32 @@ class GradientDensity(nn.Module):
         S_j / (1 - a^t)                         corrected for its start at 0, t = training updates so far
         beta_j = N / (S_j n)                    n = regions that hold an example ("valid_bins") or `bins` ("all_bins")
 
-    density "exact": a window of width e = 1 / `bins` around every example, cut off at 0 and 1, and no memory.
+    density "exact": a window of width e = 1 / `bins` around every example, clipped to 0..1; no moving average.
 
         beta_i = N l / #{k: g_i - e/2 <= g_k < g_i + e/2},   l = min(g_i + e/2, 1) - max(g_i - e/2, 0)
 
-    density "near_exact": the same in a thirtieth of the time, for norms put on a grid of step h = e / 128. What it
-    takes for #{} lies between the exact numbers of a window with both edges moved in by h and of one with both moved
-    out by h, and l is at most h / 2 off.
+    density "near_exact": the same in a thirtieth of the time, with norms on a grid of step h = e / 128. Its #{} lies
+    between the exact counts of a window with both edges moved in by h and of one with both edges moved out by h. Its l
+    is at most h / 2 off.
 
     More switches:
 
-        max_weight      beta is at most this. In neither the paper nor its code: a region weighs as much with three
-                        examples as with a million, so that in small batches a few outliers may drown the rest.
-        prior_count     k, added to S_j where it becomes beta_j = N / ((S_j + k) n): a region with S_j cells then gets
-                        S_j / (S_j + k) of a full region's weight. For GHM-C with "unit_region"; 0 is the paper's form.
-        scope           "batch": call it once on all cells. "level": the caller is asked to call it once for each
-                        pyramid level and add up; all calls share one moving average.
+        max_weight      limit of beta, in neither the paper nor its code. A region has the same weight with three
+                        examples as with a million, so in small batches a few outliers may dominate.
+        prior_count     k in beta_j = N / ((S_j + k) n): a region with S_j cells then gets S_j / (S_j + k) of a full
+                        region's weight. For GHM-C with "unit_region"; 0 is the paper's form.
+        scope           "batch": the caller calls it once on all cells. "level": the caller calls it once for each
+                        pyramid level and adds the values; all calls share one moving average.
         local_counts    each process counts its own examples only, and the processes' losses are averaged.
-        corrected       False: S is not corrected for its start, so that the first weights are 1 / (1 - a) too
+        corrected       False: S is not corrected for its start, so the first weights are 1 / (1 - a) times too
                         large, and an empty region keeps its S.
 
     The paper describes one density for the batch, "all_bins" and no moving average. `released()` sets all switches
     as the code that its authors released and others ported has them.
 
-    Buffers, moved only in training mode and only by a batch with an example in it: `average` (bins,), float32
-    whatever the module is converted to, `updates` () int64. In evaluation the average that this batch would give is
-    used and not kept. Unless counts are local, each process must call at every step, whether or not it has examples.
+    Buffers: `average` (bins,), always float32, and `updates` () int64. They change only in training mode, and only by
+    a batch with examples. In evaluation, the average that this batch would give is used and not kept. Unless counts
+    are local, each process must call at every step, with or without examples.
     """
 
     average: Tensor
@@ -120,7 +120,7 @@ class GradientDensity(nn.Module):
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "GradientDensity":
-        """What .to(), .half() and their like do to tensors; the average stays float32: float16 ends at 65,504 cells."""
+        """Called by .to(), .half() and so on. The average stays float32, because float16 ends at 65,504 cells."""
         before = self.average
         super()._apply(fn, recurse)
         if self.average.dtype != torch.float32:
@@ -144,7 +144,7 @@ class GradientDensity(nn.Module):
     def region_shares(self, counts: Tensor) -> Tensor:
         """beta / N of every region (regions,) float32, from this process's counts (regions,) int64.
 
-        `regions` is the number of equal parts that examples are counted in. Moves the average, where there is one.
+        `regions` is the number of equal parts of 0..1 for the counts. Updates the moving average, if there is one.
         """
         counts = counts if self.local_counts else all_sum(counts)
         if self.density == "near_exact":
@@ -170,7 +170,7 @@ class GradientDensity(nn.Module):
         return average / -torch.expm1(updates * math.log(self.momentum))  # 1 - a^t, without its cancellation
 
     def _windowed(self, counts: Tensor) -> Tensor:
-        """l / #{} at the centre of every region: those that reach half into the window are half counted."""
+        """l / #{} at the centre of every region; regions that reach half into the window count by half."""
         up_to = F.pad(counts.cumsum(0), (1, 0))
         at = torch.arange(self.regions, device=counts.device)
         half = FINE // 2
@@ -183,11 +183,11 @@ class GradientDensity(nn.Module):
 
     def _exact_shares(self, norms: Tensor, valid: Tensor | None) -> Tensor:
         """As `shares`, from a sort and two searches: O(N log N)."""
-        here = _without(norms, valid, 2).flatten()  # past every window
+        here = _without(norms, valid, 2).flatten()  # invalid rows get 2, past every window
         g, order = _sort(here)
         everyone = g if self.local_counts or world_size() == 1 else _sort(all_cat(here))[0]
         half = 0.5 / self.bins
-        # Asked for in order, so that neighbouring searches touch the same memory.
+        # Searched in ascending order, so that neighbouring searches touch the same memory.
         count = torch.searchsorted(everyone, g + half) - torch.searchsorted(everyone, g - half)
         length = (g + half).clamp(max=1) - (g - half).clamp(min=0)
         share = torch.empty_like(g)
@@ -195,7 +195,7 @@ class GradientDensity(nn.Module):
         return self._limited(_without(share.view_as(norms), valid), everyone < 2)
 
     def _limited(self, share: Tensor, counts: Tensor) -> Tensor:
-        """`share` where beta is at most `max_weight`; the counts add up to N."""
+        """`share` with beta limited to `max_weight`; the counts add up to N."""
         if self.max_weight is not None:
             share = share.clamp(max=self.max_weight / counts.sum())
         return share / world_size() if self.local_counts else share
@@ -207,11 +207,11 @@ def _without(values: Tensor, valid: Tensor | None, fill: float = 0) -> Tensor:
 
 
 def _sort(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Values (N,) not below 0, in ascending order, and where each was."""
+    """Values (N,) of at least 0 in ascending order, and the old index of each."""
     by_torch = values.device.type != "cpu" or values.dtype != torch.float32 or len(values) >= 2**32
     if by_torch or np is None or torch.compiler.is_compiling():  # in torch.compile there are no NumPy integers
         return values.sort()
-    # The bits of floats that are not negative order as the floats do. With the index beneath them NumPy sorts both as
+    # Bits of floats that are not negative sort like the floats. With the index in the lower bits, NumPy sorts both as
     # one integer, three times as fast as torch sorts floats.
     keys = values.numpy().view(np.uint32).astype(np.uint64) << 32
     keys |= np.arange(len(keys), dtype=np.uint64)

@@ -1,4 +1,4 @@
-"""How a sweep over the cells is run: by Triton, by torch.compile, or in pieces that fit a processor's cache."""
+"""Run a sweep over the cells: by Triton, by torch.compile, or in pieces that fit into a processor's cache."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 COMPILED_FROM = 2**21  # cells; compiling takes seconds to a minute, which smaller inputs never earn back
-MAX_VARIANTS = 128  # that are compiled of one function in a process: by loss, dtype, settings
-VECTOR_BITS = {"AVX2": 256, "AVX512": 512}  # of other processors torch finds out itself
+MAX_VARIANTS = 128  # compiled versions of one function in a process: by loss, dtype, settings
+VECTOR_BITS = {"AVX2": 256, "AVX512": 512}  # torch detects the width of other processors
 PIECE = {"cpu": 2**17, "else": 2**25}  # cells; a GPU has no such cache, and each piece costs launches
 
-_broken: list[Exception] = []  # why torch.compile is not used any more
-_without_triton: set[Callable | None] = set()  # curves that Triton does not run; None: it runs none
+_broken: list[Exception] = []  # why torch.compile is no longer used
+_without_triton: set[Callable | None] = set()  # curves that Triton cannot run; None stands for all curves
 
 
 def triton_for(logits: Tensor) -> ModuleType | None:
-    """The module of Triton kernels where these logits can use it; None elsewhere."""
+    """The module of Triton kernels, or None if these logits cannot use it."""
     if logits.device.type != "cuda" or logits.dtype == torch.float64 or not logits.numel() or None in _without_triton:
         return None
     try:
@@ -31,15 +31,15 @@ def triton_for(logits: Tensor) -> ModuleType | None:
 
 
 def by_triton(logits: Tensor, kernel: str, curve: Callable, *arguments: Any) -> Any:
-    """What the kernel `sweep` or `histogram` gives for this curve; None where Triton does not run it."""
+    """The result of the kernel `sweep` or `histogram` for this curve; None if Triton cannot run it."""
     kernels = None if curve in _without_triton else triton_for(logits)
     if kernels is None:
         return None
     try:
         return getattr(kernels, kernel)(curve, logits, *arguments)
-    except torch.OutOfMemoryError:  # what would run instead takes more
+    except torch.OutOfMemoryError:  # the alternatives take more memory
         raise
-    except Exception as error:  # the curve uses what kernels.py does not know, or Triton is too old
+    except Exception as error:  # the curve uses a function that kernels.py does not know, or Triton is too old
         _give_up_triton(curve, error)
         return None
 
@@ -51,7 +51,7 @@ def _give_up_triton(curve: Callable | None, error: Exception) -> None:
 
 
 def pieces(logits: Tensor) -> Iterator[slice]:
-    """Rows, as many at once as is fast."""
+    """Slices of rows, of the fastest size."""
     size = PIECE["cpu" if logits.device.type == "cpu" else "else"]
     step = max(1, size // max(logits.shape[1], 1))
     return (slice(start, start + step) for start in range(0, len(logits), step))
@@ -63,11 +63,11 @@ def compiles(logits: Tensor) -> bool:
 
 
 def compiled_or_plain(logits: Tensor, function: Callable, *arguments: Any) -> Any:
-    """function(*arguments), compiled where that is worth its time and works."""
-    if compiles(logits) and not torch.compiler.is_compiling():  # where a user compiles, it becomes part of that
+    """function(*arguments), compiled if that works and is worth the time."""
+    if compiles(logits) and not torch.compiler.is_compiling():  # in a user's torch.compile, it joins their graph
         try:
-            # One function serves all losses, and dynamo would give it up at the ninth combination of loss and dtype.
-            # Options are constants. As variables, torch 2.14 may take an earlier call's exponent from its disk cache.
+            # All losses share one function. Dynamo would give up on it at the ninth combination of loss and dtype.
+            # Options are constants: for a variable exponent, torch 2.14 may take an earlier one from its disk cache.
             with torch._dynamo.config.patch(recompile_limit=MAX_VARIANTS, specialize_float=True):
                 return _compiled(function)(*arguments)
         except Exception as error:  # a missing or broken compiler raises many kinds
@@ -85,8 +85,8 @@ def _compiled(function: Callable) -> Callable:
 def vector_options() -> dict[str, Any]:
     """For torch.compile: the width of this processor's vectors.
 
-    An option is part of the key of torch's cache on the disk. Without it, torch 2.14 gives a processor with AVX2 what
-    another one compiled for AVX512, and the sums are wrong.
+    Options are part of the key of torch's disk cache. Without this one, torch 2.14 gives a processor with AVX2 the code
+    that another one compiled for AVX512, and the sums are wrong.
     """
     return {"cpp.simdlen": VECTOR_BITS.get(torch.backends.cpu.get_cpu_capability())}
 

@@ -1,8 +1,8 @@
 """The class losses' sum over all cells: value and gradient in one sweep over the logits.
 
-A loss gives its curve: value and slope of one cell as functions of z, the logit against the truth (cells.py). The
-formula of the loss is only there. Since the slope is in closed form, forward keeps only its inputs and the gradient for
-backward. This gradient is also more accurate than what autograd finds through powers and products.
+A loss gives its curve: value and slope of one cell as functions of z, the logit against the truth (cells.py). Only the
+curve has the loss's formula. Since the slope is in closed form, forward keeps only its inputs and the gradient for
+backward. This gradient is also more accurate than autograd's through powers and products.
 """
 
 from collections.abc import Callable
@@ -44,7 +44,7 @@ def cell_sum(
 
 
 class SlopeByAutograd:
-    """The curve of a loss that is given by its value alone: (z, is_positive, *params) -> value, in torch functions."""
+    """Makes a curve from the value alone, (z, is_positive, *params) -> value in torch functions, by autograd."""
 
     def __init__(self, value: Callable[..., Tensor]):
         self.value = value
@@ -99,7 +99,7 @@ def _value_and_gradient(
     scale, negative, positive = weights
     scales = negative * scale, positive * scale
     if logits.device.type != "cpu":
-        # Which rows have a positive is not known here. Looking for its cell in every row costs a GPU nothing.
+        # The rows with a positive are not known here. Looking for its cell in every row costs a GPU nothing.
         return _all_rows(curve, logits, valid, labels, quality, scales, params)
     # A CPU sweeps all rows as background, then replaces the few that have a positive.
     is_positive = labels < logits.shape[1]
@@ -138,7 +138,7 @@ def _sweep(
     scales: tuple[Tensor, Tensor],
     params: tuple,
 ) -> tuple[Tensor, Tensor]:
-    """Sum over the rows that are `counted` (), and its gradient (N, C); without labels all cells are background."""
+    """Sum () over the `counted` rows, and its gradient (N, C). Without labels, all cells are background."""
     negative, positive = scales
     z = logits.to(accumulator(logits))
     if labels is None:
@@ -165,5 +165,5 @@ def _value_and_slope(curve: Curve, *arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _kept(logits: Tensor) -> torch.dtype:
-    """Of the gradient until backward: float16 would underflow before a loss scale lifts it."""
+    """The gradient's dtype until backward: float16 would underflow before a loss scale is applied."""
     return torch.float32 if logits.dtype == torch.float16 else logits.dtype

@@ -42,7 +42,7 @@ class GHMC(GradientDensity):
 
     def forward(self, logits: Tensor, labels: Tensor, valid: Tensor, num_pos: Tensor | float) -> Tensor:
         """logits (N, C), labels (N,) int64 with C = background, valid (N,) bool -> scalar."""
-        if self.density == "exact":  # each cell has a weight of its own, which no table holds
+        if self.density == "exact":  # each cell has its own weight, so there is no table
             z = logits_against_truth(logits, labels, valid)
             return sum_cells(self.shares(z.sigmoid(), valid) * cross_entropy(z), valid)
         share = self.region_shares(count_regions(logits, labels, valid, self.regions))
@@ -56,9 +56,9 @@ def _curve(z: Tensor, is_positive: Tensor | None, share: Tensor, bins: int) -> t
 
 
 def _without_gaps(share: Tensor) -> Tensor:
-    """Shares with those of empty regions taken from a neighbour that is not.
+    """The shares, in which an empty region takes the larger share of its neighbours.
 
-    A cell on the very edge of two regions may be counted in one and rounded into the other: it must not weigh 0.
+    A cell at the edge of two regions may be counted in one and rounded into the other. Its weight must not be 0.
     """
     below, above = F.pad(share[:-1], (1, 0)), F.pad(share[1:], (0, 1))
     return torch.where(share > 0, share, torch.maximum(below, above))
@@ -117,9 +117,9 @@ class GHMR(GradientDensity):
         """deltas, targets (P, 4), in encoded box coordinates; valid (P,) bool or None for all; P may be 0 -> scalar."""
         dtype = torch.promote_types(deltas.dtype, torch.float32)
         d = deltas.to(dtype) - targets.to(dtype)
-        if valid is not None:  # before anything is computed of it: what does not count may be inf or NaN
+        if valid is not None:  # before any other step: rows that do not count may be inf or NaN
             d = torch.where(valid[:, None], d, 0)
-        # hypot: the square of a large d would overflow, and at 0 its gradient is 0.
+        # hypot, because the square of a large d would overflow. At 0 its gradient is 0.
         length = torch.hypot(d, torch.full_like(d, self.mu))
         share = self.shares((d / length).detach().abs(), valid)
         return (share * (length - self.mu)).sum()

@@ -1,4 +1,4 @@
-"""The IoU losses: they compare whole boxes, where the other box losses compare four numbers.
+"""The IoU losses compare whole boxes; the other box losses compare four numbers.
 
 All take boxes, not deltas, and are normalised by num_pos, the positive anchors of all processes:
 
@@ -13,11 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-EPS = 1e-7  # of an area or a squared length in pixels: keeps a point-sized pair from dividing by 0
+EPS = 1e-7  # added to an area or squared length in pixels, so that two points do not divide by 0
 
 
 class Overlap(NamedTuple):
-    """Of each pair of boxes; all (P,), at least float32, in pixels."""
+    """Measures of each pair of boxes; all (P,), at least float32, in pixels."""
 
     iou: Tensor
     union: Tensor
@@ -30,7 +30,7 @@ class Overlap(NamedTuple):
 class _IoULoss(nn.Module):
     takes_boxes = True
 
-    def __init__(self) -> None:  # so that its signature says that there is nothing to set
+    def __init__(self) -> None:  # its signature shows that there are no options
         super().__init__()
 
     def forward(self, boxes: Tensor, targets: Tensor, num_pos: Tensor | float) -> Tensor:

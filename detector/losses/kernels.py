@@ -1,7 +1,7 @@
 """The class losses' sweep and histogram as Triton kernels, for logits on a GPU.
 
-Each reads the logits once and keeps nothing of their size but the gradient. A loss's curve is not written again: the
-kernel calls the same Python function that a CPU runs, in which `torch` means Triton's functions (`translated`).
+Each reads the logits once and stores nothing of their size except the gradient. A loss's curve is not written twice:
+the kernel calls the Python function that a CPU runs, in which `torch` means Triton's functions (`translated`).
 """
 
 import ast
@@ -97,7 +97,7 @@ def _histogram(
 @triton.jit
 def _scale(gradient_ptr, factor_ptr, total, BLOCK: tl.constexpr):
     factor = tl.load(factor_ptr).to(tl.float32)
-    if factor != 1.0:  # as it mostly is: then nothing is read or written
+    if factor != 1.0:  # in the usual case of 1, nothing is read or written
         for block in range(tl.program_id(0).to(tl.int64), tl.cdiv(total, BLOCK), tl.num_programs(0)):
             cell = block * BLOCK + tl.arange(0, BLOCK)
             gradient = tl.load(gradient_ptr + cell, mask=cell < total)
@@ -183,7 +183,7 @@ def _codes(labels: Tensor, valid: Tensor) -> Tensor:
 
 
 def _split(params: tuple) -> tuple[tuple, tuple]:
-    """Tensors, and numbers: a kernel is compiled for each choice of these, which are options of a loss."""
+    """Split into tensors and numbers. The numbers are options of a loss; each choice of them gets its own kernel."""
     tables = tuple(value for value in params if isinstance(value, Tensor))
     return tables, params[len(tables) :]
 
@@ -192,7 +192,7 @@ def _device(tensor: Tensor) -> torch.cuda.device | nullcontext:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-# ---- What a curve is written in, in Triton's words.
+# ---- Triton's versions of the functions that curves use.
 
 
 @triton.jit
@@ -272,7 +272,7 @@ CELLS = {cells.lookup: _lookup, cells.ordered_bits: _ordered_bits}
 
 @cache
 def translated(function: Callable, numbers: tuple = ()) -> triton.JITFunction:
-    """A curve, or what it calls, as a Triton function: the same source, in which `torch` is TORCH.
+    """A curve, or a function called by one, as a Triton function: the same source with TORCH for `torch`.
 
     Its last arguments, the loss's options, become the constants `numbers`.
     """

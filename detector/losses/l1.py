@@ -16,10 +16,10 @@ class L1(nn.Module):
         targets = encode(gt_boxes[gt_index[positive]], anchors[positive])  # (P, 4)
         loss = box_loss(deltas[positive], targets, positive.sum().clamp(min=1))
 
-    Raises nothing of its own.
+    Raises no errors itself.
     """
 
-    def __init__(self) -> None:  # so that its signature says that there is nothing to set
+    def __init__(self) -> None:  # its signature shows that there are no options
         super().__init__()
 
     def forward(self, deltas: Tensor, targets: Tensor, num_pos: Tensor | float) -> Tensor:

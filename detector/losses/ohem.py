@@ -14,10 +14,10 @@ class OHEM(nn.Module):
 
         loss = (1 / num_pos) sum over kept cells of [-p* log p - (1-p*) log(1-p)]
 
-    Kept are all positive cells and the `ratio` x (positive cells, at least 1) hardest negative ones, or with
-    `top_k` the top_k hardest valid cells of either kind; all of them where fewer exist. Cells that tie for the last
-    places share them, each with the same part of its loss. Chosen over all images and levels of the batch, but each
-    process chooses among its own cells.
+    It keeps all positive cells and the `ratio` x (positive cells, at least 1) hardest negative ones; with `top_k`, the
+    top_k hardest valid cells of either kind; all of them if fewer exist. Cells that tie for the last places share them:
+    each counts with the same part of its loss. The choice is over all images and levels of the batch, but each process
+    chooses among its own cells.
 
     Shrivastava, Gupta, Girshick, "Training Region-based Object Detectors with Online Hard Example Mining",
     CVPR 2016, arXiv 1604.03540; for one-stage detectors and the 3:1 ratio Lin et al., arXiv 1708.02002, 5.1.
@@ -46,7 +46,7 @@ class OHEM(nn.Module):
         return cell_sum(_curve, logits, labels, valid, limits, keep_positives, num_pos=num_pos)
 
     def _places(self, logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor | int:
-        """How many cells are kept; with a ratio, how many negative ones."""
+        """The number of cells to keep; with a ratio, of negative cells."""
         if self.top_k is not None:
             return self.top_k
         positives = (valid & (labels < logits.shape[1])).sum()
@@ -63,8 +63,8 @@ def _curve(z: Tensor, is_positive: Tensor | None, limits: Tensor, keep_positives
 
 @torch.no_grad()
 def kth_largest(logits: Tensor, labels: Tensor, valid: Tensor, k: Tensor | int, negatives: bool) -> Tensor:
-    """The k-th largest z of all valid cells, or of the negative ones alone; inf for k = 0. And the share of the cells
-    that tie with it that are among the k largest -> (2,). A k beyond their number stands for it.
+    """The k-th largest z of all valid cells, or of the negative ones only (inf for k = 0); and of the cells that tie
+    with it, the share among the k largest -> (2,). A k above the number of cells counts as that number.
     """
     logits = logits.detach()
     if logits.device.type != "cpu" and logits.dtype != torch.float64:
@@ -89,11 +89,11 @@ def kth_largest(logits: Tensor, labels: Tensor, valid: Tensor, k: Tensor | int, 
     return torch.stack([last, tied.to(last.dtype)])
 
 
-# What a GPU does instead of sorting: it finds the number's bits, a few at a time, by counting which cells have which.
-# Triton is slow at many bins: of 258 million bfloat16 logits an H100 found three digits of at most 6 bits in 3 ms, and
-# two of 11 bits in 45.
+# A GPU does not sort. It finds the number's bits, a few at a time, by counting the cells for each value of these bits.
+# Triton is slow with many bins: for 258 million bfloat16 logits, an H100 took 3 ms for three digits of at most 6 bits,
+# and 45 ms for two of 11 bits.
 DIGITS = ((26, 6), (21, 5), (16, 5), (10, 6), (5, 5), (0, 5))  # lowest bit, and width
-NEEDED = {torch.bfloat16: 3, torch.float16: 4}  # they leave the other bits 0
+NEEDED = {torch.bfloat16: 3, torch.float16: 4}  # digits; the other bits are 0
 
 
 def _by_digits(logits: Tensor, labels: Tensor, valid: Tensor, k: Tensor | int, negatives: bool) -> Tensor:
@@ -119,10 +119,10 @@ def _by_digits(logits: Tensor, labels: Tensor, valid: Tensor, k: Tensor | int, n
 def _digit(
     z: Tensor, is_positive: Tensor | None, prefix: Tensor, negatives: bool, low: int, width: int, first: bool
 ) -> Tensor:
-    """`width` bits of each z from bit `low` on, where the bits above them are `prefix`; elsewhere 2 ** width."""
+    """`width` bits of each z from bit `low` on, if the bits above them are `prefix`; otherwise 2 ** width."""
     bits = ordered_bits(z)
     if first:
-        digit = (bits >> low) + 2 ** (width - 1)  # the sign's bit turns
+        digit = (bits >> low) + 2 ** (width - 1)  # flips the sign bit
     else:
         digit = (bits >> low) & (2**width - 1)
         digit = torch.where((bits >> (low + width)) == lookup(prefix, 0), digit, 2**width)

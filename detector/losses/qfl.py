@@ -37,7 +37,7 @@ class QualityFocal(nn.Module):
     ) -> Tensor:
         """logits (N, C), labels (N,) int64 with C = background, valid (N,) bool, quality (N,) in [0, 1] -> scalar.
 
-        Without a quality every positive has 1.
+        Without `quality`, every positive has quality 1.
         """
         if quality is None:
             quality = torch.ones_like(labels, dtype=torch.float32)
@@ -47,7 +47,7 @@ class QualityFocal(nn.Module):
 def _curve(z: Tensor, is_positive: Tensor | None, quality: Tensor | None, beta: float) -> tuple[Tensor, Tensor]:
     """|p - m|^beta (softplus(z) - m z) and its derivative, with p = sigmoid(z).
 
-    m, what a positive lacks to full quality, is where p should be: 0 for background.
+    m is the target of p: 1 - quality for a positive, 0 for background.
     """
     p, softplus = sigmoid_softplus(z)
     lack = 0.0 if is_positive is None or quality is None else torch.where(is_positive, 1 - quality, 0.0)

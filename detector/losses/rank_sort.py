@@ -24,14 +24,14 @@ class RankSort(nn.Module):
         sorting error  mean of 1 - quality over the positives at or above i, less the same mean without those whose
                        quality is below i's
 
-    Cell j is above i by H(x_j - x_i), from 0 for 0.5 below to 1 for 0.5 above. So negatives that are lower than every
-    positive cost nothing, however many there are. The gradient is not that of the value, which is flat nearly
-    everywhere: i's ranking error is pushed off the negatives above it, in proportion to H, and i is pulled up by as
-    much; its sorting error moves it and the worse positives above it in the same way.
+    Cell j is above i by H(x_j - x_i), which rises from 0 at 0.5 below to 1 at 0.5 above. So negatives at least 0.5
+    below every positive cost nothing, however many there are. The value is flat nearly everywhere, so its gradient is
+    replaced: i's ranking error pushes down the negatives above i, in proportion to H, and pulls up i by as much.
+    i's sorting error moves i and the worse positives above it in the same way.
 
     Oksuz, Cam, Akbas, Kalkan, "Rank & Sort Loss for Object Detection and Instance Segmentation", ICCV 2021,
-    arXiv 2107.11669, section 3. The paper also sets the weight of the box loss, to class loss / box loss in each step;
-    here it is an option like any other, tuned for each loss alike. Ranks are those among the cells of all processes,
+    arXiv 2107.11669, section 3. The paper also sets the box loss's weight, to class loss / box loss in each step;
+    here this weight is a normal option, tuned for each loss alike. Ranks are those among the cells of all processes,
     and the loss is normalised by num_pos, the positive anchors of all processes. No gradient flows into the quality.
 
         class_loss = RankSort()
@@ -39,15 +39,15 @@ class RankSort(nn.Module):
         quality = iou(boxes, gt_boxes[gt_index])  # (N,), of the decoded boxes, read where positive
         loss = class_loss(logits, labels, ~ignored, positive.sum().clamp(min=1), quality)
 
-    Only differences of logits count, so a score says nothing by itself: start the class bias at 0 (`prior`), or a score
-    threshold drops most objects. Without positives the loss is 0. On a GPU it waits for the device several times a
-    step. Raises nothing of its own.
+    Only differences of logits count, so a score alone means nothing: start the class bias at 0 (`prior`), otherwise a
+    score threshold drops most objects. Without positives the loss is 0. On a GPU it waits for the device several times
+    a step. Raises no errors itself.
     """
 
     takes_quality = True
     prior = 0.5  # of model.head, unless the config sets one
 
-    def __init__(self) -> None:  # so that its signature says that there is nothing to set
+    def __init__(self) -> None:  # its signature shows that there are no options
         super().__init__()
 
     def forward(
@@ -55,7 +55,7 @@ class RankSort(nn.Module):
     ) -> Tensor:
         """logits (N, C), labels (N,) int64 with C = background, valid (N,) bool, quality (N,) in [0, 1] -> scalar.
 
-        Without a quality every positive has 1.
+        Without `quality`, every positive has quality 1.
         """
         return _ErrorDriven.apply(logits, labels, valid, quality, num_pos)
 
@@ -97,7 +97,7 @@ def _value_and_gradient(
 
 
 def _sort(x: Tensor, quality: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the positives: rank among themselves, sorting error, and the sum of the errors' gradients, (P,) each."""
+    """For the positives: rank among themselves, sorting error, and the sum of these errors' gradients, (P,) each."""
     rank, errors, gradient = (torch.zeros_like(x) for _ in range(3))
     ones = torch.ones_like(x)
     count_and_lack = torch.stack([ones, 1 - (ones if quality is None else quality)], dim=1)
@@ -107,7 +107,7 @@ def _sort(x: Tensor, quality: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         above = (height - (height[part, None] - 0.5)).clamp_(0, 1)
         rank[part] = above.sum(1)
         if quality is None:
-            continue  # they are all as good: nothing to sort
+            continue  # all have quality 1: nothing to sort
         right = above * (quality >= quality[part, None])
         wrong = above.sub_(right)
         rightly, lack = (right @ count_and_lack).unbind(1)
@@ -119,15 +119,15 @@ def _sort(x: Tensor, quality: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _Steps(NamedTuple):
-    """H around each positive, made of lines between 2 P edges, so that no negative is compared with every positive.
+    """H around each positive as lines between 2 P edges, so that no negative is compared with every positive.
 
-    A negative needs only the interval it is in and how far it is from that interval's lower edge.
+    A negative needs only its interval and its distance from that interval's lower edge.
     """
 
     edges: Tensor  # (2 P,) float64, ascending: where an H leaves 0 or reaches 1
-    order: Tensor  # (2 P,) whose edge each is: positive i has i and P + i
-    low: Tensor  # (P,) which edge is the positive's first
-    high: Tensor  # (P,) and its second
+    order: Tensor  # (2 P,) the owner of each edge: positive i has i and P + i
+    low: Tensor  # (P,) index of each positive's first edge
+    high: Tensor  # (P,) and of its second
 
     @classmethod
     def at(cls, x: Tensor) -> "_Steps":
@@ -142,13 +142,13 @@ class _Steps(NamedTuple):
             whole = offset.mul_(2**28).round_()  # whole numbers, whose sum is the same in any order
             offsets += interval.bincount(whole, minlength=len(counts))
         counts, offsets = distributed.all_sum(counts), distributed.all_sum(offsets)
-        # H's sum is the mean, over its step, of how many negatives are higher. From the top down no digits are lost.
+        # The sum of H is the mean number of higher negatives over its step. Summing from the top loses no digits.
         higher = _from_the_top(counts) - counts
         area = _from_the_top(higher * self._widths() + offsets / 2**28)
         return (area[self.low] - area[self.high]) / (2 * DELTA)
 
     def add_up(self, weights: Tensor, logits: Tensor, labels: Tensor, valid: Tensor, out: Tensor) -> None:
-        """Writes for each negative that is above a positive the sum of the positives' weights (P,) x H."""
+        """Write into `out`, for each negative above a positive, the sum of the positives' weights (P,) x H."""
         slopes = torch.cat([weights, -weights])[self.order].cumsum(0).clamp_(min=0) / (2 * DELTA)
         rises = slopes * self._widths()
         heights = torch.cat([rises.new_zeros(1), rises[:-1].cumsum(0)])
@@ -156,7 +156,7 @@ class _Steps(NamedTuple):
             out[rows][chosen] = (heights[interval] + slopes[interval] * offset).to(out.dtype)
 
     def _widths(self) -> Tensor:
-        """Of the intervals, from edge to edge. What is wider than a step is a gap in which no H changes."""
+        """Widths of the intervals between edges. An interval wider than a step is a gap in which no H changes."""
         return self.edges.diff(append=self.edges[-1:]).clamp_(max=2 * DELTA)
 
     def _negatives(

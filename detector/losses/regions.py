@@ -1,4 +1,4 @@
-"""How many cells have which gradient norm, or any other index, without a copy of the logits."""
+"""Count cells by their gradient norm, or by any other index, without a copy of the logits."""
 
 from collections.abc import Callable
 
@@ -8,9 +8,9 @@ from torch import Tensor
 from detector.losses import dispatch
 from detector.losses.cells import accumulator, logits_against_truth, region_of
 
-PACKED_BINS = 128  # up to here counting by comparisons is the faster way on a CPU
-BLOCK = 127  # rows counted into one byte, short of its sign
-GROUPS = 256  # of rows that count for themselves on a GPU
+PACKED_BINS = 128  # up to this number, counting by comparisons is faster on a CPU
+BLOCK = 127  # rows counted in one byte without its sign bit
+GROUPS = 256  # of rows with separate counters on a GPU
 
 Index = Callable[..., Tensor]
 
@@ -30,8 +30,8 @@ def histogram(
 ) -> Tensor:
     """How many valid cells have each index in 0..bins-1 -> (bins,) int64.
 
-    index: (z, is_positive, *params) -> int32, at least 0, `bins` or more where a cell does not count. is_positive says
-        which cells are; it is None where none is.
+    index: (z, is_positive, *params) -> int32, at least 0; `bins` or more for cells that do not count. is_positive marks
+        the positive cells; it is None if there are none.
     logits (N, C) of any float type, labels (N,) int64 with C = background, valid (N,) bool
     params: (K,) tensors first, then numbers
 
@@ -70,8 +70,8 @@ def count(index: Tensor, valid: Tensor | None, bins: int) -> Tensor:
     """
     if index.device.type == "cpu":
         return torch.bincount((index if valid is None else index[valid]).flatten(), minlength=bins)[:bins]
-    # bincount would wait for the device. One bin too many takes what does not count; rows are counted in groups of
-    # their own, since most cells share one region, and additions to a single counter would queue.
+    # bincount would wait for the device. An extra bin takes what does not count. Groups of rows have separate
+    # counters, because most cells share one region, and additions to a single counter would queue.
     index = (index if valid is None else index.masked_fill(~valid[:, None], bins)).clamp(max=bins).long()
     group = torch.arange(len(index), device=index.device) % GROUPS
     unit = torch.ones((), dtype=torch.int32, device=index.device)
@@ -81,7 +81,7 @@ def count(index: Tensor, valid: Tensor | None, bins: int) -> Tensor:
 
 
 def _count_packed(logits: Tensor, counted: Tensor, bins: int) -> Tensor:
-    """Regions of the rows that are `counted`, all of them background, in one compiled sweep."""
+    """Count the regions of the `counted` rows, all of them background, in one compiled sweep."""
     whole = len(logits) // BLOCK * BLOCK
     counts = torch.zeros(bins, dtype=torch.int64, device=logits.device)
     for rows, height in (slice(whole), BLOCK), (slice(whole, None), len(logits) - whole):

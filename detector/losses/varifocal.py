@@ -39,7 +39,7 @@ class Varifocal(nn.Module):
     ) -> Tensor:
         """logits (N, C), labels (N,) int64 with C = background, valid (N,) bool, quality (N,) in [0, 1] -> scalar.
 
-        Without a quality every positive has 1.
+        Without `quality`, every positive has quality 1.
         """
         if quality is None:
             quality = torch.ones_like(labels, dtype=torch.float32)

@@ -117,7 +117,7 @@ def loader_speed(dataset: CocoDataset, workers: int, repeats: int) -> float:
 
 
 def peers(ours: CocoDataset, sides: tuple[int, int]) -> dict[str, tuple[Sequence, Callable[[list], tuple]]]:
-    """Data sets of the same images and boxes, each with what makes a batch of its samples."""
+    """Data sets of the same images and boxes, each with a function that makes a batch of its samples."""
     short_side, long_side = sides
     flipping, resizing = v2.RandomHorizontalFlip(0.5), v2.Resize(short_side, max_size=long_side)
     floats, normalising = v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)
@@ -155,7 +155,7 @@ class Peer:
 
 
 def pad_and_stack(samples: list[tuple[Tensor, dict]]) -> tuple[Tensor, list[dict]]:
-    """As GeneralizedRCNNTransform.batch_images."""
+    """Does the same as GeneralizedRCNNTransform.batch_images."""
     images, targets = zip(*samples)
     height, width = (-(-max(side) // 32) * 32 for side in zip(*(image.shape[1:] for image in images)))
     batch = images[0].new_full((len(images), 3, height, width), 0)

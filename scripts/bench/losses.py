@@ -5,9 +5,9 @@
 
 Peers: GHM-C and GHM-R as a loop over bins, with the arithmetic of the released code; torchvision's focal loss, alone
 and as its RetinaNet head calls it; cross entropy on dense targets; a sort with two searches for exact density. They run
-on the GPU where there is one. All alternate in one process, so that a slow moment of the machine meets all of them.
-Times are medians, with freed memory kept by the process; memory is the peak of one call beyond what was held before it,
-in sizes of the logits.
+on the GPU where there is one. All alternate in one process, so a slow moment of the machine affects all of them.
+Times are medians, with freed memory kept by the process; memory is the peak of one call beyond the memory in use before
+it, as a multiple of the logits' size.
 "Gradient error": Focal's, relative, against float64 where background is confident, beside torchvision's.
 --step: a whole training step, ResNet-18 at 512 px, 2 images, GHM-C + GHM-R beside CE + smooth L1.
 """
@@ -48,7 +48,7 @@ def main() -> None:
     print(measure.environment())
     device, dtype = pick_device("auto"), getattr(torch, args.dtype)
     memory = {}
-    for rows in args.rows:  # all of it before memory is kept: then freed memory would be taken for used
+    for rows in args.rows:  # measured before freed memory is kept, which would count as used
         logits, *rest = cells(rows, args.classes, *args.logits, device, dtype)
         calls = class_losses(logits, *rest, args.slow)
         memory[rows] = {name: peak(call, logits) for name, call in calls.items()}
@@ -142,7 +142,7 @@ def ghm_r_loop(deltas: Tensor, targets: Tensor, sums: list[float], mu: float = 0
 
 
 def loop_weights(norms: Tensor, counted: Tensor, sums: list[float], momentum: float) -> tuple[Tensor, float]:
-    """One masked pass for each bin, and a wait for its count: what most people run."""
+    """One masked pass for each bin, and a wait for its count, as in the code that most people run."""
     beta, filled, total = torch.zeros_like(norms), 0, max(counted.float().sum().item(), 1.0)
     for j in range(len(sums)):
         top = (j + 1) / len(sums) if j + 1 < len(sums) else 2.0
@@ -203,7 +203,7 @@ def whole_step(repeats: int, side: int = 512, images: int = 2) -> None:
 def report(
     calls: dict[str, Callable[[], Tensor]], logits: Tensor, repeats: int, peaks: dict[str, float] | None
 ) -> None:
-    """A row each: milliseconds of forward and backward, times our CE, memory in logits, and ours beside the peer."""
+    """A row for each call: milliseconds of forward and backward, ratio to our CE, memory in logits, ours to peer."""
     times = measure.alternate({name: lambda call=call: step(call, logits) for name, call in calls.items()}, repeats)
     medians, rows = measure.medians(times), []
     for name, median in medians.items():
@@ -219,7 +219,7 @@ def step(call: Callable[[], Tensor], logits: Tensor) -> None:
 
 
 def peak(call: Callable[[], Tensor], logits: Tensor) -> float:
-    """Memory of the second call beyond what was held before it, in sizes of the logits."""
+    """Memory of the second call beyond the memory in use before it, as a multiple of the logits' size."""
     step(call, logits)
     logits.grad = None
     return measure.peak(lambda: step(call, logits)) / (logits.numel() * logits.element_size())

@@ -3,7 +3,7 @@
     python scripts/bench/real_training.py DATA --output FOLDER [--short-side 800] [--batch 16] [--images 1600]
 
 DATA holds train.json, val.json and images/. Trains ResNet-50, random weights with frozen BatchNorm, on --images of its
-images, each taken as often as it needs. All other options are those of configs/coco: data.workers and precision auto,
+images, repeated if needed. All other options are those of configs/coco: data.workers and precision auto,
 and each JPEG file is read and decoded whenever it is used. Prints the median of images a second and the share of the
 time that steps waited for images, both over the second epoch; then images a second of the steps alone, without
 loading, logging and reading the losses.
@@ -82,7 +82,7 @@ def speed_of_steps(cfg: Config) -> float:
 
 
 def repeat(coco: dict, count: int) -> dict:
-    """The same photos under new ids, until there are `count`."""
+    """The photos under new ids, repeated until there are `count`."""
     by_image: dict[int, list[dict]] = {}
     for annotation in coco["annotations"]:
         by_image.setdefault(annotation["image_id"], []).append(annotation)

@@ -7,7 +7,7 @@ Forward, losses, backward, clipping, SGD. Both have the same backbone with the s
 stage frozen, as both have by default, the same pyramid and head sizes, and the same images. "torchvision" is as its
 users run it: float32, a list of float images that its model normalises and pads. "tuned" is the same with channels_last
 and autocast to the precision that ours picks on this machine. "ours" is what train.py does by default on this machine,
-keeping freed memory included; "float32" the same in float32. Each has a process of its own, and they take turns; memory
+keeping freed memory included; "float32" the same in float32. Each runs in its own process, and they take turns; memory
 is that of one call beyond the weights.
 --compile: also ours through torch.compile. --also: also ours with these settings. --ours: without torchvision's and
 float32, beside "ours".
@@ -103,7 +103,7 @@ def compare(builders: dict[str, Callable], name: str, side: int, batch: int, box
 
 
 def serve(pipe: Connection, build: Callable, kept: bool, name: str, side: int, batch: int, boxes: int) -> None:
-    """In a process of its own: the peak memory of a step, then a step for each message."""
+    """Run in a separate process: send the peak memory of a step, then do a step for each message."""
     device = pick_device("auto")
     step = build(name, backbone_weights(name), *work(side, batch, boxes, device))
     step()

@@ -12,12 +12,12 @@ from scripts.conversion.found_files import Index, folder_of, kind_of, list_files
 from scripts.conversion.label_formats import Box, Labels, Notes, bytes_of
 from scripts.conversion.source import Source
 
-# Folders of which the images are often beside, and not in.
+# Folders of annotation files. Their images are often beside the folder, not in it.
 OF_ANNOTATIONS = ("annotations", "annotation", "labels", "json", "jsons")
 
 
 def coco_labels(file: Path, notes: Notes) -> tuple[list[str], list[tuple[str, Labels]]]:
-    """The classes' names of a COCO file, and of each image its file_name and labels."""
+    """The class names of a COCO file, and the file_name and labels of each image."""
     read = load_annotations(file)
     boxes: list[list[Box]] = [[] for _ in read.file_names]
     columns = (read.images, read.categories, read.boxes, read.crowds, read.areas)
@@ -34,10 +34,10 @@ Records = list[tuple[str, Labels]]  # file_name and labels of each image
 
 
 def read_coco(sources: list[Path], notes: Notes) -> Source:
-    """The images that COCO files name. An image that several files list becomes a single one, and so does a box."""
+    """The images that COCO files name. Images and boxes that several files list are joined to one."""
     documents: dict[str, tuple[list[str], Records]] = {}
-    every: dict[str, Path] = {}  # files that may be their images
-    walked: set[str] = set()  # those of them in a folder that was given
+    every: dict[str, Path] = {}  # candidates for their images
+    walked: set[str] = set()  # those of them in the given folders
     for source in map(Path, map(os.path.abspath, sources)):
         if source.is_file():
             documents[str(source)] = coco_labels(source, notes)
@@ -76,7 +76,7 @@ def read_coco(sources: list[Path], notes: Notes) -> Source:
     tell_unused([name for name in unnamed if name not in pool], notes)
     for name in filter(pool.get, unnamed):
         notes["not used: images that no annotation file names"].append(name)
-    # Paths in the new folder begin where those of the images part.
+    # Paths in the new folder start where the images' paths first differ.
     top = os.path.commonpath([folder_of(f"/{name}") for name in labels]).strip("/")
     short = {name: name[len(top) + 1 :] if top else name for name in labels}
     return Source(
@@ -90,7 +90,7 @@ def read_coco(sources: list[Path], notes: Notes) -> Source:
 
 
 def joined(names: list[list[str]], notes: Notes) -> list[str]:
-    """The names of the classes of all files, each once."""
+    """The class names of all files, each once."""
     every = list(dict.fromkeys(name for listed in names for name in listed))
     alike = defaultdict(list)
     for name in every:
@@ -109,7 +109,7 @@ def is_coco(path: Path) -> bool:
 
 
 def images_beside(file: Path, records: Records) -> dict[str, Path]:
-    """What may be the images of a COCO file: those where the tools that write such files put them."""
+    """Candidates for the images of a COCO file, from the places where tools that write such files put them."""
     beside, above = file.parent, file.parent.parent
     places = [beside, beside / "images", above, above / "images"]
     for place in (beside, beside / "images", above / "images", *[above] * (beside.name.lower() in OF_ANNOTATIONS)):
@@ -128,7 +128,7 @@ def inside(folder: Path) -> list[Path]:
 
 
 def place_of(file_name: str, document: str, pool: dict[str, Path], index: Index, notes: Notes) -> str | None:
-    """The image in the `pool` that a file_name in a document means."""
+    """The image in the `pool` that a document's file_name means; None if none or several fit."""
     beside = folder_of(document)
     for start in (beside, f"{beside}/images", folder_of(beside), f"{folder_of(beside)}/images"):
         place = posixpath.normpath(posixpath.join(start.lstrip("/"), file_name))

@@ -1,4 +1,4 @@
-"""What a set says of itself: data.yaml, or Darknet's obj.data, and lists of the names of its classes."""
+"""A set's own description: data.yaml, or Darknet's obj.data, and lists of its class names."""
 
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -19,7 +19,7 @@ class Described(NamedTuple):
     content: dict
 
     def part(self, part: str) -> list[str]:
-        """What it says that "train", "val" or "test" is: folders and files, as its writer's machine calls them."""
+        """The folders and files of "train", "val" or "test", as paths of the machine where the file was written."""
         entry = self.content.get(part) or (self.content.get("valid") if part == "val" else None)
         texts = entry if isinstance(entry, list) else [entry]
         return [text for text in texts if isinstance(text, str) and text.strip()]
@@ -32,7 +32,7 @@ class Described(NamedTuple):
 
 
 def describe(source: Path, files: dict[str, Path]) -> Described | None:
-    """The only file that describes the set, or the uppermost; UserError where there are several sets."""
+    """The file that describes the set, or the uppermost of several. Raises UserError if there are several sets."""
     sets, broken = [], []
     for name, path in files.items():
         suffix = PurePosixPath(name).suffix.lower()
@@ -66,10 +66,10 @@ def darknet(text: str) -> dict:
 
 
 def classes_of(source: Path, files: dict[str, Path], described: Described | None) -> Classes:
-    """The names that a YOLO set has for its numbers: data.yaml's, else those of classes.txt or *.names."""
+    """The class names of a YOLO set: those of data.yaml or obj.data, else those of classes.txt or *.names."""
     content = described.content if described else {}
     named, keypoints = content.get("names"), content.get("kpt_shape")
-    if isinstance(named, str):  # obj.data says the file
+    if isinstance(named, str):  # obj.data names a file
         suffix = PurePosixPath(named).suffix
         lists = Index(name for name in files if name.endswith(suffix)).find(named, described.name)
         if not lists:
@@ -93,7 +93,7 @@ def is_names(name: str) -> bool:
 
 
 def from_lists(source: Path, files: dict[str, Path]) -> list[str]:
-    """Labelling tools leave a list in each folder, each later one longer; the longest starts with all others."""
+    """The longest list. Labelling tools leave a list in each folder, and each later one extends the earlier ones."""
     lists = {name: lines_of(path) for name, path in files.items()}
     longest = max(lists.values(), key=len, default=[])
     for name, names in lists.items():
@@ -108,7 +108,7 @@ def lines_of(file: Path) -> list[str]:
 
 
 def in_order(named: dict, file: Path) -> list:
-    """The names of {number: name}; those that are not there are called by their number."""
+    """The names of {number: name} as a list; a number without a name becomes "class NUMBER"."""
     try:
         by_number = {int(number): name for number, name in named.items()}
     except (TypeError, ValueError):

@@ -114,7 +114,7 @@ def read_labels(
 
 
 def decode(label: str, file: Path, folder: Path, notes: Notes) -> str | None:
-    """Write the image that a labelme file holds into `folder`; its path in it."""
+    """Write the image inside a labelme file into `folder`; returns its path there, or None."""
     try:
         data = labelme_content(file).get("imageData")
         if not data:

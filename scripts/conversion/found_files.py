@@ -1,4 +1,4 @@
-"""The files below a folder, and which of them is meant by a path that somebody wrote elsewhere."""
+"""List the files below a folder, and find the file that a path from another machine means."""
 
 import os
 import re
@@ -13,7 +13,7 @@ from detector.errors import CONTROL
 
 Notes = dict[str, list[str]]  # kind of remark -> where
 
-# The words by which file and folder names say which part of a set they hold.
+# Words in the names of files and folders that say which part of a set they hold.
 PARTS = {
     "train": ("train", "training", "trn", "trainval"),
     "val": ("val", "valid", "validation", "dev", "eval", "evaluation"),
@@ -24,7 +24,7 @@ PARTS = {
 def list_files(root: Path, notes: Notes) -> dict[str, Path]:
     """Every file below `root` by its path relative to it, with /, sorted; links are followed.
 
-    Where a file is there under several names, those that are links stay: they say what the file is used as.
+    If a file has several names, only its links stay, because they say how the file is used.
     """
     files: dict[str, Path] = {}
     links = False
@@ -59,7 +59,7 @@ def list_files(root: Path, notes: Notes) -> dict[str, Path]:
 
 
 def drop_stores(root: Path, files: dict[str, Path], notes: Notes) -> None:
-    """Take out of `files` those to which others are links."""
+    """Remove the files in `files` that other files link to."""
     top = os.path.realpath(root)
     real = {key: os.path.realpath(path) for key, path in files.items()}
     linked = {place for key, place in real.items() if os.path.join(top, key) != place}
@@ -70,13 +70,13 @@ def drop_stores(root: Path, files: dict[str, Path], notes: Notes) -> None:
 
 
 def kind_of(name: str) -> str:
-    """ "image", "picture" where it cannot be read here, or "other"."""
+    """ "image", "picture" if its format cannot be read here, or "other"."""
     suffix = PurePosixPath(name).suffix.lower()
     return "image" if suffix in suffixes() else "picture" if suffix in OTHER_PICTURES else "other"
 
 
 def tell_unused(names: list[str], notes: Notes) -> None:
-    """Name the files that nobody reads, by their kind."""
+    """Note the files that are not used, by kind."""
     for name in names:
         suffix = PurePosixPath(name).suffix.lower()
         if kind_of(name) == "picture":
@@ -87,7 +87,7 @@ def tell_unused(names: list[str], notes: Notes) -> None:
 
 @cache
 def part_of(path: str) -> str | None:
-    """ "train", "val" or "test": what the last telling name in a path says; None where no name does.
+    """ "train", "val" or "test": the part that the last such name in a path says; None if no name says one.
 
     >>> part_of("cells_test/valid2017/images"), part_of("train_and_val/images")
     ('val', None)
@@ -101,7 +101,7 @@ def part_of(path: str) -> str | None:
 
 
 class Index:
-    """File names, found by the end of a path as other machines write it: Windows', percent-encoded."""
+    """Finds file names by the end of a path from another machine: from Windows, or percent-encoded."""
 
     def __init__(self, names: Iterable[str]):
         self.by_name, self.by_stem = defaultdict(list), defaultdict(list)
@@ -111,17 +111,17 @@ class Index:
             self.by_stem[PurePosixPath(last).stem].append(name)
 
     def find(self, text: str, near: str = "") -> list[str]:
-        """The names that `text` means: those of its last part which agree with it furthest to the front.
+        """The names that `text` means: they have the same last part and, counted from the end, agree with it furthest.
 
-        Of several that agree as far, those in the part of the set, and then in the folders, of `near`. A name in
-        another part of the set than the text's own folders is not meant.
+        Of equal ones, it takes those with the same spelling, then those in the same part of the set as `near`, then
+        those with its folders. It leaves out names in another part of the set than the text's own folders say.
         """
         text = text.strip().strip("\"'")
         parts = pieces(text)
         if not parts:
             return []
         alike = self.by_name.get(parts[-1]) or self._by_stem(parts[-1])
-        part = part_of("/".join(parts[-3:-1]))  # the folders further up are where somebody keeps his sets
+        part = part_of("/".join(parts[-3:-1]))  # the folders further up are where the user keeps data sets
         alike = [name for name in alike if part is None or part_of(folder_of(name)) in (None, part)]
         near_part, near = part_of(near), pieces(near)
         plain = text.replace("\\", "/").split("/")
@@ -140,7 +140,7 @@ class Index:
         return [name for name in alike if scores[name] == best]
 
     def _by_stem(self, last: str) -> list[str]:
-        """By a name without its suffix, with another image's, or with words behind it, as VOC's lists have."""
+        """Find a name without its suffix, with another image suffix, or with words after it, as in VOC's lists."""
         stem = PurePosixPath(last).stem
         first = last.split()[0]
         return (
@@ -153,7 +153,7 @@ class Index:
 
 @cache
 def pieces(path: str) -> tuple[str, ...]:
-    """The names in a path, spelled alike, without those that only lead around."""
+    """The names in a path, in one spelling, without empty ones, "." and ".."."""
     return tuple(name for name in spelling(path).split("/") if name not in ("", ".", ".."))
 
 
@@ -162,7 +162,7 @@ def folder_of(name: str) -> str:
 
 
 def common(first: Iterable[str], second: Iterable[str]) -> int:
-    """How many items two sequences have in common at their start."""
+    """The number of equal items at the start of two sequences."""
     count = 0
     for a, b in zip(first, second):
         if a != b:

@@ -1,7 +1,7 @@
 """Label files of YOLO, VOC and labelme -> boxes; see scripts/convert.py for what each format means.
 
-A reader takes a file, what a set says of its classes, and the notes, to which it adds what it leaves out. UserError for
-a file it cannot use, also one that has objects but no box: its image is not empty.
+A reader gets a file, the set's classes and the notes, to which it adds what it leaves out. It raises UserError if it
+cannot use the file, also if the file has objects but no box, because its image is not empty.
 """
 
 import json
@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 from detector.errors import UserError
 from scripts.conversion.found_files import Notes
 
-# What labelme and the tools after it call an outline of an object. The bounds of its points are its box.
+# The shapes of labelme and similar tools that outline an object. The box is the bounds of the points.
 OUTLINES = ("rectangle", "polygon", "mask", "rotation", "quadrilateral", "cuboid", "oriented_rectangle", "oriented_box")
 
 
@@ -23,28 +23,28 @@ class Box(NamedTuple):
     name: str
     sides: tuple[float, float, float, float]  # x, y, width, height
     crowd: bool = False
-    area: float | None = None  # of the object, where that is known and not its box's
+    area: float | None = None  # of the object itself, if known
 
 
 class Labels(NamedTuple):
-    """Those of an image."""
+    """The labels of an image."""
 
     boxes: list[Box]
-    size: tuple[int, int] | None = None  # (width, height) that the label file says
-    relative: bool = False  # sides are parts of the image, else pixels
+    size: tuple[int, int] | None = None  # (width, height) according to the label file
+    relative: bool = False  # sides are fractions of the image's, else pixels
 
     def boxes_in(self, size: tuple[int, int]) -> list[Box]:
-        """In the pixels of an image of this (width, height)."""
+        """The boxes in pixels of an image of this (width, height)."""
         if not self.relative:
             return self.boxes
         return [box._replace(sides=tuple(a * b for a, b in zip(box.sides, (*size, *size)))) for box in self.boxes]
 
 
 class Classes(NamedTuple):
-    """What a YOLO set says of its numbers."""
+    """The class names and keypoints of a YOLO set."""
 
     names: list[str]
-    keypoints: tuple[int, int] | None = None  # how many, and how many numbers each has
+    keypoints: tuple[int, int] | None = None  # (number of keypoints, numbers for each)
 
 
 def read_yolo(file: Path, classes: Classes, notes: Notes) -> Labels:
@@ -75,11 +75,11 @@ def read_yolo(file: Path, classes: Classes, notes: Notes) -> Labels:
 
 
 def sides_of(numbers: list[float], keypoints: tuple[int, int] | None) -> tuple[float, float, float, float]:
-    """x, y, width, height of what follows a class in a line of YOLO's; ValueError where that cannot be said."""
+    """x, y, width, height from the numbers after the class in a YOLO line. Raises ValueError if no format fits."""
     count = len(numbers)
     if keypoints is not None:
         points = 4 + keypoints[0] * keypoints[1]
-        is_box = count in (4, 5, points, points + 1)  # there may be a confidence behind it
+        is_box = count in (4, 5, points, points + 1)  # a confidence may follow
     else:
         is_box = count in (4, 5) or has_keypoints(numbers)
     if is_box:
@@ -99,7 +99,7 @@ def has_keypoints(numbers: list[float]) -> bool:
 
 
 def read_voc(file: Path, classes: Classes, notes: Notes) -> Labels:
-    """Corners as they are in the file: where their counting starts, `from_zero` tells of all files together."""
+    """Corners as in the file. From all files together, `from_zero` decides whether they count from 0 or 1."""
     root = voc_root(file)
     stated = tuple(number(root.findtext(f"size/{side}")) or 0 for side in ("width", "height"))
     stated = stated if all(map(math.isfinite, stated)) else (0, 0)
@@ -124,7 +124,7 @@ def read_voc(file: Path, classes: Classes, notes: Notes) -> Labels:
 def from_zero(labels: list[Labels], notes: Notes) -> bool:
     """Whether the corners of a VOC set are positions counted from 0, and not pixels counted from 1.
 
-    Most corners are fractions, or a 0 is among them; but a few of either, as VOC2012 has, are flaws of a set whose
+    They are if most boxes have fractions or enough start at 0. A few of either, as in VOC2012, are flaws of a set whose
     boxes at the border start at 1.
     """
     boxes = [box.sides for image in labels for box in image.boxes if all(map(math.isfinite, box.sides))]
@@ -143,7 +143,7 @@ def from_zero(labels: list[Labels], notes: Notes) -> bool:
 
 
 def as_pixels(labels: Labels) -> Labels:
-    """Of corners that are pixels counted from 1, both ends included."""
+    """The labels with corners read as pixels counted from 1, both ends included."""
     boxes = [box._replace(sides=(x - 1, y - 1, w + 1, h + 1)) for box in labels.boxes for x, y, w, h in (box.sides,)]
     return labels._replace(boxes=boxes)
 
@@ -151,7 +151,7 @@ def as_pixels(labels: Labels) -> Labels:
 def voc_root(file: Path) -> ElementTree.Element:
     declared = re.match(rb"""\s*<\?xml[^>]*?encoding\s*=\s*["']([\w.:-]+)["']""", bytes_of(file)[:200])
     encoding = declared[1].decode().lower() if declared else "utf-8"
-    text = text_of(file, "gb18030" if encoding in ("gb2312", "gbk") else encoding)  # which has all of theirs
+    text = text_of(file, "gb18030" if encoding in ("gb2312", "gbk") else encoding)  # a superset of both
     if "<!ENTITY" in text:  # an entity may stand for more than memory holds
         raise UserError(f"{file}: declares entities; take these lines out")
     try:
@@ -197,7 +197,7 @@ def labelme_content(file: Path) -> dict:
 
 
 def name_inside(form: str, file: Path) -> str | None:
-    """The image that a label file says it is of."""
+    """The name of its image inside a label file."""
     try:
         if form == "voc":
             root = voc_root(file)
@@ -205,7 +205,7 @@ def name_inside(form: str, file: Path) -> str | None:
         if form == "labelme":
             name = labelme_content(file).get("imagePath")
             return name if isinstance(name, str) and name else None
-    except UserError:  # its reader says so where it is used
+    except UserError:  # its reader raises this again
         pass
     return None
 
@@ -235,7 +235,7 @@ def bytes_of(file: Path) -> bytes:
 
 
 def text_of(file: Path, encoding: str = "utf-8") -> str:
-    """A text file's content; a mark at its start decides before `encoding`."""
+    """A text file's content. A byte order mark at its start overrides `encoding`."""
     data = bytes_of(file)
     for mark, marked in ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16")):
         if data.startswith(mark):

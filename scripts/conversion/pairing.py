@@ -15,10 +15,10 @@ APART = ("images", "jpegimages", "labels", "annotations")  # folders that keep i
 def pair(
     images: dict[str, Path], labels: dict[str, Path], inside: Callable[[Path], str | None], notes: Notes
 ) -> tuple[dict[str, str], dict[str, list[str]]]:
-    """Image -> its label file; and image -> the label files that may or may not be its own.
+    """Image -> its label file; and image -> the label files that may or may not belong to it.
 
-    Both have the same path but for the folders that keep them apart, maybe in another spelling; or the label file says
-    the image's name (`inside`); or their names are the same and no file in their folders is paired by its path.
+    Two files belong together if their paths differ only in the folders of APART or in spelling, if the label file has
+    the image's name inside (`inside`), or if their names are equal and no file in their folders is paired by its path.
     """
     doubtful: dict[str, list[str]] = {}
     pairs = by_path(images, labels, doubtful, notes)
@@ -28,7 +28,7 @@ def pair(
 
 
 def key_of(name: str) -> str:
-    """What an image and its label file have in common: the path without suffix and the folders that keep them apart."""
+    """The path without its suffix and without the folders of APART: equal for an image and its label file."""
     path = PurePosixPath(name)
     return "/".join([*(part for part in path.parent.parts if part.lower() not in APART), path.stem])
 
@@ -44,7 +44,7 @@ def by_path(
     # photo.txt, or photo.jpg.txt
     alike = {name: exact.get(key) or exact.get(key_of(f"{name}.txt")) for name, key in keys.items()}
     used = {label for candidates in alike.values() for label in candidates or ()}
-    rivals = defaultdict(set)  # images that differ in spelling alone
+    rivals = defaultdict(set)  # images that differ only in spelling
     for name, key in keys.items():
         if not alike[name]:
             rivals[spelling(key)].add(key)
@@ -72,7 +72,7 @@ def by_path(
 def by_inside(
     images: dict[str, Path], labels: dict[str, Path], pairs: dict[str, str], inside: Callable, notes: Notes
 ) -> None:
-    """Add to `pairs` by the name inside a label file; UserError where that contradicts the file's own name."""
+    """Add to `pairs` by the name inside a label file. Raises UserError if it contradicts the file's own name."""
     index = Index(images)
     images_of = defaultdict(list)
     for image, label in pairs.items():
@@ -82,7 +82,7 @@ def by_inside(
     times = Counter(claims.values())
     flaws = []
     for label, image in claims.items():
-        if times[image] > 1:  # copies of one file, in which the name was left as it was
+        if times[image] > 1:  # copies of one file that still have its name inside
             continue
         if not images_of[label] and image not in pairs:
             pairs[image] = label
@@ -103,7 +103,7 @@ def by_stem(
     doubtful: dict[str, list[str]],
     notes: Notes,
 ) -> None:
-    """Add to `pairs` by the name alone, and to `doubtful` where that does not decide."""
+    """Add to `pairs` by the name alone, or to `doubtful` if the name does not decide."""
     used, done = set(pairs.values()), {folder_of(image) for image in pairs}
     done_labels = {folder_of(label) for label in used}
     free = defaultdict(list)
@@ -128,7 +128,7 @@ def by_stem(
 
 
 def last_names(path: str) -> tuple[str, str]:
-    """The last name in a path, with its suffix and without, in one spelling."""
+    """The last name in a path with and without its suffix, in one spelling."""
     last = PurePosixPath(spelling(path))
     return last.name, last.stem
 
@@ -139,7 +139,7 @@ def may_belong(image: str, label: str) -> bool:
 
 
 def nearest(name: str, others: list[str]) -> list[str]:
-    """Of `others` those whose folders' names have most words in common with that of `name`."""
+    """Those of `others` whose folders share the most words with the folders of `name`."""
     words = [words_of(other) for other in others]
     counts = [(other & words_of(name)).total() for other in words]
     return [other for other, count in zip(others, counts) if count == max(counts)]

@@ -1,7 +1,7 @@
-"""Which images of a set are to train on, to score on (val) and to be left out (test), as its owner has split it.
+"""Split a set as its owner did: images to train on, to score on (val) and to leave out (test).
 
-Asked in turn: data.yaml or Darknet's obj.data, lists of images called train.txt, val.txt or the like, COCO files and
-folders of such names. A part that a file names and that is missing is an error: its images would end in another part.
+It tries in turn: data.yaml or Darknet's obj.data, lists of images called train.txt, val.txt or similar, COCO files and
+folders of such names. If a file names a part that is missing, that is an error: its images would join another part.
 """
 
 import posixpath
@@ -16,7 +16,7 @@ from scripts.conversion.found_files import PARTS, Index, common, folder_of, kind
 from scripts.conversion.label_formats import Notes, number, text_of
 from scripts.conversion.source import Source
 
-# Words that a list may have in its name.
+# Other words that the name of a list may have.
 FILLERS = {"set", "list", "file", "files", "image", "images", "ids", "names", "split", "autosplit", "default", "voc",
            "yolo"}  # fmt: skip
 
@@ -24,11 +24,11 @@ FILLERS = {"set", "list", "file", "files", "image", "images", "ids", "names", "s
 class Split(NamedTuple):
     val: set[str]
     left_out: dict[str, str]  # image -> why
-    how: str  # how val was chosen; empty where it was not
+    how: str  # how val was chosen; empty if it was not
 
 
 def own_split(source: Source, notes: Notes) -> Split:
-    """The split that a set came with; UserError where a part is missing."""
+    """The set's own split. Raises UserError if a part is missing."""
     finder = Finder(source, notes)
     listed, _ = finder.named("train")
     train = listed or source.parts.get("train", set())
@@ -63,11 +63,11 @@ class Finder:
         self.folders = {"", *parents} - {"."}
         main = [
             name for name in source.lists if folder_of(name).endswith("ImageSets/Main")
-        ]  # VOC has others for other tasks
+        ]  # VOC has other lists for other tasks
         self.lists = main or source.lists
 
     def named(self, part: str) -> tuple[set[str], str]:
-        """The images of a part that a file names, and that file; UserError where they are not there."""
+        """The images of a part that a file names, and "that of FILE". Raises UserError if none of them are found."""
         entry = self.described and self.described.part(part)
         if entry:
             hits = set().union(*(self.by_entry(line) for line in entry))
@@ -110,7 +110,7 @@ class Finder:
         )
 
     def folder_meant(self, entry: str) -> str | None:
-        """The folder of the set: from the description on as it is written, else the only one that ends alike."""
+        """The set's folder that an entry means: the path from the description, else the one whose end agrees best."""
         place, root = folder_of(self.described.name), self.described.root
         for start in (posixpath.join(place, root), place):
             path = posixpath.normpath(posixpath.join(start, entry))
@@ -119,7 +119,7 @@ class Finder:
         wanted = pieces(f"{root}/{entry}")
         part = part_of("/".join(wanted[-3:]))
         depth = {folder: common(reversed(pieces(folder)), reversed(wanted)) for folder in self.folders}
-        # What says the part, as val in val/images, must be among what agrees.
+        # The name that says the part, such as val in val/images, must be in the end that agrees.
         depth = {name: count for name, count in depth.items() if count and part_of("/".join(wanted[-count:])) == part}
         best = [folder for folder, count in depth.items() if count == max(depth.values())]
         near = {folder: common(pieces(folder), pieces(place)) for folder in best}
@@ -127,7 +127,7 @@ class Finder:
         return best[0] if len(best) == 1 else None
 
     def by_list(self, file: Path, name: str) -> set[str]:
-        """The images that a text file lists, a line each."""
+        """The images that a text file lists, one in each line."""
         chosen: set[str] = set()
         for line in filter(None, map(str.strip, text_of(file).splitlines())):
             hits = self.index.find(line, name)
@@ -140,14 +140,14 @@ class Finder:
 
 
 def lists_among(files: dict[str, Path], images: Iterable[str]) -> list[str]:
-    """The lists of images for a part among a set's files: those called so, unless they are an image's labels."""
+    """The set's files that list the images of a part: by their name, unless they are the labels of an image."""
     stems = {PurePosixPath(name).stem for name in images}
     called = [name for name in files if is_list(name) and PurePosixPath(name).stem not in stems]
     return [name for name in called if not holds_boxes(text_of(files[name]))]
 
 
 def is_list(name: str) -> bool:
-    """Whether a text file's name is nothing but that of a part: train.txt, but not cat_train.txt, a class's list."""
+    """Whether a text file is named only after a part: train.txt, but not cat_train.txt, the list of a class."""
     path = PurePosixPath(name)
     words = re.findall(r"[a-z]+", path.stem.lower())
     known = {word for part in PARTS.values() for word in part}
@@ -155,7 +155,7 @@ def is_list(name: str) -> bool:
 
 
 def holds_boxes(content: str) -> bool:
-    """Whether a text is labels in YOLO's format, or empty as those of an image without any."""
+    """Whether a text has labels in YOLO's format, or is empty like the labels of an image without objects."""
     first = content.split("\n", 1)[0].split() if content.strip() else []
     return not content.strip() or (len(first) > 4 and all(number(word) is not None for word in first))
 

@@ -289,7 +289,7 @@ def test_decompression_bombs_are_refused(tmp_path, monkeypatch, limit):
 
 
 def test_what_has_not_its_records_size_is_not_decoded(tmp_path):
-    """In a process of its own, whose peak memory says so."""
+    """In a separate process, whose peak memory shows it."""
     png(tmp_path / "x.png", 13_000, 13_000, 1, zlib.compress(bytes(13_000 * 1_626)))  # within the limit
     jpeg(tmp_path / "x.jpg", 13_000, 13_000)
     code = (

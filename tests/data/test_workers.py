@@ -77,7 +77,7 @@ def test_a_workers_death_is_reported_between_two_batches(folder):
 
 
 class Unsendable(CocoDataset):
-    """Fails at one image not in the worker's code, but where its batch is sent."""
+    """Fails at one image: not in the worker's code, but when its batch is sent."""
 
     def __getitem__(self, key):
         image, target, image_id, size = super().__getitem__(key)
@@ -165,7 +165,7 @@ def test_workers_live_through_a_signal_to_the_group(folder, number):
 
 
 def test_a_signal_while_workers_start_leaves_no_handler_of_torch(folder, monkeypatch):
-    """At exit they are killed, and torch's would raise there."""
+    """At exit the workers are killed, and torch's handler would raise then."""
     start = DataLoader.__iter__
 
     def interrupted(self):
@@ -197,7 +197,7 @@ def test_no_signal_meets_a_worker_before_it_ignores_them(folder):
 
 
 class Waiting(CocoDataset):
-    """Its images but the first come never, as from a disk that is gone."""
+    """Only its first image ever arrives, as from a disk that is gone."""
 
     def __getitem__(self, key):
         if key != 0:
@@ -215,7 +215,7 @@ def running(pid: int) -> bool:
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="sees processes as Linux shows them")
 @pytest.mark.parametrize("how", ["killed", "exits"])
 def test_workers_end_with_their_parent(folder, within, how):
-    """However busy they are, and though they ignore SIGTERM, by which Python ends its children at exit."""
+    """Even if they are busy, and although they ignore SIGTERM, with which Python ends its children at exit."""
     reading, writing = os.pipe()
     data = Waiting(folder / "annotations.json", folder, EvalTransform(32, 64))
 

@@ -85,7 +85,7 @@ def test_options_reach_the_part():
 
 @pytest.fixture(scope="module")
 def predictions():
-    """Of a random tiny model, on one image with boxes and one without; and the targets."""
+    """Predictions of a random tiny model for one image with boxes and one without, and the targets."""
     torch.manual_seed(0)
     model = Model(backbone="resnet18", weights="none", norm="gn", fpn_channels=32, head={"width": 32, "depth": 1})
     cfg = complete(Config(model=model), "x.yaml")

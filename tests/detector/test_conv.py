@@ -20,7 +20,7 @@ def cudnn_add(x, weight, shortcut, alpha, bias, *options):
 
 @pytest.fixture
 def one_kernel(monkeypatch, device):
-    """Where there is no GPU, its kernels' definition in place of them."""
+    """Without a GPU, replace its kernels by their definition."""
     if device == "cpu":
         monkeypatch.setattr(conv_module, "_has_kernel", lambda conv, x, dtype: True)
         monkeypatch.setattr(torch, "cudnn_convolution_relu", cudnn)

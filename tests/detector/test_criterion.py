@@ -338,7 +338,7 @@ def test_outputs_that_do_not_count_may_be_anything(class_loss, box_loss):
 
 @pytest.mark.parametrize("assigner", [IoUAssigner, ATSSAssigner])
 def test_images_matched_together_learn_what_each_does_alone(assigner, monkeypatch):
-    """As on a GPU, where boxes of zeros fill the images up; one image has no box."""
+    """As on a GPU, where images are padded with boxes of zeros; one image has no box."""
     predictions, targets = random_case()
     predictions = predictions._replace(levels=(25, 10, 5))
     targets[-1] = Target(targets[-1].boxes[:0], targets[-1].labels[:0])
@@ -355,7 +355,7 @@ def test_images_matched_together_learn_what_each_does_alone(assigner, monkeypatc
 @pytest.mark.parametrize(("class_loss", "box_loss"), [pair for pair in PAIRS if RankSort not in pair])  # it waits
 @pytest.mark.parametrize("assigner", [IoUAssigner, ATSSAssigner])
 def test_on_a_gpu_no_step_depends_on_data(class_loss, box_loss, assigner, monkeypatch):
-    """Of tensors that have no values, whatever needs one raises; and numbers are not copied from the host."""
+    """With tensors that have no values, any step that needs one raises. No numbers are copied from the host."""
     monkeypatch.setattr(dispatch, "compiles", lambda logits: False)
     monkeypatch.setattr(dispatch, "triton_for", lambda logits: None)  # it would run on these tensors' values
     pending = SimpleNamespace(get=lambda: torch.tensor(7))  # a value that it copies without a wait
@@ -381,7 +381,7 @@ def test_on_a_gpu_no_step_depends_on_data(class_loss, box_loss, assigner, monkey
 
 
 class Copies(TorchDispatchMode):
-    """Which operations bring something from the host to the device."""
+    """Records the operations that copy from the host to the device."""
 
     def __init__(self):
         super().__init__()

@@ -40,15 +40,15 @@ CASES |= {
         "box_loss": {"name": "ghm_r", "density": "near_exact"},
     },
 }
-# These choose, or count, among the cells of one process.
+# These losses choose or count only among the cells of one process.
 LOCAL = {"ohem", "ghm_c_released", "ghm_r_released"}
-# Relative; float32 adds up in another order. Of weights it is relative to how far their tensor has moved, of which
-# the rounding of the weights themselves is up to some 1e-4.
+# Relative: float32 adds up in another order. For weights, relative to how far their tensor has moved; the rounding of
+# the weights is up to some 1e-4 of that.
 TOLERANCES = {"loss": 1e-4, "state": 1e-4, "weights": 1e-3}
 
 
 class SmallBackbone(nn.Module):
-    """Three stages without anything that joins images, so that a share of a batch is computed as in the whole."""
+    """Three stages that compute each image separately, so a share of a batch gives the same as the whole batch."""
 
     def __init__(self):
         super().__init__()
@@ -87,7 +87,7 @@ def batches():
 
 
 def run(case, shares, of):
-    """Train on these of the `of` shares that each batch is dealt in, each with a criterion of its own.
+    """Split each batch into `of` shares and train on some of them, each share with its own criterion.
 
     Returns the loss terms and gradient norm of each step, the criteria's states and how far the weights have moved.
     """
@@ -116,7 +116,7 @@ def run(case, shares, of):
 
 
 def as_process(criterion, num_pos, of):
-    """The criterion, its state shared, that knows the positives of all, and whose local counts are one of `of`."""
+    """A copy that shares the criterion's state, with all processes' positives, as one of `of` if counts are local."""
     part = copy.copy(criterion)
 
     def match(*batch):
@@ -157,7 +157,7 @@ def process(rank, folder):
 
 
 def ended_together(rank):
-    """What both meet where one of them, or each, has an error of its own."""
+    """The errors of both processes if one of them, or each, has its own error."""
 
     def block(error):
         with distributed.together():
@@ -197,14 +197,14 @@ def two_processes(tmp_path_factory):
 
 
 def difference(found, expected):
-    """The largest, relative to the largest value of the tensor it is in."""
+    """The largest difference, relative to the largest value of its tensor."""
     pairs = [(found[name].double(), value.double()) for name, value in expected.items()]
     return max((((a - b).abs().max() / b.abs().max().clamp(min=1e-9)).item() for a, b in pairs), default=0.0)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_equal_one(case, two_processes):
-    """With a local loss they equal one process that calls it, with a state of its own, on each share."""
+    """With a local loss, they equal one process that calls it on each share with a separate state."""
     _, (first, second), alone = two_processes
     first, second = first[case], second[case]
     printed, states, moved = alone[case]["shares" if case in LOCAL else "batch"]

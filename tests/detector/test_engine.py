@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 class Recorder:
-    """What train_until calls of the logger."""
+    """The methods of the logger that train_until calls."""
 
     def __init__(self, observe=()):
         self.observed = dict.fromkeys(observe)
@@ -254,7 +254,7 @@ def test_a_stream_goes_on_where_the_last_steps_ended():
 
 
 class Fixed(nn.Module):
-    """No detector: what it "predicts" is the image ids' order, for the loop alone."""
+    """No detector: its "predictions" are a mean for each image, to test the loop alone."""
 
     def forward(self, images, sizes):
         return Predictions(images.float().mean((1, 2, 3)), None, None, ())

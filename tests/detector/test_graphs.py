@@ -66,7 +66,7 @@ def test_large_batches_and_passes_without_gradient_go_without(monkeypatch):
 
 @needs_gpu
 def test_no_step_waits_for_the_device():
-    """But for the number of positives, which was asked for before the model ran."""
+    """Except for the number of positives, which was requested before the model ran."""
     for class_loss, box_loss in (("focal", "giou"), ("ghm_c", "ghm_r"), ("ohem", "smooth_l1"), ("qfl", "ciou")):
         model, criterion, _ = make(norm="gn", class_loss={"name": class_loss}, box_loss={"name": box_loss})
         place(model, CUDA, channels_last=True)
@@ -85,14 +85,14 @@ def test_no_step_waits_for_the_device():
 
 
 class Graph:
-    """A CUDA graph's replay: what it has recorded, on the memory it has recorded it with."""
+    """Stands in for a CUDA graph: its replay runs a function again on the same memory."""
 
     def __init__(self, replay):
         self.replay = replay
 
 
 def test_gradients_of_several_parts_add_up():
-    """Each replay writes them to the same memory."""
+    """Each replay writes the gradients to the same memory."""
     weight = torch.nn.Parameter(torch.tensor([2.0, 3.0]))
     x, output, gradient, to_weight = (torch.zeros(2) for _ in range(4))
     recorded = SimpleNamespace(

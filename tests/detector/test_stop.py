@@ -79,7 +79,7 @@ def test_the_exit_code_and_the_line_say_what_happened(command):
 
 
 class Panic(BaseException):
-    """As that of libraries in Rust."""
+    """Like the panic of libraries in Rust."""
 
 
 def test_a_library_that_makes_another_error_of_it_does_not_hide_it(command):
@@ -165,7 +165,7 @@ run_main(main)
 
 
 def test_a_closed_terminal_does_not_keep_a_run_from_saving(tmp_path, within):
-    """What is printed to a terminal that is gone is an error."""
+    """Printing to a closed terminal is an error."""
     terminal, its_end = pty.openpty()
     words = [sys.executable, "-c", PRINTS, tmp_path / "x"]
     process = subprocess.Popen(words, cwd=ROOT, stdin=its_end, stdout=its_end, stderr=its_end, start_new_session=True)

@@ -24,10 +24,10 @@ BUILD = {"v1": retinanet_resnet50_fpn, "v2": retinanet_resnet50_fpn_v2}
 
 
 def randomize(model, images):
-    """Weights with which every tensor tells in the result, and some of the classes pass a score of 0.05."""
+    """Weights with which every tensor affects the result, and some of the classes pass a score of 0.05."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            # Variances of which some are as small as epsilon, so that it shows; gains that keep the signal's size.
+            # Variances, some as small as epsilon, so that epsilon has an effect; gains that keep the signal's size.
             module.running_var.data = 10 ** torch.empty_like(module.running_var).uniform_(-5, 0)
             module.running_mean.data = torch.randn_like(module.running_mean) * module.running_var.sqrt() * 0.1
             module.weight.data = module.running_var.sqrt() * torch.empty_like(module.weight).uniform_(0.5, 1.5)

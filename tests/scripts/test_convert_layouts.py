@@ -61,7 +61,7 @@ def numbered(image, label, count=6):
 
 @pytest.fixture
 def run(command, folder):
-    """Converts folder/src; the exit code, what was said, and of each split name -> boxes."""
+    """Converts folder/src; returns the exit code, the output, and for each split name -> boxes."""
 
     def call(kind, *sources, options=()):
         code, out, err = command(convert.main, kind, *(sources or (folder / "src",)), folder / "dst", *options)
