@@ -63,7 +63,7 @@ class GradientDensity(nn.Module):
         corrected       False: S is not corrected for its start, so the first weights are 1 / (1 - a) times too
                         large, and an empty region keeps its S.
 
-    The paper describes one density for the batch, "all_bins" and no moving average. `released()` sets all switches
+    The paper describes one density for the batch, and "all_bins". `released()` sets all switches
     as the code that its authors released and others ported has them.
 
     Buffers: `average` (bins,), always float32, and `updates` () int64. They change only in training mode, and only by
