@@ -1,7 +1,7 @@
 """Compare runs: a row for each loss over its seeds, and whether its difference from the first row is more than chance.
 
     python scripts/compare.py runs/ce runs/focal runs/ghm_c --markdown table.md
-    python scripts/compare.py results/bccd/*.json --csv runs.csv
+    python scripts/compare.py results/laptop/*.json --csv runs.csv
 
 A run is a folder that train.py wrote, or the small JSON file that scripts/ablate.py keeps of one. Runs of one variant
 are one row: mean and standard deviation over its seeds. AP is in percent. ECE is the expected calibration error of the
@@ -14,7 +14,7 @@ corrected for the number of rows: at most one list in 20 has any false one. A ro
 last line says how large a difference these runs can detect, and how many seeds a smaller one takes. --pairs prints
 which of all pairs of rows differ, without any baseline. The formulas are in scripts/comparison/verdict.py.
 
-Runs of several validation sets, such as results/bccd/*.json results/cards/*.json, get a table for each set and then
+Runs of several validation sets, such as results/laptop/*.json results/cards/*.json, get a table for each set and then
 the mean over the sets of each difference, with its interval and verdict, for the rows that have runs in each set.
 
 Published numbers of the same config, from results/published.yaml, are shown beside runs on COCO. A warning lists

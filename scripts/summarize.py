@@ -1,6 +1,6 @@
 """A comparison in brief: one table of five columns, best first, and one picture.
 
-    python scripts/summarize.py results/bccd/*.json --baseline ce --output docs/losses.png
+    python scripts/summarize.py results/laptop/*.json --baseline ce --output docs/losses.png
 
 The table has AP, AP50 and AP75 in percent, mean and standard deviation over seeds, and the verdict: the difference in
 AP from the baseline with its 95% interval, as scripts/compare.py computes it.

@@ -170,7 +170,7 @@ def supply(words, learnt):
             shutil.copytree(learnt, path.parent)
         if "*" in word and not list(Path().glob(word)):
             path.parent.mkdir(parents=True, exist_ok=True)
-            for file in (ROOT / "results" / "bccd").glob("*-s0.json"):
+            for file in (ROOT / "results" / "laptop").glob("*-s0.json"):
                 shutil.copy(file, path.parent)
 
 

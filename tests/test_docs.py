@@ -76,8 +76,8 @@ def test_the_example_of_a_loss_trains(tiny, tmp_path, monkeypatch):
     ("document", "results", "baseline"),
     [
         ("docs/results.md", "laptop", "ce"),
-        ("docs/results.md", "bccd", "ce"),
         ("docs/results.md", "cards", "ce"),
+        ("docs/results.md", "scratch", "ce"),
         ("docs/results.md", "switches", "ghm_c[scope=batch]"),
         ("docs/results.md", "counts", "ghm_c[local_counts=false]"),
         ("docs/results.md", "scope", "ghm_c[scope=batch][weight=4]"),
@@ -87,7 +87,7 @@ def test_a_table_of_results_is_what_the_command_writes(tmp_path, monkeypatch, do
     """Each of its numbers is of a run in results/."""
     monkeypatch.chdir(ROOT)
     runs = sorted(map(str, Path("results", results).glob("*.json")))
-    pairs = ["--pairs"] * (results in ("laptop", "bccd", "cards"))
+    pairs = ["--pairs"] * (results in ("laptop", "cards", "scratch"))
     compare.main([*runs, "--baseline", baseline, *pairs, "--markdown", str(tmp_path / "table.md")])
     table = (tmp_path / "table.md").read_text(encoding="utf-8")
     assert table.count("\n| ") >= 2 and "warning" not in table
