@@ -4,7 +4,7 @@
 #     bash scripts/bench/gpu_studies.sh [LOGS] [SECONDS]
 #
 # Results go into results/, a log of each condition into LOGS (runs/logs). After SECONDS (540) it stops what still
-# trains; the same command continues.
+# trains; the same command continues. The commands of scripts/studies then draw the pictures.
 set -u
 cd "$(dirname "$0")/../.."
 logs=${1:-runs/logs} limit=${2:-540}

@@ -30,6 +30,7 @@ done <<END
 16 4 0.004 50
 64 16 0.008 20
 END
+[ -z "$only" ] || exit 0 # a picture needs all conditions
 python scripts/compare_conditions.py results/batches --condition "images a batch" --log --baseline focal \
     --output docs/batches.png
 python scripts/compare.py results/batches/4/*.json results/forms/*.json --baseline "ghm_c[max_weight=null]"

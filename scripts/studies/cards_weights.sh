@@ -1,5 +1,5 @@
 #!/bin/bash
-# A look at the weights of the playing cards' table: GHM-C with larger class weights than tuning chose, CE with a smaller
+# Other weights on the playing cards: GHM-C with larger class weights than tuning chose, CE with a smaller
 # one. One seed each. datasets/playing_cards holds train.json, val.json and images/. Argument: runs at once (1).
 set -euo pipefail
 cd "$(dirname "$0")/../.."

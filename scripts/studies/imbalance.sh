@@ -26,5 +26,6 @@ done <<END
 11000 224 160 0 1
 46000 448 320 0 1
 END
+[ -z "$only" ] || exit 0 # a picture needs all conditions
 python scripts/compare_conditions.py results/imbalance --condition "negative anchors for each positive one" --log \
     --output docs/imbalance.png

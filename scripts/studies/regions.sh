@@ -1,6 +1,7 @@
 #!/bin/bash
 # How many cells GHM-C's regions hold as a training goes on: short trainings of several lengths, each with its schedule.
-# In batches of up to 64 images, and of the last training up to 1,024. Also of BCCD, where tables.sh has trained it. Tables and figures go into results/regions.
+# In batches of up to 64 images, and of the last training up to 1,024. Also of BCCD, if tables.sh has trained it. Tables
+# and figures go into results/regions.
 # Arguments: the config (configs/demo_long/ghm_c.yaml, without a limit), the numbers of steps, further KEY=VALUE.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
