@@ -34,7 +34,7 @@ test: export OMP_NUM_THREADS := 1
 test: .venv/developer
 	$(BIN)/ruff check .
 	$(BIN)/mypy & types=$$!; \
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadscope; tests=$$?; \
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadscope --no-loadscope-reorder; tests=$$?; \
 	wait $$types && exit $$tests
 
 clean:

@@ -36,7 +36,13 @@ from detector import config_files
 from detector.configure import configure
 from detector.errors import SIGNALS, run_main
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, and so would the processes that tests start
 COLOURS = ((255, 60, 60), (60, 255, 60), (90, 90, 255))
+
+
+def pytest_collection_modifyitems(items):
+    """Whole runs first: their files take longest, and the last file of a parallel run should be a short one."""
+    items.sort(key=lambda item: item.path, reverse=True)
 
 
 @pytest.fixture(scope="session")

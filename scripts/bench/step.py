@@ -45,6 +45,7 @@ CLASSES = 80
 # Forks of a process that has only imported this file: a fork of this process would inherit its threads and its GPU's
 # context.
 servers = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
+servers.set_forkserver_preload(["scripts.bench.step"])  # of itself it imports nothing
 WORK = ["resnet18:512:2", "resnet50:512:4"]
 
 
@@ -87,7 +88,8 @@ def compare(builders: dict[str, Callable], name: str, side: int, batch: int, box
             pipes[label] = pipe
         memory = {label: pipe.recv() for label, pipe in pipes.items()}  # they start at the same time
         calls = {label: lambda pipe=pipe: (pipe.send(True), pipe.recv()) for label, pipe in pipes.items()}
-        times = measure.alternate(calls, repeats, warmup=4)  # a graph is recorded at the third
+        warmup = 4 if torch.cuda.is_available() else 1  # a graph is recorded at the third
+        times = measure.alternate(calls, repeats, warmup)
     rows = [
         [
             label,

@@ -340,17 +340,17 @@ def test_a_grid_is_a_variant_for_each_value(base, tmp_path, command):
 def test_stopped_by_a_signal_it_saves_and_goes_on(base, tmp_path):
     text = [sys.executable, str(Path(ablate.__file__)), "--config", str(base), "--variants", "focal", "--seeds", "1"]
     text += ["--output", str(tmp_path / "out"), "--set"]
-    text += ["solver.epochs=15", "evaluation.every=15", "checkpoint.every=1"]
+    text += ["solver.epochs=5", "evaluation.every=5", "checkpoint.every=1"]
     process = subprocess.Popen(text, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     begun = tmp_path / "out" / "focal-s0" / "last.pt"  # of the first epoch
     until = time.monotonic() + 120
     while not begun.exists() and process.poll() is None and time.monotonic() < until:
-        time.sleep(0.1)
+        time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM and "the same command continues" in err, err
     assert begun.exists() and not list((tmp_path / "out").glob("results/*.json"))
     done = subprocess.run(text, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert result.read(tmp_path / "out" / "results" / "focal-s0.json")["metrics"]["step"] == 30
+    assert result.read(tmp_path / "out" / "results" / "focal-s0.json")["metrics"]["step"] == 10
     assert "from step" in (tmp_path / "out" / "configs" / "focal-s0.log").read_text()

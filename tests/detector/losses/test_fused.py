@@ -225,6 +225,7 @@ def test_an_option_is_never_that_of_an_earlier_call(monkeypatch):
 
 
 @needs_compiler
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="needs a processor with AVX-512")
 def test_a_kernel_is_never_that_of_wider_vectors(tmp_path):
     """torch 2.14's cache on the disk gives a processor with AVX2 what was written for AVX512: half of the sum."""
     script = (
@@ -357,7 +358,8 @@ def test_many_losses_and_types_in_one_process_all_stay_compiled(monkeypatch):
     monkeypatch.setattr(dispatch, "_broken", [])
     monkeypatch.setattr(dispatch, "COMPILED_FROM", 1)
     torch.compiler.reset()
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True), warnings.catch_warnings():
+    usual = {"recompile_limit": 8, "fail_on_recompile_limit_hit": True}
+    with torch._dynamo.config.patch(usual), warnings.catch_warnings():
         warnings.simplefilter("error")
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             for name in ("ce", "focal", "ohem"):
@@ -365,8 +367,8 @@ def test_many_losses_and_types_in_one_process_all_stay_compiled(monkeypatch):
         for bins in range(2, 7):
             logits, *rest, _ = batch()
             GHMC(bins=bins)(logits, *rest, 3)
-        limit = torch._dynamo.config.recompile_limit
-    assert not dispatch._broken and limit == torch._dynamo.config.recompile_limit < 9  # the user's own is left alone
+        assert torch._dynamo.config.recompile_limit == 8  # the user's own is left alone
+    assert not dispatch._broken
     torch.compiler.reset()
 
 
