@@ -42,7 +42,7 @@ class RunState(TypedDict):
 
 
 class Content(TypedDict):
-    """The content of a checkpoint file."""
+    """The content of a checkpoint file: a dict, since torch.load(weights_only=True) reads no dataclass."""
 
     config: dict[str, Any]
     category_ids: list[int]

@@ -1,4 +1,4 @@
-"""The results of an evaluation, as in metrics.json."""
+"""The results of an evaluation, as in metrics.json: dicts, as JSON has them, with keys that mypy checks."""
 
 from typing import Literal, NotRequired, TypedDict
 

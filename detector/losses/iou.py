@@ -1,5 +1,7 @@
 """The IoU losses compare whole boxes; the other box losses compare four numbers.
 
+They equal torchvision's (a test compares them) but need torch alone, and their backward pass does not wait for a GPU.
+
 All take boxes, not deltas, and are normalised by num_pos, the positive anchors of all processes:
 
     box_loss = GIoU()
