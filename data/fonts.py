@@ -24,11 +24,11 @@ def stretches(text: str) -> list[tuple[str, str]]:
     DejaVu draws a square for a letter that no font has, and a message says once which font to install.
     """
     text = CONTROL.sub("\N{REPLACEMENT CHARACTER}", unicodedata.normalize("NFC", text))
-    found = [(letter, _file(letter)) for letter in text]
-    missing = "".join(dict.fromkeys(letter for letter, file in found if file is None))
+    files = [(letter, _file(letter)) for letter in text]
+    missing = "".join(dict.fromkeys(letter for letter, file in files if file is None))
     if missing:
         _warn(missing)
-    grouped = groupby(found, key=lambda one: one[1] or DEJAVU)
+    grouped = groupby(files, key=lambda pair: pair[1] or DEJAVU)
     return [("".join(letter for letter, _ in group), file) for file, group in grouped]
 
 
@@ -60,7 +60,7 @@ def _others() -> dict[int, str]:
         if font.scalable and not name.startswith(NO_LETTERS):  # fonts of one size are bitmaps, such as coloured emoji
             fonts.append(((font.style_name not in PLAIN, "unifont" in name, -len(letters)), letters, file))
     by_letter: dict[int, str] = {}
-    for _, letters, file in sorted(fonts, key=lambda one: one[0]):
+    for _, letters, file in sorted(fonts, key=lambda entry: entry[0]):
         for letter in letters:
             by_letter.setdefault(letter, file)
     return by_letter

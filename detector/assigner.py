@@ -93,12 +93,12 @@ def _blocks(anchors: Tensor, gt_boxes: Tensor) -> Iterator[tuple[slice, Tensor]]
 class ATSSAssigner:
     """Adaptive training sample selection: every box sets its own threshold.
 
-    A box's candidates on each level are the anchors of the `cells` cells nearest its centre. A candidate is positive
-    if its centre is in the box and its IoU is at least mean + standard deviation of all candidates' IoUs. If several
-    boxes claim an anchor, it learns the one it overlaps most. All others are background; none is ignored.
+    A box's candidates on each level are the anchors at the `cells` positions nearest its centre. A candidate is
+    positive if its centre is in the box and its IoU is at least mean + standard deviation of all candidates' IoUs. If
+    several boxes claim an anchor, it learns the one it overlaps most. All others are background; none is ignored.
 
     Source: Zhang et al., "Bridging the Gap Between Anchor-based and Anchor-free Detection", CVPR 2020,
-    arXiv 1912.02424, algorithm 1, with every anchor shape of a cell a candidate, as in its section 4.4.
+    arXiv 1912.02424, algorithm 1, with every anchor shape of a position a candidate, as in its section 4.4.
     """
 
     def __init__(self, cells: int = 9):
@@ -108,7 +108,7 @@ class ATSSAssigner:
 
     @torch.no_grad()
     def __call__(self, anchors: Tensor, gt_boxes: Tensor, levels: tuple[int, ...], per_position: int) -> Assignment:
-        """Like IoUAssigner's, with the number of anchors in each level and in each cell."""
+        """Like IoUAssigner's, with the number of anchors in each level and at each position."""
         candidates = self._candidates(anchors, gt_boxes, levels, per_position)
         centres = (anchors[:, :2] + anchors[:, 2:])[candidates] / 2
         boxes = gt_boxes[..., None, :]
@@ -130,14 +130,14 @@ class ATSSAssigner:
         return Assignment(torch.where(positive, gt_index, 0), positive, torch.zeros_like(positive))
 
     def _candidates(self, anchors: Tensor, gt_boxes: Tensor, levels: tuple[int, ...], per_position: int) -> Tensor:
-        """Indices of the anchors in each box's nearest cells, (..., G, K)."""
-        first = anchors[::per_position]  # all anchors of a cell have one centre
+        """Indices of the anchors at each box's nearest positions, (..., G, K)."""
+        first = anchors[::per_position]  # all anchors of a position have one centre
         twice_centre = (gt_boxes[..., :2] + gt_boxes[..., 2:])[..., None, :]
-        away = (first[:, :2] + first[:, 2:] - twice_centre).square().sum(dim=-1)  # (..., G, cells)
+        away = (first[:, :2] + first[:, 2:] - twice_centre).square().sum(dim=-1)  # (..., G, positions)
         nearest, start = [], 0
         for distance in away.split([count // per_position for count in levels], dim=-1):
-            cells = distance.shape[-1]
-            nearest.append(start + distance.topk(min(self.cells, cells), largest=False, sorted=False).indices)
-            start += cells
+            positions = distance.shape[-1]
+            nearest.append(start + distance.topk(min(self.cells, positions), largest=False, sorted=False).indices)
+            start += positions
         shapes = torch.arange(per_position, device=anchors.device)
         return (torch.cat(nearest, dim=-1)[..., None] * per_position + shapes).flatten(-2)

@@ -146,16 +146,16 @@ class _ConvReLU(torch.autograd.Function):
         weight, *saved = ctx.saved_tensors
         of_weight, of_bias, of_shortcut, *of_maps = ctx.needs_input_grad[2:]
         sums: list[Tensor | None] = [None, None]
-        found, before = [], None
+        to_maps, before = [], None
         for gradient, x, output, wanted in zip(gradients, saved, saved[len(gradients) :], of_maps):
             before = torch.ops.aten.threshold_backward(gradient, output, 0)
             sizes = [len(weight)] if of_bias else None
             to_x, *to_parameters = torch.ops.aten.convolution_backward(
                 before, x, weight, sizes, *ctx.options, False, [0, 0], 1, [wanted, of_weight, of_bias]
             )
-            found.append(to_x)
+            to_maps.append(to_x)
             for i, value in enumerate(to_parameters):
                 if value is not None:  # summed over maps in the parameters' float32, whatever the maps' dtype
                     total = sums[i]
                     sums[i] = value.to(ctx.dtypes[i]) if total is None else total.add_(value)
-        return None, None, *sums, before if of_shortcut else None, *found
+        return None, None, *sums, before if of_shortcut else None, *to_maps

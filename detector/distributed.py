@@ -226,8 +226,8 @@ def padded_alike(batches: Iterable[Batch], device: torch.device) -> Iterator[Bat
     If a process cannot load its next batch (UserError, Stopped), all processes raise its error.
     """
     if world_size() == 1:
-        for own in batches:  # noqa: UP028 `yield from` would close the stream, which is read on later
-            yield own
+        for unpadded in batches:  # noqa: UP028 `yield from` would close the stream, which is read on later
+            yield unpadded
         return
     batches = iter(batches)
     while True:

@@ -109,13 +109,13 @@ class Graphs:
 
     def shared(self, name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Memory for tensors of these shapes, the same in all graphs."""
-        found = []
+        views = []
         for number, like in enumerate(tensors):
             key = name, number, like.dtype
             if key not in self.kept or self.kept[key].numel() < like.numel():  # older graphs keep the smaller one
                 self.kept[key] = torch.empty_like(like).as_strided((like.numel(),), (1,))
-            found.append(self.kept[key][: like.numel()].as_strided(like.shape, like.stride()))
-        return found
+            views.append(self.kept[key][: like.numel()].as_strided(like.shape, like.stride()))
+        return views
 
 
 def _has_room(device: torch.device) -> bool:
@@ -161,10 +161,10 @@ class _Recorded:
             torch._foreach_copy_(self.outputs, [output.detach() for output in outputs])
         owner.pool = options["pool"] = self.forward.pool()
         with torch.cuda.graph(self.backward, **options):
-            found = _gradients(outputs, leaves, self.gradients)
-            self.used = [gradient is not None for gradient in found]
-            kept = [own for own, used in zip(self.to_parameters, self.used) if used]
-            torch._foreach_copy_(kept, [gradient for gradient in found if gradient is not None])
+            of_leaves = _gradients(outputs, leaves, self.gradients)
+            self.used = [gradient is not None for gradient in of_leaves]
+            kept = [to_parameter for to_parameter, used in zip(self.to_parameters, self.used) if used]
+            torch._foreach_copy_(kept, [gradient for gradient in of_leaves if gradient is not None])
         torch.clear_autocast_cache()
 
 
@@ -195,5 +195,5 @@ class _Replay(torch.autograd.Function):
                 parameter.grad = parameter.grad.clone()
         torch._foreach_copy_(recorded.gradients, list(gradients))
         recorded.backward.replay()
-        found = zip(recorded.to_parameters, recorded.used)
-        return None, None, None, *(gradient.detach() if used else None for gradient, used in found)
+        pairs = zip(recorded.to_parameters, recorded.used)
+        return None, None, None, *(gradient.detach() if used else None for gradient, used in pairs)

@@ -53,6 +53,29 @@ Values = dict[str, Any]  # the nested values of a config
 
 
 def main() -> None:
+    args = parse_arguments()
+    jobs = args.jobs or max(1, torch.cuda.device_count() // args.processes)
+    study = Study(args.config, args.set, args.output, args.results, args.processes)
+    variants = read_variants(study.base, args.variants, args.grid)
+    runs = study.runs(variants, args.seeds)
+    short = f", {args.tune} short runs of each" if args.tune else ""
+    print(f"{len(runs)} runs of {len(variants)} variants{short}; they differ in {differences(runs)}")
+    searches = study.searches(variants, runs, args.tune_keys, args.tune, args.tune_set) if args.tune else []
+    if args.dry_run:
+        print("\n".join(str(run.cfg.folder) for run in [*map(next, searches), *runs]))
+        return
+
+    if searches:
+        runs = study.runs(tune(study, variants, searches, args.tune, jobs), args.seeds)
+    all_finished = train_all([[run] for run in runs], len(runs), jobs)
+    add_notes(runs, study.notes)
+    if args.time:
+        add_timing(runs)
+    print(f"python scripts/compare.py {study.results}/*.json")
+    sys.exit(0 if all_finished else 1)
+
+
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="FILE", help="the recipe that all variants share")
     parser.add_argument(
@@ -101,47 +124,7 @@ def main() -> None:
         raise UserError("--seeds, --jobs and --processes: give at least 1")
     if args.tune is not None:
         check_tuning(args.tune, args.tune_keys, args.tune_set)
-    jobs = args.jobs or max(1, torch.cuda.device_count() // args.processes)
-    study = Study(args.config, args.set, args.output, args.results, args.processes)
-
-    variants = {name: read_variant(study.base, name) for name in args.variants}
-    for grid in args.grid:
-        key, values = parse_choice("--grid", grid)
-        short = key.rpartition(".")[2]
-        variants = {f"{n}[{short}={v}]": with_values(c, {key: v}) for n, c in variants.items() for v in values}
-    runs = study.runs(variants, args.seeds)
-    short = f", {args.tune} short runs of each" if args.tune else ""
-    print(f"{len(runs)} runs of {len(variants)} variants{short}; they differ in {differences(runs)}")
-    searches = []
-    if args.tune:
-        keys = [key for key in tuning.KEYS if key in args.tune_keys]  # in one order, which the search depends on
-        for (name, changes), run in zip(variants.items(), runs):
-            values = config.flat(run.cfg.model_dump(mode="json"))
-            own = {key: values[key] for key in keys}
-            searches.append(study.search(name, changes, own, args.tune, args.tune_set))
-    if args.dry_run:
-        print("\n".join(str(run.cfg.folder) for run in [*map(next, searches), *runs]))
-        return
-
-    if searches:
-        study.hold_out()
-        small = {"curve": [], "resampled": []}
-        if not train_all(searches, args.tune * len(searches), jobs, keep=lambda full: full | small):
-            sys.exit(1)
-        for name, tried in study.tried.items():
-            found = tuning.summary(tried)
-            variants[name] = with_values(variants[name], found["chosen"])
-            study.notes[name] = {"tuning": found}
-            print(f"{name}: {tuning.described(found)}")
-        runs = study.runs(variants, args.seeds)
-    all_finished = train_all([[run] for run in runs], len(runs), jobs)
-    for run in runs:  # those that were finished before may have been tuned with fewer trials
-        if run.kept.exists() and (kept := result.read(run.kept)) | study.notes.get(run.notes["variant"], {}) != kept:
-            result.write(run.kept, kept | study.notes[run.notes["variant"]])
-    if args.time:
-        add_timing(runs)
-    print(f"python scripts/compare.py {study.results}/*.json")
-    sys.exit(0 if all_finished else 1)
+    return args
 
 
 class Study:
@@ -168,10 +151,22 @@ class Study:
             for name, changes in variants.items()
         ]
 
+    def searches(
+        self, variants: dict[str, Values], runs: list[Run], tuned_keys: list[str], count: int, settings: list[str]
+    ) -> list[Iterator[Run]]:
+        """A `search` for each variant. The first of the `runs` are those of the variants, in the same order."""
+        keys = [key for key in tuning.KEYS if key in tuned_keys]  # in one order, which the search depends on
+        searches = []
+        for (name, changes), run in zip(variants.items(), runs):
+            values = config.flat(run.cfg.model_dump(mode="json"))
+            initial = {key: values[key] for key in keys}
+            searches.append(self.search(name, changes, initial, count, settings))
+        return searches
+
     def search(
-        self, variant: str, changes: Values, own: dict[str, float], count: int, settings: list[str]
+        self, variant: str, changes: Values, initial: dict[str, float], count: int, settings: list[str]
     ) -> Iterator[Run]:
-        """The `count` short runs that tune a variant, beginning with its `own` values, which are added to `tried`.
+        """The `count` short runs that tune a variant, beginning with its `initial` values, which are added to `tried`.
 
         Each must have a result before the next is asked for. One that has a result already keeps its values.
         """
@@ -180,9 +175,9 @@ class Study:
             name = f"tune-{variant}-{number}"
             kept = self.results / f"{name}.json"
             if tried and kept.exists():
-                values = kept_values(kept, list(own))
+                values = kept_values(kept, list(initial))
             else:
-                values = tuning.propose(tried) if tried else own
+                values = tuning.propose(tried) if tried else initial
             best = f"; best so far {tuning.best(tried).AP or 0:.3f}" if tried else ""
             title = f"{variant}, trial {number}/{count} ({shown(values)}{best})"
             run = self.trial(name, with_values(changes, values), {"variant": variant, "tried": values}, settings)
@@ -234,6 +229,30 @@ def hash_of(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()[:16]
 
 
+def tune(
+    study: Study, variants: dict[str, Values], searches: list[Iterator[Run]], trials: int, jobs: int
+) -> dict[str, Values]:
+    """Train the short runs; return the variants with their best values. Exits if a short run has no result."""
+    study.hold_out()
+    small = {"curve": [], "resampled": []}
+    if not train_all(searches, trials * len(searches), jobs, keep=lambda full: full | small):
+        sys.exit(1)
+    tuned = dict(variants)
+    for name, tried in study.tried.items():
+        summary = tuning.summary(tried)
+        tuned[name] = with_values(variants[name], summary["chosen"])
+        study.notes[name] = {"tuning": summary}
+        print(f"{name}: {tuning.described(summary)}")
+    return tuned
+
+
+def add_notes(runs: list[Run], notes: dict[str, Values]) -> None:
+    """Add the notes on each variant to the results of its runs."""
+    for run in runs:  # those that were finished before may have been tuned with fewer trials
+        if run.kept.exists() and (kept := result.read(run.kept)) | notes.get(run.notes["variant"], {}) != kept:
+            result.write(run.kept, kept | notes[run.notes["variant"]])
+
+
 def add_timing(runs: list[Run]) -> None:
     """Time a step of each variant and add it to the results of its runs."""
     variants: dict[str, config.Config] = {}
@@ -245,6 +264,16 @@ def add_timing(runs: list[Run]) -> None:
             result.write(run.kept, result.read(run.kept) | {"timing": timings[run.notes["variant"]]})
     for name, timing in timings.items():
         print(f"{name}: {timing['seconds']:.3f} s/step")
+
+
+def read_variants(base: Path, names: list[str], grids: list[str]) -> dict[str, Values]:
+    """What each variant changes in the config `base`, by name; with grids, each variant with each of their values."""
+    variants = {name: read_variant(base, name) for name in names}
+    for grid in grids:
+        key, values = parse_choice("--grid", grid)
+        short = key.rpartition(".")[2]
+        variants = {f"{n}[{short}={v}]": with_values(c, {key: v}) for n, c in variants.items() for v in values}
+    return variants
 
 
 def read_variant(base: Path, name: str) -> Values:

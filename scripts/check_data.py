@@ -194,9 +194,9 @@ def balance(cfg: Config, anchors: Anchors, train: Seen) -> str:
         grids = [tuple(-(-side // stride) for side in size) for stride in anchors.strides]
         levels = [height * width * anchors.per_position for height, width in grids]
         boxes = torch.from_numpy(train.boxes[train.image == index])
-        found = assigner(anchors(grids, size, torch.device("cpu")), boxes, levels, anchors.per_position)
-        positives += int(found.positive.sum())
-        negatives += int((~found.positive & ~found.ignored).sum())
+        assignment = assigner(anchors(grids, size, torch.device("cpu")), boxes, levels, anchors.per_position)
+        positives += int(assignment.positive.sum())
+        negatives += int((~assignment.positive & ~assignment.ignored).sum())
     if not positives:
         return f"no positive anchors in {len(chosen):,} training images"
     classes = len(train.dataset.class_names)

@@ -51,7 +51,7 @@ from scripts.comparison.tuning import budget, described, tuned_keys
 HEADER = ("run", "class loss", "box loss", *AP, "ECE", "s/step", "GB")
 LEFT = 3  # the first columns are text, aligned to the left
 LOSS = ("class_loss", "box_loss", "model.head.prior")
-MAY_DIFFER = ("run", "output", "seed", *LOSS)  # between compared runs
+VARIED = ("run", "output", "seed", *LOSS)  # may differ between compared runs
 MUST_AGREE = ("step", "epoch", "images")  # metrics that say what was scored, and when
 PUBLISHED = Path(__file__).resolve().parent.parent / "results" / "published.yaml"
 ON_COCO = "instances_val2017.json"  # the validation file of the published numbers
@@ -131,16 +131,16 @@ def compare(title: str, rows: list[Row], baseline: str, metric: str, pairs: bool
 
 def over_sets(compared: list[Compared], baseline: str, metric: str) -> list[str]:
     """The heading, verdicts and notes of all sets together."""
-    results = differences_over_sets([one.rows for one in compared], baseline, metric)
+    results = differences_over_sets([comparison.rows for comparison in compared], baseline, metric)
     if not results:
         return [f"No verdict: this takes {baseline} and another row with runs in each set."]
     lines = describe(results, baseline, metric, len(compared))
-    means = [{diff.name: diff.mean for diff in one.results} for one in compared]
+    means = [{diff.name: diff.mean for diff in comparison.results} for comparison in compared]
     for place, diff in enumerate(results, start=len(lines) - len(results)):
         by_set = ("unknown" if of_set[diff.name] is None else f"{of_set[diff.name]:+.1f}" for of_set in means)
         lines[place] += f"; by set {', '.join(by_set)}"
     lines += ["", "Each set counts the same. The verdicts are about the mean over these sets, not about other sets."]
-    by_name = [{row.name: row for row in one.rows} for one in compared]
+    by_name = [{row.name: row for row in comparison.rows} for comparison in compared]
     names = [baseline, *(diff.name for diff in results)]
     if absent := [name for name in dict.fromkeys(chain(*by_name)) if name not in names]:
         lines += ["", f"Left out, because they do not have runs in each set: {', '.join(absent)}."]
@@ -194,7 +194,7 @@ def warn(rows: list[Row]) -> list[str]:
     settings = []
     for row in rows:
         for run in row.runs:
-            of_run = {k: v for k, v in flat(run["config"]).items() if not k.startswith(MAY_DIFFER)}
+            of_run = {k: v for k, v in flat(run["config"]).items() if not k.startswith(VARIED)}
             of_run |= {f"metrics.{key}": run["metrics"][key] for key in MUST_AGREE if key in run["metrics"]}
             of_run["seeds"] = row.seeds
             of_run["machine"] = run["machine"]["device"] if "machine" in run else None
@@ -234,9 +234,15 @@ def published(rows: list[Row]) -> list[str]:
 def whole(compared: list[Compared], together: list[str], write: Callable, heading: str = "") -> list[str]:
     """The lines of each set, then those of all together; with one set, without titles."""
     parts = []
-    for one in compared:
-        parts += [[f"{heading}{one.title}"]] * (len(compared) > 1)
-        parts += [write(one.table, marks(one.rows)), one.verdicts, one.pairs, one.detectable, one.notes]
+    for comparison in compared:
+        parts += [[f"{heading}{comparison.title}"]] * (len(compared) > 1)
+        parts += [
+            write(comparison.table, marks(comparison.rows)),
+            comparison.verdicts,
+            comparison.pairs,
+            comparison.detectable,
+            comparison.notes,
+        ]
     parts += [[f"{heading}All {len(compared)} sets"], together] if together else []
     return [line for part in parts if part for line in ("", *part)][1:]
 
@@ -264,15 +270,15 @@ def write_csv(path: str, compared: list[Compared], metric: str) -> None:
         header = ["variant", "seed", *HEADER[1:], "compared", "difference", "low", "high", "p, corrected"]
         header += ["verdict", "reason", "failure"]
         writer.writerow(["set"] * several + header)
-        for one in compared:
+        for comparison in compared:
             of_rows = {
                 diff.name: [metric, diff.mean, diff.low, diff.high, diff.p, diff.verdict, diff.reason]
-                for diff in one.results
+                for diff in comparison.results
             }
-            of_set = [one.title] * several
-            for row in one.rows:
+            of_set = [comparison.title] * several
+            for row in comparison.rows:
                 of_row = of_rows.get(row.name, [""] * 7)
-                taken = [one.cost.seconds.get(row.name, ""), one.cost.memory.get(row.name, 0) / 1e9 or ""]
+                taken = [comparison.cost.seconds.get(row.name, ""), comparison.cost.memory.get(row.name, 0) / 1e9 or ""]
                 for run in row.runs:
                     config, known = run["config"], numbers(run)
                     losses = config["class_loss"]["name"], config["box_loss"]["name"]

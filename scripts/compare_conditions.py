@@ -176,8 +176,8 @@ def draw(
         of_seeds = [aps(conditions[value][name]) for value in values]
         means = [statistics.fmean(known) for known in of_seeds]
         spread = [statistics.stdev(known) if len(known) > 1 else 0 for known in of_seeds]
-        look = dict(marker="o", capsize=3, color=colours[name], label=page.label(name))
-        absolute.errorbar(values, means, spread, **look)
+        style = dict(marker="o", capsize=3, color=colours[name], label=page.label(name))
+        absolute.errorbar(values, means, spread, **style)
         points = [
             (value, result)
             for value, results in by_condition.items()
@@ -190,7 +190,7 @@ def draw(
             at = [value * (1 + 5 * shift) if log else value + shift * span for value, _ in points]
             middle = [result.mean for _, result in points]
             reach = [result.high - result.mean for _, result in points]
-            relative.errorbar(at, middle, reach, **look)
+            relative.errorbar(at, middle, reach, **style)
     relative.axhline(0, color=colours[baseline], linewidth=1)
     absolute.set(ylabel="AP, percent: mean and deviation over seeds")
     relative.set(ylabel=f"AP minus that of {page.label(baseline)}, 95% interval")

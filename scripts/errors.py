@@ -114,7 +114,7 @@ def percent(value: float) -> str:
 def judge_all(dataset: CocoDataset, sure: list[dict]) -> dict[int, ImageErrors]:
     """The errors among the detections that are shown, by image id."""
     truth = by_image(dataset, dataset.annotations.document()["annotations"])
-    return {image: classify_errors(truth[image], found) for image, found in by_image(dataset, sure).items()}
+    return {image: classify_errors(truth[image], detections) for image, detections in by_image(dataset, sure).items()}
 
 
 def by_image(dataset: CocoDataset, entries: list[dict]) -> dict[int, list[dict]]:
@@ -138,8 +138,8 @@ def by_class(metrics: dict) -> str:
 
 
 def kinds(judged: dict[int, ImageErrors], lost: dict[str, float] | None) -> list[str]:
-    counts = Counter(kind for one in judged.values() for kind in one.kinds)
-    counts[MISSED] = sum(len(one.missed) for one in judged.values())
+    counts = Counter(kind for of_image in judged.values() for kind in of_image.kinds)
+    counts[MISSED] = sum(len(of_image.missed) for of_image in judged.values())
     cost = {kind: f"{100 * lost[kind]:.1f}" if lost else "-" for kind in KINDS}
     table = page.table(("kind of error", "AP50 it costs", "count"), [(k, cost[k], counts[k]) for k in KINDS])
     words = f"{counts[RIGHT]} detections are right. The cost of a kind is the AP50 gained if only this kind were fixed."
@@ -221,8 +221,8 @@ def confused(dataset: CocoDataset, sure: list[dict]) -> list[str]:
 def pictures(dataset: CocoDataset, sure: list[dict], judged: dict[int, ImageErrors], count: int) -> list[str]:
     """The images with the most errors, each box in the colour of its kind of error."""
     errors = {
-        image: Counter(kind for kind in one.kinds if kind in KINDS) + Counter({MISSED: len(one.missed)})
-        for image, one in judged.items()
+        image: Counter(kind for kind in of_image.kinds if kind in KINDS) + Counter({MISSED: len(of_image.missed)})
+        for image, of_image in judged.items()
     }
     worst = sorted((image for image in errors if errors[image]), key=lambda image: -errors[image].total())[:count]
     truth, detections = by_image(dataset, dataset.annotations.document()["annotations"]), by_image(dataset, sure)

@@ -23,6 +23,7 @@ import math
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ from data.assemble import open_dataset
 from data.coco import CocoDataset
 from detector import assemble, atomic, checkpoint
 from detector.boxes import iou
+from detector.config import Config
 from detector.device import keep_freed_memory
 from detector.errors import UserError, run_main
 from detector.model import MEAN, STD, RetinaNet
@@ -115,22 +117,7 @@ tail (float[B, A, C] all_scores, float[B, A, 4] all_boxes)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, metavar="FILE")
-    parser.add_argument("--format", required=True, choices=["onnx"])
-    parser.add_argument("--output", type=Path, metavar="FILE", help="default: beside the checkpoint, .onnx")
-    parser.add_argument("--preprocessing", choices=["inside", "outside"], default="inside", help="(%(default)s)")
-    parser.add_argument("--nms", choices=["inside", "outside"], default="inside", help="(%(default)s)")
-    parser.add_argument(
-        "--data",
-        nargs=2,
-        metavar=("ANNOTATIONS", "IMAGES"),
-        help="check on this data instead of the run's validation set",
-    )
-    parser.add_argument("--images", type=int, default=20, metavar="N", help="number of images to check (default: 20)")
-    args = parser.parse_args(argv)
-    if args.images < 1:
-        raise UserError(f"--images {args.images}: give at least 1")
+    args = parse_arguments(argv)
     try:
         import onnx
         import onnxruntime
@@ -146,17 +133,7 @@ def main(argv: list[str] | None = None) -> None:
     exported = Exported(
         model.eval(), postprocess, preprocessing=args.preprocessing == "inside", nms=args.nms == "inside"
     )
-    about = {
-        "class_names": checkpoint.class_names(content),
-        "category_ids": content["category_ids"],
-        "score_thresholds": checkpoint.score_thresholds(content),
-        "short_side": cfg.data.short_side,
-        "long_side": cfg.data.long_side,
-        "mean": MEAN,
-        "std": STD,
-        "preprocessing": args.preprocessing,
-        "nms": args.nms,
-    }
+    about = metadata(content, cfg, args)
     target = args.output or Path(args.checkpoint).with_suffix(".onnx")
     if target.is_dir():
         raise UserError(f"--output {target}: is a folder; give the name of a file, such as {target / 'mine.onnx'}")
@@ -177,6 +154,41 @@ def main(argv: list[str] | None = None) -> None:
         f"score of {worst['score']:.6f}"
     )
     speed(exported, session, dataset)
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, metavar="FILE")
+    parser.add_argument("--format", required=True, choices=["onnx"])
+    parser.add_argument("--output", type=Path, metavar="FILE", help="default: beside the checkpoint, .onnx")
+    parser.add_argument("--preprocessing", choices=["inside", "outside"], default="inside", help="(%(default)s)")
+    parser.add_argument("--nms", choices=["inside", "outside"], default="inside", help="(%(default)s)")
+    parser.add_argument(
+        "--data",
+        nargs=2,
+        metavar=("ANNOTATIONS", "IMAGES"),
+        help="check on this data instead of the run's validation set",
+    )
+    parser.add_argument("--images", type=int, default=20, metavar="N", help="number of images to check (default: 20)")
+    args = parser.parse_args(argv)
+    if args.images < 1:
+        raise UserError(f"--images {args.images}: give at least 1")
+    return args
+
+
+def metadata(content: checkpoint.Content, cfg: Config, args: argparse.Namespace) -> dict[str, Any]:
+    """What an ONNX file says about its model, besides the graph."""
+    return {
+        "class_names": checkpoint.class_names(content),
+        "category_ids": content["category_ids"],
+        "score_thresholds": checkpoint.score_thresholds(content),
+        "short_side": cfg.data.short_side,
+        "long_side": cfg.data.long_side,
+        "mean": MEAN,
+        "std": STD,
+        "preprocessing": args.preprocessing,
+        "nms": args.nms,
+    }
 
 
 class Exported(nn.Module):

@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import io
 import json
-import os
 import sys
 import time
 from collections import Counter, defaultdict
@@ -143,14 +142,14 @@ def process_image(
 ) -> int:
     """Process one image; returns 1, the number of images."""
     image = read_image(source, remarks=remarks)
-    found = detector(image)
+    detections = detector(image)
     drawn = io.BytesIO()
     try:
-        Image.fromarray(draw(image, found, detector)).save(drawn, "JPEG", quality=92)
+        Image.fromarray(draw(image, detections, detector)).save(drawn, "JPEG", quality=92)
     except OSError as error:
         raise UserError(f"{source}: cannot be drawn on ({error})") from None
     write(target, drawn.getvalue())
-    results += entries(found, detector, {"image_id": number, "file_name": str(source)})
+    results += entries(detections, detector, {"image_id": number, "file_name": str(source)})
     return 1
 
 
@@ -158,33 +157,32 @@ def process_video(
     detector: Detector, source: Path, target: Path, number: int, results: list[dict[str, Any]], remarks: Remarks
 ) -> int:
     """Process a video; returns its number of frames. The file gets its final name when it is complete."""
-    reader = cv2.VideoCapture(str(source))
+    reader, writer, count = cv2.VideoCapture(str(source)), cv2.VideoWriter(), 0
     rate, expected = reader.get(cv2.CAP_PROP_FPS) or 25.0, int(reader.get(cv2.CAP_PROP_FRAME_COUNT))
-    beside, writer, count = target.with_suffix(".part.mp4"), cv2.VideoWriter(), 0
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        for image in tqdm(frames(reader), total=max(expected, 0) or None, desc=source.name, unit="frame", leave=False):
+        with atomic.replacing(target, ".part.mp4") as beside, contextlib.ExitStack() as stack:
+            stack.callback(writer.release)  # closes the file before it is renamed or removed
+            images = tqdm(frames(reader), total=max(expected, 0) or None, desc=source.name, unit="frame", leave=False)
+            for image in images:
+                if not count:
+                    size = image.shape[1], image.shape[0]
+                    writer.open(str(beside), cv2.VideoWriter_fourcc(*"mp4v"), rate, size)
+                detections = detector(image)
+                writer.write(cv2.cvtColor(draw(image, detections, detector), cv2.COLOR_RGB2BGR))
+                about = {"image_id": number + count, "file_name": str(source), "frame": count}
+                results += entries(detections, detector, about)
+                count += 1
             if not count:
-                size = image.shape[1], image.shape[0]
-                writer.open(str(beside), cv2.VideoWriter_fourcc(*"mp4v"), rate, size)
-            found = detector(image)
-            writer.write(cv2.cvtColor(draw(image, found, detector), cv2.COLOR_RGB2BGR))
-            results += entries(found, detector, {"image_id": number + count, "file_name": str(source), "frame": count})
-            count += 1
-        if not count:
-            raise UserError(f"{source}: no frame of it can be decoded; give another video")
-        writer.release()
-        written = sum(1 for _ in frames(cv2.VideoCapture(str(beside))))
-        if written < count:  # OpenCV's writer reports no errors
-            raise OSError(f"{written} of {count} frames are in it; is the disk full?")
-        os.replace(beside, target)
+                raise UserError(f"{source}: no frame of it can be decoded; give another video")
+            writer.release()
+            written = sum(1 for _ in frames(cv2.VideoCapture(str(beside))))
+            if written < count:  # OpenCV's writer reports no errors
+                raise OSError(f"{written} of {count} frames are in it; is the disk full?")
     except OSError as error:
         raise CannotWriteError(target, error) from None
     finally:
         reader.release()
-        writer.release()
-        with contextlib.suppress(OSError):  # it may not exist
-            beside.unlink()
     if count + 1 < expected:  # the file's own count may be off by one
         tqdm.write(f"{source}: {count} of {expected} frames could be decoded", file=sys.stderr)
     return count
@@ -199,22 +197,23 @@ def frames(reader: cv2.VideoCapture) -> Iterator[np.ndarray]:
         yield cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
-def entries(found: NamedDetections, detector: Detector, about: dict[str, Any]) -> list[dict[str, Any]]:
+def entries(detections: NamedDetections, detector: Detector, about: dict[str, Any]) -> list[dict[str, Any]]:
     """The detections in COCO's results format, each with `about` added."""
     category = dict(zip(detector.class_names, detector.category_ids))
-    sides = torch.cat([found.boxes[:, :2], found.boxes[:, 2:] - found.boxes[:, :2]], dim=1).double().numpy().round(3)
+    boxes = detections.boxes
+    sides = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1).double().numpy().round(3)
     return [
         {**about, "category_id": category[name], "category": name, "bbox": box, "score": round(score, 5)}
-        for name, box, score in zip(found.names, sides.tolist(), found.scores.tolist())
+        for name, box, score in zip(detections.names, sides.tolist(), detections.scores.tolist())
     ]
 
 
-def draw(image: np.ndarray, found: NamedDetections, detector: Detector) -> np.ndarray:
+def draw(image: np.ndarray, detections: NamedDetections, detector: Detector) -> np.ndarray:
     """A copy of the image with boxes and captions."""
     canvas = Image.fromarray(image)
-    captions = [f"{name} {score:.2f}" for name, score in zip(found.names, found.scores.tolist())]
-    colours = [COLOURS[detector.class_names.index(name) % len(COLOURS)] for name in found.names]
-    annotate(canvas, found.boxes, captions, colours)
+    captions = [f"{name} {score:.2f}" for name, score in zip(detections.names, detections.scores.tolist())]
+    colours = [COLOURS[detector.class_names.index(name) % len(COLOURS)] for name in detections.names]
+    annotate(canvas, detections.boxes, captions, colours)
     return np.asarray(canvas)
 
 

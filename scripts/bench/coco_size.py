@@ -125,7 +125,8 @@ def main() -> None:
             for _ in range(args.repeats):
                 for key, root in checkouts.items():
                     figures[key].append(run(program, root, folder, args.images))
-            rows.append([what, *(f"{statistics.median(one):.2f}" for own in figures.values() for one in zip(*own))])
+            medians = [statistics.median(values) for repeats in figures.values() for values in zip(*repeats)]
+            rows.append([what, *(f"{median:.2f}" for median in medians)])
     print(measure.table(["", *(f"{unit}{key}" for key in checkouts for unit in ("s", "CPU s", "GB", "own GB"))], rows))
 
 
@@ -163,7 +164,7 @@ def write_set(folder: Path, images: int, boxes: int) -> None:
     for original in originals:
         coarse = rng.integers(0, 256, (12, 16, 3), np.uint8)
         cv2.imwrite(str(original), cv2.resize(coarse, SIZE[::-1], interpolation=cv2.INTER_CUBIC))
-    for split, count, own in (("train", images, boxes), ("val", VAL_IMAGES, VAL_IMAGES * 36_781 // 5000)):
+    for split, count, box_count in (("train", images, boxes), ("val", VAL_IMAGES, VAL_IMAGES * 36_781 // 5000)):
         names = [f"{split}{number:012}.jpg" for number in range(count)]
         for number, name in enumerate(names):
             os.link(originals[number % PICTURES], folder / "images" / name)
@@ -171,7 +172,7 @@ def write_set(folder: Path, images: int, boxes: int) -> None:
             file.write('{"info": {"year": 2017}, "images": [')
             file.write(", ".join(json.dumps(about_image(number, name)) for number, name in enumerate(names)))
             file.write('], "annotations": [')
-            for number, record in enumerate(annotations(rng, own, count)):
+            for number, record in enumerate(annotations(rng, box_count, count)):
                 file.write((", " if number else "") + json.dumps(record))
             categories = [{"supercategory": "thing", "id": k, "name": f"class {k}"} for k in range(1, CLASSES + 1)]
             file.write(f'], "categories": {json.dumps(categories)}}}')

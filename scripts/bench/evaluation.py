@@ -47,10 +47,10 @@ def main() -> None:
 
     peaks = {name: alone(name, *size) / measure.MIB for name in CALLS}
     calls = {name: prepare(make_case(*size)) for name, prepare in CALLS.items()}
-    found = {name: call() for name, call in calls.items()}  # the warm-up too
+    metrics = {name: call() for name, call in calls.items()}  # the warm-up too
     times = measure.alternate(calls, args.repeats, warmup=0)
     medians = measure.medians(times)
-    print(f"\n{args.images:,} images, {args.detections} detections each; ours is {found['ours']['engine']}\n")
+    print(f"\n{args.images:,} images, {args.detections} detections each; ours is {metrics['ours']['engine']}\n")
     rows = [
         [name, f"{medians[name]:,.0f}", f"{measure.ratio(times, 'pycocotools', name):.1f}", f"{peaks[name]:,.0f}"]
         for name in CALLS
@@ -63,9 +63,9 @@ def main() -> None:
     print()
     print(measure.table(["detections", "ms"], [[name, f"{value:,.0f}"] for name, value in growth.items()]))
 
-    unequal = [name for name in NUMBERS if found["ours"][name] != found["pycocotools"][name]]
+    unequal = [name for name in NUMBERS if metrics["ours"][name] != metrics["pycocotools"][name]]
     print()
-    print(measure.table(["", *NUMBERS], [[name, *(f"{n[key]:.4f}" for key in NUMBERS)] for name, n in found.items()]))
+    print(measure.table(["", *NUMBERS], [[name, *(f"{n[key]:.4f}" for key in NUMBERS)] for name, n in metrics.items()]))
     print(f"\nUnequal: {', '.join(unequal)}" if unequal else "\nAll 12 numbers are equal to the bit.")
     sys.exit(1 if unequal else 0)
 
@@ -100,8 +100,8 @@ def make_case(images: int, detections: int, seed: int) -> Case:
     scores = rng.random(len(image)).round(3)  # some are tied
     parts = (torch.from_numpy(boxes).float(), torch.from_numpy(scores).float(), torch.from_numpy(classes))
     each = zip(*(part.split(detections) for part in parts))
-    found = {i: Detections(*own) for i, own in enumerate(each)}
-    return parse_annotations(annotations), found, list(range(1, CLASSES + 1))
+    by_image = {i: Detections(*of_image) for i, of_image in enumerate(each)}
+    return parse_annotations(annotations), by_image, list(range(1, CLASSES + 1))
 
 
 def random_boxes(rng: np.random.Generator, count: int) -> np.ndarray:

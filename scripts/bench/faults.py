@@ -58,7 +58,7 @@ class Life:
     marks: list[tuple[float, str]] = field(default_factory=list)
     codes: dict[int, int] = field(default_factory=dict)
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """Read new marks, and the exit codes of processes that have ended."""
         with contextlib.suppress(BlockingIOError):
             self.marks += [(time.monotonic(), mark) for mark in os.read(self.pipe, 4096).decode()]
@@ -162,7 +162,7 @@ def strike(life: Life, how: str, phase: str, lasts: dict[str, float], rng: rando
         os.killpg(life.processes[0], number)
     else:
         os.kill(rng.choice(life.processes), number)
-    life.look()
+    life.poll()
     return life.phase
 
 
@@ -192,7 +192,7 @@ def finish(life: Life) -> None:
     """Wait for the end. Like torchrun, end the other processes if one has failed."""
     failed_at = None
     while not life.over:
-        life.look()
+        life.poll()
         now = time.monotonic()
         if failed_at is None and any(life.codes.values()):
             failed_at = now
@@ -202,7 +202,7 @@ def finish(life: Life) -> None:
             elif failed_at and now - failed_at > 5:
                 os.kill(process, signal.SIGTERM)
         time.sleep(0.01)
-    life.look()
+    life.poll()
 
 
 def left_behind(life: Life) -> list[str]:
@@ -230,7 +230,7 @@ def members(group: int) -> list[str]:
 def until(life: Life, reached: object) -> None:
     while not life.codes and not reached():
         time.sleep(0.002)
-        life.look()
+        life.poll()
 
 
 def durations(life: Life) -> dict[str, float]:
@@ -342,14 +342,14 @@ def state(path: Path) -> dict:
     return content
 
 
-def equal(one: object, other: object) -> bool:
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(equal(value, other[key]) for key, value in one.items())
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(equal, one, other))
-    return one == other
+def equal(first: object, second: object) -> bool:
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(equal(value, second[key]) for key, value in first.items())
+    if isinstance(first, (list, tuple)):
+        return len(first) == len(second) and all(map(equal, first, second))
+    return first == second
 
 
 if __name__ == "__main__":

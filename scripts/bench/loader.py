@@ -73,7 +73,7 @@ def compare(size: str, ours: CocoDataset, cached: CocoDataset, sides: tuple[int,
     times = measure.alternate({name: lambda run=run: epoch(*run) for name, run in runs.items()}, repeats)
     rows = []
     for name, ms in measure.medians(times).items():
-        ratios = [f"{measure.ratio(times, name, one):.2f}x" for one in ("ours", "ours, cached")]
+        ratios = [f"{measure.ratio(times, name, mine):.2f}x" for mine in ("ours", "ours, cached")]
         rows.append([name, f"{1000 * len(ours) / ms:.0f}", *ratios, f"{batch_bytes(*runs[name]) / measure.MIB:.1f}"])
     return measure.table([f"to {size}", "images/s", "ours", "cached", "MiB a batch"], rows)
 
@@ -146,11 +146,11 @@ class Peer:
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, dict]:
         index, _ = key
         image = Image.open(self.dataset.folder / self.dataset.file_names[index]).convert("RGB")
-        own = slice(index * BOXES, (index + 1) * BOXES)
+        of_image = slice(index * BOXES, (index + 1) * BOXES)
         annotations = self.dataset.annotations
-        corners = [[x, y, x + width, y + height] for x, y, width, height in annotations.boxes[own].tolist()]
+        corners = [[x, y, x + width, y + height] for x, y, width, height in annotations.boxes[of_image].tolist()]
         boxes = tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=(HEIGHT, WIDTH), dtype=torch.float32)
-        labels = torch.tensor(annotations.categories[own])
+        labels = torch.tensor(annotations.categories[of_image])
         return self.transform(image, {"boxes": boxes, "labels": labels})
 
 

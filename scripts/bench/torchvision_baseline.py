@@ -28,7 +28,7 @@ from detector import assemble, boxes, config
 from detector.backbone import BACKBONES, Backbone, set_norm
 from detector.config import Config, LossPart
 from detector.configure import configure
-from detector.device import autocast, keep_freed_memory, pick_device
+from detector.device import autocast, keep_freed_memory, pick_device, place
 from detector.errors import UserError, run_main
 from detector.model import MEAN, STD
 from detector.randomness import seed_everything
@@ -57,7 +57,8 @@ def main() -> None:
     options = assemble.loader_options(cfg, device)
     batches = train_loader(train_set, cfg.solver.batch_size, **options, seed=cfg.seed)
     val_batches = eval_loader(val_set, assemble.evaluation_batch(cfg), **options)
-    model = build(cfg, len(train_set.category_ids)).to(device, memory_format=torch.channels_last)
+    model = build(cfg, len(train_set.category_ids))
+    place(model, device, channels_last=True)
     solver = assemble.build_solver(cfg, model, len(batches))
 
     model.train()
@@ -156,13 +157,13 @@ def inputs(batch: Batch, device: torch.device) -> tuple[Images, list[dict[str, T
 @torch.no_grad()
 def predict(model: nn.Module, batches, device: torch.device) -> dict[int, Detections]:
     model.eval()
-    found = {}
+    detections = {}
     for batch in batches:
         results = model(inputs(batch, device)[0])
         for image_id, result, size, original in zip(batch.image_ids, results, batch.sizes, batch.original_sizes):
             scaled = boxes.rescale(result["boxes"], size, original)
-            found[image_id] = Detections(scaled.cpu(), result["scores"].cpu(), result["labels"].cpu())
-    return found
+            detections[image_id] = Detections(scaled.cpu(), result["scores"].cpu(), result["labels"].cpu())
+    return detections
 
 
 if __name__ == "__main__":

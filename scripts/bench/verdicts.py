@@ -160,21 +160,21 @@ def draw(setting: Setting, seeds: int, rows: int, random: np.random.Generator) -
     return [verdict.Runs(*pair, known.images) for pair in zip(aps, draws)]
 
 
-def bootstrap(one: np.ndarray, other: np.ndarray, random: np.random.Generator) -> tuple[float, float]:
+def bootstrap(row: np.ndarray, base: np.ndarray, random: np.random.Generator) -> tuple[float, float]:
     """The range of 95% of the differences of means (seeds, draws), with seeds drawn in pairs with replacement."""
-    draws = np.arange(one.shape[1])[:, None]
-    seeds = random.integers(len(one), size=(len(draws), len(one)))
-    gaps = one[seeds, draws].mean(axis=1) - other[seeds, draws].mean(axis=1)
+    draws = np.arange(row.shape[1])[:, None]
+    seeds = random.integers(len(row), size=(len(draws), len(row)))
+    gaps = row[seeds, draws].mean(axis=1) - base[seeds, draws].mean(axis=1)
     low, high = np.percentile(gaps, (2.5, 97.5))
     return float(low), float(high)
 
 
-def satterthwaite(one: verdict.Runs, other: verdict.Runs) -> float:
+def satterthwaite(row: verdict.Runs, base: verdict.Runs) -> float:
     """p from one t for the sum of all variances."""
-    of_images = (one.draws.mean(axis=0) - other.draws.mean(axis=0)).var(ddof=1)
-    parts = np.array([*(row.aps.var(ddof=1) / len(row.aps) for row in (one, other)), of_images])
-    df = parts.sum() ** 2 / (parts**2 / [len(one.aps) - 1, len(other.aps) - 1, one.images - 1]).sum()
-    return 2 * special.stdtr(df, -abs(one.aps.mean() - other.aps.mean()) / parts.sum() ** 0.5)
+    of_images = (row.draws.mean(axis=0) - base.draws.mean(axis=0)).var(ddof=1)
+    parts = np.array([*(side.aps.var(ddof=1) / len(side.aps) for side in (row, base)), of_images])
+    df = parts.sum() ** 2 / (parts**2 / [len(row.aps) - 1, len(base.aps) - 1, row.images - 1]).sum()
+    return 2 * special.stdtr(df, -abs(row.aps.mean() - base.aps.mean()) / parts.sum() ** 0.5)
 
 
 def excludes_zero(low: float, high: float) -> bool:

@@ -90,14 +90,14 @@ def differing_pairs(rows: Sequence[Row], metric: str = "AP") -> list[str]:
     pairs = list(combinations([row for row in rows if row.runs], 2))
     if len(pairs) < 2:
         return []
-    found = zip(pairs, _corrected([_difference([pair], metric) for pair in pairs], verdict.holm))
+    tested = zip(pairs, _corrected([_difference([pair], metric) for pair in pairs], verdict.holm))
     lines = []
-    for (one, other), of_pair in sorted(found, key=lambda item: 1.0 if item[1].p is None else item[1].p):
+    for (first, second), of_pair in sorted(tested, key=lambda item: 1.0 if item[1].p is None else item[1].p):
         if of_pair.verdict == "worse":
-            one, other = other, one
+            first, second = second, first
             of_pair = of_pair._replace(mean=-of_pair.mean, low=-of_pair.high, high=-of_pair.low)
         if of_pair.verdict == "better":
-            lines.append(_line(of_pair._replace(name=f"{one.name} over {other.name}")).rpartition(",")[0])
+            lines.append(_line(of_pair._replace(name=f"{first.name} over {second.name}")).rpartition(",")[0])
     heading = f"Of all {len(pairs)} pairs of rows, corrected together, these differ in {metric}:"
     return [heading, "", *(lines or ["- none"])]
 
@@ -145,7 +145,7 @@ def _difference(sets: Sequence[tuple[Row, Row]], metric: str) -> Difference:
     except ValueError as error:
         values = [[_known_values(side, metric) for side in pair] for pair in sets]
         known = all(side for pair in values for side in pair)
-        means = [statistics.fmean(one) - statistics.fmean(other) for one, other in values] if known else []
+        means = [statistics.fmean(of_row) - statistics.fmean(of_base) for of_row, of_base in values] if known else []
         return Difference(name, statistics.fmean(means) if known else None, None, None, None, str(error))
     reason = ""
     if estimate.p is None:
@@ -156,10 +156,13 @@ def _difference(sets: Sequence[tuple[Row, Row]], metric: str) -> Difference:
 
 def _comparable(row: Row, base: Row, metric: str) -> tuple[verdict.Runs, verdict.Runs]:
     """The numbers of two rows of one set. Raises ValueError, with the reason, if they allow no verdict."""
-    one, other = runs_of(row, metric), runs_of(base, metric)
-    if set(map(scored_on, row.runs)) != set(map(scored_on, base.runs)) or one.draws.shape[1] != other.draws.shape[1]:
+    of_row, of_base = runs_of(row, metric), runs_of(base, metric)
+    if (
+        set(map(scored_on, row.runs)) != set(map(scored_on, base.runs))
+        or of_row.draws.shape[1] != of_base.draws.shape[1]
+    ):
         raise ValueError(f"{row.name} and {base.name} were scored on different images")
-    return one, other
+    return of_row, of_base
 
 
 def runs_of(row: Row, metric: str) -> verdict.Runs:

@@ -33,12 +33,14 @@ def write(path: Path, compared: Sequence[Any], header: Sequence[str], together: 
     Raises UserError if that fails.
     """
     sections = []
-    for one in compared:
-        before = [one.title] * (len(compared) > 1)
-        sections += [(": ".join([*before, *[title] * bool(title)]), parts) for title, parts in of_set(one, header)]
+    for comparison in compared:
+        before = [comparison.title] * (len(compared) > 1)
+        sections += [
+            (": ".join([*before, *[title] * bool(title)]), parts) for title, parts in of_set(comparison, header)
+        ]
     if together:
         sections.insert(0, (f"All {len(compared)} sets", [page.text(together[0]), *lists(together[1:])]))
-    names = dict.fromkeys(row.name for one in compared for row in one.rows)
+    names = dict.fromkeys(row.name for comparison in compared for row in comparison.rows)
     page.write(path, "Comparison of " + ", ".join(names), sections)
 
 
@@ -48,18 +50,18 @@ def lists(lines: Sequence[str]) -> list[str]:
     return [*([page.items(items)] if items else []), *(page.text(line) for line in lines if line[:2] not in ("", "- "))]
 
 
-def of_set(one: Any, header: Sequence[str]) -> list[tuple[str, list[str]]]:
+def of_set(comparison: Any, header: Sequence[str]) -> list[tuple[str, list[str]]]:
     """The sections of one set, each with its title."""
-    known = [row for row in one.rows if row.runs]
-    heading = one.verdicts[0] if one.verdicts else ""
+    known = [row for row in comparison.rows if row.runs]
+    heading = comparison.verdicts[0] if comparison.verdicts else ""
     sections = [
-        ("", [page.text(summary(known)), page.table(header, one.table, left=3)]),
-        ("Better, or chance?", differences(one.results, heading, one.detectable)),
-        ("Notes and published numbers", lists(one.notes)),
+        ("", [page.text(summary(known)), page.table(header, comparison.table, left=3)]),
+        ("Better, or chance?", differences(comparison.results, heading, comparison.detectable)),
+        ("Notes and published numbers", lists(comparison.notes)),
         ("During training", curves(known)),
         ("How precise the boxes are", [by_iou(known)] if known else []),
         ("By class", [by_class(known)]),
-        ("Time and memory", costs(known, one.cost)),
+        ("Time and memory", costs(known, comparison.cost)),
         ("Where the gradient comes from", gradients(known)),
         ("How the losses were tuned", tuned(known)),
         ("The same images", pictures(known)),
@@ -226,17 +228,17 @@ def tuned(rows: list[Row]) -> list[str]:
     tunings = {row.name: run["tuning"] for row in rows for run in row.runs[:1] if "tuning" in run}
     if not tunings:
         return []
-    columns = dict.fromkeys(label for one in tunings.values() for label in tuning.aps(one))
+    columns = dict.fromkeys(label for of_row in tunings.values() for label in tuning.aps(of_row))
     lines = []
-    for name, one in tunings.items():
-        aps = [tuning.aps(one).get(label) for label in columns]
+    for name, of_row in tunings.items():
+        aps = [tuning.aps(of_row).get(label) for label in columns]
         cells = (f"{100 * ap:.1f}" if ap is not None else "-" for ap in aps)
-        lines.append([name, ", ".join(tuning.tuned_keys(one)), *cells, tuning.described(one)])
+        lines.append([name, ", ".join(tuning.tuned_keys(of_row)), *cells, tuning.described(of_row)])
     words = (
         "AP of short runs, trained on three quarters of the training images and scored on the rest. If the best value "
         "is at an end of the range, a wider range may hold a better one."
     )
-    if all("trials" in one for one in tunings.values()):
+    if all("trials" in of_row for of_row in tunings.values()):
         words += " Trial 1 has the values of the variant's file."
     return [page.text(words), page.table(("run", "option", *columns, "chosen"), lines, left=2)]
 

@@ -26,7 +26,7 @@ from detector.stop import Stop
 from scripts.comparison import result
 
 TRAIN = Path(__file__).resolve().parents[2] / "train.py"
-MAY_DIFFER = (  # between a kept result and the same run now: settings of the machine and of where files are
+MACHINE_AND_PATHS = (  # settings that may differ between a kept result and the same run now
     "run",
     "output",
     "device",
@@ -91,7 +91,7 @@ def finished(run: Run) -> bool:
     if "auto" in (now.get("precision"), then.get("precision")):
         now.pop("precision"), then.pop("precision")
     for key in dict.fromkeys([*now, *then]):
-        if now.get(key) != then.get(key) and not key.startswith(MAY_DIFFER):
+        if now.get(key) != then.get(key) and not key.startswith(MACHINE_AND_PATHS):
             raise UserError(
                 f"{run.kept}: was trained with {key} {then.get(key)}, now {now.get(key)}: delete it to train the run "
                 "again, or give another --output"
@@ -190,17 +190,17 @@ def ended(child: Child, jobs: int, keep: Callable[[dict], dict], lost: list[str]
     run, code, log_tail = child.run, child.process.returncode, child.log_tail()
     if code == 1 and run.processes > 1 and (codes := EXIT_CODE.findall(log_tail)):
         code = int(codes[-1])  # torchrun lists the process that ended first last
-    reason, said = last_line(log_tail), run.title or run.name
+    reason, title = last_line(log_tail), run.title or run.name
     if code == 0:
         # For a resumed run we do not know what it shared the machine with before.
         alone = {"jobs": jobs} if child.start == 0 else {}
         result.write(run.kept, keep(result.collect(run.cfg.folder) | run.notes | alone))
         for name in (checkpoint.LAST, checkpoint.PREVIOUS):  # best.pt is kept
             (run.cfg.folder / name).unlink(missing_ok=True)
-        tqdm.write(f"{said}: AP {result.read(run.kept)['metrics']['AP']:.3f}")
+        tqdm.write(f"{title}: AP {result.read(run.kept)['metrics']['AP']:.3f}")
     elif code == 1 and FORESEEN.match(reason):
         result.write(run.kept, {"config": run.cfg.model_dump(mode="json"), "failure": reason, **run.notes})
-        tqdm.write(f"{said}: failed: {reason}")
+        tqdm.write(f"{title}: failed: {reason}")
     elif code == 2:
         raise UserError(f"{run.name}: {reason.removeprefix('error: ')} (log: {run.log})")
     else:

@@ -56,13 +56,13 @@ def best(trials: Sequence[Trial]) -> Trial:
 def ranges(trials: Sequence[Trial]) -> dict[str, Range]:
     """The range of each key after these trials, in decades from the first."""
     start = trials[0].values
-    found = dict.fromkeys(start, (-DECADES, DECADES))
+    spans = dict.fromkeys(start, (-DECADES, DECADES))
     for count in range(1, len(trials) + 1):
         leader = best(trials[:count])
-        for key, (low, high) in found.items():
+        for key, (low, high) in spans.items():
             side = _end(_decades(leader, key, start), (low, high))
-            found[key] = max(low - STEP * (side < 0), -LIMIT), min(high + STEP * (side > 0), LIMIT)
-    return found
+            spans[key] = max(low - STEP * (side < 0), -LIMIT), min(high + STEP * (side > 0), LIMIT)
+    return spans
 
 
 def summary(trials: Sequence[Trial]) -> dict[str, Any]:

@@ -65,12 +65,12 @@ class Variances(NamedTuple):
     images: int  # the number of images that these variances belong to
 
 
-def difference(one: Runs, other: Runs) -> Estimate:
-    """`one` minus `other`, which share their draws of images.
+def difference(row: Runs, base: Runs) -> Estimate:
+    """`row` minus `base`, which share their draws of images.
 
     With one seed in a row, the spread of seeds is unknown: the interval covers the images only, and p is None.
     """
-    return mean_difference([(one, other)])
+    return mean_difference([(row, base)])
 
 
 def mean_difference(sets: Sequence[tuple[Runs, Runs]]) -> Estimate:
@@ -78,10 +78,10 @@ def mean_difference(sets: Sequence[tuple[Runs, Runs]]) -> Estimate:
 
     With one seed in a row of any set, the interval covers the images only, and p is None.
     """
-    mean = float(np.mean([one.aps.mean() - other.aps.mean() for one, other in sets]))
+    mean = float(np.mean([row.aps.mean() - base.aps.mean() for row, base in sets]))
     rows = [row for pair in sets for row in pair]
-    of_images = [float((one.draws.mean(axis=0) - other.draws.mean(axis=0)).var(ddof=1)) for one, other in sets]
-    images_df = [max(one.images - 1, 1) for one, _ in sets]
+    of_images = [float((row.draws.mean(axis=0) - base.draws.mean(axis=0)).var(ddof=1)) for row, base in sets]
+    images_df = [max(row.images - 1, 1) for row, _ in sets]
     if single := min(len(row.aps) for row in rows) == 1:
         of_seeds, df = 0.0, 1.0
     else:
@@ -169,9 +169,9 @@ def detectable(known: Variances, seeds: int, comparisons: int = 1) -> float:
     """
     of_seeds, of_images = (known.seed + known.both) / seeds, 2 * known.image
     # A study's estimates of its two seed variances vary, so average over many studies, the same ones in each call.
-    one, other = of_seeds * np.random.default_rng(0).chisquare(seeds - 1, size=(2, STUDIES)) / (seeds - 1)
-    df = _welch((one, other), (seeds - 1, seeds - 1))
-    reach = _reach(LEVEL / comparisons, one + other, df, of_images, known.images - 1)
+    of_row, of_base = of_seeds * np.random.default_rng(0).chisquare(seeds - 1, size=(2, STUDIES)) / (seeds - 1)
+    df = _welch((of_row, of_base), (seeds - 1, seeds - 1))
+    reach = _reach(LEVEL / comparisons, of_row + of_base, df, of_images, known.images - 1)
     error = math.sqrt(2 * of_seeds + of_images)
     if error == 0:
         return 0.0

@@ -77,8 +77,8 @@ def by_inside(
     images_of = defaultdict(list)
     for image, label in pairs.items():
         images_of[label].append(image)
-    said = {label: text for label, path in labels.items() if (text := inside(path))}
-    claims = {label: hits[0] for label, text in said.items() if len(hits := index.find(text, label)) == 1}
+    names_inside = {label: text for label, path in labels.items() if (text := inside(path))}
+    claims = {label: hits[0] for label, text in names_inside.items() if len(hits := index.find(text, label)) == 1}
     times = Counter(claims.values())
     flaws = []
     for label, image in claims.items():

@@ -222,7 +222,7 @@ def test_files_of_one_name_in_two_folders_are_reported_apart(folder):
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "longer"])
-def test_a_damaged_file_is_built_anew(folder, damage):
+def test_a_damaged_file_is_rebuilt(folder, damage):
     path = cached(folder).cache.path
     whole = path.read_bytes()
     path.write_bytes({"cut": whole[:-1], "empty": b"", "longer": whole + b"\0"}[damage])

@@ -42,7 +42,7 @@ def test_detections_are_drawn_where_they_are(dataset):
 
 
 @pytest.mark.parametrize("highest", [0.9, 0.05])  # losses differ in their scale of scores
-def test_the_surest_are_drawn_as_many_as_the_set_has_boxes(dataset, highest):
+def test_the_highest_scores_are_drawn_as_many_as_the_set_has_boxes(dataset, highest):
     height, width = dataset.sizes[0]
     corner = torch.linspace(0, 0.5, dataset.num_boxes + 2)[:, None]
     boxes = torch.cat([corner, corner, corner + 0.4, corner + 0.4], dim=1)
