@@ -1,4 +1,5 @@
-"""Each file holds one loss or one family, such as GHM-C and GHM-R. No loss imports another one; of the detector's other parts they use only distributed.py.
+"""Each file holds one loss or one family, such as GHM-C and GHM-R. No loss imports another one; of the detector's other
+parts they use only distributed.py.
 
     class_loss(logits (N,C), labels (N,), valid (N,), num_pos) -> scalar      label C = background
     box_loss(deltas (P,4), targets (P,4), num_pos)              -> scalar      P may be 0
