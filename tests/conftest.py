@@ -9,6 +9,7 @@ if not os.path.exists("/dev/nvidiactl"):
 # Commands that tests start import this checkout too, even if another one is installed in the environment.
 os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
 
+import gc
 import json
 import multiprocessing
 import resource
@@ -36,6 +37,7 @@ from detector import config_files
 from detector.configure import configure
 from detector.errors import SIGNALS, run_main
 
+gc.freeze()  # the collector leaves out the many objects that the imports made
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, and so would the processes that tests start
 COLOURS = ((255, 60, 60), (60, 255, 60), (90, 90, 255))
 
