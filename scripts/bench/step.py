@@ -45,7 +45,7 @@ CLASSES = 80
 # Forks of a process that has only imported this file: a fork of this process would inherit its threads and its GPU's
 # context.
 servers = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
-servers.set_forkserver_preload(["scripts.bench.step"])  # of itself it imports nothing
+servers.set_forkserver_preload(["scripts.bench.step"])  # or each child imports PyTorch again
 WORK = ["resnet18:512:2", "resnet50:512:4"]
 
 
