@@ -26,7 +26,7 @@ from data.workers import BatchLoader
 from detector import assemble, checkpoint, config, distributed
 from detector.config import Config
 from detector.configure import configure
-from detector.device import copied_ahead, keep_freed_memory, peak_memory, pick_device, pick_precision, place
+from detector.device import keep_freed_memory, peak_memory, pick_device, pick_precision, place
 from detector.engine import NonFiniteLoss, predict, train_until
 from detector.errors import Stopped, UserError, run_main
 from detector.graphs import speed_up
@@ -37,6 +37,7 @@ from detector.randomness import seed_everything
 from detector.run import Run, checkpoint_to_resume
 from detector.stop import Stop
 from detector.structures import Batch, Detections
+from detector.transfer import copied_ahead
 
 
 def main() -> None:
@@ -111,7 +112,7 @@ def advance(run: Run, model: torch.nn.Module, batches: Iterator[Batch], logger: 
         interruption = error
     except UserError as error:  # an image that cannot be read, a loading process that died
         interruption = UserError(f"{error}; go on with --resume")
-    run.seconds_per_step = logger.seconds_per_step
+    run.seconds_per_step = logger.clock.seconds_per_step
     run.peak_memory = max(run.peak_memory, peak_memory(device))
     run.save(checkpoint.LAST)
     if interruption:
@@ -122,10 +123,9 @@ def evaluate(
     run: Run, val_set: CocoDataset, batches: BatchLoader, stop: Stop, logger: Logger, device: torch.device
 ) -> Metrics:
     """Score the present weights on the validation set, report, and save."""
-    model, metrics = run.solver.evaluated_model, None
+    model, cfg, metrics = run.solver.evaluated_model, run.cfg, None
     distributed.share_buffers(model)
-    postprocess = assemble.build_postprocess(run.cfg)
-    detections = predict(model, stop.between(batches), postprocess, device, run.solver.precision)
+    detections = predict(model, stop.between(batches), assemble.build_postprocess(cfg), device, run.solver.precision)
     with distributed.together():
         if distributed.is_main():
             metrics = score(val_set.annotations, detections, val_set.category_ids)

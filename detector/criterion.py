@@ -11,8 +11,8 @@ from detector import boxes as box_ops
 from detector import distributed
 from detector.assigner import ATSSAssigner, IoUAssigner, split_boxes
 from detector.box_coder import BoxCoder
-from detector.device import PendingCopy
 from detector.structures import Assignment, Grid, Losses, Predictions, Target
+from detector.transfer import PendingCopy
 
 
 class Criterion(nn.Module):

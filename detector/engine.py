@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from detector import boxes as box_ops
 from detector import distributed
 from detector.criterion import Criterion, Matches
-from detector.device import PendingCopy, autocast, copied_ahead
+from detector.device import autocast
 from detector.gradients import Observation, observe
 from detector.postprocess import NonFiniteOutput, Postprocess
 from detector.solver import Solver
 from detector.stopwatch import Stopwatch
 from detector.structures import Batch, Detections, Losses, Predictions
+from detector.transfer import PendingCopy, copied_ahead
 
 if TYPE_CHECKING:
     from detector.logger import Logger
@@ -53,7 +54,7 @@ def train_until(
     stream = distributed.padded_alike(batches, device)
 
     def fetch(unread: PendingCopy | None = None) -> tuple[Batch, Matches] | None:
-        batch = logger.next_batch(stream, unread)
+        batch = logger.clock.next_batch(stream, unread)
         # Matching needs the images' size and the targets, but no prediction, so it comes before the model.
         return batch and (batch, criterion.match(cast("RetinaNet", solver.model).grid(batch.images), batch.targets))
 
@@ -89,7 +90,7 @@ def _update(solver: Solver, values: dict[str, float], terms: Iterable[str], batc
         lr = solver.lr_at(solver.step_count)
         solver.step()
         logger.step(values, terms, lr, len(batch.images) * distributed.world_size(), solver.step_count)
-    logger.step_done()
+    logger.clock.step_done()
 
 
 def compute_gradients(

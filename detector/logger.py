@@ -1,28 +1,21 @@
-"""A run's messages and progress line, and the time of its steps. Only the first process prints."""
+"""A run's messages and progress line. Only the first process prints."""
 
-import statistics
 import sys
-import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 from tqdm import tqdm
 
 from detector import distributed
 from detector.curves import Curves
-from detector.device import PendingCopy
 from detector.gradients import Observation
-from detector.structures import Batch
-
-WARM_UP = 5  # first steps, left out of the median: caches, kernels and loading processes warm up in them
+from detector.step_clock import StepClock
 
 
 class Logger:
-    """Prints and times the training; `curves` are TensorBoard's.
+    """Shows a training: `clock` times its steps, and `curves` are TensorBoard's.
 
-    The training loop calls `start`, and `next_batch` for each batch. After each step it calls `step`, unless the step
-    was skipped, and `step_done`.
+    The training loop calls `start`, and `step` after each step that was not skipped.
 
     Args:
         folder: where TensorBoard's files go; None: no TensorBoard
@@ -43,18 +36,8 @@ class Logger:
         self.every = every
         self.gradients_every = gradients_every if folder is not None else 0
         self.curves = Curves(folder, first_step)
-        self._before_resuming = seconds_per_step
-        self._steps = 0
-        self._durations: deque[float] = deque(maxlen=1000)
-        self._recent: deque[tuple[float, float]] = deque(maxlen=50)  # seconds of a step, and of its wait for data
-        self._step_began = 0.0
-        self._waits: list[Callable[[], float]] = []  # for batches of the step, in seconds
+        self.clock = StepClock(seconds_per_step)
         self._line: tqdm | None = None
-
-    @property
-    def seconds_per_step(self) -> float | None:
-        """Median wall-clock seconds of a training step, with the wait for data."""
-        return statistics.median(self._durations) if self._durations else self._before_resuming
 
     def say(self, text: str) -> None:
         if distributed.is_main():
@@ -76,32 +59,15 @@ class Logger:
                 mininterval=0.5 if terminal else 30,  # a log file gets a line twice a minute
                 maxinterval=10 if terminal else 60,
             )
-        self._step_began, self._waits = time.perf_counter(), []
-
-    def next_batch(self, batches: Iterator[Batch], unread: PendingCopy | None = None) -> Batch | None:
-        """The next batch; None after the last. On a GPU, only the time after `unread` arrives counts as a wait."""
-        began = time.perf_counter()
-        batch = next(batches, None)
-        seconds = time.perf_counter() - began
-        self._waits.append((unread and unread.idle()) or (lambda: seconds))
-        return batch
-
-    def step_done(self) -> None:
-        now = time.perf_counter()
-        self._steps += 1
-        if self._steps > WARM_UP:
-            self._durations.append(now - self._step_began)
-        self._recent.append((now - self._step_began, sum(wait() for wait in self._waits)))
-        self._step_began, self._waits = now, []
+        self.clock.start()
 
     def step(self, values: dict[str, float], terms: Iterable[str], lr: float, images: int, step: int) -> None:
         """Show and log a step: loss terms and diagnostics, learning rate, and images of all processes."""
         if not distributed.is_main():
             return
         total = sum(values[name] for name in terms)
-        seconds, waited = map(sum, zip(*self._recent)) if self._recent else (0.0, 0.0)
-        speed = len(self._recent) * images / seconds if seconds else 0.0
-        wait = waited / seconds if seconds else 0.0
+        steps_per_second, wait = self.clock.recent()
+        speed = steps_per_second * images
         if self._line is not None:
             self._line.set_postfix_str(
                 f"loss {total:.4f}, lr {lr:.2e}, {speed:.1f} img/s, data wait {wait:.0%}", refresh=False

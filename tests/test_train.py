@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train
 from data.assemble import build_datasets
 from data.coco import CocoDataset
-from data.loader import TrainSampler
+from data.samplers import TrainSampler
 from detector import checkpoint
 from detector.configure import configure
 from detector.errors import Stopped, UserError

@@ -65,7 +65,7 @@ tell(begin)
 """,
     "order of an epoch, batches of 16": """
 import numpy as np
-from data.loader import TrainSampler
+from data.samplers import TrainSampler
 sampler = TrainSampler(np.ones(int(os.environ["COUNT"])), 16, seed=0)
 begin = clock()
 assert len(list(sampler)) == len(sampler)

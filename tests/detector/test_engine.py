@@ -20,11 +20,12 @@ CPU = torch.device("cpu")
 
 
 class Recorder:
-    """The methods of the logger that train_until calls."""
+    """The methods of the logger and of its clock that train_until calls."""
 
     def __init__(self, observe=()):
         self.observed = dict.fromkeys(observe)
         self.steps, self.said, self.calls = [], [], []
+        self.clock = self
 
     def start(self, step, total_steps):
         self.calls.append(f"start {step} of {total_steps}")

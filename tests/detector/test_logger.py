@@ -88,14 +88,14 @@ def test_the_other_processes_are_silent(tmp_path, monkeypatch, capsys):
 
 def test_the_progress_line_shows_and_times_all_but_the_first_steps(tmp_path, capsys):
     logger = Logger(tmp_path, every=100, seconds_per_step=9.0)
-    assert logger.seconds_per_step == 9.0  # from before it was resumed, until there are steps enough
+    assert logger.clock.seconds_per_step == 9.0  # from before it was resumed, until there are steps enough
     logger.start(step=2, total_steps=10)
     for step in range(3, 11):
         logger.step(VALUES, ("class", "box"), 0.01, 2, step)
-        logger.step_done()
-        assert (logger.seconds_per_step == 9.0) == (step - 2 <= 5)
+        logger.clock.step_done()
+        assert (logger.clock.seconds_per_step == 9.0) == (step - 2 <= 5)
     logger.close()
-    assert 0 < logger.seconds_per_step < 1
+    assert 0 < logger.clock.seconds_per_step < 1
     printed = capsys.readouterr()
     assert printed.out == "" and "10/10" in printed.err and "loss 0.7500" in printed.err
 
@@ -103,18 +103,18 @@ def test_the_progress_line_shows_and_times_all_but_the_first_steps(tmp_path, cap
 @pytest.mark.parametrize(("idle", "share"), [(None, 1 / 3), (0.3, 0.1)], ids=["cpu", "gpu"])
 def test_waiting_for_data_is_part_of_a_step_and_shown(idle, share, tmp_path, monkeypatch):
     now = iter(range(1000))  # each look at the clock is a second later
-    monkeypatch.setattr("detector.logger.time", SimpleNamespace(perf_counter=lambda: next(now)))
+    monkeypatch.setattr("detector.step_clock.time", SimpleNamespace(perf_counter=lambda: next(now)))
     logger = Logger(tmp_path, every=1)
     batches = iter(["a batch"] * 8)
     for step in range(1, 9):
         if step in (1, 5):  # where an epoch starts
             logger.start(step=step - 1, total_steps=8)
-        assert logger.next_batch(batches, SimpleNamespace(idle=lambda: idle and (lambda: idle))) == "a batch"
+        assert logger.clock.next_batch(batches, SimpleNamespace(idle=lambda: idle and (lambda: idle))) == "a batch"
         logger.step(VALUES, ("class", "box"), 0.01, 3, step)
-        logger.step_done()
-    assert logger.next_batch(batches) is None
+        logger.clock.step_done()
+    assert logger.clock.next_batch(batches) is None
     logger.close()
-    assert logger.seconds_per_step == 3
+    assert logger.clock.seconds_per_step == 3
     assert scalars(tmp_path, "speed/data_wait")[8] == pytest.approx(share)
     assert scalars(tmp_path, "speed/images_per_second")[8] == 1
 
