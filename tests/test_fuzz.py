@@ -243,7 +243,7 @@ def try_annotations(folder, data):
         datasets = [CocoDataset(path, folder, transform) for transform in TRANSFORMS]
     except UserError as error:
         return refused(error)
-    accepted, refusals = 0, 0
+    refusals = 0
     detections = {}
     for dataset in datasets:
         assert is_one_line(dataset.summary())
@@ -254,7 +254,6 @@ def try_annotations(folder, data):
                 refused(error)
                 refusals += 1
                 continue
-            accepted += 1
             height, width = image.shape[1:]
             boxes, labels = target
             assert boxes.dtype == torch.float32 and boxes.shape == (len(labels), 4) and boxes.isfinite().all()

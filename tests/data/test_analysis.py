@@ -19,7 +19,7 @@ def truth(*boxes, crowd=False):
     return [{"category_id": category, "bbox": list(box), "iscrowd": int(crowd)} for category, box in boxes]
 
 
-def found(*boxes):
+def detected(*boxes):
     return [{"category_id": c, "bbox": list(box), "score": 0.9 - 0.1 * n} for n, (c, box) in enumerate(boxes)]
 
 
@@ -39,14 +39,14 @@ FAR = (60, 60, 10, 10)
     ],
 )
 def test_each_kind_of_error_by_hand(detection, kind, missed):
-    assert classify_errors(truth((1, BOX)), found(detection)) == ([kind], missed)
+    assert classify_errors(truth((1, BOX)), detected(detection)) == ([kind], missed)
 
 
 def test_the_lower_score_is_the_duplicate_and_a_match_with_a_crowd_is_ignored():
-    assert classify_errors(truth((1, BOX)), found((1, BOX), (1, BOX))).kinds == [RIGHT, "duplicate"]
+    assert classify_errors(truth((1, BOX)), detected((1, BOX), (1, BOX))).kinds == [RIGHT, "duplicate"]
     annotations = truth((1, BOX), crowd=True) + truth((1, FAR))
-    assert classify_errors(annotations, found((1, HALF), (2, HALF))) == ([IGNORED, "background"], [1])
-    assert classify_errors([], found((1, BOX))) == (["background"], []) and classify_errors(truth((1, BOX)), []) == (
+    assert classify_errors(annotations, detected((1, HALF), (2, HALF))) == ([IGNORED, "background"], [1])
+    assert classify_errors([], detected((1, BOX))) == (["background"], []) and classify_errors(truth((1, BOX)), []) == (
         [],
         [0],
     )

@@ -35,7 +35,7 @@ def score_by(document, *rest, engine=None) -> dict:
     return coco_eval.score(parse_annotations(document), *rest, engine=engine)
 
 
-def found(boxes, scores, labels) -> Detections:
+def detections_of(boxes, scores, labels) -> Detections:
     return Detections(
         torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
         torch.tensor(scores, dtype=torch.float32),
@@ -43,7 +43,7 @@ def found(boxes, scores, labels) -> Detections:
     )
 
 
-NOTHING = found([], [], [])
+NOTHING = detections_of([], [], [])
 
 
 def file_of(boxes, image_ids=(1,), categories=((1, "cat"),)) -> dict:
@@ -88,7 +88,7 @@ def random_case(seed: int) -> tuple[dict, dict[int, Detections], list[int]]:
             boxes.append([x, y, *(np.array([x, y]) + rng.uniform(5, 200, 2))])
             labels.append(rng.integers(4) if image_id != 8 else 1)
         scores = rng.integers(1, 20, len(boxes)) / 20  # many ties
-        detections[image_id] = found(np.array(boxes), scores, labels)
+        detections[image_id] = detections_of(np.array(boxes), scores, labels)
     return annotations, detections, category_ids
 
 
@@ -128,7 +128,7 @@ def hard_case(seed: int) -> tuple[dict, dict[int, Detections], list[int]]:
         classes = np.concatenate([labels[near_indices], rng.integers(5, size=len(false_positives))])
         if rng.random() < 0.8:
             xyxy = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
-            detections[image_id] = found(xyxy, rng.integers(0, 6, len(xyxy)) / 5, classes)
+            detections[image_id] = detections_of(xyxy, rng.integers(0, 6, len(xyxy)) / 5, classes)
     return annotations, detections, [*category_ids, 12345]
 
 
@@ -202,7 +202,7 @@ def test_the_fastest_engine_is_the_default():
 @pytest.mark.parametrize("side, sizes", [(31, "s"), (32, "sm"), (33, "m"), (96, "ml"), (97, "l")])
 def test_a_box_exactly_at_a_size_limit_counts_in_both_sizes(score, side, sizes):
     annotations = file_of([(1, 1, (0, 0, side, side))])
-    metrics = score(annotations, {1: found([[0, 0, side, side]], [0.5], [0])}, [1])
+    metrics = score(annotations, {1: detections_of([[0, 0, side, side]], [0.5], [0])}, [1])
     assert "".join(size for size in "sml" if metrics[f"AP{size}"] > 0) == sizes
 
 
@@ -232,7 +232,7 @@ def test_threshold_of_a_class_is_where_its_f1_is_best(score, seed):
     detected_cells, scores = rng.permutation(25)[:15], rng.permutation(np.linspace(0.1, 0.9, 15)).astype(np.float32)
     is_correct = np.isin(detected_cells, truth_cells)
     f1 = [2 * is_correct[scores >= s].sum() / ((scores >= s).sum() + 10) for s in scores]
-    metrics = score(truth, {1: found([cells[i] for i in detected_cells], scores, [0] * 15)}, [1])
+    metrics = score(truth, {1: detections_of([cells[i] for i in detected_cells], scores, [0] * 15)}, [1])
     best = scores[np.argmax(f1)]
     below = scores[scores < best].max(initial=0)
     threshold = metrics["per_class"]["cat"]["threshold"]
@@ -266,7 +266,7 @@ def test_only_the_images_of_the_detections_count(score, tmp_path):
 
 def test_an_image_without_detections_still_counts_its_boxes(score):
     annotations = file_of([(1, 1, (0, 0, 50, 50)), (2, 1, (0, 0, 50, 50))], image_ids=(1, 2))
-    detections = found([[0, 0, 50, 50]], [0.9], [0])
+    detections = detections_of([[0, 0, 50, 50]], [0.9], [0])
     assert score(annotations, {1: detections}, [1])["AR100"] == 1
     assert score(annotations, {1: detections, 2: NOTHING}, [1])["AR100"] == 0.5
 
@@ -279,8 +279,8 @@ def test_ground_truth_as_detections_scores_1(score, first_id):
     for annotation in annotations["annotations"]:
         annotation["id"] += first_id - 1
     detections = {
-        1: found([[10, 10, 30, 30], [50, 50, 110, 110]], [0.9, 0.8], [0, 1]),
-        900100581904: found([[0, 0, 200, 150]], [0.7], [0]),
+        1: detections_of([[10, 10, 30, 30], [50, 50, 110, 110]], [0.9, 0.8], [0, 1]),
+        900100581904: detections_of([[0, 0, 200, 150]], [0.7], [0]),
     }
     metrics = score(annotations, detections, [4, 9])
     assert {name: metrics[name] for name in OVERALL if not name.startswith("AR1")} == pytest.approx(
@@ -294,14 +294,14 @@ def test_boxes_are_not_rounded_to_float32(score):
     left = float(np.float32(0.4))
     annotations = file_of([(1, 1, (left, 0, 2 * (1000 - left), 10))])
     assert float(np.float32(1000 - left)) < 1000 - left
-    assert score(annotations, {1: found([[left, 0, 1000, 10]], [0.5], [0])}, [1])["AP50"] == pytest.approx(1)
+    assert score(annotations, {1: detections_of([[left, 0, 1000, 10]], [0.5], [0])}, [1])["AP50"] == pytest.approx(1)
 
 
 @pytest.mark.parametrize("height, ap, ap80, ap90", [(78, 0.6, 0, 0), (82, 0.7, 1, 0), (87, 0.8, 1, 0), (92, 0.9, 1, 1)])
 def test_one_box_by_hand(score, height, ap, ap80, ap90):
     # IoU is height / 100; AP is the share of the thresholds 0.50, 0.55 ... 0.95 that it reaches.
     annotations = file_of([(1, 1, (20, 30, 100, 100))])
-    metrics = score(annotations, {1: found([[20, 30, 120, 30 + height]], [0.5], [0])}, [1])
+    metrics = score(annotations, {1: detections_of([[20, 30, 120, 30 + height]], [0.5], [0])}, [1])
     assert (metrics["AP80"], metrics["AP90"]) == pytest.approx((ap80, ap90))
     assert metrics["AP"] == pytest.approx(ap)
     assert metrics["APl"] == pytest.approx(ap)  # area is w * h where the file has none: 100 * 100 > 96^2
@@ -316,7 +316,7 @@ def test_without_detections_metrics_are_0_where_there_are_boxes(score):
     assert (metrics["per_class"]["cat"]["AP"], metrics["per_class"]["dog"]["AP"]) == (0.0, -1.0)
 
 
-@pytest.mark.parametrize("detections", [{1: found([[0, 0, 9, 9]], [0.5], [0])}, {1: NOTHING}, {}])
+@pytest.mark.parametrize("detections", [{1: detections_of([[0, 0, 9, 9]], [0.5], [0])}, {1: NOTHING}, {}])
 def test_without_ground_truth_metrics_are_minus_one(score, detections):
     metrics = score(file_of([]), detections, [1])
     assert {metrics[name] for name in OVERALL} == {-1.0}
@@ -327,7 +327,7 @@ def test_without_ground_truth_metrics_are_minus_one(score, detections):
 
 def test_detections_of_categories_that_the_file_lacks_are_ignored(score):
     annotations = file_of([(1, 5, (0, 0, 50, 50))], categories=((5, "cat"),))
-    detections = found([[0, 0, 50, 50], [0, 0, 50, 50]], [0.5, 0.9], [1, 0])
+    detections = detections_of([[0, 0, 50, 50], [0, 0, 50, 50]], [0.5, 0.9], [1, 0])
     metrics = score(annotations, {1: detections}, [2, 5, 77])
     assert metrics["AP"] == pytest.approx(1)
     assert list(metrics["per_class"]) == ["cat"]
@@ -352,7 +352,7 @@ def test_an_unknown_image_is_a_user_error(score):
 def test_detections_that_are_not_finite_are_refused(score, box, value):
     # pycocotools would count the first as a match of any box.
     with pytest.raises(FloatingPointError, match="image id 1"):
-        score(file_of([(1, 1, (200, 200, 50, 50))]), {1: found([box], [value], [0])}, [1])
+        score(file_of([(1, 1, (200, 200, 50, 50))]), {1: detections_of([box], [value], [0])}, [1])
 
 
 def test_input_is_not_modified(score):

@@ -10,7 +10,7 @@ from detector.errors import UserError
 from detector.structures import Detections
 
 
-def found(boxes, scores, labels) -> Detections:
+def detections_of(boxes, scores, labels) -> Detections:
     return Detections(
         torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
         torch.tensor(scores, dtype=torch.float32),
@@ -20,8 +20,8 @@ def found(boxes, scores, labels) -> Detections:
 
 def test_results_follow_the_format_of_coco():
     detections = {
-        900100581904: found([[1.23456, 2, 11.5, 22]], [0.123456], [1]),
-        581929: found([[0, 0, 5, 6], [1, 1, 2, 2]], [0.9, 0.8], [0, 1]),
+        900100581904: detections_of([[1.23456, 2, 11.5, 22]], [0.123456], [1]),
+        581929: detections_of([[0, 0, 5, 6], [1, 1, 2, 2]], [0.9, 0.8], [0, 1]),
     }
     results = coco_results(detections, [3, 90])
     assert results == json.loads(json.dumps(results))
@@ -33,7 +33,7 @@ def test_results_follow_the_format_of_coco():
 
 
 def test_results_are_read_back_best_first():
-    detections = {7: found([[0, 0, 5, 6], [1, 1, 2, 3]], [0.9, 0.25], [0, 1]), 8: found([], [], [])}
+    detections = {7: detections_of([[0, 0, 5, 6], [1, 1, 2, 3]], [0.9, 0.25], [0, 1]), 8: detections_of([], [], [])}
     results = coco_results(detections, [3, 90])
     detections_read = from_coco_results(results[::-1], [7, 8], [3, 90])
     assert list(detections_read) == [7, 8]
@@ -46,7 +46,7 @@ def test_results_are_read_back_best_first():
     "change", [{"image_id": 9}, {"category_id": 4}, {"bbox": [0, 0, 1]}, {"score": "high"}, {"bbox": None}], ids=str
 )
 def test_an_entry_that_breaks_the_format_is_named(change):
-    (result,) = coco_results({7: found([[0, 0, 5, 6]], [0.9], [0])}, [3])
+    (result,) = coco_results({7: detections_of([[0, 0, 5, 6]], [0.9], [0])}, [3])
     with pytest.raises(UserError, match=r"detection 1: .* it needs bbox, score, category_id and image_id"):
         from_coco_results([result, {**result, **change}], [7], [3])
 

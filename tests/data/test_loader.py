@@ -1,4 +1,3 @@
-import numpy as np
 import pytest
 import torch
 
@@ -8,8 +7,6 @@ from data.loader import collate, eval_loader, train_loader
 from data.samplers import TrainSampler
 from data.transforms import EvalTransform, TrainTransform
 from detector.structures import Target
-
-ASPECTS = np.random.default_rng(0).uniform(0.5, 1.8, 53).tolist()
 
 
 @pytest.fixture

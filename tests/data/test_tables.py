@@ -9,7 +9,7 @@ from data.tables import explain_missing, metrics_line, metrics_table, per_class_
 from detector.structures import Detections
 
 
-def found(boxes, scores, labels) -> Detections:
+def detections_of(boxes, scores, labels) -> Detections:
     return Detections(
         torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
         torch.tensor(scores, dtype=torch.float32),
@@ -17,7 +17,7 @@ def found(boxes, scores, labels) -> Detections:
     )
 
 
-NOTHING = found([], [], [])
+NOTHING = detections_of([], [], [])
 
 
 def file_of(boxes, image_ids=(1,), categories=((1, "cat"),)) -> dict:
@@ -37,7 +37,7 @@ def small():
     """Metrics of three classes, one of them without boxes, and of detections with IoUs of 1 and 0.8."""
     categories = [(1, "a"), (2, "traffic light"), (3, "c")]
     document = file_of([(1, 1, (0, 0, 50, 50)), (1, 2, (90, 90, 50, 50))], categories=categories)
-    detections = {1: found([[0, 0, 50, 50], [90, 90, 140, 130]], [0.9, 0.8], [0, 1])}
+    detections = {1: detections_of([[0, 0, 50, 50], [90, 90, 140, 130]], [0.9, 0.8], [0, 1])}
     return score(parse_annotations(document), detections, [1, 2, 3])
 
 

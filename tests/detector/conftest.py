@@ -15,7 +15,7 @@ IDS, NAMES = [3, 7, 11], ["cat", "dog", "cow"]
 THRESHOLDS = [0.5, -1.0, 0.25]
 
 
-def make_run(classes=3, head_width=32, **sections) -> Run:
+def make_run(classes=3, **sections) -> Run:
     model = {"backbone": "resnet18", "weights": "none", "norm": "bn", "fpn_channels": 32, "head": {"width": 32,
              "depth": 1}}  # fmt: skip
     cfg = Config(model={**model, **sections.pop("model", {})}, **sections)

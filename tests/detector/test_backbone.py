@@ -19,6 +19,7 @@ CHANNELS = {
     "mobilenet_v2": (32, 96, 320),
     "mobilenet_v3_large": (40, 112, 160),
 }
+NORMS = {"bn": nn.BatchNorm2d, "gn": nn.GroupNorm, "frozen_bn": FrozenBatchNorm}
 STAGES = {  # torchvision's names of the outputs at strides 4, 8, 16 and 32
     "mobilenet_v2": [f"features.{index}" for index in (3, 6, 13, 17)],
     "mobilenet_v3_large": [f"features.{index}" for index in (3, 6, 12, 15)],
@@ -82,13 +83,11 @@ def test_bn_updates_its_statistics_as_torchvision_does(name, networks):
         torch.testing.assert_close(value, state[key], msg=key)
 
 
-@pytest.mark.parametrize(
-    ("norm", "kind"), [("bn", nn.BatchNorm2d), ("gn", nn.GroupNorm), ("frozen_bn", FrozenBatchNorm)]
-)
-def test_every_norm_builds_its_layers(norm, kind):
-    norms = {"bn": nn.BatchNorm2d, "gn": nn.GroupNorm, "frozen_bn": FrozenBatchNorm}.values()
-    types = [type(module) for module in Backbone("resnet18", norm, 0).modules() if isinstance(module, tuple(norms))]
-    assert set(types) == {kind} and len(types) == 20
+@pytest.mark.parametrize("norm", NORMS)
+def test_every_norm_builds_its_layers(norm):
+    norms = tuple(NORMS.values())
+    types = [type(module) for module in Backbone("resnet18", norm, 0).modules() if isinstance(module, norms)]
+    assert set(types) == {NORMS[norm]} and len(types) == 20
 
 
 @pytest.mark.parametrize("name", [*SMALL, "resnet50", "resnext50_32x4d"])

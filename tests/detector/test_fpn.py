@@ -54,7 +54,7 @@ def test_every_weight_gets_a_gradient():
 
 
 @pytest.mark.parametrize("p6_from", ["c5", "p5"])
-@pytest.mark.parametrize("size", [(32, 32), (64, 32), (160, 32), (64, 64), (320, 64), (32, 128)])
+@pytest.mark.parametrize("size", [(32, 32), (64, 32), (160, 32), (64, 64), (96, 96), (320, 64), (32, 128)])
 def test_gradients_in_bfloat16_equal_those_of_float32(p6_from, size):
     """Also on the narrowest maps, where torch's stride-2 convolution on a CPU gives other gradients."""
     fpn = FPN((64, 64, 64), 64, p6_from)
@@ -64,7 +64,7 @@ def test_gradients_in_bfloat16_equal_those_of_float32(p6_from, size):
         fpn.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             levels = fpn(tuple(inputs))
-        (levels[3].float().square().sum() + levels[4].float().square().sum()).backward()
-        gradients.append([fpn.p6.weight.grad.clone(), fpn.p7.weight.grad.clone()])
-    for float32_grad, bfloat16_grad in zip(*gradients):
-        assert (float32_grad - bfloat16_grad).norm() < 0.05 * float32_grad.norm()
+        sum(level.float().square().sum() for level in levels).backward()
+        gradients.append({name: parameter.grad.clone() for name, parameter in fpn.named_parameters()})
+    for name, expected in gradients[0].items():
+        assert (gradients[1][name] - expected).norm() < 0.02 * expected.norm(), name

@@ -74,7 +74,7 @@ def test_a_batch_that_cannot_be_loaded_loses_none_before_it(device, count, monke
 
 
 @NEEDS_GPU
-def test_copies_on_a_separate_stream_are_complete():
+def test_copies_to_a_gpu_on_a_separate_stream_are_complete():
     device = torch.device("cuda")
     originals = [batch(number, boxes=(number % 3, 0, 40)) for number in range(20)]
     work = torch.rand(2000, 2000, device=device)

@@ -41,10 +41,6 @@ def one_line(err):
     return [line for line in err.splitlines() if line.startswith("error: ")][-1:] and "Traceback" not in err
 
 
-def boxes_of(results, **which):
-    return sorted(tuple(box["bbox"]) for box in results if all(box[key] == value for key, value in which.items()))
-
-
 def test_detections_are_those_of_evaluation(learnt, call):
     code, out, err, results = call(learnt[1], "--score", "0")
     assert code == 0, err
