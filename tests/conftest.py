@@ -1,9 +1,9 @@
-"""What the tests of whole runs share: a small demo set, drawn rectangles, and a config that trains in seconds."""
+"""The fixtures of the tests of whole runs: a small demo set, drawn rectangles, and a config that trains in seconds."""
 
 import os
 from pathlib import Path
 
-os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # before data.transforms is imported: it would ask the network
+os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # before data.transforms is imported: it would access the network
 if not os.path.exists("/dev/nvidiactl"):
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its kernels then run on a CPU
 # Commands that tests start import this checkout too, even if another one is installed in the environment.
@@ -175,7 +175,7 @@ def rectangles():
 
 @pytest.fixture(scope="session")
 def overfit(rectangles):
-    """Trains on two images of rectangles, to be scored on the same; returns the run folder and its metrics."""
+    """Trains on two images of rectangles and scores on the same; returns the run folder and its metrics."""
 
     def run(folder: Path, classes: int, **changes) -> tuple[Path, dict]:
         second, last = min(1, classes - 1), classes - 1
@@ -183,7 +183,7 @@ def overfit(rectangles):
             [(0, [9, 12, 30, 36]), (last, [54, 45, 33, 30])],
             [(second, [45, 9, 39, 33]), (0, [12, 54, 27, 30])],
         ]
-        # In training each twelve times, since a checkpoint is written every epoch.
+        # Training has each image twelve times, because every epoch writes a checkpoint.
         files = {}
         for split, times in (("train", 12), ("val", 1)):
             annotations, images = rectangles(folder / split, boxes * times, classes, side=96)
@@ -268,8 +268,8 @@ class WarmStart:
     def __init__(self, args, *, cwd=".", env=None, stdout=None, stderr=None, text=None, start_new_session=False):
         self.args, self.returncode, self._files = args, None, []
         for stream in (stdout, stderr):
-            own = stream in (None, subprocess.PIPE)
-            self._files.append(tempfile.NamedTemporaryFile() if own else open(stream.name))  # noqa: SIM115
+            needs_file = stream in (None, subprocess.PIPE)
+            self._files.append(tempfile.NamedTemporaryFile() if needs_file else open(stream.name))  # noqa: SIM115
         out, err = (file.name for file in self._files)
         values = {"words": [str(word) for word in args[1:]], "folder": str(cwd), "out": out, "err": err}
         values["start_method"] = multiprocessing.get_start_method()
@@ -321,10 +321,10 @@ def warm_start():
 @pytest.fixture
 def warm_starts(warm_start, monkeypatch):
     """Python commands that the test starts need not import PyTorch again. Their own children do."""
-    real = subprocess.Popen
+    original_popen = subprocess.Popen
 
     def start(args, **options):
-        return (warm_start if args[0] == sys.executable else real)(args, **options)
+        return (warm_start if args[0] == sys.executable else original_popen)(args, **options)
 
     monkeypatch.setattr(subprocess, "Popen", start)
 
@@ -340,16 +340,16 @@ def font(tmp_path):
         pen.closePath()
         square = pen.glyph()
         names = [".notdef", *(f"u{ord(letter):x}" for letter in letters)]
-        made = FontBuilder(1000)
-        made.setupGlyphOrder(names)
-        made.setupCharacterMap({ord(letter): f"u{ord(letter):x}" for letter in letters})
-        made.setupGlyf(dict.fromkeys(names, square))
-        made.setupHorizontalMetrics(dict.fromkeys(names, (advance, 100)))
-        made.setupHorizontalHeader(ascent=800, descent=-200)
-        made.setupNameTable({"familyName": name, "styleName": style})
-        made.setupOS2()
-        made.setupPost()
-        made.save(tmp_path / f"{file}.ttf")
+        builder = FontBuilder(1000)
+        builder.setupGlyphOrder(names)
+        builder.setupCharacterMap({ord(letter): f"u{ord(letter):x}" for letter in letters})
+        builder.setupGlyf(dict.fromkeys(names, square))
+        builder.setupHorizontalMetrics(dict.fromkeys(names, (advance, 100)))
+        builder.setupHorizontalHeader(ascent=800, descent=-200)
+        builder.setupNameTable({"familyName": name, "styleName": style})
+        builder.setupOS2()
+        builder.setupPost()
+        builder.save(tmp_path / f"{file}.ttf")
         return str(tmp_path / f"{file}.ttf")
 
     return make
@@ -357,7 +357,7 @@ def font(tmp_path):
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Makes these the machine's only font files, and clears what was found before."""
+    """Makes these files the machine's only fonts, and clears the caches of fonts."""
 
     def has(*files: str) -> None:
         monkeypatch.setattr(font_manager, "findSystemFonts", lambda: list(files))
@@ -372,13 +372,13 @@ def machine(monkeypatch):
 def same():
     """Whether two nested values are equal to the last bit."""
 
-    def equal(one, other) -> bool:
-        if isinstance(one, torch.Tensor):
-            return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
-        if isinstance(one, dict):
-            return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
-        if isinstance(one, (list, tuple)):
-            return len(one) == len(other) and all(map(equal, one, other))
-        return one == other
+    def equal(first, second) -> bool:
+        if isinstance(first, torch.Tensor):
+            return isinstance(second, torch.Tensor) and first.dtype == second.dtype and torch.equal(first, second)
+        if isinstance(first, dict):
+            return first.keys() == second.keys() and all(equal(first[key], second[key]) for key in first)
+        if isinstance(first, (list, tuple)):
+            return len(first) == len(second) and all(map(equal, first, second))
+        return first == second
 
     return equal

@@ -52,57 +52,59 @@ def product():
 
 
 def imports(source, module):
-    """Dotted names of what a module imports, wherever it does: `from a import b` gives a and a.b."""
-    found = set()
+    """Dotted names of all that a module imports, anywhere in it: `from a import b` gives a and a.b."""
+    names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if node.level:
                 base = ".".join([*module.split(".")[: -node.level], *([base] if base else [])])
-            found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+            names |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.distributed":
-            found.add("torch.distributed")
-    return found
+            names.add("torch.distributed")
+    return names
 
 
-def knows(found, name):
+def knows(imported, name):
     """Whether `name`, or something in it, is imported."""
-    return any(one == name or one.startswith(name + ".") for one in found)
+    return any(imported_name == name or imported_name.startswith(name + ".") for imported_name in imported)
 
 
-def project_modules(found, modules):
+def project_modules(imported, modules):
     """Which of the project's modules are imported; `from detector.boxes import area` is detector.boxes."""
-    named = found & modules
-    # `from detector import boxes` also names the package; an empty package is no module of its own.
-    return {one for one in named if not any(other.startswith(one + ".") for other in named)}
+    imported_modules = imported & modules
+    # `from detector import boxes` also names the package `detector`. Only its module `boxes` counts.
+    return {
+        module for module in imported_modules if not any(other.startswith(module + ".") for other in imported_modules)
+    }
 
 
-def violations(module, found, modules):
+def violations(module, imported, modules):
     """The rules that these imports of `module` break."""
     top = module.split(".")[0]
     broken = []
-    if top == "detector" and knows(found, "data"):
+    if top == "detector" and knows(imported, "data"):
         broken.append("detector imports data")
-    if top in ("detector", "data") and knows(found, "scripts"):
+    if top in ("detector", "data") and knows(imported, "scripts"):
         broken.append("the product imports scripts")
-    if top in ("detector", "data") and (knows(found, "train") or knows(found, "eval")):
+    if top in ("detector", "data") and (knows(imported, "train") or knows(imported, "eval")):
         broken.append("a part imports an entry point")
-    own = {one for one in project_modules(found, modules) if one.split(".")[0] == "detector"}
+    detector_modules = {target for target in project_modules(imported, modules) if target.split(".")[0] == "detector"}
     allowed = FROM_DATA_ASSEMBLE if module == "data.assemble" else FROM_DATA
-    if top == "data" and (own - allowed or "detector.*" in found or "detector" in own):
+    if top == "data" and (detector_modules - allowed or "detector.*" in imported or "detector" in detector_modules):
         broken.append("data imports more of detector than its types, errors, boxes and sizes")
-    if module in SEPARATE and any(knows(found, other) for other in {*SEPARATE, "detector.losses"} - {module}):
+    if module in SEPARATE and any(knows(imported, other) for other in {*SEPARATE, "detector.losses"} - {module}):
         broken.append("anchors, assigner, box coder and losses import one another")
-    if module.startswith("detector.losses.") and project_modules(found, modules) - FROM_LOSSES:
+    if module.startswith("detector.losses.") and project_modules(imported, modules) - FROM_LOSSES:
         broken.append("a loss imports another part")
-    if module != "detector.distributed" and knows(found, "torch.distributed"):
+    if module != "detector.distributed" and knows(imported, "torch.distributed"):
         broken.append("torch.distributed outside distributed.py")
-    of_data = any(knows(found, name) for name in ("albumentations", "pycocotools", "hotcoco"))
-    if top != "data" and not module.startswith("scripts.bench.") and of_data:  # benchmarks compare with them
+    data_library = any(knows(imported, name) for name in ("albumentations", "pycocotools", "hotcoco"))
+    if top != "data" and not module.startswith("scripts.bench.") and data_library:  # benchmarks compare with them
         broken.append("albumentations, pycocotools or hotcoco outside data")
-    if top != "scripts" and module not in CONFIG_READERS and knows(found, "detector.config"):
+    if top != "scripts" and module not in CONFIG_READERS and knows(imported, "detector.config"):
         broken.append("a part sees the config")
     return broken
 
@@ -111,19 +113,21 @@ SOURCES = product()
 
 
 def without_encoding(source):
-    """Lines that read or write text in the encoding that a machine happens to have."""
-    found = []
+    """Lines that read or write text in the default encoding of the machine."""
+    lines = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call):
-            function, given = ast.unparse(node.func), {keyword.arg for keyword in node.keywords}
-            of, _, name = function.rpartition(".")
-            modes = [one.value for one in ast.walk(node) if isinstance(one, ast.Constant)]
-            file = (
-                name == "open" and of not in ("Image", "os", "writer") and not {"rb", "wb", "ab"} & {*map(str, modes)}
+            function, keywords = ast.unparse(node.func), {keyword.arg for keyword in node.keywords}
+            owner, _, name = function.rpartition(".")
+            modes = [constant.value for constant in ast.walk(node) if isinstance(constant, ast.Constant)]
+            opens_text = (
+                name == "open"
+                and owner not in ("Image", "os", "writer")
+                and not {"rb", "wb", "ab"} & {*map(str, modes)}
             )
-            if (file or name in ("read_text", "write_text") or "text" in given) and "encoding" not in given:
-                found.append(node.lineno)
-    return found
+            if (opens_text or name in ("read_text", "write_text") or "text" in keywords) and "encoding" not in keywords:
+                lines.append(node.lineno)
+    return lines
 
 
 LOSSES = [name for name in SOURCES if name.startswith("detector.losses.") and name not in FROM_LOSSES]
@@ -134,25 +138,25 @@ def graph(sources):
 
 
 @pytest.mark.parametrize("module", SOURCES)
-def test_imports_run_the_right_way(module):
+def test_imports_keep_the_rules(module):
     assert violations(module, imports(SOURCES[module], module), set(SOURCES)) == []
 
 
-WAY = ["train", "detector.engine", "detector.criterion"]  # and from there, handed over, to the loss
+WAY = ["train", "detector.engine", "detector.criterion"]  # the criterion calls the loss that it was given
 MENU = {**losses.CLASS_LOSSES, **losses.BOX_LOSSES}
 
 
 def calls(source):
-    """What a module calls, as it is written: `self.class_loss`."""
+    """What a module calls, as its source writes it: `self.class_loss`."""
     return {ast.unparse(node.func) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)}
 
 
 def home(loss):
-    """The module whose `forward` a loss of the menu runs; of a constructor such as GHMC.released its class's."""
+    """The module that defines the `forward` of a loss. For a constructor such as GHMC.released, that of its class."""
     return getattr(loss, "__self__", loss).forward.__module__
 
 
-def test_the_way_to_the_losses_is_the_one_in_the_readme():
+def test_train_reaches_the_losses_by_way_of_the_engine_and_the_criterion():
     for here, there in pairwise(WAY):
         assert there in graph(SOURCES)[here]
     assert "train_until" in calls(SOURCES["train"]) and "criterion" in calls(SOURCES["detector.engine"])
@@ -161,8 +165,7 @@ def test_the_way_to_the_losses_is_the_one_in_the_readme():
 
 @pytest.mark.parametrize("name", MENU)
 def test_four_files_from_the_command_line_to_the_formula_of_any_loss(name):
-    walk = [*WAY, home(MENU[name])]
-    assert len(walk) == 4 and walk[-1] in LOSSES
+    assert home(MENU[name]) in LOSSES  # the fourth, after the three of WAY
 
 
 @pytest.mark.parametrize("name", sorted(losses.CLASS_LOSSES.keys() - {"rank_sort"}))  # a ranking is no sum over cells
@@ -183,7 +186,7 @@ def test_text_is_utf8_on_every_machine(module):
     assert without_encoding(SOURCES[module]) == []
 
 
-def test_the_checker_of_encodings_finds_what_has_none():
+def test_the_encoding_check_finds_calls_without_an_encoding():
     wrong = "open(p)\np.open()\np.open('w')\np.read_text()\np.write_text('rb')\nsubprocess.run(c, text=True)"
     assert without_encoding(wrong) == [1, 2, 3, 4, 5, 6]
     right = (
@@ -192,7 +195,7 @@ def test_the_checker_of_encodings_finds_what_has_none():
     assert without_encoding(right + ", encoding='utf-8')") == []
 
 
-# scripts/run_onnx.py is not among them: it has no __main__ and runs with onnxruntime alone.
+# scripts/run_onnx.py is not among these modules: it has no __main__ and runs with onnxruntime alone.
 @pytest.mark.parametrize("module", [name for name in SOURCES if "__main__" in SOURCES[name]])
 def test_entry_points_can_print_anywhere(module):
     assert module.startswith("scripts.bench.") or "    run_main(main" in SOURCES[module].partition("__main__")[2]
@@ -237,7 +240,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("module", "source", "rule"), WRONG)
-def test_the_checker_finds_an_import_that_runs_the_wrong_way(module, source, rule):
+def test_the_import_check_finds_an_import_that_breaks_a_rule(module, source, rule):
     assert any(rule in broken for broken in violations(module, imports(source, module), set(SOURCES)))
 
 
@@ -256,7 +259,7 @@ RIGHT = [
 
 
 @pytest.mark.parametrize(("module", "source"), RIGHT)
-def test_the_checker_leaves_right_imports_alone(module, source):
+def test_the_import_check_accepts_imports_that_keep_the_rules(module, source):
     assert violations(module, imports(source, module), set(SOURCES)) == []
 
 

@@ -1,4 +1,4 @@
-"""Every command of the README and of docs/ is one that there is, and runs as it is typed."""
+"""Every command in the README and in docs/ exists, and runs as printed."""
 
 import importlib.util
 import json
@@ -23,11 +23,11 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 def commands(text):
     """The indented commands, joined over lines that end in a backslash, and the code spans with an option."""
     lines = re.sub(r"```.*?```", "", text, flags=re.S).replace("\\\n", " ").splitlines()
-    found = [line.strip() for line in lines if re.match(r"    (python|torchrun|srun) ", line)]
-    return found + [span for span in re.findall(r"`(python [^`]*--[^`]*)`", " ".join(text.split()))]
+    indented_commands = [line.strip() for line in lines if re.match(r"    (python|torchrun|srun) ", line)]
+    return indented_commands + [span for span in re.findall(r"`(python [^`]*--[^`]*)`", " ".join(text.split()))]
 
 
-COMMANDS = sorted({one for path in DOCUMENTS for one in commands(path.read_text(encoding="utf-8"))})
+COMMANDS = sorted({text for path in DOCUMENTS for text in commands(path.read_text(encoding="utf-8"))})
 SCRIPTS = [
     path
     for path in [ROOT / "train.py", ROOT / "eval.py", *sorted((ROOT / "scripts").rglob("*.py"))]
@@ -44,14 +44,14 @@ def module(path):
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
-def test_help_is_a_page(path, command):
+def test_help_has_at_least_ten_lines_and_an_example(path, command):
     code, out, _ = command(module(path).main, "--help")
     assert code == 0 and len(out.splitlines()) >= 10
     assert path.name in out  # an example
 
 
 @pytest.mark.parametrize("text", COMMANDS)
-def test_a_documented_command_is_one_that_there_is(text, command):
+def test_a_documented_command_exists(text, command):
     """Its script, options, configs, settings and variants exist; the scripts' own tests check what they do."""
     words = shlex.split(text.replace("...", ""))
     script = next((word for word in words if word.endswith(".py")), None)
@@ -59,28 +59,30 @@ def test_a_documented_command_is_one_that_there_is(text, command):
         assert words[:2] == ["python", "-m"] and words[2] in ("data.demo", "pytest")
         return
     assert (ROOT / script).exists()
-    given = words[words.index(script) + 1 :]
+    arguments = words[words.index(script) + 1 :]
     if ROOT / script in SCRIPTS:
         _, page, _ = command(module(ROOT / script).main, "--help")
-        for word in given:
+        for word in arguments:
             assert not word.startswith("--") or re.search(rf"{re.escape(word)}\b", page), word
-    config = next((word for word in given if word.startswith("configs/")), "configs/coco/focal.yaml")
+    config = next((word for word in arguments if word.startswith("configs/")), "configs/coco/focal.yaml")
     assert (ROOT / config).exists()
-    settings = [word for word in given if re.match(r"[a-z_]+(\.[a-z_0-9]+)*=[^x]", word)]
-    variants = given[given.index("--variants") + 1 :] if "--variants" in given else []
+    settings = [word for word in arguments if re.match(r"[a-z_]+(\.[a-z_0-9]+)*=[^x]", word)]
+    variants = arguments[arguments.index("--variants") + 1 :] if "--variants" in arguments else []
     for word in variants:
         if word.startswith("--"):
             break
         for part in word.split("+"):
             assert part == "gce" or (ROOT / config).with_name(f"{part}.yaml").exists(), part
-    configure(str(ROOT / config), [one for one in settings if not one.startswith(("class_loss.", "box_loss."))])
+    configure(
+        str(ROOT / config), [setting for setting in settings if not setting.startswith(("class_loss.", "box_loss."))]
+    )
 
 
 def test_there_are_commands_to_check():
     assert len(COMMANDS) > 25 and len(SCRIPTS) > 12
 
 
-# ---------------------------------------------------------------------------------------------------- and they are run
+# ------------------------------------------------------------------------------------------------ running the commands
 
 CHEAP = [
     "device=cpu",
@@ -112,7 +114,7 @@ def learnt(tiny, tmp_path_factory):
 
 @pytest.fixture
 def place(demo, folder, monkeypatch):
-    """The reader's folder: the repository's, with data where the documents have them."""
+    """A folder like the reader's copy of the repository, with data where the documents expect them."""
     for name in ("train.py", "eval.py", "scripts", "configs", "results"):
         (folder / name).symlink_to(ROOT / name)
     (folder / "docs").mkdir()
@@ -149,21 +151,21 @@ def as_yolo(folder, demo):
     (folder / "labels").mkdir()
     for split in ("train", "val"):
         document = json.loads((demo / f"{split}.json").read_text())
-        label = {one["id"]: number for number, one in enumerate(document["categories"])}
+        label = {entry["id"]: number for number, entry in enumerate(document["categories"])}
         for image in document["images"]:
             width, height = image["width"], image["height"]
             lines = [
-                f"{label[one['category_id']]} {(x + w / 2) / width} {(y + h / 2) / height} {w / width} {h / height}\n"
-                for one in document["annotations"]
-                if one["image_id"] == image["id"]
-                for x, y, w, h in [one["bbox"]]
+                f"{label[entry['category_id']]} {(x + w / 2) / width} {(y + h / 2) / height} {w / width} {h / height}\n"
+                for entry in document["annotations"]
+                if entry["image_id"] == image["id"]
+                for x, y, w, h in [entry["bbox"]]
             ]
             (folder / "labels" / f"{Path(image['file_name']).stem}.txt").write_text("".join(lines))
-    (folder / "classes.txt").write_text("\n".join(one["name"] for one in document["categories"]))
+    (folder / "classes.txt").write_text("\n".join(entry["name"] for entry in document["categories"]))
 
 
 def supply(words, learnt):
-    """Provide what a command uses and no earlier command has made: the run of `learnt`, and results."""
+    """Provide the files that a command uses and no earlier command made: the run of `learnt`, and results."""
     for word in words:
         path = Path(word)
         if path.name in ("best.pt", "last.pt") and not path.exists():
@@ -191,31 +193,35 @@ RUN = [path for path in DOCUMENTS if runnable(path)]
 
 @pytest.mark.parametrize("document", RUN, ids=lambda path: path.name)
 def test_the_commands_of_a_document_run(document, place, learnt, command, monkeypatch):
-    """In the order of the document, each with what the earlier ones have made.
+    """They run in the order of the document, with the files that the earlier ones made.
 
-    Trainings are made small, and scripts/ablate.py ends when all is checked.
+    Trainings are small, and scripts/ablate.py ends after its checks.
     """
-    for _, script, *given in runnable(document):
-        supply(given, learnt)
-        given = [one for word in given for one in (sorted(map(str, Path().glob(word))) if "*" in word else [word])]
+    for _, script, *arguments in runnable(document):
+        supply(arguments, learnt)
+        arguments = [
+            argument
+            for word in arguments
+            for argument in (sorted(map(str, Path().glob(word))) if "*" in word else [word])
+        ]
         if script == "train.py":
-            given += ["--set", *CHEAP]
+            arguments += ["--set", *CHEAP]
         if script == "scripts/ablate.py":
-            # docs/new_loss.md makes gce, and tests/test_docs.py what is made there.
-            given = [word for word in given if word != "gce"] + ["--dry-run"]
+            # docs/new_loss.md defines gce, and tests/test_docs.py tests it.
+            arguments = [word for word in arguments if word != "gce"] + ["--dry-run"]
         if ROOT / script in SCRIPTS:
             loaded = module(ROOT / script)
-            if script == "scripts/download.py":  # all is there
+            if script == "scripts/download.py":  # the data are already there
                 monkeypatch.setattr(loaded, "is_unpacked", lambda *_: True)
-            code, _, err = command(loaded.main, *given)
+            code, _, err = command(loaded.main, *arguments)
         else:
-            done = subprocess.run([sys.executable, script, *given], capture_output=True, text=True)
-            code, err = done.returncode, done.stderr
-        assert code == 0, (script, given, err)
+            result = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
+            code, err = result.returncode, result.stderr
+        assert code == 0, (script, arguments, err)
 
 
 def test_make_demo(place, demo, command):
-    """The Makefile's trainings, made small, and its comparison."""
+    """The trainings of the Makefile, made small, and its comparison run."""
     shutil.copytree(demo, place / "datasets" / "demo_quick")
     printed = subprocess.run(["make", "--dry-run", "demo"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     (losses,) = re.findall(r"printf '%s\\n' ([a-z_ ]+) .*xargs", printed)

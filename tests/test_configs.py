@@ -23,7 +23,7 @@ def name(path: Path) -> str:
 
 
 @pytest.mark.parametrize("path", FILES, ids=name)
-def test_it_builds(path):
+def test_a_config_builds(path):
     cfg = configure(str(path))
     with torch.device("meta"):
         model = assemble.build_model(cfg, num_classes=80)
@@ -40,8 +40,8 @@ def test_it_builds(path):
 @pytest.mark.parametrize("folder", FOLDERS, ids=name)
 def test_an_ablation_changes_the_loss_alone(folder):
     configs = [configure(str(path)) for path in FILES if path.parent == folder]
-    rest = [cfg.model_dump(exclude=CHOSEN) for cfg in configs]
-    assert all(one == rest[0] for one in rest)
+    other_options = [cfg.model_dump(exclude=CHOSEN) for cfg in configs]
+    assert all(options == other_options[0] for options in other_options)
     losses = [repr((cfg.class_loss, cfg.box_loss, cfg.model.head.prior)) for cfg in configs]
     assert len(set(losses)) == len(losses)
 
@@ -51,7 +51,7 @@ def test_no_two_configs_share_a_run_folder():
     assert len(set(runs)) == len(runs)
 
 
-def test_every_published_row_has_a_config_and_is_found_for_it():
+def test_every_published_result_is_found_for_some_config():
     rows = {
         str(path.parent.name + "/" + path.stem): row_of(path)
         for path in FILES
@@ -61,7 +61,7 @@ def test_every_published_row_has_a_config_and_is_found_for_it():
     assert lines["coco/focal"] == ["- published, focal: AP 35.6, AP50 55.6, AP75 38.2 (GHM paper, table 5)"]
     assert "35.9" in lines["coco/ghm_c_exact"][0] and "36.4" in lines["coco/ghm"][0]
     assert not any(lines[name] for name in lines if name.startswith(("bccd", "laptop")))
-    printed = "\n".join(line for found in lines.values() for line in found)
+    printed = "\n".join(line for row_lines in lines.values() for line in row_lines)
     for entry in yaml.safe_load(PUBLISHED.read_text()):
         assert f"AP {entry['AP']}" in printed, entry
 
@@ -70,6 +70,6 @@ def row_of(path: Path) -> Row:
     return Row(path.stem, [{"config": configure(str(path)).model_dump(mode="json")}], [])
 
 
-def test_nothing_is_left_out_of_the_comparison():
+def test_the_excluded_options_exist_and_there_are_configs_to_compare():
     assert set(Config.model_fields) >= set(CHOSEN)
     assert len(FILES) >= 12

@@ -1,4 +1,4 @@
-"""Several processes give what one gives. The tests that interrupt them start torchrun, as users do."""
+"""Several processes give the results of one. The tests that interrupt them start torchrun, as users do."""
 
 import json
 import os
@@ -22,13 +22,13 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def run(warm_start):
     def with_torchruns_variables(*command: object, processes: int = 1) -> None:
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+        with socket.socket() as free_socket:
+            free_socket.bind(("localhost", 0))
+            address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_socket.getsockname()[1])}
         ranks = []
         for rank in range(processes):
-            group = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), **place}
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", **(group if processes > 1 else {})}
+            rank_variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), **address}
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", **(rank_variables if processes > 1 else {})}
             ranks.append(warm_start([sys.executable, *command], cwd=ROOT, env=environment))
         for process in ranks:
             _, err = process.communicate(timeout=300)
@@ -43,8 +43,8 @@ def read(path: Path):
 
 @pytest.fixture(scope="module")
 def runs(rectangles, tmp_path_factory, run):
-    """A folder with the config, and the runs `one`, of one process, and `two`."""
-    # Images of unlike size, so that shares must be padded alike; GroupNorm, since BatchNorm sees a process's share.
+    """A folder with the config and two runs: `one` by one process, and `two` by two processes."""
+    # The images differ in size, so processes must pad alike. GroupNorm, as BatchNorm sees only a process's share.
     folder = tmp_path_factory.mktemp("runs")
     boxes = [[(i % 2, [6 + 4 * i, 10, 20 + 3 * i, 30])] for i in range(5)]
     annotations, images = rectangles(folder, boxes, classes=2)
@@ -52,7 +52,7 @@ def runs(rectangles, tmp_path_factory, run):
     values = {
         "output": str(folder),
         "device": "cpu",
-        "precision": "float32",  # in bfloat16 the order of a sum shows
+        "precision": "float32",  # in bfloat16 the order of a sum changes it
         "data": {
             "train": files,
             "val": files,
@@ -92,18 +92,18 @@ def test_two_processes_train_as_one(runs):
 
 
 def test_one_two_and_three_processes_score_the_same(runs, rectangles, run):
-    """Seven images, so that shares differ; with a fixed batch size, so that batches do not."""
+    """Seven images make the shares differ. A fixed batch size keeps the batches equal."""
     boxes = [[(i % 2, [3 * i, 10, 20 + 3 * i, 30])] for i in range(7)]
     data = rectangles(runs / "other", boxes, classes=2)
-    found = []
+    outputs = []
     for processes in (1, 2, 3):
         folder = runs / f"by {processes}"
         arguments = ("--checkpoint", runs / "one" / "last.pt", "--data", *data, "--output", folder)
         run("eval.py", *arguments, "--set", "evaluation.batch_size=2", processes=processes)
-        order = [(result["image_id"], *result["bbox"], result["score"]) for result in read(folder / "detections.json")]
-        found.append((read(folder / "metrics.json"), sorted(order)))
-    assert found[0] == found[1] == found[2]
-    assert found[0][0]["images"] == 7 and len(found[0][1]) > 500
+        rows = [(result["image_id"], *result["bbox"], result["score"]) for result in read(folder / "detections.json")]
+        outputs.append((read(folder / "metrics.json"), sorted(rows)))
+    assert outputs[0] == outputs[1] == outputs[2]
+    assert outputs[0][0]["images"] == 7 and len(outputs[0][1]) > 500
 
 
 def children(pid: int) -> list[int]:
@@ -111,7 +111,7 @@ def children(pid: int) -> list[int]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes as Linux shows them")
-def test_a_killed_process_is_started_again_and_goes_on(runs):
+def test_a_killed_process_is_restarted_and_continues(runs):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=1"]
     settings = ["run=killed", "checkpoint.every=1", "solver.epochs=4", "evaluation.every=4"]
     command = [*launcher, "train.py", "--config", runs / "config.yaml", "--resume", "--set", *settings]
@@ -135,7 +135,7 @@ def begin(*settings: object, folder: Path, processes: int = 2) -> subprocess.Pop
                             start_new_session=True)  # fmt: skip
 
 
-def test_a_signal_to_all_saves_and_ends_all(runs):
+def test_a_signal_to_all_processes_saves_and_ends_the_run(runs):
     """torchrun and its processes get the signal, and the processes get it again from torchrun."""
     process = begin("run=asked", "solver.epochs=500", "checkpoint.every=1", "data.workers=2", folder=runs)
     last = runs / "asked" / "last.pt"
@@ -144,16 +144,16 @@ def test_a_signal_to_all_saves_and_ends_all(runs):
         time.sleep(0.05)
     if Path("/proc/self/task").exists():
         for rank in children(process.pid):
-            os.killpg(os.getpgid(rank), signal.SIGTERM)  # their groups are not torchrun's
+            os.killpg(os.getpgid(rank), signal.SIGTERM)  # their process groups differ from that of torchrun
     os.killpg(process.pid, signal.SIGTERM)
     _, err = process.communicate(timeout=120)
     assert process.returncode != 0
     assert err.count("stopped by SIGTERM; go on with the same command and --resume") == 2, err
-    assert 'train.py", line' not in err  # the traceback that is there is torchrun's
+    assert 'train.py", line' not in err  # the only traceback is that of torchrun
     assert checkpoint.read(last)["run"]["solver"]["step"] > 0
 
 
-def test_an_image_that_one_process_cannot_read_saves_and_ends_all(runs, rectangles):
+def test_an_image_that_one_process_cannot_read_saves_and_ends_the_run(runs, rectangles):
     annotations, images = rectangles(runs / "broken", [[(0, [6, 10, 20, 30])]] * 12, classes=2)
     (Path(images) / "7.png").write_bytes(b"broken")
     process = begin("run=broken", f"data.train.annotations={annotations}", f"data.train.images={images}", folder=runs)
@@ -164,8 +164,8 @@ def test_an_image_that_one_process_cannot_read_saves_and_ends_all(runs, rectangl
     assert checkpoint.read(runs / "broken" / "last.pt")["run"]["solver"]["step"] in (0, 1, 2)
 
 
-def test_the_slurm_script_saves_and_asks_for_its_requeue(runs, tmp_path):
-    """docs/distributed.md's, with stand-ins for Slurm's commands and torchrun, signalled as Slurm does."""
+def test_the_slurm_script_saves_and_requeues_its_job(runs, tmp_path):
+    """The script in docs/distributed.md gets Slurm's signal. Stand-ins replace Slurm's commands and torchrun."""
     document = (ROOT / "docs/distributed.md").read_text(encoding="utf-8")
     script = next(block for block in document.split("```") if "#SBATCH" in block).removeprefix("bash\n")
     (tmp_path / "job.sh").write_text(script)
@@ -199,7 +199,7 @@ def test_the_slurm_script_saves_and_asks_for_its_requeue(runs, tmp_path):
     assert (tmp_path / "requeued").read_text() == "requeue 77\n"
     step = checkpoint.read(last)["run"]["solver"]["step"]
 
-    # Slurm starts it again, and as it ends by itself it is not asked for again.
+    # Slurm starts the job again. Now it ends by itself and is not requeued.
     job = submit(f"solver.epochs=500 solver.max_steps={step + 1}")
     _, err = job.communicate(timeout=120)
     assert job.returncode == 0, err

@@ -1,4 +1,4 @@
-"""The documents are true: their code runs, and their tables are what commands write."""
+"""The documents are true: their code runs, and commands write their tables."""
 
 import re
 from pathlib import Path
@@ -19,15 +19,15 @@ DOCUMENTS += sorted((ROOT / "docs").glob("*.md"))
 
 
 def test_the_losses_example_trains_a_foreign_detector():
-    """Its loop with the smallest stand-ins for what it takes from elsewhere."""
+    """Run the loop of the example, with minimal stand-ins for the names that it does not define."""
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "losses.md").read_text(encoding="utf-8"), re.S)
     torch.manual_seed(0)
     layer = torch.nn.Linear(2, 3 + 4)
     anchors, features = torch.rand(30, 4), torch.rand(30, 2)
 
     def model(_images):
-        both = layer(features)
-        return both[:, :3], both[:, 3:], anchors
+        outputs = layer(features)
+        return outputs[:, :3], outputs[:, 3:], anchors
 
     def assign(_anchors, _gt):
         number = torch.arange(30)
@@ -46,7 +46,7 @@ def test_the_losses_example_trains_a_foreign_detector():
     assert len(values) == 60 and sum(values[-10:]) < sum(values[:10])
 
 
-def test_the_reference_is_current(command):
+def test_the_config_reference_is_current(command):
     code, _, err = command(write_config_docs.main, "--check")
     assert code == 0, err
     text = write_config_docs.render()
@@ -56,7 +56,7 @@ def test_the_reference_is_current(command):
         assert not line.startswith("| `") or not line.endswith("|  |"), f"{line}: nothing is said of it"
 
 
-def test_the_example_of_a_loss_trains(tiny, tmp_path, monkeypatch):
+def test_the_example_of_a_new_loss_trains(tiny, tmp_path, monkeypatch):
     text = (ROOT / "docs" / "new_loss.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
     (config,) = re.findall(r"```yaml\n(.*?)```", text, re.S)
@@ -64,8 +64,8 @@ def test_the_example_of_a_loss_trains(tiny, tmp_path, monkeypatch):
     exec(code, names)
     loss = names["GeneralizedCrossEntropy"]
     monkeypatch.setitem(PARTS["class_loss"], "gce", loss)
-    said = yaml.safe_load(config)
-    cfg = configure(tiny(tmp_path, class_loss=said["class_loss"], box_loss=said["box_loss"]))
+    values = yaml.safe_load(config)
+    cfg = configure(tiny(tmp_path, class_loss=values["class_loss"], box_loss=values["box_loss"]))
     assert cfg.class_loss.options == {"q": 0.5}
     assert train.train(cfg, torch.device("cpu"))["step"] == 4
     cells = torch.randn(20, 3), torch.randint(0, 4, (20,)), torch.rand(20) < 0.8
@@ -83,8 +83,8 @@ def test_the_example_of_a_loss_trains(tiny, tmp_path, monkeypatch):
         ("docs/results.md", "scope", "ghm_c[scope=batch][weight=4]"),
     ],
 )
-def test_a_table_of_results_is_what_the_command_writes(tmp_path, monkeypatch, document, results, baseline):
-    """Each of its numbers is of a run in results/."""
+def test_a_table_of_results_is_current(tmp_path, monkeypatch, document, results, baseline):
+    """Every number in the table comes from a run in results/."""
     monkeypatch.chdir(ROOT)
     runs = sorted(map(str, Path("results", results).glob("*.json")))
     pairs = ["--pairs"] * (results in ("laptop", "cards", "scratch"))
@@ -94,7 +94,7 @@ def test_a_table_of_results_is_what_the_command_writes(tmp_path, monkeypatch, do
     assert table in (ROOT / document).read_text(encoding="utf-8")
 
 
-def test_the_table_of_the_readme_is_what_the_command_writes(tmp_path, monkeypatch, capsys):
+def test_the_table_of_the_readme_is_current(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     runs = sorted(map(str, Path("results/laptop").glob("*.json")))
     summarize.main([*runs, "--baseline", "ce", "--output", str(tmp_path / "losses.png")])
@@ -109,7 +109,7 @@ def test_the_readme_is_short_and_shows_pictures():
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_links_and_pictures_lead_somewhere(document):
+def test_links_and_pictures_exist(document):
     text = re.sub(r"```.*?```", "", document.read_text(encoding="utf-8"), flags=re.S)
     for target in re.findall(r"\]\(([^)]+)\)", text):
         if "://" in target:
@@ -119,19 +119,19 @@ def test_links_and_pictures_lead_somewhere(document):
         assert path.exists(), target
         if anchor:
             headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.M)
-            assert anchor in {re.sub(r"[^\w\- ]", "", one.lower()).replace(" ", "-") for one in headings}, target
+            assert anchor in {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in headings}, target
         if path.suffix in (".png", ".jpg"):
             assert path.stat().st_size < 300_000, target
 
 
-def test_the_table_of_wrong_labels_is_what_the_command_writes(tmp_path, monkeypatch, capsys):
+def test_the_table_of_wrong_labels_is_current(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     compare_conditions.main(["results/noise", "--output", str(tmp_path / "noise.png")])
     table = "\n".join(line for line in capsys.readouterr().out.splitlines() if line.startswith("|"))
     assert table.count("\n") == 5 and table in (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
 
 
-def test_the_table_of_sparse_regions_is_what_the_command_writes():
+def test_the_table_of_sparse_regions_comes_from_the_results():
     section = (ROOT / "docs/results.md").read_text(encoding="utf-8").partition("## Why GHM-C needs a limit")[2]
     rows = [line for line in section.partition("\n## ")[0].splitlines() if line.startswith("|")]
     files = [ROOT / "results/regions" / name / "batch_regions.md" for name in ("bccd", "bccd_large")]

@@ -1,4 +1,4 @@
-"""A checkpoint alone says how good it is: the same numbers, its own data or others, ours or torchvision's."""
+"""eval.py scores a checkpoint, ours or torchvision's, on its own or other data, with the metrics of its run."""
 
 import contextlib
 import importlib.util
@@ -49,7 +49,7 @@ def test_a_checkpoint_alone_gives_the_metrics_of_its_run(learnt, folder, command
     assert best[0] == 0 and read(folder / "metrics.json") == expected
 
 
-def test_benchmark_says_the_speed_of_each_stage_and_changes_no_number(learnt, folder, command):
+def test_benchmark_reports_the_speed_of_each_stage_and_changes_no_metric(learnt, folder, command):
     code, out, err = command(evaluation.main, "--checkpoint", learnt / "last.pt", "--output", folder, "--benchmark")
     assert code == 0, err
     assert read(folder / "metrics.json") == read(learnt / "metrics.json")
@@ -63,20 +63,20 @@ def test_detections_are_in_cocos_format_and_score_the_same(learnt, folder, comma
     command(evaluation.main, "--checkpoint", learnt / "last.pt", "--output", folder)
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(checkpoint.read(learnt / "last.pt")["config"]["data"]["val"]["annotations"])
-        scored = COCOeval(truth, truth.loadRes(str(folder / "detections.json")), "bbox")
-        scored.evaluate()
-        scored.accumulate()
-        scored.summarize()
-    found = read(folder / "metrics.json")
-    assert scored.stats[:3].tolist() == pytest.approx([found["AP"], found["AP50"], found["AP75"]], abs=1e-3)
+        coco_eval = COCOeval(truth, truth.loadRes(str(folder / "detections.json")), "bbox")
+        coco_eval.evaluate()
+        coco_eval.accumulate()
+        coco_eval.summarize()
+    metrics = read(folder / "metrics.json")
+    assert coco_eval.stats[:3].tolist() == pytest.approx([metrics["AP"], metrics["AP50"], metrics["AP75"]], abs=1e-3)
     results = read(folder / "detections.json")
     assert {result["category_id"] for result in results} <= {3, 7, 11}
     assert {result["image_id"] for result in results} == {50, 51}
 
 
-def test_what_was_scored_is_written_before_it_is_printed(learnt, folder, command, monkeypatch):
+def test_metrics_and_detections_are_written_before_metrics_are_printed(learnt, folder, command, monkeypatch):
     def fail(metrics):
-        raise OSError("No space left on device")  # of standard output, sent to a file
+        raise OSError("No space left on device")  # as of standard output that goes to a file
 
     monkeypatch.setattr(evaluation, "metrics_table", fail)
     with pytest.raises(OSError):
@@ -84,34 +84,37 @@ def test_what_was_scored_is_written_before_it_is_printed(learnt, folder, command
     assert read(folder / "metrics.json") == read(learnt / "metrics.json") and read(folder / "detections.json")
 
 
-def test_without_output_the_checkpoints_folder_is_written(learnt, command):
-    expected = read(learnt / "metrics.json")
+def test_without_output_results_go_into_the_folder_of_the_checkpoint(learnt, command):
+    files = [learnt / name for name in ("metrics.json", "detections.json")]
+    expected = [read(file) for file in files]
+    for file in files:
+        file.unlink()
     code, out, _ = command(evaluation.main, "--checkpoint", learnt / "last.pt")
     assert code == 0 and str(learnt / "detections.json") in out
-    assert read(learnt / "metrics.json") == expected
+    assert [read(file) for file in files] == expected
 
 
-def test_another_set_of_the_same_categories(learnt, rectangles, folder, command):
-    # Twice as large, and resized to what the model knows: boxes are in pixels of the original.
+def test_another_data_set_of_the_same_categories_is_scored(learnt, rectangles, folder, command):
+    # The images are twice as large as in training, and resized to that size. Boxes are in pixels of the original.
     boxes = [[(0, [18, 24, 60, 72])], [], [(1, [90, 18, 78, 66])]]
     annotations, images = rectangles(folder, boxes, classes=2, side=192)
     arguments = ("--checkpoint", learnt / "last.pt", "--data", annotations, images, "--output", folder)
     code, out, err = command(evaluation.main, *arguments)
     assert code == 0, err
-    found = read(folder / "metrics.json")
-    assert found["images"] == 3 and found["per_class"].keys() == {"colour 0", "colour 1"}
-    assert found["AP50"] > 0.9
+    metrics = read(folder / "metrics.json")
+    assert metrics["images"] == 3 and metrics["per_class"].keys() == {"colour 0", "colour 1"}
+    assert metrics["AP50"] > 0.9
     assert annotations in out
 
 
-def test_options_can_be_changed(learnt, folder, command):
+def test_set_changes_options(learnt, folder, command):
     settings = ("postprocess.max_detections=1", "evaluation.batch_size=1")
     code, _, err = command(evaluation.main, "--checkpoint", learnt / "last.pt", "--output", folder, "--set", *settings)
     assert code == 0, err
     assert len(read(folder / "detections.json")) == 2
 
 
-def test_mistakes_are_one_line_and_exit_code_2(learnt, rectangles, folder, command):
+def test_a_mistake_gives_one_line_and_exit_code_2(learnt, rectangles, folder, command):
     annotations, images = rectangles(folder, [[(0, [5, 5, 20, 20])]], classes=1)
     document = read(Path(annotations))
     document["categories"][0]["id"] = document["annotations"][0]["category_id"] = 4
@@ -147,17 +150,17 @@ def test_a_model_that_diverged_is_reported_in_one_line_and_exit_code_1(learnt, f
     assert not (folder / "out").exists()
 
 
-def test_torchvisions_checkpoint_is_scored_as_it_is(rectangles, folder, command):
+def test_a_torchvision_checkpoint_is_scored_without_conversion(rectangles, folder, command):
     torch.manual_seed(0)
     model = torchvision.models.detection.retinanet_resnet50_fpn(weights=None, weights_backbone=None, num_classes=91)
     torch.save(model.state_dict(), folder / "retinanet.pth")
     annotations, images = rectangles(folder, [[(0, [5, 5, 20, 20])], [(1, [8, 9, 30, 20])]], classes=2)
-    small = ("device=cpu", "data.workers=0", "data.short_side=64", "data.long_side=64")
-    arguments = ("--checkpoint", folder / "retinanet.pth", "--set", *small, "postprocess.score_threshold=0")
+    small_images = ("device=cpu", "data.workers=0", "data.short_side=64", "data.long_side=64")
+    arguments = ("--checkpoint", folder / "retinanet.pth", "--set", *small_images, "postprocess.score_threshold=0")
     code, _, err = command(evaluation.main, *arguments)
     assert code == 2 and "--data" in err and one_line(err)
     code, out, err = command(evaluation.main, *arguments, "--data", annotations, images)
     assert code == 0, err
-    folder /= Path(annotations).stem  # beside the checkpoint, not over what lies there
+    folder /= Path(annotations).stem  # a folder beside the checkpoint, so that no file there is overwritten
     assert 0 <= read(folder / "metrics.json")["AP"] < 0.5
     assert len(read(folder / "detections.json")) == 200 and "colour 1" in out

@@ -68,7 +68,7 @@ CONFIG = {
     "postprocess": {"top_k": 100, "nms_iou": 0.5},
 }  # fmt: skip
 
-QUIRKS = {  # of a number: how exporters write it otherwise
+QUIRKS = {  # other ways in which exporters write a number
     "in quotes": str,
     "with a point": lambda value: value + 0.0 if abs(value) < 2**53 else value,
     "in quotes, with a point": lambda value: f" {value}.0" if isinstance(value, int) else f"{value}",
@@ -100,39 +100,39 @@ VALUES = st.one_of(
 
 def places(value, path=()):
     """The path of every value in a document."""
-    found = [path] if path else []
+    paths = [path] if path else []
     for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
-        found += places(value[key], (*path, key))
-    return found
+        paths += places(value[key], (*path, key))
+    return paths
 
 
 @st.composite
 def changed(draw, document, at_most=3):
-    """The document after some changes: a value replaced, left out, put twice, or under a new key."""
+    """The document after some changes: a value replaced, left out, repeated, or added under a new key."""
     document = copy.deepcopy(document)
     for _ in range(draw(st.integers(0, at_most))):
-        found = places(document)
-        if not found:
+        paths = places(document)
+        if not paths:
             break
-        *path, last = draw(st.sampled_from(found))
-        inside = document
+        *path, last = draw(st.sampled_from(paths))
+        parent = document
         for key in path:
-            inside = inside[key]
+            parent = parent[key]
         kind = draw(st.sampled_from(["replace"] * 3 + ["nudge"] * 3 + ["quirk", "drop", "repeat", "add", "empty"]))
         if kind == "drop":
-            del inside[last]
-        elif kind == "nudge" and isinstance(inside[last], int | float):
-            inside[last] = draw(st.one_of(st.integers(-9, 99), st.floats(-9, 99)))
-        elif kind == "quirk" and type(inside[last]) in (int, float):
-            inside[last] = QUIRKS[draw(st.sampled_from(list(QUIRKS)))](inside[last])
-        elif kind == "repeat" and isinstance(inside, list):
-            inside.append(copy.deepcopy(inside[last]))
-            if isinstance(inside[-1], dict) and draw(st.booleans()):
-                inside[-1]["id"] = draw(st.integers())
-        elif kind == "add" and isinstance(inside, dict):
-            inside[draw(TEXTS)] = draw(VALUES)
+            del parent[last]
+        elif kind == "nudge" and isinstance(parent[last], int | float):
+            parent[last] = draw(st.one_of(st.integers(-9, 99), st.floats(-9, 99)))
+        elif kind == "quirk" and type(parent[last]) in (int, float):
+            parent[last] = QUIRKS[draw(st.sampled_from(list(QUIRKS)))](parent[last])
+        elif kind == "repeat" and isinstance(parent, list):
+            parent.append(copy.deepcopy(parent[last]))
+            if isinstance(parent[-1], dict) and draw(st.booleans()):
+                parent[-1]["id"] = draw(st.integers())
+        elif kind == "add" and isinstance(parent, dict):
+            parent[draw(TEXTS)] = draw(VALUES)
         else:
-            inside[last] = type(inside[last])() if kind == "empty" and inside[last] is not None else draw(VALUES)
+            parent[last] = type(parent[last])() if kind == "empty" and parent[last] is not None else draw(VALUES)
     return document
 
 
@@ -155,7 +155,7 @@ def encoded(draw, text):
 @st.composite
 def annotation_files(draw):
     document = draw(changed(GOOD))
-    if draw(st.integers(0, 3)) == 0:  # one key, written otherwise in all records
+    if draw(st.integers(0, 3)) == 0:  # one key, written in another way in all records
         key, quirk = (
             draw(st.sampled_from(["id", "image_id", "area", "width", "iscrowd"])),
             draw(st.sampled_from(list(QUIRKS))),
@@ -169,7 +169,7 @@ def annotation_files(draw):
     )
 
 
-# What a changed value is not likely to hit: what YAML itself can do.
+# Features of YAML itself, which a random change is unlikely to produce.
 ODD_YAML = [
     "!!python/object/apply:os.system ['false']", "!!python/name:os.system", "!!bool x", "!!int ''", "!!float x",
     "!!timestamp x", "!!binary '%'", "!!binary aGk=", "!!set {a, b}", "!!omap [a: 1]", "!!pairs [a: 1]", "!x y",
@@ -194,7 +194,7 @@ def config_files(draw):
     values = draw(changed(CONFIG))
     try:
         text = yaml.safe_dump(values, sort_keys=False, allow_unicode=draw(st.booleans()))
-    except (ValueError, RecursionError):  # what PyYAML cannot write, JSON, of which YAML reads nearly all, can
+    except (ValueError, RecursionError):  # JSON can write what PyYAML cannot, and YAML reads nearly all of it
         text = json.dumps(values)
     lines = text.splitlines(keepends=True)
     kind = draw(st.sampled_from(["as it is"] * 6 + ["odd", "odd", "odd", "line twice", "laughs", "base"]))
@@ -240,41 +240,40 @@ def try_annotations(folder, data):
     path = folder / "annotations.json"
     path.write_bytes(data)
     try:
-        sets = [CocoDataset(path, folder, transform) for transform in TRANSFORMS]
+        datasets = [CocoDataset(path, folder, transform) for transform in TRANSFORMS]
     except UserError as error:
         return refused(error)
-    accepted, refusals = 0, 0
+    refusals = 0
     detections = {}
-    for dataset in sets:
+    for dataset in datasets:
         assert is_one_line(dataset.summary())
         for index in range(len(dataset)):
             try:
                 image, target, image_id, size = dataset[index, index]
-            except UserError as error:  # an image that is not as its record says
+            except UserError as error:  # an image that differs from its record
                 refused(error)
                 refusals += 1
                 continue
-            accepted += 1
             height, width = image.shape[1:]
             boxes, labels = target
             assert boxes.dtype == torch.float32 and boxes.shape == (len(labels), 4) and boxes.isfinite().all()
             assert (boxes >= 0).all() and (boxes[:, 2:] <= torch.tensor([width, height])).all()
             assert (boxes[:, 2:] > boxes[:, :2]).all()
             assert ((labels >= 0) & (labels < len(dataset.category_ids))).all()
-            whole = torch.tensor([[0.0, 0.0, size[1], size[0]]])
-            detections[image_id] = Detections(whole, torch.tensor([0.5]), torch.tensor([len(dataset.category_ids) - 1]))
-    check_untransformed(sets[0], data)
-    metrics = score(sets[0].annotations, detections, sets[0].category_ids)
+            box = torch.tensor([[0.0, 0.0, size[1], size[0]]])
+            detections[image_id] = Detections(box, torch.tensor([0.5]), torch.tensor([len(dataset.category_ids) - 1]))
+    check_untransformed(datasets[0], data)
+    metrics = score(datasets[0].annotations, detections, datasets[0].category_ids)
     assert metrics["images"] == len(detections)
     assert all(-1 <= value <= 1 for key, value in metrics.items() if key.startswith(("AP", "AR")))
-    assert len(metrics["per_class"]) == len(sets[0].category_ids)
+    assert len(metrics["per_class"]) == len(datasets[0].category_ids)
     assert all(is_one_line(line) for line in metrics_table(metrics).split("\n") if line)
-    assert len(per_class_table(metrics).splitlines()) == 1 + len(sets[0].category_ids)
+    assert len(per_class_table(metrics).splitlines()) == 1 + len(datasets[0].category_ids)
     return "accepted" if not refusals else "refused"
 
 
 def number(value):
-    """What a number in a file stands for, in quotes or not; None for none. Not as the reader does it."""
+    """The value of a number in a file, in quotes or not; None for none. It shares no code with the reader."""
     if value is None or value == "" or value != value:
         return None
     if isinstance(value, str):
@@ -289,32 +288,38 @@ def expected_boxes(document):
         box = record.get("bbox") or None
         if box is None and record.get("segmentation"):
             polygons = record["segmentation"]
-            assert isinstance(polygons, list)  # the fuzz makes no mask that is sound
+            assert isinstance(polygons, list)  # these changes make no valid mask
             flat = [value for polygon in polygons for value in (polygon if isinstance(polygon, list) else [polygon])]
             flat = [value for value in flat if not isinstance(value, list)]
             x, y = flat[0::2], flat[1::2]
             box = flat and [min(x), min(y), max(x) - min(x), max(y) - min(y)]
         if box:
             x, y, w, h = map(number, box)
-            area, full = number(record.get("area")), max(w, 0) * max(h, 0)
-            area = full if area is None or (area <= 0 < full) else area
+            area, box_area = number(record.get("area")), max(w, 0) * max(h, 0)
+            area = box_area if area is None or (area <= 0 < box_area) else area
             ids = number(record["image_id"]), number(record["category_id"]), bool(number(record.get("iscrowd")))
             rows.append((*ids, x, y, w, h, area))
     return rows
 
 
 def check_untransformed(dataset, data):
-    """Nothing but the file says which boxes there are, and what they are; Python's own parser reads it."""
-    found = dataset.annotations
+    """The data set has the boxes of the file and no others. Here Python's own parser reads the file."""
+    annotations = dataset.annotations
     try:
         document = json.loads(data)
-    except UnicodeDecodeError:  # in a text of which nothing is used
+    except UnicodeDecodeError:  # in a text that nothing uses
         document = json.loads(data.decode("utf-8", "replace"))
-    columns = (found.image_ids[found.images], found.categories, found.crowds, *found.boxes.T, found.areas)
+    columns = (
+        annotations.image_ids[annotations.images],
+        annotations.categories,
+        annotations.crowds,
+        *annotations.boxes.T,
+        annotations.areas,
+    )
     rows = list(zip(*(column.tolist() for column in columns)))
     assert rows == expected_boxes(document)
-    assert found.image_ids.tolist() == [number(record["id"]) for record in document["images"]]
-    assert sorted(found.names) == sorted(number(record["id"]) for record in document["categories"])
+    assert annotations.image_ids.tolist() == [number(record["id"]) for record in document["images"]]
+    assert sorted(annotations.names) == sorted(number(record["id"]) for record in document["categories"])
     for record, (height, width), name in zip(document["images"], dataset.sizes, dataset.file_names):
         sides = number(record.get("width")), number(record.get("height"))
         assert (width, height) == (sides if all(sides) else SIZES[os.path.basename(name)])
@@ -398,7 +403,7 @@ def test_aliases_that_multiply_are_refused_at_once(images, use, merge):
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
-def test_json_may_be_in_any_unicode(images, encoding):
+def test_json_may_be_in_any_unicode_encoding(images, encoding):
     assert try_annotations(images, json.dumps(GOOD).encode(encoding)) == "accepted"
 
 
@@ -409,7 +414,7 @@ def test_deep_nesting_is_refused_in_one_line(images, depth):
         assert try_annotations(images, text.encode()) == "refused"
 
 
-def test_a_hundred_thousand_boxes_in_one_image(images):
+def test_a_hundred_thousand_boxes_in_one_image_are_accepted(images):
     document = copy.deepcopy(GOOD)
     box = GOOD["annotations"][0]
     document["annotations"] = [{**box, "id": i, "bbox": [i % 30, i % 20, 5, 5]} for i in range(100_000)]

@@ -47,8 +47,8 @@ def wheel(tmp_path_factory):
     folder, source = tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("sources") / "copy"
     copy_sources(source)
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(source)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
     (path,) = folder.glob("*.whl")
     return path
 
@@ -71,11 +71,11 @@ def test_a_loss_runs_in_an_environment_with_torch_alone(wheel, tmp_path):
     venv.create(tmp_path / "env", with_pip=False)
     (packages,) = (tmp_path / "env").glob("lib/python*/site-packages")
     zipfile.ZipFile(wheel).extractall(packages)
-    (packages / "torch.pth").write_text(str(Path(torch.__file__).parents[1]))  # a gigabyte that is here already
+    (packages / "torch.pth").write_text(str(Path(torch.__file__).parents[1]))  # a gigabyte that is already here
     python = tmp_path / "env" / "bin" / "python"
-    done = subprocess.run([python, "-I", "-c", USE % NOT_NEEDED], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().startswith(str(packages))
+    result = subprocess.run([python, "-I", "-c", USE % NOT_NEEDED], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip().startswith(str(packages))
 
 
 def test_the_extras_are_what_requirements_txt_installs(wheel):
@@ -95,20 +95,20 @@ def test_an_editable_install_is_imported_and_run_from_anywhere(tmp_path):
     venv.create(env, with_pip=False)
     python = env / "bin" / "python"
     install = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "-e", source]
-    alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(install, cwd=elsewhere, env=alone, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    result = subprocess.run(install, cwd=elsewhere, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
     (packages,) = env.glob("lib/python*/site-packages")
     (packages / "torch.pth").write_text(str(Path(torch.__file__).parents[1]))
     code = "import detector, data.coco, scripts.compare as s; print(detector.__file__, data.coco.__file__, s.__file__)"
     for command in ([python, "-c", code], [python, source / "scripts" / "compare.py", "--help"]):
-        done = subprocess.run(command, cwd=elsewhere, env=alone, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        result = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
         if command[1] == "-c":
-            assert all(path.startswith(str(source)) for path in done.stdout.split()), done.stdout
+            assert all(path.startswith(str(source)) for path in result.stdout.split()), result.stdout
 
 
-def test_no_file_changes_the_path():
+def test_no_file_changes_sys_path():
     """The editable install puts the repository on Python's path; nothing else does."""
     files = [path for folder in ("detector", "data", "scripts", "tests") for path in (ROOT / folder).rglob("*.py")]
     assert len(files) > 100

@@ -1,4 +1,4 @@
-"""Whole runs: what is in the folder, how it ends, how it goes on, and that it learns."""
+"""Whole runs: the files in their folder, how they end and continue, and whether they learn."""
 
 import json
 import multiprocessing
@@ -38,7 +38,7 @@ def start(*arguments: object) -> subprocess.CompletedProcess:
 
 
 def read(folder: Path, name: str = "last.pt") -> dict:
-    """A checkpoint without what depends on the clock and on where it lies."""
+    """A checkpoint without the values that depend on the clock and on its folder."""
     content = checkpoint.read(folder / name)
     del content["run"]["seconds_per_step"], content["run"]["peak_memory"], content["config"]["output"]
     return content
@@ -65,22 +65,22 @@ def one_line(err: str) -> bool:
 # ------------------------------------------------------------------------------------------ the folder
 
 
-def test_the_folder_holds_all_that_is_promised(trained):
+def test_the_run_folder_holds_all_promised_files(trained):
     folder, result = trained
     names = {"config.yaml", "last.pt", "best.pt", "metrics.json", "detections.png"}
     assert names <= {path.name for path in folder.iterdir()}
     assert not [path for path in folder.iterdir() if path.suffix == ".tmp"]
-    found = metrics(folder)
-    assert found.keys() >= METRICS and found == result
-    assert (found["step"], found["epoch"], found["images"], len(found["per_class"])) == (4, 2, 4, 10)
+    values = metrics(folder)
+    assert values.keys() >= METRICS and values == result
+    assert (values["step"], values["epoch"], values["images"], len(values["per_class"])) == (4, 2, 4, 10)
     assert (folder / "detections.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_config_in_the_folder_is_the_one_that_was_run(trained):
     folder, _ = trained
-    again = configure(str(folder / "config.yaml"))
-    assert again.model_dump(mode="json") == checkpoint.read(folder / "last.pt")["config"]
-    assert again.class_loss.options["bins"] == 30
+    cfg = configure(str(folder / "config.yaml"))
+    assert cfg.model_dump(mode="json") == checkpoint.read(folder / "last.pt")["config"]
+    assert cfg.class_loss.options["bins"] == 30
 
 
 def test_tensorboard_has_curves_pictures_and_settings(trained):
@@ -99,15 +99,15 @@ def test_tensorboard_has_curves_pictures_and_settings(trained):
 # ------------------------------------------------------------------------------------------ how it ends
 
 
-def test_from_the_shell(tiny, folder):
+def test_train_py_runs_from_the_shell(tiny, folder):
     path = tiny(folder)
-    done = start("--config", path, "--set", "solver.max_steps=1", "tensorboard.images=0")
-    assert done.returncode == 0, done.stderr
-    assert "AP50" in done.stdout and "Traceback" not in done.stderr
+    result = start("--config", path, "--set", "solver.max_steps=1", "tensorboard.images=0")
+    assert result.returncode == 0, result.stderr
+    assert "AP50" in result.stdout and "Traceback" not in result.stderr
     assert (folder / "runs" / "tiny" / "last.pt").exists()
-    failed = start("--config", path, "--set", "slover.lr=1")
-    assert failed.returncode == 2 and failed.stdout == ""
-    assert failed.stderr == "error: --set slover.lr=1: slover: unknown option; did you mean 'solver'?\n"
+    refusal = start("--config", path, "--set", "slover.lr=1")
+    assert refusal.returncode == 2 and refusal.stdout == ""
+    assert refusal.stderr == "error: --set slover.lr=1: slover: unknown option; did you mean 'solver'?\n"
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_from_the_shell(tiny, folder):
     ],
     ids=str,
 )
-def test_a_mistake_is_one_line_and_exit_code_2(tiny, folder, command, settings, expected):
+def test_a_mistake_gives_one_line_and_exit_code_2(tiny, folder, command, settings, expected):
     if expected is None:
         settings, expected = ["data.val.annotations=", "data.val.images="], "data.val.annotations"
     code, _, err = command(train.main, "--config", tiny(folder), "--set", *settings)
@@ -143,12 +143,12 @@ def test_training_without_a_box_is_refused(rectangles, tiny, folder, command):
 
 def test_the_image_folder_may_be_left_out(tiny, folder):
     cfg = configure(tiny(folder), ["data.train.images=", "data.val.images="])
-    named = configure(tiny(folder))
-    for found, given in zip(build_datasets(cfg), build_datasets(named)):
-        assert found.folder == given.folder and found.fingerprint() == given.fingerprint()
+    cfg_with_images = configure(tiny(folder))
+    for dataset, expected in zip(build_datasets(cfg), build_datasets(cfg_with_images)):
+        assert dataset.folder == expected.folder and dataset.fingerprint() == expected.fingerprint()
 
 
-def test_a_missing_set_is_asked_for(tmp_path, command):
+def test_a_missing_data_set_is_reported(tmp_path, command):
     (tmp_path / "x.yaml").write_text("device: cpu")
     code, _, err = command(train.main, "--config", tmp_path / "x.yaml")
     assert code == 2 and one_line(err)
@@ -185,7 +185,7 @@ def test_an_existing_run_is_not_overwritten(tiny, trained, command):
     assert (trained[0] / "last.pt").stat().st_mtime_ns == before
 
 
-def test_another_loss_does_not_go_on_from_this_one(tiny, trained, command):
+def test_a_run_does_not_resume_with_another_loss(tiny, trained, command):
     path = tiny(trained[0].parent.parent, **GHM)
     before = (trained[0] / "config.yaml").read_text()
     code, _, err = command(train.main, "--config", path, "--resume", "--set", "class_loss.name=focal")
@@ -194,8 +194,8 @@ def test_another_loss_does_not_go_on_from_this_one(tiny, trained, command):
 
 
 @pytest.mark.parametrize("interrupted_at", ["last.pt", "best.pt"])
-def test_an_interrupted_and_resumed_run_equals_the_whole(tiny, trained, folder, monkeypatch, same, interrupted_at):
-    whole, _ = trained
+def test_an_interrupted_and_resumed_run_equals_a_whole_one(tiny, trained, folder, monkeypatch, same, interrupted_at):
+    whole_run, _ = trained
     cfg = configure(tiny(folder, **GHM))
     save = checkpoint.save
 
@@ -213,21 +213,21 @@ def test_an_interrupted_and_resumed_run_equals_the_whole(tiny, trained, folder, 
     train.train(cfg, CPU, resume=True)  # without a last.pt it starts again
 
     for name in ("last.pt", "best.pt"):
-        one, other = read(whole, name), read(cfg.folder, name)
-        assert same(one["run"]["criterion"], other["run"]["criterion"])
-        assert one["run"]["criterion"]["class_loss.updates"] == one["run"]["solver"]["step"] > 0
-        assert same(one, other)
-    one, other = metrics(whole), metrics(cfg.folder)
+        expected, resumed = read(whole_run, name), read(cfg.folder, name)
+        assert same(expected["run"]["criterion"], resumed["run"]["criterion"])
+        assert expected["run"]["criterion"]["class_loss.updates"] == expected["run"]["solver"]["step"] > 0
+        assert same(expected, resumed)
+    expected, resumed = metrics(whole_run), metrics(cfg.folder)
     cost = {"seconds_per_step": 0, "peak_memory": 0}
-    assert one | cost == other | cost
+    assert expected | cost == resumed | cost
 
 
 def test_a_run_resumed_within_an_epoch_sees_the_images_it_had_not_seen(tiny, folder, monkeypatch):
-    seen = []
+    seen_ids = []
 
     def look(model, criterion, batches, solver, logger, device, until_step):
         for batch in batches:
-            seen.append(batch.image_ids)
+            seen_ids.append(batch.image_ids)
             solver.step_count += 1
             if solver.done or solver.step_count == until_step:
                 break
@@ -235,34 +235,34 @@ def test_a_run_resumed_within_an_epoch_sees_the_images_it_had_not_seen(tiny, fol
     monkeypatch.setattr(train, "train_until", look)
     path = tiny(folder, solver={"batch_size": 2})
     train.train(configure(path, ["run=whole"]), CPU)
-    whole, seen[:] = list(seen), []
+    expected_ids, seen_ids[:] = list(seen_ids), []
     for steps in (1, 6, 8):
         train.train(configure(path, [f"solver.max_steps={steps}"]), CPU, resume=True)
-        assert len(seen) == steps
-    assert seen == whole
-    first, second = ([i for ids in whole[start : start + 4] for i in ids] for start in (0, 4))
+        assert len(seen_ids) == steps
+    assert seen_ids == expected_ids
+    first, second = ([i for ids in expected_ids[start : start + 4] for i in ids] for start in (0, 4))
     assert sorted(first) == sorted(second) == list(range(1, 9)) and first != second
 
 
 def test_a_run_reads_one_stream_of_batches(tiny, folder, monkeypatch):
-    begun, iterate = [], TrainSampler.__iter__
-    monkeypatch.setattr(TrainSampler, "__iter__", lambda sampler: begun.append(sampler.epoch) or iterate(sampler))
+    epochs, iterate = [], TrainSampler.__iter__
+    monkeypatch.setattr(TrainSampler, "__iter__", lambda sampler: epochs.append(sampler.epoch) or iterate(sampler))
     pauses, train_until = [], train.train_until
 
     def counted(*arguments, until_step):
-        assert pauses[-1:] != [until_step]  # a stream that ends early would go on without end
+        assert pauses[-1:] != [until_step]  # if the stream ended early, this would repeat forever
         pauses.append(until_step)
         train_until(*arguments, until_step=until_step)
 
     monkeypatch.setattr(train, "train_until", counted)
     cfg = configure(tiny(folder, checkpoint={"every": 1}), ["solver.epochs=2"])
     train.train(cfg, CPU)
-    assert begun == [0] and pauses == [1, 2, 3, 4]
+    assert epochs == [0] and pauses == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_run_after_its_step_and_nothing_is_lost(tiny, trained, folder, monkeypatch, same, number):
-    whole, _ = trained
+def test_a_signal_ends_the_run_after_its_step_and_loses_nothing(tiny, trained, folder, monkeypatch, same, number):
+    whole_run, _ = trained
     cfg = configure(tiny(folder, **GHM))
     backward = Solver.backward
 
@@ -273,16 +273,16 @@ def test_a_signal_ends_the_run_after_its_step_and_nothing_is_lost(tiny, trained,
 
     with monkeypatch.context() as patch:
         patch.setattr(Solver, "backward", ask)
-        with pytest.raises(Stopped) as stopped:
+        with pytest.raises(Stopped) as excinfo:
             train.train(cfg, CPU)
-    assert stopped.value.number == number
+    assert excinfo.value.number == number
     assert checkpoint.read(cfg.folder / "last.pt")["run"]["solver"]["step"] == 3  # within the second epoch
     train.train(cfg, CPU, resume=True)
     for name in ("last.pt", "best.pt"):
-        assert same(read(whole, name), read(cfg.folder, name))
+        assert same(read(whole_run, name), read(cfg.folder, name))
 
 
-def test_a_stopped_process_says_how_to_go_on(tiny, folder):
+def test_a_stopped_process_says_how_to_continue(tiny, folder):
     path = tiny(folder, solver={"epochs": 500})
     environment = {**os.environ, "NO_ALBUMENTATIONS_UPDATE": "1"}
     words = [sys.executable, "train.py", "--config", str(path), "--set", "data.workers=2"]
@@ -302,8 +302,8 @@ def test_a_stopped_process_says_how_to_go_on(tiny, folder):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_signal_in_evaluation_leaves_it_at_once(tiny, folder, monkeypatch, workers):
-    """While it waits for a batch and, without workers, in a call that takes errors for a broken image."""
+def test_a_signal_ends_evaluation_at_once(tiny, folder, monkeypatch, workers):
+    """It comes during the wait for a batch, or, without workers, in a call that takes errors for a broken image."""
     cfg = configure(tiny(folder, data={"workers": workers}, evaluation={"batch_size": 1}))
     predict = train.predict
 
@@ -322,7 +322,7 @@ def test_a_signal_in_evaluation_leaves_it_at_once(tiny, folder, monkeypatch, wor
     assert not (cfg.folder / "metrics.json").exists()
 
 
-def test_a_loading_process_that_is_killed_in_evaluation_is_one_line(tiny, folder, monkeypatch, command):
+def test_a_loading_process_killed_in_evaluation_is_reported_in_one_line(tiny, folder, monkeypatch, command):
     predict, killed = train.predict, []
 
     def cut(model, batches, *rest):
@@ -341,26 +341,26 @@ def test_a_loading_process_that_is_killed_in_evaluation_is_one_line(tiny, folder
     assert checkpoint.read(folder / "runs/tiny/last.pt")["run"]["solver"]["step"] == 2
 
 
-def test_a_full_shared_memory_ends_the_run_and_loses_no_step(tiny, folder, monkeypatch, command):
+def test_full_shared_memory_ends_the_run_and_loses_no_step(tiny, folder, monkeypatch, command):
     read_sample = CocoDataset.__getitem__
-    begun = torch.multiprocessing.Value("i", 0)
+    num_samples = torch.multiprocessing.Value("i", 0)
 
     def fill(dataset, key):
-        with begun.get_lock():
-            begun.value += isinstance(key, tuple)  # those of training
-            if begun.value == 13:  # an epoch, and a step of the next; a file may not grow beyond this
+        with num_samples.get_lock():
+            num_samples.value += isinstance(key, tuple)  # a key of training
+            if num_samples.value == 13:  # after an epoch and a step, no file may grow beyond this
                 resource.setrlimit(resource.RLIMIT_FSIZE, (16, 16))
         return read_sample(dataset, key)
 
-    step, done = Solver.step, []
-    monkeypatch.setattr(Solver, "step", lambda solver: done.append(step(solver)))
+    step, finished_steps = Solver.step, []
+    monkeypatch.setattr(Solver, "step", lambda solver: finished_steps.append(step(solver)))
     monkeypatch.setattr(CocoDataset, "__getitem__", fill)
     code, _, err = command(train.main, "--config", tiny(folder, data={"workers": 1}))
     assert code == 2 and "Traceback" not in err
     last = err.splitlines()[-1]
     assert last.startswith("error: shared memory is full") and "--shm-size" in last and "--resume" in last
-    # The batch before may still be on its way, and be caught by it, too.
-    assert checkpoint.read(folder / "runs/tiny/last.pt")["run"]["solver"]["step"] == len(done) in (2, 3)
+    # The batch before may still be on its way and fail, too.
+    assert checkpoint.read(folder / "runs/tiny/last.pt")["run"]["solver"]["step"] == len(finished_steps) in (2, 3)
 
 
 def test_an_image_that_fails_in_the_second_epoch_loses_no_step(tiny, trained, folder, monkeypatch, same):
@@ -368,8 +368,8 @@ def test_an_image_that_fails_in_the_second_epoch_loses_no_step(tiny, trained, fo
     read_sample, seen = CocoDataset.__getitem__, []
 
     def fail(dataset, key):
-        seen.extend([key] * isinstance(key, tuple))  # those of training
-        if len(seen) == 8 + 4 + 1:  # an epoch, and a step of the next
+        seen.extend([key] * isinstance(key, tuple))  # keys of training
+        if len(seen) == 8 + 4 + 1:  # after an epoch and a step of the next
             raise UserError("x.jpg: cannot be decoded")
         return read_sample(dataset, key)
 
@@ -385,21 +385,21 @@ def test_an_image_that_fails_in_the_second_epoch_loses_no_step(tiny, trained, fo
 def test_saving_between_epochs_changes_nothing(tiny, trained, folder, same):
     cfg = configure(tiny(folder, checkpoint={"every": 1}, **GHM))
     train.train(cfg, CPU)
-    one, other = read(trained[0]), read(cfg.folder)
-    del one["config"]["checkpoint"], other["config"]["checkpoint"]
-    assert same(one, other)
+    expected, content = read(trained[0]), read(cfg.folder)
+    del expected["config"]["checkpoint"], content["config"]["checkpoint"]
+    assert same(expected, content)
     assert checkpoint.read(cfg.folder / "previous.pt")["run"]["solver"]["step"] == 4  # before its evaluation
 
 
-def test_the_batch_that_is_not_finite_is_kept_for_a_look(tiny, folder, command):
+def test_a_batch_that_is_not_finite_is_saved(tiny, folder, command):
     settings = ["solver.lr=1e30", "solver.warmup_steps=0", "solver.schedule=cosine"]
     code, _, err = command(train.main, "--config", tiny(folder), "--set", *settings)
-    kept = torch.load(folder / "runs" / "tiny" / "nonfinite_0.pt", weights_only=True)
+    dump = torch.load(folder / "runs" / "tiny" / "nonfinite_0.pt", weights_only=True)
     assert code == 1 and "nonfinite_0.pt" in err.splitlines()[-1]
-    assert kept["images"].dtype == torch.uint8 and len(kept["targets"]) == len(kept["image_ids"]) == len(kept["images"])
+    assert dump["images"].dtype == torch.uint8 and len(dump["targets"]) == len(dump["image_ids"]) == len(dump["images"])
 
 
-def test_a_run_that_diverged_in_its_last_step_is_no_ap_of_0(tiny, folder, command):
+def test_a_run_that_diverged_in_its_last_step_is_an_error_and_has_no_ap(tiny, folder, command):
     settings = ["solver.lr=1e30", "solver.warmup_steps=0", "solver.schedule=cosine", "solver.max_steps=1"]
     for more in ([], ["--resume"]):
         code, _, err = command(train.main, "--config", tiny(folder), "--set", *settings, *more)
@@ -425,9 +425,9 @@ def test_resuming_a_finished_run_evaluates_and_changes_nothing(trained, tiny, co
 
 @pytest.mark.parametrize("classes", [1, 2])  # and 3 in test_eval.py
 def test_two_images_are_learnt_by_heart(overfit, folder, classes):
-    run, found = overfit(folder, classes)
-    assert found["AP50"] > 0.9
-    assert len(found["per_class"]) == classes
+    run, run_metrics = overfit(folder, classes)
+    assert run_metrics["AP50"] > 0.9
+    assert len(run_metrics["per_class"]) == classes
     assert checkpoint.read(run / "last.pt")["category_ids"] == [3, 7][:classes]
 
 
@@ -446,11 +446,11 @@ def test_images_without_boxes_are_trained_on(
     solver = {"batch_size": 2, "epochs": 1}
     data = {"train": files, "val": files, "trust": not with_boxes}
     cfg = configure(tiny(folder, data=data, solver=solver, **losses))
-    monkeypatch.setattr(checkpoint, "save", lambda *a, **k: None)  # of no interest here, and large
-    found = train.train(cfg, CPU)
-    assert found["step"] == 1
+    monkeypatch.setattr(checkpoint, "save", lambda *a, **k: None)  # not needed here, and large
+    run_metrics = train.train(cfg, CPU)
+    assert run_metrics["step"] == 1
     printed = capsys.readouterr().out
     if with_boxes:
-        assert found["AP"] >= 0
+        assert run_metrics["AP"] >= 0
     else:
-        assert found["AP"] == -1 and "the validation set has no boxes" in printed
+        assert run_metrics["AP"] == -1 and "the validation set has no boxes" in printed

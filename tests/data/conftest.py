@@ -7,7 +7,7 @@ from PIL import Image
 
 @pytest.fixture
 def noisy_images(tmp_path):
-    """A folder with eleven images of noise and their annotation file, one box in all but the first."""
+    """A folder with eleven images of noise and an annotation file. All images but the first have one box."""
     generator = np.random.default_rng(0)
     images, annotations = [], []
     for i in range(11):

@@ -1,4 +1,4 @@
-"""Laws of data/annotations.py: what has one plain meaning is taken and counted, all else is refused in one line."""
+"""Laws of data/annotations.py: it takes and counts values with one plain meaning, and refuses all else in one line."""
 
 import copy
 import json
@@ -42,11 +42,11 @@ def one_line(excinfo, *parts):
         assert part in message
 
 
-def same(one, other, but=()):
+def same(annotations, expected, changed_columns=()):
     for name in COLUMNS:
-        if name not in but:
-            np.testing.assert_array_equal(getattr(one, name), getattr(other, name), name)
-    assert one.names == other.names and one.file_names == other.file_names
+        if name not in changed_columns:
+            np.testing.assert_array_equal(getattr(annotations, name), getattr(expected, name), name)
+    assert annotations.names == expected.names and annotations.file_names == expected.file_names
 
 
 def every(name, key, change):
@@ -62,33 +62,33 @@ def every(name, key, change):
     return apply
 
 
-def test_columns_are_those_of_the_file(tmp_path):
-    found = load_annotations(write(tmp_path, GOOD))
-    assert found.image_ids.tolist() == [7, 3, 9] and found.file_names == ["a.png", "sub/b.png", "c.png"]
-    assert found.sizes.tolist() == [[30, 40], [50, 20], [16, 16]]
-    assert found.names == {90: "dog", 5: "cat"} and list(found.names) == [90, 5]
-    assert found.ids.tolist() == [1, 2, 3, 4, 5] and found.images.tolist() == [1, 0, 0, 0, 1]
-    assert found.categories.tolist() == [90, 5, 90, 90, 5] and found.crowds.tolist() == [0, 0, 1, 0, 0]
-    assert found.boxes.tolist() == [one["bbox"] for one in GOOD["annotations"]]
-    assert found.areas.tolist() == [one["area"] for one in GOOD["annotations"]] and found.remarks == []
+def test_columns_hold_the_values_of_the_file(tmp_path):
+    annotations = load_annotations(write(tmp_path, GOOD))
+    assert annotations.image_ids.tolist() == [7, 3, 9] and annotations.file_names == ["a.png", "sub/b.png", "c.png"]
+    assert annotations.sizes.tolist() == [[30, 40], [50, 20], [16, 16]]
+    assert annotations.names == {90: "dog", 5: "cat"} and list(annotations.names) == [90, 5]
+    assert annotations.ids.tolist() == [1, 2, 3, 4, 5] and annotations.images.tolist() == [1, 0, 0, 0, 1]
+    assert annotations.categories.tolist() == [90, 5, 90, 90, 5] and annotations.crowds.tolist() == [0, 0, 1, 0, 0]
+    assert annotations.boxes.tolist() == [entry["bbox"] for entry in GOOD["annotations"]]
+    assert annotations.areas.tolist() == [entry["area"] for entry in GOOD["annotations"]] and annotations.remarks == []
 
 
-def test_a_document_is_the_file_again(tmp_path):
-    found = load_annotations(write(tmp_path, GOOD))
-    same(load_annotations(write(tmp_path, found.document())), found)
-    part = parse_annotations(found.document([1]))
-    assert part.image_ids.tolist() == [3] and part.ids.tolist() == [1, 5] and part.names == found.names
+def test_a_document_has_the_contents_of_the_file(tmp_path):
+    annotations = load_annotations(write(tmp_path, GOOD))
+    same(load_annotations(write(tmp_path, annotations.document())), annotations)
+    subset = parse_annotations(annotations.document([1]))
+    assert subset.image_ids.tolist() == [3] and subset.ids.tolist() == [1, 5] and subset.names == annotations.names
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
-def test_other_encodings_and_what_is_in_memory_read_alike(tmp_path, encoding):
+def test_other_encodings_and_a_document_in_memory_read_the_same(tmp_path, encoding):
     expected = load_annotations(write(tmp_path, GOOD))
     (tmp_path / "other.json").write_bytes(json.dumps(GOOD).encode(encoding))
     same(load_annotations(tmp_path / "other.json"), expected)
     same(parse_annotations(GOOD), expected)
 
 
-# kind -> what is changed, the remark, and the columns that become others
+# kind -> the changes, the remark, and the columns whose values change
 PLAIN = {
     "ids in quotes": (
         [every("images", "id", str), every("annotations", "image_id", str), every("categories", "id", "{}.0".format),
@@ -126,78 +126,80 @@ PLAIN = {
 
 @pytest.mark.parametrize("kind", PLAIN)
 @pytest.mark.parametrize("by", ["parts", "json", "memory"])
-def test_what_has_one_plain_meaning_is_taken_and_counted(tmp_path, kind, by):
-    changes, remark, but = PLAIN[kind]
+def test_values_with_one_plain_meaning_are_taken_and_counted(tmp_path, kind, by):
+    changes, remark, changed_columns = PLAIN[kind]
     expected, document = parse_annotations(GOOD), copy.deepcopy(GOOD)
     for change in changes:
         change(document)
     if by == "memory":
-        found = parse_annotations(document)
+        annotations = parse_annotations(document)
     else:
         text = json.dumps(document)
-        found = load_annotations(
+        annotations = load_annotations(
             write(tmp_path, text if by == "parts" else text.replace('"year": 2017', '"year": NaN'))
         )
-    if but == "names":
-        assert found.names == {90: "3 (id 90)", 5: "3 (id 5)"}
+    if changed_columns == "names":
+        assert annotations.names == {90: "3 (id 90)", 5: "3 (id 5)"}
     else:
-        same(found, expected, but)
-    if "sizes" in but:
-        assert found.sizes.tolist() == [[0, 0]] * 3
+        same(annotations, expected, changed_columns)
+    if "sizes" in changed_columns:
+        assert annotations.sizes.tolist() == [[0, 0]] * 3
     remarks = [part for part in remark.split("; ") if part]
-    assert len(found.remarks) == len(remarks)
-    assert all(any(part in one for one in found.remarks) for part in remarks), found.remarks
+    assert len(annotations.remarks) == len(remarks)
+    assert all(any(part in line for line in annotations.remarks) for part in remarks), annotations.remarks
 
 
 NO_AREA = {"missing": KeyError, "null": None, "zero": 0, "negative": -1, "empty": "", "NaN": float("nan")}
 
 
 @pytest.mark.parametrize("kind", NO_AREA)
-def test_no_area_is_width_times_height(tmp_path, kind):
+def test_a_missing_area_is_width_times_height(tmp_path, kind):
     document = copy.deepcopy(GOOD)
     every("annotations", "area", NO_AREA[kind])(document)
-    found = load_annotations(write(tmp_path, document))
+    annotations = load_annotations(write(tmp_path, document))
     expected = [12, 2000, 1200, NO_AREA[kind] if kind in ("zero", "negative") else 0, 25]
-    assert found.areas.tolist() == expected  # of a box without area it may be what it says
-    assert found.remarks == ["4 boxes without an area, which is taken as width x height (the first is annotation id 1)"]
+    assert annotations.areas.tolist() == expected  # a box of negative width keeps the area in the file
+    assert annotations.remarks == [
+        "4 boxes without an area, which is taken as width x height (the first is annotation id 1)"
+    ]
 
 
 @pytest.mark.parametrize("empty", [None, "", float("nan")], ids=repr)
-def test_an_empty_iscrowd_is_none(tmp_path, empty):
+def test_an_empty_iscrowd_is_0(tmp_path, empty):
     document = copy.deepcopy(GOOD)
     every("annotations", "iscrowd", empty)(document)
-    found = load_annotations(write(tmp_path, document))
-    assert not found.crowds.any()
-    assert found.remarks == ["5 empty iscrowd taken as 0 (the first in annotations[0])"]
+    annotations = load_annotations(write(tmp_path, document))
+    assert not annotations.crowds.any()
+    assert annotations.remarks == ["5 empty iscrowd taken as 0 (the first in annotations[0])"]
 
 
 @pytest.mark.parametrize("bbox", [[], None, KeyError], ids=repr)
-def test_an_annotation_without_any_place_is_left_out(tmp_path, bbox):
+def test_an_annotation_without_bbox_and_segmentation_is_left_out(tmp_path, bbox):
     document = copy.deepcopy(GOOD)
     document["annotations"][1]["segmentation"] = []
     changed("annotations", 1, "bbox", bbox)(document)
-    found, rest = load_annotations(write(tmp_path, document)), copy.deepcopy(GOOD)
-    del rest["annotations"][1]
-    same(found, parse_annotations(rest))
-    (remark,) = found.remarks
+    annotations, expected_document = load_annotations(write(tmp_path, document)), copy.deepcopy(GOOD)
+    del expected_document["annotations"][1]
+    same(annotations, parse_annotations(expected_document))
+    (remark,) = annotations.remarks
     assert remark == "1 annotations with neither bbox nor segmentation left out (the first is annotation id 2)"
 
 
-def test_ids_beyond_a_float_are_kept(tmp_path):
+def test_ids_too_large_for_a_float_stay_exact(tmp_path):
     document = copy.deepcopy(GOOD)
-    for place, number in enumerate((2**63 - 1, 2**53 + 1, -(2**63) + 1)):
-        old = document["images"][place]["id"]
-        document["images"][place]["id"] = number if place else str(number)
-        for one in document["annotations"]:
-            one["image_id"] = number if one["image_id"] == old else one["image_id"]
-    found = load_annotations(write(tmp_path, document))
-    assert found.image_ids.tolist() == [2**63 - 1, 2**53 + 1, -(2**63) + 1] and found.images.tolist() == [1, 0, 0, 0, 1]
+    for index, new_id in enumerate((2**63 - 1, 2**53 + 1, -(2**63) + 1)):
+        old_id = document["images"][index]["id"]
+        document["images"][index]["id"] = new_id if index else str(new_id)
+        for record in document["annotations"]:
+            record["image_id"] = new_id if record["image_id"] == old_id else record["image_id"]
+    table = load_annotations(write(tmp_path, document))
+    assert table.image_ids.tolist() == [2**63 - 1, 2**53 + 1, -(2**63) + 1] and table.images.tolist() == [1, 0, 0, 0, 1]
 
 
 # ------------------------------------------------------------------------------------------------- segmentations
 
 
-def test_a_flaw_of_a_segmentation_counts_where_there_is_no_bbox(tmp_path):
+def test_a_flawed_segmentation_matters_only_without_a_bbox(tmp_path):
     document = copy.deepcopy(GOOD)
     document["annotations"][4]["segmentation"] = [[1, 2, 3]]
     same(load_annotations(write(tmp_path, document)), parse_annotations(GOOD))
@@ -211,9 +213,9 @@ def test_a_flaw_of_a_segmentation_counts_where_there_is_no_bbox(tmp_path):
 def test_a_missing_bbox_is_the_bounds_of_its_segmentation(tmp_path, bbox):
     document = copy.deepcopy(GOOD)
     changed("annotations", 4, "bbox", bbox)(document)
-    found = load_annotations(write(tmp_path, document))
-    same(found, parse_annotations(GOOD))
-    assert found.remarks == ["1 boxes taken as the bounds of their segmentation (the first in annotations[4])"]
+    annotations = load_annotations(write(tmp_path, document))
+    same(annotations, parse_annotations(GOOD))
+    assert annotations.remarks == ["1 boxes taken as the bounds of their segmentation (the first in annotations[4])"]
 
 
 # --------------------------------------------------------------------------------------------------------- flaws
@@ -286,7 +288,7 @@ FLAWS = {
 
 
 @pytest.mark.parametrize("flaw", FLAWS)
-def test_each_flaw_of_a_record_is_one_line(tmp_path, flaw):
+def test_each_flaw_of_a_record_is_reported_in_one_line(tmp_path, flaw):
     change, parts = FLAWS[flaw]
     document = copy.deepcopy(GOOD)
     change(document)
@@ -296,13 +298,13 @@ def test_each_flaw_of_a_record_is_one_line(tmp_path, flaw):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1, 2]", "null", "[" * 100_000, '{"images": "\\'], ids=repr)
-def test_each_flaw_of_a_file_is_one_line(tmp_path, text):
+def test_each_flaw_of_a_file_is_reported_in_one_line(tmp_path, text):
     with pytest.raises(UserError) as excinfo:
         load_annotations(write(tmp_path, text))
     one_line(excinfo, "annotations.json")
 
 
-def test_unreadable_files_are_one_line(tmp_path):
+def test_an_unreadable_file_is_reported_in_one_line(tmp_path):
     (tmp_path / "latin.json").write_bytes(b'{"images": "caf\xe9"}')
     for name in ("absent.json", ".", "latin.json"):
         with pytest.raises(UserError) as excinfo:

@@ -27,7 +27,7 @@ PLAIN = {
 
 @pytest.fixture
 def folder(tmp_path):
-    """A data set: annotations.json and images/, of which some are enlarged and some made smaller."""
+    """A data set: annotations.json and images/. Resizing enlarges some of the images and shrinks the others."""
     (tmp_path / "images").mkdir()
     generator = np.random.default_rng(0)
     images, annotations = [], []
@@ -54,8 +54,8 @@ def files(folder):
     return sorted(path.name for path in (folder / "cache").glob("[!.]*"))
 
 
-def assert_same(one, other):
-    (image, target, *rest), (image2, target2, *rest2) = one, other
+def assert_same(sample, expected):
+    (image, target, *rest), (image2, target2, *rest2) = sample, expected
     assert torch.equal(image, image2) and rest == rest2
     assert torch.equal(target.boxes, target2.boxes) and torch.equal(target.labels, target2.labels)
 
@@ -71,28 +71,28 @@ def one_line(excinfo, *parts):
 
 
 @pytest.mark.parametrize("kind", PLAIN)
-def test_samples_are_the_same_to_the_bit(folder, kind):
-    plain, kept = dataset(folder, PLAIN[kind]), cached(folder, PLAIN[kind])
-    kept[0]
-    sent = pickle.dumps(kept)  # to a process that is not forked
-    assert len(sent) < kept.cache.path.stat().st_size / 4
-    again = pickle.loads(sent)
-    for index in range(len(plain)):
+def test_cached_samples_are_the_same_to_the_bit(folder, kind):
+    plain_dataset, cached_dataset = dataset(folder, PLAIN[kind]), cached(folder, PLAIN[kind])
+    cached_dataset[0]
+    pickled = pickle.dumps(cached_dataset)  # as for a process that is not forked
+    assert len(pickled) < cached_dataset.cache.path.stat().st_size / 4
+    unpickled_dataset = pickle.loads(pickled)
+    for index in range(len(plain_dataset)):
         for seed in range(8):
-            assert_same(kept[index, seed], plain[index, seed])
-            assert_same(again[index, seed], plain[index, seed])
+            assert_same(cached_dataset[index, seed], plain_dataset[index, seed])
+            assert_same(unpickled_dataset[index, seed], plain_dataset[index, seed])
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_batches_are_the_same_to_the_bit(folder, workers):
+def test_cached_batches_are_the_same_to_the_bit(folder, workers):
     for make in (lambda data: train_loader(data, 4, seed=3, workers=workers), lambda data: eval_loader(data, 4)):
-        for one, other in zip(make(dataset(folder)), make(cached(folder)), strict=True):
-            assert torch.equal(one.images, other.images) and one.original_sizes == other.original_sizes
-            for a, b in zip(one.targets, other.targets):
-                assert torch.equal(a.boxes, b.boxes) and torch.equal(a.labels, b.labels)
+        for batch, other in zip(make(dataset(folder)), make(cached(folder)), strict=True):
+            assert torch.equal(batch.images, other.images) and batch.original_sizes == other.original_sizes
+            for target, other_target in zip(batch.targets, other.targets):
+                assert torch.equal(target.boxes, other_target.boxes) and torch.equal(target.labels, other_target.labels)
 
 
-def test_a_sample_may_be_written_to(folder):
+def test_writing_to_a_sample_does_not_change_the_cache(folder):
     data = cached(folder, PLAIN["eval"])
     before = data[0][0].clone()
     data[0][0].zero_()
@@ -107,32 +107,32 @@ def test_jittered_samples_are_nearly_the_same(folder):
     document["images"][0] |= {"width": width, "height": height}
     (folder / "annotations.json").write_text(json.dumps(document))
     transform = TrainTransform(48, 80, horizontal_flip=0.5, scale_jitter=(0.6, 1.3))
-    plain, kept = dataset(folder, transform), cached(folder, transform)
-    assert kept.cache.kept[0] == (62, 83)  # 1.3 x 48 and less than the image
+    plain_dataset, cached_dataset = dataset(folder, transform), cached(folder, transform)
+    assert cached_dataset.cache.kept[0] == (62, 83)  # a short side of 1.3 x 48, which is smaller than the image
     for seed in range(20):
-        image, target, *_ = plain[0, seed]
-        other, others, *_ = kept[0, seed]
-        assert max(abs(a - b) for a, b in zip(image.shape, other.shape)) <= 1
-        assert (target.boxes - others.boxes).abs().max() <= 1
-        h, w = np.minimum(image.shape[1:], other.shape[1:])
-        assert (image[:, :h, :w].int() - other[:, :h, :w].int()).abs().max() <= 6
+        image, target, *_ = plain_dataset[0, seed]
+        cached_image, cached_target, *_ = cached_dataset[0, seed]
+        assert max(abs(a - b) for a, b in zip(image.shape, cached_image.shape)) <= 1
+        assert (target.boxes - cached_target.boxes).abs().max() <= 1
+        h, w = np.minimum(image.shape[1:], cached_image.shape[1:])
+        assert (image[:, :h, :w].int() - cached_image[:, :h, :w].int()).abs().max() <= 6
 
 
-def test_both_splits_and_the_evaluation_of_a_checkpoint_use_it(tiny, tmp_path):
+def test_both_splits_and_the_evaluation_of_a_checkpoint_use_the_cache(tiny, tmp_path):
     cfg = configure(tiny(tmp_path, data={"cache": str(tmp_path / "cache")}))
     train_set, val_set = build_datasets(cfg)
     assert len(files(tmp_path)) == 2 and train_set.cache.path != val_set.cache.path
     content = {"category_ids": val_set.category_ids, "class_names": val_set.class_names}
-    again = evaluation.open_dataset("x.pt", content, cfg, None)
-    assert again.cache.found and again.cache.path == val_set.cache.path
-    other = evaluation.open_dataset("x.pt", content, cfg, [cfg.data.val.annotations, cfg.data.val.images])
-    assert other.cache is None
+    eval_set = evaluation.open_dataset("x.pt", content, cfg, None)
+    assert eval_set.cache.found and eval_set.cache.path == val_set.cache.path
+    other_set = evaluation.open_dataset("x.pt", content, cfg, [cfg.data.val.annotations, cfg.data.val.images])
+    assert other_set.cache is None
 
 
-# ----------------------------------------------------------------------------------------- found or built again
+# --------------------------------------------------------------------------------------------- found or rebuilt
 
 
-def test_a_later_start_finds_it_and_decodes_nothing(folder, monkeypatch):
+def test_a_later_start_finds_the_cache_and_decodes_nothing(folder, monkeypatch):
     first = cached(folder)
     expected = [first[index, 5] for index in range(9)]
     assert not first.cache.found and first.summary().endswith(" new.") and "\n" not in first.summary()
@@ -144,7 +144,7 @@ def test_a_later_start_finds_it_and_decodes_nothing(folder, monkeypatch):
     assert dataset(folder).summary() == second.summary()[: len(dataset(folder).summary())]
 
 
-def test_flips_share_one(folder):
+def test_transforms_that_differ_only_in_flips_share_a_cache(folder):
     cached(folder, TrainTransform(48, 80, horizontal_flip=0.0))
     assert cached(folder, TrainTransform(48, 80, vertical_flip=1.0)).cache.found
     assert cached(folder, EvalTransform(48, 80)).cache.found
@@ -157,7 +157,7 @@ def touch(folder, seconds):
 
 
 def grow(folder):
-    """One byte behind the end, as old as before."""
+    """Append one byte and keep the modification time."""
     path = folder / "images" / "3.png"
     before = path.stat()
     path.write_bytes(path.read_bytes() + b"\0")
@@ -182,13 +182,13 @@ def shorten(folder):
     [lambda folder: touch(folder, 0.001), lambda folder: touch(folder, -60), grow, rename, shorten],
     ids=["newer", "older", "longer", "renamed", "one less"],
 )
-def test_what_changes_the_images_makes_another(folder, change):
+def test_changed_images_make_another_cache(folder, change):
     cached(folder)
     change(folder)
-    plain, kept = dataset(folder), cached(folder)
-    assert not kept.cache.found and len(files(folder)) == 2
-    for index in range(len(plain)):
-        assert_same(kept[index, 1], plain[index, 1])
+    plain_dataset, cached_dataset = dataset(folder), cached(folder)
+    assert not cached_dataset.cache.found and len(files(folder)) == 2
+    for index in range(len(plain_dataset)):
+        assert_same(cached_dataset[index, 1], plain_dataset[index, 1])
 
 
 @pytest.mark.parametrize(
@@ -196,20 +196,20 @@ def test_what_changes_the_images_makes_another(folder, change):
     [EvalTransform(47, 80), EvalTransform(48, 79), TrainTransform(48, 80, scale_jitter=(0.5, 1.5))],
     ids=["short side", "long side", "jitter"],
 )
-def test_another_size_makes_another(folder, transform):
+def test_another_size_makes_another_cache(folder, transform):
     cached(folder)
     assert not cached(folder, transform).cache.found and len(files(folder)) == 2
 
 
-def test_another_format_makes_another(folder, monkeypatch):
+def test_another_format_makes_another_cache(folder, monkeypatch):
     cached(folder)
     monkeypatch.setattr(cache, "FORMAT", cache.FORMAT + 1)
     assert not cached(folder).cache.found
 
 
-def test_files_of_one_name_in_two_folders_are_reported_apart(folder):
-    """Equal in size and age, too, as an archive may leave them."""
-    names = []
+def test_files_of_one_name_in_two_folders_have_different_caches(folder):
+    """The files are also equal in size and age, as an archive may unpack them."""
+    cache_paths = []
     for place, shade in (("images", 50), ("others", 200)):
         (folder / place).mkdir(exist_ok=True)
         path = folder / place / "0.bmp"
@@ -217,20 +217,20 @@ def test_files_of_one_name_in_two_folders_are_reported_apart(folder):
         os.utime(path, (0, 0))
         data = cache.Cache(folder / "cache", [path], [(30, 40)], [(30, 40)])
         assert data[0].max() == shade
-        names.append(data.path)
-    assert names[0] != names[1]
+        cache_paths.append(data.path)
+    assert cache_paths[0] != cache_paths[1]
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "longer"])
-def test_a_damaged_file_is_rebuilt(folder, damage):
+def test_a_damaged_cache_is_rebuilt(folder, damage):
     path = cached(folder).cache.path
-    whole = path.read_bytes()
-    path.write_bytes({"cut": whole[:-1], "empty": b"", "longer": whole + b"\0"}[damage])
-    kept = cached(folder)
-    assert not kept.cache.found and path.read_bytes() == whole and files(folder) == [path.name]
+    content = path.read_bytes()
+    path.write_bytes({"cut": content[:-1], "empty": b"", "longer": content + b"\0"}[damage])
+    cached_dataset = cached(folder)
+    assert not cached_dataset.cache.found and path.read_bytes() == content and files(folder) == [path.name]
 
 
-def test_what_a_killed_process_left_is_not_taken(folder):
+def test_the_unfinished_file_of_a_killed_process_is_ignored(folder):
     path = cached(folder).cache.path
     path.rename(path.with_suffix(".0123.tmp"))
     assert not cached(folder).cache.found and path.exists()
@@ -240,7 +240,7 @@ def test_what_a_killed_process_left_is_not_taken(folder):
 
 
 @pytest.mark.parametrize("kind", ["a file", "inside a file", "a folder in place of the cache"])
-def test_a_folder_that_cannot_be_written_is_one_line(folder, kind):
+def test_a_folder_that_cannot_be_written_is_reported_in_one_line(folder, kind):
     place = folder / "cache"
     if kind == "a folder in place of the cache":
         path = cached(folder).cache.path
@@ -254,7 +254,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(folder, kind):
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_without_permission_is_one_line(folder):
+def test_a_folder_without_permission_is_reported_in_one_line(folder):
     (folder / "cache").mkdir(mode=0o500)
     with pytest.raises(UserError) as excinfo:
         cached(folder)
@@ -270,7 +270,7 @@ def test_a_full_disk_is_reported_before_anything_is_decoded(folder, monkeypatch)
     assert files(folder) == []
 
 
-def test_a_disk_that_fills_up_meanwhile_is_one_line_and_leaves_nothing(folder, monkeypatch):
+def test_a_disk_that_fills_up_is_reported_in_one_line_and_leaves_no_file(folder, monkeypatch):
     def fail(_):
         raise OSError(28, "No space left on device")
 
@@ -282,36 +282,36 @@ def test_a_disk_that_fills_up_meanwhile_is_one_line_and_leaves_nothing(folder, m
 
 
 @pytest.mark.parametrize("flaw", ["broken", "another size"])
-def test_an_unreadable_image_is_reported_as_without(folder, flaw):
+def test_an_unreadable_image_is_reported_as_without_a_cache(folder, flaw):
     if flaw == "broken":
         (folder / "images" / "4.png").write_bytes(b"broken")
     else:
         Image.new("RGB", (7, 7)).save(folder / "images" / "4.png")
     with pytest.raises(UserError) as excinfo:
         dataset(folder)[4]
-    with pytest.raises(UserError) as other:
+    with pytest.raises(UserError) as cached_error:
         cached(folder)
-    assert str(other.value) == str(excinfo.value) and str(folder / "images" / "4.png") in str(other.value)
+    assert str(cached_error.value) == str(excinfo.value) and str(folder / "images" / "4.png") in str(cached_error.value)
     assert files(folder) == []
 
 
 # --------------------------------------------------------------------------------------- several processes
 
 
-def build(folder, alone, results, delay):
-    """What each of several processes does at once."""
-    if not alone:
+def build(folder, with_lock, results, delay):
+    """Open the cached data set, in one of several processes, and compare its samples."""
+    if not with_lock:
         cache._alone = lambda folder: contextlib.nullcontext()
     read = cache.read_image
     cache.read_image = lambda *arguments: time.sleep(delay) or read(*arguments)
-    data = cached(folder)
-    plain = dataset(folder)
-    same = all(torch.equal(data[index, 2][0], plain[index, 2][0]) for index in range(len(plain)))
-    results.put((data.cache.found, same))
+    cached_set = cached(folder)
+    plain_set = dataset(folder)
+    samples_agree = all(torch.equal(cached_set[index, 2][0], plain_set[index, 2][0]) for index in range(len(plain_set)))
+    results.put((cached_set.cache.found, samples_agree))
 
 
 @pytest.mark.parametrize("alone", [True, False], ids=["in turn", "at once"])
-def test_several_processes_at_the_same_time(folder, alone):
+def test_several_processes_at_the_same_time_make_one_cache(folder, alone):
     context = multiprocessing.get_context("fork")
     results = context.Queue()
     processes = [context.Process(target=build, args=(folder, alone, results, 0.1)) for _ in range(3)]
@@ -320,6 +320,6 @@ def test_several_processes_at_the_same_time(folder, alone):
     answers = [results.get(timeout=60) for _ in processes]
     for process in processes:
         process.join()
-    assert all(same for _, same in answers) and len(files(folder)) == 1
+    assert all(samples_agree for _, samples_agree in answers) and len(files(folder)) == 1
     if alone:
-        assert sum(found for found, _ in answers) == 2  # the others waited for one
+        assert sum(cache_found for cache_found, _ in answers) == 2  # the others waited for the first

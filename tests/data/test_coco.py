@@ -75,7 +75,7 @@ def test_labels_are_positions_of_sorted_category_ids(folder):
     assert data[1][1].labels.tolist() == [1, 0]
 
 
-def test_categories_of_one_name_are_reported_apart(folder):
+def test_repeated_class_names_get_their_category_id(folder):
     document = copy.deepcopy(GOOD)
     document["categories"][1]["name"] = "dog"
     write(folder, document)
@@ -94,7 +94,7 @@ def test_boxes_are_converted_clipped_and_dropped(folder):
     assert data[2][1].boxes.shape == (0, 4) and data[2][1].labels.shape == (0,)
     summary = data.summary()
     assert "3 images, 3 boxes, 2 classes; 1 images without boxes, 1 crowd boxes" in summary
-    assert "1 boxes clipped" in summary  # 0.05 px too far is rounding
+    assert "1 boxes clipped" in summary  # 0.05 px outside the image count as rounding
     assert "2 boxes without area dropped (annotation ids 4, 5)" in summary
 
 
@@ -103,7 +103,7 @@ def test_pixels_are_those_of_the_file(folder):
     assert np.array_equal(dataset(folder)[0][0].permute(1, 2, 0).numpy(), expected)
 
 
-def test_validation_takes_the_label_space_of_training(folder):
+def test_validation_uses_the_labels_of_training(folder):
     data = dataset(folder, category_ids=[5, 8, 90], class_names=["cat", "bird", "dog"])
     assert data[1][1].labels.tolist() == [2, 0] and data.class_names == ["cat", "bird", "dog"]
     with pytest.raises(UserError) as excinfo:
@@ -114,7 +114,7 @@ def test_validation_takes_the_label_space_of_training(folder):
     one_line(excinfo, "category 90 is 'dog' here and 'horse' in training")
 
 
-def test_an_extra_class_of_validation_may_have_no_boxes(folder):
+def test_validation_may_have_an_extra_class_only_without_boxes(folder):
     document = copy.deepcopy(GOOD)
     document["categories"].append({"id": 6, "name": "bird"})
     write(folder, document)
@@ -129,7 +129,7 @@ def test_an_extra_class_of_validation_may_have_no_boxes(folder):
 
 
 @pytest.mark.parametrize("sides", [{}, {"width": 0, "height": 0}, {"width": None, "height": None}, {"width": 16}])
-def test_missing_sizes_are_the_images_own(folder, sides):
+def test_missing_sizes_are_read_from_the_images(folder, sides):
     document, expected = copy.deepcopy(GOOD), dataset(folder)
     for record in document["images"]:
         del record["width"], record["height"]
@@ -160,7 +160,7 @@ def test_a_missing_size_is_that_of_the_upright_image(folder):
 
 
 def boxes(folder, make, count=30, **options):
-    """A data set whose boxes (x1, y1, x2, y2 by chance) are written as `make` has them in an image of (w, h)."""
+    """A data set of random boxes. `make` turns x1, y1, x2, y2 and the w, h of the image into the bbox in the file."""
     rng = np.random.default_rng(0)
     document = copy.deepcopy(GOOD) | {"images": GOOD["images"][:2], "annotations": []}
     for number in range(count):
@@ -168,9 +168,9 @@ def boxes(folder, make, count=30, **options):
         size = np.array([record["width"], record["height"]], float)
         low, high = np.sort(rng.uniform(0, 1, (2, 2)), axis=0)
         low, high = low * (size - 4), low * (size - 4) + 3 + (high - low) * (size - 4)
-        own = make(*low, *high, *size)
+        bbox = make(*low, *high, *size)
         entry = {"id": number + 1, "image_id": record["id"], "category_id": 5}
-        document["annotations"].append(entry | {"bbox": [round(float(value), 4) for value in own]})
+        document["annotations"].append(entry | {"bbox": [round(float(value), 4) for value in bbox]})
     write(folder, document)
     return dataset(folder, **options)
 
@@ -191,7 +191,7 @@ OTHER_FORMATS = {
 
 
 @pytest.mark.parametrize("kind", OTHER_FORMATS)
-def test_boxes_of_another_format_are_refused_until_they_are_trusted(folder, kind):
+def test_boxes_of_another_format_are_refused_unless_trusted(folder, kind):
     make, parts = OTHER_FORMATS[kind]
     with pytest.raises(UserError) as excinfo:
         boxes(folder, make)
@@ -199,21 +199,21 @@ def test_boxes_of_another_format_are_refused_until_they_are_trusted(folder, kind
     assert len(boxes(folder, make, trust=True).annotations.boxes) == 30
 
 
-def test_boxes_as_they_should_be_are_not_suspected(folder):
+def test_boxes_of_the_right_format_are_accepted(folder):
     def right(x1, y1, x2, y2, w, h):
         return x1, y1, x2 - x1, y2 - y1
 
     assert boxes(folder, right).num_boxes == 30
     shifted = boxes(folder, lambda x1, y1, x2, y2, w, h: (x1 - w / 2, y1 - h / 2, w, h))  # as after augmentation
     assert shifted.num_clipped > 20
-    assert boxes(folder, lambda x1, y1, x2, y2, w, h: (0, 0, w, h)).num_clipped == 0  # each the whole image
-    assert boxes(folder, lambda x1, y1, x2, y2, w, h: (1, 1, w, h)).num_clipped > 20  # and a pixel too far
+    assert boxes(folder, lambda x1, y1, x2, y2, w, h: (0, 0, w, h)).num_clipped == 0  # each box is the whole image
+    assert boxes(folder, lambda x1, y1, x2, y2, w, h: (1, 1, w, h)).num_clipped > 20  # and a pixel beyond it
     assert boxes(folder, lambda x1, y1, x2, y2, w, h: (x1, y1, 0, 0)).num_boxes == 0
     assert boxes(folder, OTHER_FORMATS["corners"][0], count=2).num_boxes == 2  # too few to be sure
 
 
 @pytest.mark.parametrize("kind", ["none", "crowds", "without area", "without place"])
-def test_nothing_to_learn_from_says_why(folder, kind):
+def test_a_set_without_boxes_to_learn_from_says_why(folder, kind):
     document = copy.deepcopy(GOOD)
     for record in document["annotations"]:
         record |= {"crowds": {"iscrowd": 1}, "without area": {"bbox": [1, 1, 0, 5]}, "without place": {"bbox": []},
@@ -232,7 +232,7 @@ def test_nothing_to_learn_from_says_why(folder, kind):
 
 
 @pytest.mark.parametrize("name, images", [("bccd", 72), ("coco_free", 46)])
-def test_real_data_is_read_as_pil_and_the_file_say(name, images):
+def test_real_data_has_the_pixels_that_pil_reads_and_the_labels_of_the_file(name, images):
     if not (REAL / name).is_dir():
         pytest.skip(f"no {REAL / name}")
     data = CocoDataset(REAL / name / "val.json", REAL / name / "images", EvalTransform(64, 128))

@@ -1,4 +1,4 @@
-"""COCO's results format: written as it should be, read back to the same."""
+"""COCO's results format: results follow it, and reading them gives the same detections."""
 
 import json
 
@@ -10,7 +10,7 @@ from detector.errors import UserError
 from detector.structures import Detections
 
 
-def found(boxes, scores, labels) -> Detections:
+def detections_of(boxes, scores, labels) -> Detections:
     return Detections(
         torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
         torch.tensor(scores, dtype=torch.float32),
@@ -18,10 +18,10 @@ def found(boxes, scores, labels) -> Detections:
     )
 
 
-def test_results_file():
+def test_results_follow_the_format_of_coco():
     detections = {
-        900100581904: found([[1.23456, 2, 11.5, 22]], [0.123456], [1]),
-        581929: found([[0, 0, 5, 6], [1, 1, 2, 2]], [0.9, 0.8], [0, 1]),
+        900100581904: detections_of([[1.23456, 2, 11.5, 22]], [0.123456], [1]),
+        581929: detections_of([[0, 0, 5, 6], [1, 1, 2, 2]], [0.9, 0.8], [0, 1]),
     }
     results = coco_results(detections, [3, 90])
     assert results == json.loads(json.dumps(results))
@@ -32,26 +32,26 @@ def test_results_file():
     ]
 
 
-def test_what_was_written_is_read_back_best_first():
-    detections = {7: found([[0, 0, 5, 6], [1, 1, 2, 3]], [0.9, 0.25], [0, 1]), 8: found([], [], [])}
+def test_results_are_read_back_best_first():
+    detections = {7: detections_of([[0, 0, 5, 6], [1, 1, 2, 3]], [0.9, 0.25], [0, 1]), 8: detections_of([], [], [])}
     results = coco_results(detections, [3, 90])
-    back = from_coco_results(results[::-1], [7, 8], [3, 90])
-    assert list(back) == [7, 8]
+    detections_read = from_coco_results(results[::-1], [7, 8], [3, 90])
+    assert list(detections_read) == [7, 8]
     for image_id, expected in detections.items():
-        for one, other in zip(back[image_id], expected):
-            assert torch.allclose(one, other) and one.shape == other.shape and one.dtype == other.dtype
+        for value, other in zip(detections_read[image_id], expected):
+            assert torch.allclose(value, other) and value.shape == other.shape and value.dtype == other.dtype
 
 
 @pytest.mark.parametrize(
     "change", [{"image_id": 9}, {"category_id": 4}, {"bbox": [0, 0, 1]}, {"score": "high"}, {"bbox": None}], ids=str
 )
-def test_an_entry_that_is_not_of_the_format_is_named(change):
-    (result,) = coco_results({7: found([[0, 0, 5, 6]], [0.9], [0])}, [3])
+def test_an_entry_that_breaks_the_format_is_named(change):
+    (result,) = coco_results({7: detections_of([[0, 0, 5, 6]], [0.9], [0])}, [3])
     with pytest.raises(UserError, match=r"detection 1: .* it needs bbox, score, category_id and image_id"):
         from_coco_results([result, {**result, **change}], [7], [3])
 
 
-def test_results_are_two_files_and_nothing_beside(tmp_path):
+def test_two_files_are_written_and_nothing_else(tmp_path):
     write_results(tmp_path, {"AP": 0.5}, [{"score": 1.0}])
     contents = {path.name: json.loads(path.read_text()) for path in tmp_path.iterdir()}
     assert contents == {"metrics.json": {"AP": 0.5}, "detections.json": [{"score": 1.0}]}

@@ -71,8 +71,8 @@ def test_other_seed_other_pictures(clean, tmp_path):
 
 
 def test_more_scenes_keep_the_first_ones():
-    few, many = plan_scenes("val", 2, seed=3), plan_scenes("val", 4, seed=3)
-    assert all(np.array_equal(render(a), render(b)) for a, b in zip(few, many))
+    two_scenes, four_scenes = plan_scenes("val", 2, seed=3), plan_scenes("val", 4, seed=3)
+    assert all(np.array_equal(render(a), render(b)) for a, b in zip(two_scenes, four_scenes))
 
 
 def test_splits_share_no_digit_and_no_photo_column(train_scenes):
@@ -102,7 +102,7 @@ def test_drawing_a_digit_changes_its_box_and_nothing_else(train_scenes):
         assert ink == scene.digits[-1].box
 
 
-def test_digits_contrast_with_what_is_under_them(train_scenes):
+def test_digits_contrast_with_the_background(train_scenes):
     for scene in train_scenes[:20]:
         for i, digit in enumerate(scene.digits):
             x, y, width, height = digit.box
@@ -148,7 +148,7 @@ def test_truth_as_detections_scores_one(clean):
     assert evaluation.stats[0] == pytest.approx(1)
 
 
-def test_long_tail_sizes_crowds_and_empty_scenes(train_scenes):
+def test_scenes_have_a_long_tail_of_classes_many_sizes_crowds_and_empty_images(train_scenes):
     digits = [digit for scene in train_scenes for digit in scene.digits]
     counts = Counter(digit.label for digit in digits)
     shares = np.array([counts[label] for label in range(10)]) / len(digits)
@@ -169,10 +169,10 @@ def test_outliers_change_only_marked_train_annotations(clean, spoilt):
     truth, noisy = load(clean, "train")["annotations"], load(spoilt, "train")["annotations"]
     kinds = Counter(annotation.get("outlier") for annotation in noisy)
     assert kinds["label"] == round(0.2 * len(truth)) and kinds["box"] == round(0.1 * len(truth))
-    touched = {None: set(), "label": {"category_id", "outlier"}, "box": {"bbox", "outlier"}}
+    expected_keys = {None: set(), "label": {"category_id", "outlier"}, "box": {"bbox", "outlier"}}
     for a, b in zip(truth, noisy, strict=True):
-        changed = {key for key in b if a.get(key) != b[key]}
-        assert changed == touched[b.get("outlier")]
+        changed_keys = {key for key in b if a.get(key) != b[key]}
+        assert changed_keys == expected_keys[b.get("outlier")]
         assert 1 <= b["category_id"] <= 10
         if b.get("outlier") == "box":  # equal sizes: IoU = c / (2 - c) for a covered share c
             share = covered(a["bbox"], b["bbox"])
@@ -185,7 +185,7 @@ def test_every_annotation_may_be_an_outlier(tmp_path):
     assert sum("outlier" in annotation for annotation in annotations) >= len(annotations) - 1
 
 
-def test_scenes_of_a_given_kind(tmp_path):
+def test_options_set_the_image_size_and_the_number_and_size_of_digits(tmp_path):
     options = dict(SMALL, size=(256, 224), objects=(2, 4), digit_size=(10, 12))
     write_demo(tmp_path, **options)
     for split in ("val", "train"):
@@ -195,7 +195,7 @@ def test_scenes_of_a_given_kind(tmp_path):
         counts = Counter(annotation["image_id"] for annotation in dataset["annotations"])
         assert all(2 <= counts[image["id"]] <= 4 for image in dataset["images"])
         sides = [max(annotation["bbox"][2:]) for annotation in dataset["annotations"]]
-        assert min(sides) >= 8 and max(sides) <= 15  # turned and trimmed, by up to a quarter larger
+        assert min(sides) >= 8 and max(sides) <= 15  # rotated and trimmed, a digit is up to a quarter larger
     assert set(counts.values()) == {2, 3, 4}
     with pytest.raises(UserError, match="another data set"):
         write_demo(tmp_path, **options | dict(objects=(2, 5)))
@@ -260,7 +260,7 @@ def test_an_interrupted_run_is_not_taken_for_a_finished_one(tmp_path, monkeypatc
         dict(digit_size=(7, 14)),
     ],
 )
-def test_mistakes_are_named(tmp_path, mistake):
+def test_the_error_names_the_wrong_option(tmp_path, mistake):
     with pytest.raises(UserError, match=next(iter(mistake))):
         write_demo(tmp_path, **mistake)
     assert not list(tmp_path.iterdir())

@@ -17,32 +17,32 @@ def dataset(demo: Path) -> CocoDataset:
 
 
 def nothing(dataset: CocoDataset) -> dict[int, Detections]:
-    none = Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
-    return dict.fromkeys(dataset.image_ids, none)
+    no_detections = Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
+    return dict.fromkeys(dataset.image_ids, no_detections)
 
 
 @pytest.mark.parametrize("count, drawn", [(0, 0), (1, 1), (3, 3), (4, 4), (9, 4)])
-def test_as_many_pictures_as_asked_for_and_there_are(dataset, count, drawn):
+def test_count_limits_the_number_of_pictures(dataset, count, drawn):
     pictures = list(validation_pictures(dataset, nothing(dataset), count))
     assert len(pictures) == drawn
     assert all(picture.dtype == torch.uint8 and picture.shape[0] == 3 for picture in pictures)
 
 
-def test_detections_are_drawn_where_they_are(dataset):
+def test_a_detection_is_drawn_at_its_box(dataset):
     height, width = dataset.sizes[0]
     box = torch.tensor([[width * 0.25, height * 0.25, width * 0.75, height * 0.75]])
-    found = nothing(dataset)
-    blank = next(validation_pictures(dataset, found, 1))
-    found[dataset.image_ids[0]] = Detections(box, torch.tensor([0.1]), torch.zeros(1, dtype=torch.int64))
-    changed = (next(validation_pictures(dataset, found, 1)) != blank).any(0)
-    h, w = changed.shape[0], changed.shape[1] // 2
-    assert not changed[:, :w].any()  # the left half shows the ground truth
-    # The right edge of the box is the rightmost of what is drawn outside its caption.
-    assert changed[h // 2 :, w:].nonzero()[:, 1].max().item() == pytest.approx(0.75 * w, abs=3)
+    detections = nothing(dataset)
+    blank = next(validation_pictures(dataset, detections, 1))
+    detections[dataset.image_ids[0]] = Detections(box, torch.tensor([0.1]), torch.zeros(1, dtype=torch.int64))
+    changed_pixels = (next(validation_pictures(dataset, detections, 1)) != blank).any(0)
+    h, w = changed_pixels.shape[0], changed_pixels.shape[1] // 2
+    assert not changed_pixels[:, :w].any()  # the left half shows the ground truth
+    # Below the caption, the right edge of the box is the rightmost pixel that changes.
+    assert changed_pixels[h // 2 :, w:].nonzero()[:, 1].max().item() == pytest.approx(0.75 * w, abs=3)
 
 
 @pytest.mark.parametrize("highest", [0.9, 0.05])  # losses differ in their scale of scores
-def test_the_highest_scores_are_drawn_as_many_as_the_set_has_boxes(dataset, highest):
+def test_the_highest_scores_are_drawn_up_to_the_number_of_boxes_in_the_set(dataset, highest):
     height, width = dataset.sizes[0]
     corner = torch.linspace(0, 0.5, dataset.num_boxes + 2)[:, None]
     boxes = torch.cat([corner, corner, corner + 0.4, corner + 0.4], dim=1)
@@ -50,21 +50,21 @@ def test_the_highest_scores_are_drawn_as_many_as_the_set_has_boxes(dataset, high
     scores = torch.linspace(highest, 0.01, len(boxes))
 
     def drawn(count: int) -> torch.Tensor:
-        found = nothing(dataset)
+        detections = nothing(dataset)
         labels = torch.zeros(count, dtype=torch.int64)
-        found[dataset.image_ids[0]] = Detections(boxes[:count], scores[:count], labels)
-        return next(validation_pictures(dataset, found, 1))
+        detections[dataset.image_ids[0]] = Detections(boxes[:count], scores[:count], labels)
+        return next(validation_pictures(dataset, detections, 1))
 
-    as_many = drawn(dataset.num_boxes)
-    assert torch.equal(drawn(len(boxes)), as_many)
-    assert not torch.equal(drawn(dataset.num_boxes - 1), as_many)
+    expected = drawn(dataset.num_boxes)
+    assert torch.equal(drawn(len(boxes)), expected)
+    assert not torch.equal(drawn(dataset.num_boxes - 1), expected)
 
 
-def test_nothing_is_drawn_where_there_is_nothing_to_find(dataset):
+def test_no_detection_is_drawn_for_a_set_without_boxes(dataset):
     assert _score_of_rank({1: Detections(torch.zeros(1, 4), torch.ones(1), torch.zeros(1))}, 0) == float("inf")
 
 
-def test_a_sheet_has_room_for_all(dataset):
+def test_a_contact_sheet_has_room_for_all_pictures(dataset):
     pictures = list(validation_pictures(dataset, nothing(dataset), 3))
     sheet = contact_sheet(pictures, columns=2)
     assert sheet.shape[2] == 2 * 2 * WIDTH + 3 * 6 and sheet.shape[1] > sheet.shape[2] / 4
@@ -75,14 +75,14 @@ CAPTIONS = ["Zellkörper é", "Ελλάς", "Жук"]
 
 @pytest.mark.parametrize("caption", CAPTIONS)
 def test_letters_of_a_caption_differ(caption):
-    """A square for each letter would be the same for any others of their width, and for them turned round."""
+    """A font without them draws the same square for each letter, so that a caption and its reverse look the same."""
 
     def drawn(text):
         return draw_boxes(torch.zeros(3, 60, 300, dtype=torch.uint8), torch.tensor([[5, 30, 290, 50]]), [text], "white")
 
     assert not torch.equal(drawn(caption), drawn(caption[::-1]))
     squares = [drawn("\ufffe" * length) for length in range(1, 20)]
-    assert not any(torch.equal(drawn(caption), one) for one in squares)
+    assert not any(torch.equal(drawn(caption), picture) for picture in squares)
 
 
 def test_a_caption_stays_within_the_picture():
@@ -93,7 +93,7 @@ def test_a_caption_stays_within_the_picture():
     red, lime = ((pixels == colour).all(axis=2) for colour in ((255, 0, 0), (0, 255, 0)))
     assert (
         red[1:14, 130].any() and red[1:14, 199].any() and not red[1:14, 60].any()
-    )  # moved to the left: it ends where the picture does
+    )  # moved to the left, so that it ends at the edge of the picture
     assert lime[48:58, 0].any() and not lime[48:58, 150].any()
 
 
@@ -103,7 +103,7 @@ def test_the_first_box_is_on_top():
     assert canvas.getpixel((10, 50)) == (255, 0, 0)
 
 
-def test_a_copy_is_drawn_on_and_odd_boxes_too():
+def test_boxes_are_drawn_on_a_copy_and_may_be_odd():
     image = torch.zeros(3, 40, 40, dtype=torch.uint8)
     box = torch.tensor([[5.0, 5.0, 5.0, 5.0], [30.0, 30.0, 10.0, 10.0]])
     assert draw_boxes(image, box, ["", "a\nb"], "red").any() and not image.any()

@@ -1,4 +1,4 @@
-"""Letters of all scripts, with fonts made here: this machine may have none."""
+"""Letters of all scripts. The tests make their fonts, because the machine may have none."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ def test_dejavu_has_european_letters(machine, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_letters_and_accents_are_joined_and_lines_are_one(machine):
+def test_accents_join_their_letters_and_control_characters_are_replaced(machine):
     machine()
     assert fonts.stretches("e\u0301\nx\x00") == [("é\ufffdx\ufffd", fonts.DEJAVU)]
     assert fonts.stretches("") == []
@@ -30,31 +30,31 @@ def test_other_letters_are_written_with_a_font_of_the_machine(machine, font, cap
     assert capsys.readouterr().err == ""
 
 
-def test_a_plain_font_of_many_letters_comes_first(machine, font):
-    bold = font("a", "细胞核血", style="Bold")
-    few = font("b", "细")
-    many = font("c", "细胞")
-    empty = font("d", "细胞核血小板", name="Last Resort")
-    machine(bold, few, many, empty)
-    assert fonts.stretches("细胞核板") == [("细胞", many), ("核", bold), ("板", fonts.DEJAVU)]
+def test_a_regular_font_with_many_of_the_letters_comes_first(machine, font):
+    bold_font = font("a", "细胞核血", style="Bold")
+    one_letter_font = font("b", "细")
+    two_letter_font = font("c", "细胞")
+    last_resort_font = font("d", "细胞核血小板", name="Last Resort")
+    machine(bold_font, one_letter_font, two_letter_font, last_resort_font)
+    assert fonts.stretches("细胞核板") == [("细胞", two_letter_font), ("核", bold_font), ("板", fonts.DEJAVU)]
 
 
 def test_letters_that_no_font_has_are_reported_once(machine, font, capsys):
-    machine(one := font("a", "细"))
+    machine(font_file := font("a", "细"))
     for _ in range(2):
-        assert fonts.stretches("细胞") == [("细", one), ("胞", fonts.DEJAVU)]
+        assert fonts.stretches("细胞") == [("细", font_file), ("胞", fonts.DEJAVU)]
         fonts.stretches("板")
     (line,) = capsys.readouterr().err.splitlines()
     assert "no font on this machine has 胞," in line and "install" in line and "fonts-noto-cjk" in line
 
 
-def test_they_are_drawn_with_it(machine, font):
+def test_a_caption_is_drawn_with_the_font_that_has_its_letters(machine, font):
     def caption(text):
         canvas = Image.new("RGB", (200, 60))
         annotate(canvas, np.array([[10.0, 30.0, 190.0, 50.0]]), [text], ["#ff7f0e"])
-        drawn = np.asarray(canvas).astype(int)[15:29]  # above the box
-        coloured = (drawn != 0).any(axis=2).any(axis=0)
-        black = (drawn.sum(axis=2) == 0) & coloured[None]
+        pixels = np.asarray(canvas).astype(int)[15:29]  # above the box
+        coloured = (pixels != 0).any(axis=2).any(axis=0)
+        black = (pixels.sum(axis=2) == 0) & coloured[None]
         return int(coloured.sum()), int(black.sum())
 
     machine(font("a", "细", advance=3000))

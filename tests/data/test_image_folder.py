@@ -1,4 +1,4 @@
-"""Laws of data/image_folder.py: every spelling of a name leads to its file, none to another or out of the folder."""
+"""Laws of data/image_folder.py: each spelling of a name leads to its file, none to another or outside."""
 
 import os
 import unicodedata
@@ -29,7 +29,7 @@ def refusal(folder, *names):
     return str(excinfo.value)
 
 
-FILE = "Züge/한 1%.jpg"  # as it lies on the disk
+FILE = "Züge/한 1%.jpg"  # as it is on the disk
 SPELLINGS = {
     "itself": FILE,
     "dots": "./Züge/../Züge//한 1%.jpg",
@@ -50,20 +50,20 @@ SPELLINGS = {
 @pytest.mark.parametrize("kind", SPELLINGS)
 def test_each_spelling_of_a_name_is_found(tmp_path, kind):
     folder = make(tmp_path / "images", FILE, "other.jpg")
-    found, remarks = locate(folder, SPELLINGS[kind], "other.jpg")
-    assert found == [FILE, "other.jpg"]
+    files, remarks = locate(folder, SPELLINGS[kind], "other.jpg")
+    assert files == [FILE, "other.jpg"]
     assert remarks == (
         [] if kind == "itself" else [f"1 images found under another spelling (the first is {SPELLINGS[kind]!r})"]
     )
 
 
 @pytest.mark.parametrize("kind", ["decomposed", "url-encoded", "url-encoded whole", "other case"])
-def test_the_name_on_the_disk_may_be_the_odd_one(tmp_path, kind):
+def test_the_file_on_the_disk_may_have_the_odd_spelling(tmp_path, kind):
     folder = make(tmp_path / "images", SPELLINGS[kind])
     assert locate(folder, FILE)[0] == [SPELLINGS[kind]]
 
 
-def test_absolute_paths_into_the_folder_are_taken(tmp_path):
+def test_absolute_paths_into_the_folder_are_accepted(tmp_path):
     folder = make(tmp_path / "pictures", "a/b.jpg")
     (tmp_path / "link").symlink_to(folder)
     names = [str(folder / "a" / "b.jpg"), str(tmp_path / "link" / "a" / "b.jpg")]
@@ -94,17 +94,17 @@ def test_an_exact_name_comes_before_other_spellings(tmp_path):
     assert locate(folder, *names) == (names, [])
 
 
-def test_what_may_be_two_files_is_refused(tmp_path):
+def test_a_name_that_fits_two_files_is_refused(tmp_path):
     folder = make(tmp_path / "images", "a.jpg", "A.jpg", "Sub/c.jpg", "sub/C.jpg")
     assert "'A.JPG' of x.json may be 'A.jpg' or 'a.jpg'" in refusal(folder, "A.JPG")
     assert "may be" in refusal(folder, "SUB/c.jpg")
 
 
-def test_two_names_are_not_one_file(tmp_path):
+def test_two_names_of_one_file_are_refused(tmp_path):
     folder = make(tmp_path / "images", "a.jpg")
     assert "'A.jpg' and 'a.jpg' of x.json would both be 'a.jpg'" in refusal(folder, "a.jpg", "A.jpg")
     assert "would both be" in refusal(folder, "A.jpg", "a.JPG")
-    assert locate(folder, "A.jpg", "A.jpg")[0] == ["a.jpg", "a.jpg"]  # one name in two records is what it says
+    assert locate(folder, "A.jpg", "A.jpg")[0] == ["a.jpg", "a.jpg"]  # two records may share a name
 
 
 def test_missing_images_are_counted(tmp_path):
@@ -116,10 +116,10 @@ def test_missing_images_are_counted(tmp_path):
 
 
 def test_a_folder_is_listed_once_however_many_images_it_has(tmp_path, monkeypatch):
-    folder, listed, scandir = make(tmp_path / "images", "a.jpg", "b.jpg", "sub/c.jpg"), [], os.scandir
-    monkeypatch.setattr(os, "scandir", lambda path: listed.append(str(path)) or scandir(path))
+    folder, listed_folders, scandir = make(tmp_path / "images", "a.jpg", "b.jpg", "sub/c.jpg"), [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: listed_folders.append(str(path)) or scandir(path))
     locate(folder, "a.jpg", "b.jpg", "sub/c.jpg", "A.JPG".lower())
-    assert sorted(listed) == [str(folder), str(folder / "sub")]
+    assert sorted(listed_folders) == [str(folder), str(folder / "sub")]
 
 
 @pytest.mark.parametrize("link", ["image", "folder", "by way of a link", "the image folder"])
@@ -136,14 +136,14 @@ def test_links_are_followed_wherever_they_lead(tmp_path, link):
         (folder / "sub" / "b.jpg").rename(elsewhere / "b.jpg")
         (tmp_path / "link").symlink_to(elsewhere)
         (folder / "sub" / "b.jpg").symlink_to((tmp_path / "link" if "way" in link else elsewhere) / "b.jpg")
-    (folder / "not an image").symlink_to("/")  # and what no name leads to may lead anywhere
+    (folder / "not an image").symlink_to("/")  # links that no name uses may lead anywhere
     (folder / "circle").symlink_to("circle")
     (folder / "up").symlink_to("..")
     assert locate(folder, "a.jpg", "sub/b.jpg") == (["a.jpg", "sub/b.jpg"], [])
     assert locate(folder, "SUB/b.JPG")[0] == ["sub/b.jpg"]
 
 
-def test_dots_behind_a_link_do_not_lead_out(tmp_path):
+def test_dots_after_a_link_do_not_lead_out_of_the_folder(tmp_path):
     folder = make(tmp_path / "images", "a.jpg")
     make(tmp_path, "store/in/b.jpg", "store/x.jpg")
     (folder / "link").symlink_to(tmp_path / "store" / "in")
@@ -152,7 +152,7 @@ def test_dots_behind_a_link_do_not_lead_out(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["folder", "dangling link", "link to itself", "pipe"])
-def test_what_is_no_file_is_missing(tmp_path, kind):
+def test_a_folder_pipe_or_dangling_link_counts_as_missing(tmp_path, kind):
     folder = make(tmp_path / "images", "a.jpg")
     if kind == "folder":
         (folder / "c.jpg").mkdir()
@@ -165,7 +165,7 @@ def test_what_is_no_file_is_missing(tmp_path, kind):
 
 # --------------------------------------------------------------------------------------------- the folder itself
 
-# the annotation file, an image, its name in the file, the folder that is found
+# the annotation file, an image, its name in the annotation file, the folder that is found
 LAYOUTS = {
     "Roboflow": ("train/_annotations.coco.json", "train/a.jpg", "a.jpg", "train"),
     "ours": ("train.json", "images/a.jpg", "a.jpg", "images"),
@@ -197,7 +197,7 @@ def test_images_are_found_where_exporters_put_them(tmp_path, layout, monkeypatch
     assert find_folder(os.path.basename(file), [name]).resolve() == (tmp_path / expected).resolve()
 
 
-def test_the_folder_has_all_images(tmp_path):
+def test_only_a_folder_with_all_images_is_found(tmp_path):
     make(tmp_path, "train.json", "train/a.jpg", "images/a.jpg", "images/b.jpg")
     assert find_folder(tmp_path / "train.json", ["a.jpg", "b.jpg"]) == tmp_path / "images"
     with pytest.raises(UserError, match=r"its images may be in .*train or in .*images; name the right one"):
@@ -206,6 +206,6 @@ def test_the_folder_has_all_images(tmp_path):
         find_folder(tmp_path / "train.json", ["c.jpg"])
 
 
-def test_what_is_beside_the_file_comes_before_what_is_above(tmp_path):
+def test_images_beside_the_annotation_file_come_before_those_above_it(tmp_path):
     make(tmp_path, "train/x.json", "train/a.jpg", "images/a.jpg")
     assert find_folder(tmp_path / "train" / "x.json", ["a.jpg"]) == tmp_path / "train"

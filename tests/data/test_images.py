@@ -123,11 +123,11 @@ def test_an_ordinary_image_is_decoded_once(tmp_path, monkeypatch, name):
     assert read_image(tmp_path / name).shape == RGB.shape
 
 
-def test_every_turn_is_known():
+def test_every_exif_orientation_is_known():
     assert sorted(UPRIGHT) == list(range(2, 9))
 
 
-def test_a_size_that_is_not_the_records_is_refused(tmp_path):
+def test_a_size_that_differs_from_the_record_is_refused(tmp_path):
     Image.fromarray(RGB).save(tmp_path / "x.png")
     for size in ((36, 24), (24, 35)):
         with pytest.raises(UserError) as excinfo:
@@ -137,11 +137,11 @@ def test_a_size_that_is_not_the_records_is_refused(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Truncated File Read")
 @pytest.mark.parametrize("name", ["x.png", "x.jpg", "x.gif", "x.tif", "x.bmp"])
-def test_broken_files_are_one_line(tmp_path, name):
+def test_a_broken_file_is_reported_in_one_line(tmp_path, name):
     path = tmp_path / name
     Image.fromarray(np.kron(RGB, np.ones((8, 8, 1), np.uint8))).save(path)
-    whole = path.read_bytes()
-    for data in (b"", b"hello", whole[:50], whole[: len(whole) // 2], whole[: -len(whole) // 10]):
+    content = path.read_bytes()
+    for data in (b"", b"hello", content[:50], content[: len(content) // 2], content[: -len(content) // 10]):
         path.write_bytes(data)
         with pytest.raises(UserError) as excinfo:
             read_image(path)
@@ -163,10 +163,10 @@ def test_a_jpeg_that_lacks_a_few_bytes_is_read_and_a_cut_one_is_not(tmp_path, op
     data, expected = path.read_bytes(), read_image(path).astype(int)
     for lost in (1, 2, 3, 5, 10):
         path.write_bytes(data[:-lost])
-        found = read_image(path, (240, 360), remarks := {})
+        pixels = read_image(path, (240, 360), remarks := {})
         assert remarks == {MISSING: {str(path)}}
-        other = np.abs(found - expected).max(axis=2) > 8
-        assert other.mean() < 0.01 and not other[:200].any() and (lost > 2 or not other.any())
+        wrong_pixels = np.abs(pixels - expected).max(axis=2) > 8
+        assert wrong_pixels.mean() < 0.01 and not wrong_pixels[:200].any() and (lost > 2 or not wrong_pixels.any())
     for share in (0.8, 0.5, 0.2):
         path.write_bytes(data[: int(len(data) * share)])
         with pytest.raises(UserError) as excinfo:
@@ -179,7 +179,7 @@ def test_small_jpegs_that_lack_a_few_bytes_are_remarked_on(tmp_path, size):
     thumbnail = io.BytesIO()
     Image.fromarray(SMOOTH[::8, ::8]).save(thumbnail, "JPEG")
     exif = Image.Exif()
-    exif[0x9286] = thumbnail.getvalue()  # a comment with an image in it, which has an end
+    exif[0x9286] = thumbnail.getvalue()  # a comment that holds an image, which has an end marker, too
     for seed in range(8):
         picture = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8)
         Image.fromarray(cv2.resize(picture, size)).save(tmp_path / "x.jpg", exif=exif)
@@ -188,7 +188,7 @@ def test_small_jpegs_that_lack_a_few_bytes_are_remarked_on(tmp_path, size):
         assert list(remarks) == [MISSING]
 
 
-def test_what_follows_a_jpeg_does_not_matter(tmp_path):
+def test_bytes_after_a_jpeg_do_not_matter(tmp_path):
     Image.fromarray(SMOOTH).save(tmp_path / "x.jpg")
     data, expected = (tmp_path / "x.jpg").read_bytes(), read_image(tmp_path / "x.jpg")
     for more in (b"\0", b"\0" * 100, b"appended", data):
@@ -208,7 +208,7 @@ SEEN = np.dstack([(TWELVE >> 4).astype(np.uint8)] * 3)
 
 
 def tiff(path, pixels, bits, **tags):
-    """A gray TIFF of 12 bits, packed, or 16, with other tags by their numbers."""
+    """Write a gray TIFF of 12 packed bits, or of 16 bits. `tags` are more of its tags, by number."""
     height, width = pixels.shape
     data = pixels.astype("<u2").tobytes()
     if bits == 12:
@@ -288,8 +288,8 @@ def test_decompression_bombs_are_refused(tmp_path, monkeypatch, limit):
         one_line(excinfo, path.name, "pixels", str(MAX_PIXELS))
 
 
-def test_what_has_not_its_records_size_is_not_decoded(tmp_path):
-    """In a separate process, whose peak memory shows it."""
+def test_an_image_whose_size_differs_from_its_record_is_not_decoded(tmp_path):
+    """The peak memory of a separate process shows it."""
     png(tmp_path / "x.png", 13_000, 13_000, 1, zlib.compress(bytes(13_000 * 1_626)))  # within the limit
     jpeg(tmp_path / "x.jpg", 13_000, 13_000)
     code = (

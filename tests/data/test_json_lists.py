@@ -1,4 +1,4 @@
-"""Laws of data/json_lists.py: what it cuts is what Python's parser finds, wherever the blocks end."""
+"""Laws of data/json_lists.py: it finds what Python's parser finds, wherever the blocks end."""
 
 import io
 import json
@@ -25,10 +25,10 @@ LISTS = st.lists(st.dictionaries(TEXTS, VALUES, max_size=3), max_size=6)
 
 
 def parts(text, block, names=NAMES):
-    found = {name: [] for name in names}
+    lists = {name: [] for name in names}
     for name, part in read_lists(io.BytesIO(text), names, block):
-        found[name] += json.loads(part)
-    return found
+        lists[name] += json.loads(part)
+    return lists
 
 
 @settings(max_examples=300, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
@@ -48,8 +48,8 @@ def test_parts_are_the_lists_wherever_the_blocks_end(before, images, annotations
 
 def test_a_large_list_comes_in_parts():
     document = {"images": [{"id": number, "inside": [{}, [1]]} for number in range(1000)], "annotations": []}
-    read = list(read_lists(io.BytesIO(json.dumps(document).encode()), NAMES, 1024))
-    assert max(len(part) for _, part in read) < 2200 and len(read) > 20
+    named_parts = list(read_lists(io.BytesIO(json.dumps(document).encode()), NAMES, 1024))
+    assert max(len(part) for _, part in named_parts) < 2200 and len(named_parts) > 20
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_a_large_list_comes_in_parts():
     ],
 )
 @pytest.mark.parametrize("block", [1, 7, 4096])
-def test_what_is_not_one_object_with_the_lists_is_a_value_error(text, block):
+def test_text_other_than_one_object_with_the_lists_is_a_value_error(text, block):
     with pytest.raises(ValueError):
         parts(text.encode(), block)
 

@@ -1,4 +1,3 @@
-import numpy as np
 import pytest
 import torch
 
@@ -8,8 +7,6 @@ from data.loader import collate, eval_loader, train_loader
 from data.samplers import TrainSampler
 from data.transforms import EvalTransform, TrainTransform
 from detector.structures import Target
-
-ASPECTS = np.random.default_rng(0).uniform(0.5, 1.8, 53).tolist()
 
 
 @pytest.fixture
@@ -21,12 +18,12 @@ def dataset(folder, transform):
     return CocoDataset(folder / "annotations.json", folder, transform)
 
 
-def assert_same(one, other):
-    assert torch.equal(one.images, other.images)
-    assert one.image_ids == other.image_ids
-    assert one.sizes == other.sizes and one.original_sizes == other.original_sizes
-    for a, b in zip(one.targets, other.targets):
-        assert torch.equal(a.boxes, b.boxes) and torch.equal(a.labels, b.labels)
+def assert_same(batch, expected):
+    assert torch.equal(batch.images, expected.images)
+    assert batch.image_ids == expected.image_ids
+    assert batch.sizes == expected.sizes and batch.original_sizes == expected.original_sizes
+    for target, expected_target in zip(batch.targets, expected.targets):
+        assert torch.equal(target.boxes, expected_target.boxes) and torch.equal(target.labels, expected_target.labels)
 
 
 # ------------------------------------------------------------------------------------------------- collate
@@ -65,19 +62,19 @@ def test_workers_do_not_change_the_batches(folder):
     epochs = {}
     for workers in (0, 1, 2):
         loader = train_loader(data, 3, seed=4, workers=workers)
-        for epoch in (0, 1):  # the same workers twice
+        for epoch in (0, 1):  # both epochs with the same workers
             loader.batch_sampler.set_position(epoch)
             epochs[workers, epoch] = list(loader)
     for epoch in (0, 1):
         assert len(epochs[0, epoch]) == 4
         for workers in (1, 2):
-            for one, other in zip(epochs[0, epoch], epochs[workers, epoch], strict=True):
-                assert_same(one, other)
+            for batch, worker_batch in zip(epochs[0, epoch], epochs[workers, epoch], strict=True):
+                assert_same(batch, worker_batch)
     assert not torch.equal(epochs[0, 0][0].images, epochs[0, 1][0].images)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_odd_images_are_counted_once_whoever_reads_them(folder, workers):
+def test_odd_images_are_counted_once_whichever_process_reads_them(folder, workers):
     for number in (1, 2, 7):
         (folder / f"{number}.png").write_bytes((folder / f"{number}.png").read_bytes()[:-12])
     data = dataset(folder, TrainTransform(32, 64))
@@ -87,36 +84,36 @@ def test_odd_images_are_counted_once_whoever_reads_them(folder, workers):
         assert len(list(loader)) == 4
     ((kind, files),) = data.image_remarks.items()
     assert kind.startswith("their last bytes missing") and files == {str(folder / f"{n}.png") for n in (1, 2, 7)}
-    more = {kind: {"", *files}}
-    assert remark_lines(data.image_remarks, more) == [f"images with {kind}: 4 (such as )"]
+    other_remarks = {kind: {"", *files}}
+    assert remark_lines(data.image_remarks, other_remarks) == [f"images with {kind}: 4 (such as )"]
 
 
 def test_resumed_batches_have_the_same_pixels(folder):
     data = dataset(folder, TrainTransform(32, 64, strong=True))
     loader = train_loader(data, 3, seed=4)
     loader.batch_sampler.set_position(3)
-    whole = list(loader)
-    resumed = train_loader(data, 3, seed=4, workers=1)
-    resumed.batch_sampler.set_position(3, 2)
-    for one, other in zip(whole[2:], resumed, strict=True):
-        assert_same(one, other)
+    batches = list(loader)
+    resumed_loader = train_loader(data, 3, seed=4, workers=1)
+    resumed_loader.batch_sampler.set_position(3, 2)
+    for batch, resumed_batch in zip(batches[2:], resumed_loader, strict=True):
+        assert_same(batch, resumed_batch)
 
 
-def test_the_next_epoch_is_loaded_before_one_has_ended(folder, monkeypatch):
+def test_the_next_epoch_starts_to_load_before_the_current_one_ends(folder, monkeypatch):
     loader = train_loader(dataset(folder, TrainTransform(32, 64)), 3, seed=4, workers=1)
-    apart = []
+    separate_batches = []
     for epoch in (1, 2):
         loader.batch_sampler.set_position(epoch)
-        apart += list(loader)
-    begun, image_seed = [], TrainSampler._image_seed
-    note = lambda sampler, epoch, index: begun.append(epoch) or image_seed(sampler, epoch, index)  # noqa: E731
+        separate_batches += list(loader)
+    loaded_epochs, image_seed = [], TrainSampler._image_seed
+    note = lambda sampler, epoch, index: loaded_epochs.append(epoch) or image_seed(sampler, epoch, index)  # noqa: E731
     monkeypatch.setattr(TrainSampler, "_image_seed", note)
     loader.batch_sampler.set_position(1, until=3)
     stream = iter(loader)
-    together = [next(stream) for _ in range(len(loader) - 1)]
-    assert set(begun) == {1, 2}
-    for one, other in zip(apart, [*together, *stream], strict=True):
-        assert_same(one, other)
+    stream_batches = [next(stream) for _ in range(len(loader) - 1)]
+    assert set(loaded_epochs) == {1, 2}
+    for separate_batch, stream_batch in zip(separate_batches, [*stream_batches, *stream], strict=True):
+        assert_same(separate_batch, stream_batch)
 
 
 def test_eval_loader_covers_the_set_and_leaves_random_numbers_alone(folder):
@@ -129,7 +126,7 @@ def test_eval_loader_covers_the_set_and_leaves_random_numbers_alone(folder):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_padded_sides_are_multiples_of_what_is_asked():
+def test_padded_sides_are_multiples_of_pad_to():
     samples = [(torch.full((3, 40, 70), 7, dtype=torch.uint8), None, 1, (40, 70))]
     batch = collate(samples, pad_to=128)
     assert batch.images.shape == (1, 3, 128, 128) and batch.sizes == [(40, 70)]

@@ -23,7 +23,7 @@ def test_an_epoch_shows_each_image_in_whole_batches(aspects, size):
         assert sum(seen.values()) - len(aspects) < size
 
 
-def test_batches_hold_like_shapes_but_for_the_left_overs():
+def test_all_batches_but_those_of_left_overs_hold_one_orientation():
     batches = [[ASPECTS[index] >= 1 for index, _ in batch] for batch in TrainSampler(ASPECTS, 4, seed=1)]
     assert sum(len(set(batch)) > 1 for batch in batches) <= 2  # fewer than 2 x 4 images are left over
     first = [batch[0] for batch in batches]
@@ -40,42 +40,42 @@ def test_epochs_and_seeds_differ_and_repeat():
     assert epoch(1, 2) != epoch(1, 3) != epoch(2, 3)
     seeds = [seed for number in range(3) for batch in epoch(1, number) for _, seed in batch]
     assert all(0 <= seed < 2**32 for seed in seeds)
-    assert len(set(seeds)) == 3 * 53  # an image has one seed an epoch, and another in the next
+    assert len(set(seeds)) == 3 * 53  # an image gets a new seed in every epoch
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_processes_together_see_what_one_sees(world_size):
-    alone = list(TrainSampler(ASPECTS, 8, seed=1))
-    parts = [
+def test_processes_together_see_the_batches_of_one_process(world_size):
+    batches = list(TrainSampler(ASPECTS, 8, seed=1))
+    batches_by_rank = [
         list(TrainSampler(ASPECTS, 8 // world_size, seed=1, rank=rank, world_size=world_size))
         for rank in range(world_size)
     ]
-    for whole, *shares in zip(alone, *parts, strict=True):
+    for batch, *shares in zip(batches, *batches_by_rank, strict=True):
         assert all(len(share) == 8 // world_size for share in shares)
-        assert sorted(whole) == sorted(item for share in shares for item in share)
+        assert sorted(batch) == sorted(item for share in shares for item in share)
 
 
 @pytest.mark.parametrize("batch", [0, 1, 6, 14])
 def test_resuming_gives_the_rest_of_the_epoch(batch):
     sampler = TrainSampler(ASPECTS, 4, seed=1)
     sampler.set_position(5)
-    whole = list(sampler)
-    resumed = TrainSampler(ASPECTS, 4, seed=1)
-    resumed.set_position(5, batch)
-    assert list(resumed) == whole[batch:]
-    resumed.set_position(5)
-    assert list(resumed) == whole and len(resumed) == len(whole) == 14
+    epoch_batches = list(sampler)
+    resumed_sampler = TrainSampler(ASPECTS, 4, seed=1)
+    resumed_sampler.set_position(5, batch)
+    assert list(resumed_sampler) == epoch_batches[batch:]
+    resumed_sampler.set_position(5)
+    assert list(resumed_sampler) == epoch_batches and len(resumed_sampler) == len(epoch_batches) == 14
 
 
 @pytest.mark.parametrize("batch", [0, 5, 13])
-def test_one_iteration_over_epochs_is_one_after_the_other(batch):
+def test_one_iteration_over_several_epochs_equals_one_for_each(batch):
     sampler = TrainSampler(ASPECTS, 4, seed=1)
-    apart = []
+    separate_batches = []
     for position in ((2, batch), (3,), (4,)):
         sampler.set_position(*position)
-        apart += list(sampler)
+        separate_batches += list(sampler)
     sampler.set_position(2, batch, until=5)
-    assert list(sampler) == apart and len(apart) == 3 * len(sampler) - batch
+    assert list(sampler) == separate_batches and len(separate_batches) == 3 * len(sampler) - batch
 
 
 @pytest.mark.parametrize("world_size", [1, 3, 20])

@@ -1,4 +1,4 @@
-"""Laws of data/segmentation.py: the bounds are those of the pixels, or of the points."""
+"""Laws of data/segmentation.py: the bounds enclose the pixels of a mask, or the points of polygons."""
 
 import numpy as np
 import pytest
@@ -56,6 +56,6 @@ def test_bounds_of_polygons():
     ],
     ids=repr,
 )  # fmt: skip
-def test_what_is_no_segmentation_is_a_value_error(flaw):
+def test_a_malformed_segmentation_is_a_value_error(flaw):
     with pytest.raises(ValueError):
         bounds(flaw)

@@ -9,7 +9,7 @@ from data.tables import explain_missing, metrics_line, metrics_table, per_class_
 from detector.structures import Detections
 
 
-def found(boxes, scores, labels) -> Detections:
+def detections_of(boxes, scores, labels) -> Detections:
     return Detections(
         torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
         torch.tensor(scores, dtype=torch.float32),
@@ -17,7 +17,7 @@ def found(boxes, scores, labels) -> Detections:
     )
 
 
-NOTHING = found([], [], [])
+NOTHING = detections_of([], [], [])
 
 
 def file_of(boxes, image_ids=(1,), categories=((1, "cat"),)) -> dict:
@@ -34,18 +34,18 @@ def file_of(boxes, image_ids=(1,), categories=((1, "cat"),)) -> dict:
 
 @pytest.fixture
 def small():
-    """Three classes, of which one has no box, and detections with an IoU of 1 and 0.8."""
+    """Metrics of three classes, one of them without boxes, and of detections with IoUs of 1 and 0.8."""
     categories = [(1, "a"), (2, "traffic light"), (3, "c")]
     document = file_of([(1, 1, (0, 0, 50, 50)), (1, 2, (90, 90, 50, 50))], categories=categories)
-    detections = {1: found([[0, 0, 50, 50], [90, 90, 140, 130]], [0.9, 0.8], [0, 1])}
+    detections = {1: detections_of([[0, 0, 50, 50], [90, 90, 140, 130]], [0.9, 0.8], [0, 1])}
     return score(parse_annotations(document), detections, [1, 2, 3])
 
 
-def test_line_by_eye(small):
+def test_the_line_of_metrics_by_eye(small):
     assert metrics_line(small) == "AP 0.850, AP50 1.000, AP75 1.000, APs -1.000, APm 0.850, APl -1.000"
 
 
-def test_table_by_eye(small):
+def test_the_tables_by_eye(small):
     head, *table = metrics_table(small).splitlines()
     assert head == f"1 images, {small['engine']}, in percent"
     assert table == [
@@ -67,7 +67,7 @@ def test_table_by_eye(small):
     ]
 
 
-def test_table_of_eighty_classes():
+def test_the_table_of_eighty_classes_is_aligned_and_names_few_missing_ones():
     categories = [(i, f"class {i}") for i in range(1, 81)]
     boxes = [(1, 1, (0, 0, 10, 10)), (1, 1, (0, 0, 50, 50)), (1, 1, (0, 0, 100, 100))]
     metrics = score(parse_annotations(file_of(boxes, categories=categories)), {1: NOTHING}, list(range(1, 81)))

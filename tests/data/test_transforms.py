@@ -20,7 +20,7 @@ def painted(height, width, box):
 
 
 def bright(image):
-    """The box of the bright pixels, to about a half."""
+    """The box of the bright pixels, to about half a pixel."""
     rows, columns = np.nonzero(image.max(axis=2) > 100)
     return np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
 
@@ -39,7 +39,7 @@ def test_resize_by_hand():
     assert target_size(1, 10_000, 800, 1333) == (1, 1333)
 
 
-def test_resize_meets_one_side_and_passes_none():
+def test_resize_reaches_one_limit_and_exceeds_none():
     generator = np.random.default_rng(0)
     for height, width in generator.integers(1, 3000, (500, 2)).tolist():
         h, w = target_size(height, width, 800, 1333)
@@ -53,7 +53,7 @@ def test_boxes_scale_by_the_exact_ratio_of_each_axis():
     assert image.shape == (10, 20, 3) and boxes.tolist() == [[0, 0, 20, 10]] and boxes.dtype == np.float32
 
 
-def test_shrinking_far_averages_areas():
+def test_shrinking_a_lot_averages_areas():
     image = noise(60, 60)
     for side in (29, 20, 7):
         small, _ = resize(image, NO_BOXES[0], side, side)
@@ -61,12 +61,12 @@ def test_shrinking_far_averages_areas():
         assert np.abs(small - cells.mean(axis=(1, 3))).max() <= 1
 
 
-def test_same_size_is_the_image_itself():
+def test_an_image_of_the_right_size_is_returned_itself():
     image = noise()
     assert EvalTransform(48, 64)(image, *NO_BOXES)[0] is image
 
 
-def test_the_largest_size_is_that_of_the_samples_or_the_image():
+def test_the_largest_size_is_that_of_the_largest_sample_or_of_the_image():
     assert EvalTransform(800, 1333).largest(480, 640) == (800, 1067)
     assert TrainTransform(800, 1333).largest(480, 640) == (800, 1067)
     for strong, jitter in ((False, (0.5, 1.5)), (True, (1.0, 1.0))):
@@ -78,10 +78,10 @@ def test_the_largest_size_is_that_of_the_samples_or_the_image():
 
 
 @pytest.mark.parametrize("transform", [EvalTransform(60, 100), TrainTransform(60, 100, **PLAIN)], ids=["eval", "train"])
-def test_an_image_of_the_largest_size_stays_as_it_is(transform):
+def test_an_image_of_the_largest_size_is_not_resized(transform):
     for height, width in np.random.default_rng(0).integers(1, 300, (200, 2)).tolist():
-        kept = noise(*transform.largest(height, width))
-        assert transform(kept, *NO_BOXES, 0)[0] is kept
+        image = noise(*transform.largest(height, width))
+        assert transform(image, *NO_BOXES, 0)[0] is image
 
 
 # ------------------------------------------------------------------------------------------- boxes and pixels
@@ -106,71 +106,75 @@ def test_boxes_follow_pixels(kind):
             assert np.abs(boxes[0] - bright(image)).max() <= 1.5
 
 
-def test_strong_boxes_contain_their_pixels_tightly():
+def test_boxes_stay_tight_under_strong_augmentation():
     transform = TrainTransform(120, 180, strong=True)
-    kept = 0
+    num_kept = 0
     for seed in range(100):
         image, boxes, labels = transform(*painted(120, 180, (30, 40, 120, 70)), seed)
         assert len(boxes) == len(labels)
         height, width = image.shape[:2]
         assert (boxes >= 0).all() and (boxes <= [width, height, width, height]).all()
         if len(boxes):
-            kept += 1
+            num_kept += 1
             excess = (bright(image) - boxes[0]) * [1, 1, -1, -1]  # how far inside the box the pixels end
-            # A box turned by 5 degrees is wider than what it holds by at most this.
+            # A box rotated by 5 degrees is larger than its content by at most this.
             assert excess.min() >= -1.5 and excess.max() <= 0.2 * max(height, width)
-    assert kept > 90
+    assert num_kept > 90
 
 
 @pytest.mark.parametrize("flip, mirror", [("horizontal_flip", 1), ("vertical_flip", 0)])
-def test_flips_mirror_and_twice_is_identity(flip, mirror):
+def test_a_flip_mirrors_and_two_flips_cancel(flip, mirror):
     transform = TrainTransform(48, 64, **{**PLAIN, flip: 1.0})
     image, boxes = noise(), np.array([[3, 5, 20, 48], [0, 0, 1, 1]], np.float32)
-    flipped, mirrored, _ = transform(image, boxes, np.arange(2), 0)
+    flipped, mirrored_boxes, _ = transform(image, boxes, np.arange(2), 0)
     assert np.array_equal(flipped, np.flip(image, mirror))
     low, high, size = (0, 2, 64) if mirror else (1, 3, 48)
     expected = boxes.copy()
     expected[:, low], expected[:, high] = size - boxes[:, high], size - boxes[:, low]
-    assert np.allclose(mirrored, expected, atol=1e-4)
-    again, back, labels = transform(flipped, mirrored, np.arange(2), 1)
-    assert np.array_equal(again, image) and np.allclose(back, boxes, atol=1e-4) and labels.tolist() == [0, 1]
+    assert np.allclose(mirrored_boxes, expected, atol=1e-4)
+    restored_image, restored_boxes, labels = transform(flipped, mirrored_boxes, np.arange(2), 1)
+    assert (
+        np.array_equal(restored_image, image)
+        and np.allclose(restored_boxes, boxes, atol=1e-4)
+        and labels.tolist() == [0, 1]
+    )
 
 
-def test_flips_are_drawn_apart():
+def test_the_two_flips_are_independent():
     transform = TrainTransform(48, 64, horizontal_flip=0.5, vertical_flip=0.5)
     image = noise()
-    seen = [0, 0, 0, 0]
+    counts = [0, 0, 0, 0]
     for seed in range(200):
         flipped = transform(image, *NO_BOXES, seed)[0]
         kinds = (image, image[:, ::-1], image[::-1], image[::-1, ::-1])
-        seen[[np.array_equal(flipped, kind) for kind in kinds].index(True)] += 1
-    assert min(seen) > 30  # 50 each expected
+        counts[[np.array_equal(flipped, kind) for kind in kinds].index(True)] += 1
+    assert min(counts) > 30  # 50 each expected
 
 
 @pytest.mark.parametrize("options", [{}, {"scale_jitter": (0.5, 2.0)}, {"strong": True}], ids=str)
 def test_flips_come_last_and_are_exact(options):
     boxes = np.array([[3, 5, 20.25, 48], [0, 0, 64, 1], [60, 40, 64, 48]], np.float32)
-    plain = TrainTransform(48, 64, **PLAIN, **options)
+    plain_transform = TrainTransform(48, 64, **PLAIN, **options)
     for seed in range(10):
-        image, moved, labels = plain(noise(), boxes, np.arange(3), seed)
+        image, moved_boxes, labels = plain_transform(noise(), boxes, np.arange(3), seed)
         height, width = image.shape[:2]
-        (x1, y1, x2, y2) = moved.T
+        (x1, y1, x2, y2) = moved_boxes.T
         for flips, pixels, expected in (
             ((1.0, 0.0), image[:, ::-1], [width - x2, y1, width - x1, y2]),
             ((0.0, 1.0), image[::-1], [x1, height - y2, x2, height - y1]),
             ((1.0, 1.0), image[::-1, ::-1], [width - x2, height - y2, width - x1, height - y1]),
         ):
-            flipped = TrainTransform(48, 64, horizontal_flip=flips[0], vertical_flip=flips[1], **options)
-            other, mirrored, same = flipped(noise(), boxes, np.arange(3), seed)
-            assert np.array_equal(other, pixels) and np.array_equal(same, labels)
-            assert np.array_equal(mirrored, np.stack(expected, axis=1)) and mirrored.dtype == np.float32
+            transform = TrainTransform(48, 64, horizontal_flip=flips[0], vertical_flip=flips[1], **options)
+            flipped_image, flipped_boxes, flipped_labels = transform(noise(), boxes, np.arange(3), seed)
+            assert np.array_equal(flipped_image, pixels) and np.array_equal(flipped_labels, labels)
+            assert np.array_equal(flipped_boxes, np.stack(expected, axis=1)) and flipped_boxes.dtype == np.float32
 
 
-def test_flips_leave_what_they_are_given():
+def test_flip_does_not_change_its_inputs():
     image, boxes = noise(), np.array([[3, 5, 20, 48]], np.float32)
-    kept = image.copy(), boxes.copy()
+    originals = image.copy(), boxes.copy()
     flip(image, boxes, True, True)
-    assert np.array_equal(image, kept[0]) and np.array_equal(boxes, kept[1])
+    assert np.array_equal(image, originals[0]) and np.array_equal(boxes, originals[1])
 
 
 def test_jitter_is_log_uniform():
@@ -180,21 +184,21 @@ def test_jitter_is_log_uniform():
     assert 90 <= np.median(sides) <= 111  # uniform would have 125
 
 
-def test_boxes_mostly_cut_off_are_dropped_and_labels_stay_with_theirs():
+def test_boxes_that_are_mostly_cut_off_are_dropped_with_their_labels():
     transform = TrainTransform(100, 1000, strong=True, horizontal_flip=0.0)
     grid = [(x, y, x + 10, y + 10) for y in range(0, 100, 10) for x in range(0, 100, 10)]
-    boxes, dropped = np.array(grid, np.float32), 0
+    boxes, num_dropped = np.array(grid, np.float32), 0
     for seed in range(40):
-        _, moved, labels = transform(noise(100, 100), boxes, np.arange(100), seed)
-        dropped += 100 - len(labels)
-        areas = (moved[:, 2:] - moved[:, :2]).prod(axis=1)
-        assert np.all(areas >= 0.9 * 0.25 * 100 * 0.9**2)  # a crop only enlarges; shrinking is to 0.9 at most
+        _, moved_boxes, labels = transform(noise(100, 100), boxes, np.arange(100), seed)
+        num_dropped += 100 - len(labels)
+        areas = (moved_boxes[:, 2:] - moved_boxes[:, :2]).prod(axis=1)
+        assert np.all(areas >= 0.9 * 0.25 * 100 * 0.9**2)  # a crop only enlarges, and no scale is below 0.9
         assert np.all(np.diff(labels) > 0)
         # Rows of the grid stay in order: the label tells which cell the box was.
-        centres = (moved[:, 0] + moved[:, 2]) / 2
+        centres = (moved_boxes[:, 0] + moved_boxes[:, 2]) / 2
         for row in range(10):
             assert np.all(np.diff(centres[labels // 10 == row]) > 0)
-    assert dropped > 100
+    assert num_dropped > 100
 
 
 @pytest.mark.parametrize("strong", [False, True])
@@ -206,26 +210,26 @@ def test_images_without_boxes_work(strong):
         assert boxes.dtype == np.float32 and labels.dtype == np.int64
 
 
-def test_the_seed_decides_alone():
+def test_only_the_seed_decides_the_sample():
     options = {"vertical_flip": 0.5, "scale_jitter": (0.5, 2.0), "strong": True}
-    one, other = TrainTransform(64, 128, **options), TrainTransform(64, 128, **options)
+    transform, equal_transform = TrainTransform(64, 128, **options), TrainTransform(64, 128, **options)
     sample = painted(48, 64, (5, 5, 40, 30))
-    expected = {seed: one(*sample, seed) for seed in range(20)}
+    expected = {seed: transform(*sample, seed) for seed in range(20)}
     for seed in reversed(range(20)):
         np.random.seed(seed)
-        for a, b in zip(other(*sample, seed), expected[seed]):
+        for a, b in zip(equal_transform(*sample, seed), expected[seed]):
             assert np.array_equal(a, b)
     assert len({image.tobytes() for image, _, _ in expected.values()}) == 20
 
 
-def test_inputs_are_not_written_to():
+def test_transforms_do_not_write_to_their_inputs():
     image, boxes, labels = painted(48, 64, (5, 5, 40, 30))
-    kept = boxes.copy(), image.copy()
+    originals = boxes.copy(), image.copy()
     for array in (image, boxes, labels):
         array.flags.writeable = False
     for seed in range(10):
         TrainTransform(64, 128, strong=True)(image, boxes, labels, seed)
-    assert np.array_equal(boxes, kept[0]) and np.array_equal(image, kept[1])
+    assert np.array_equal(boxes, originals[0]) and np.array_equal(image, originals[1])
 
 
 def test_albumentations_is_only_loaded_where_needed():
@@ -243,7 +247,7 @@ def test_albumentations_is_only_loaded_where_needed():
     [{"horizontal_flip": 1.5}, {"vertical_flip": -1}, {"scale_jitter": (0, 1)}, {"scale_jitter": (2, 1)}],
     ids=str,
 )
-def test_nonsense_is_refused(options):
+def test_impossible_options_are_refused(options):
     with pytest.raises(UserError, match=next(iter(options))):
         TrainTransform(8, 9, **options)
     with pytest.raises(UserError, match="short"):

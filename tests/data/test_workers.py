@@ -1,4 +1,4 @@
-"""Loading processes: each failure is one line between two batches, and none outlives its parent."""
+"""Loading processes: a failure is reported in one line between two batches, and no process outlives its parent."""
 
 import errno
 import gc
@@ -31,7 +31,7 @@ def dataset(folder, transform):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_users_error_in_a_worker_stays_one_line(folder, workers):
+def test_a_user_error_in_a_worker_stays_one_line(folder, workers):
     data = dataset(folder, EvalTransform(32, 64))
     (folder / "4.png").write_bytes(b"broken")
     with pytest.raises(UserError) as excinfo:
@@ -51,7 +51,7 @@ class Dying(CocoDataset):
 
 
 @pytest.mark.parametrize(("workers", "how"), [(1, "exit"), (2, "signal")])
-def test_a_dead_worker_is_one_line(folder, workers, how):
+def test_a_dead_worker_is_reported_in_one_line(folder, workers, how):
     data = Dying(folder / "annotations.json", folder, EvalTransform(32, 64))
     data.how = how
     with pytest.raises(UserError) as excinfo:
@@ -68,12 +68,12 @@ def test_a_workers_death_is_reported_between_two_batches(folder):
     batches = iter(loader)
     next(batches)
     os.kill(loader._iterator._workers[0].pid, signal.SIGKILL)
-    until = time.monotonic() + 0.5
-    while time.monotonic() < until:  # a step, which is not to be broken off
+    deadline = time.monotonic() + 0.5
+    while time.monotonic() < deadline:  # a training step, which must not be interrupted
         torch.ones(10).sum()
     with pytest.raises(UserError, match="a process that loads images"):
         list(batches)
-    assert len(list(eval_loader(dataset(folder, EvalTransform(32, 64)), 1, workers=1))) == 11  # others are well
+    assert len(list(eval_loader(dataset(folder, EvalTransform(32, 64)), 1, workers=1))) == 11  # other loaders work
 
 
 class Unsendable(CocoDataset):
@@ -82,7 +82,7 @@ class Unsendable(CocoDataset):
     def __getitem__(self, key):
         image, target, image_id, size = super().__getitem__(key)
         if image_id == 104:
-            if self.how == "no room":  # a file, of /dev/shm too, may not grow beyond this
+            if self.how == "no room":  # no file may grow beyond this, not even in /dev/shm
                 resource.setrlimit(resource.RLIMIT_FSIZE, (16, 16))
             else:
                 image_id = (unit for unit in ())  # cannot be pickled
@@ -95,10 +95,10 @@ def unsendable(folder, how, workers=2):
     return eval_loader(data, 1, workers=workers)
 
 
-def test_a_full_shared_memory_is_one_line(folder, within, capfd):
-    with within(30), pytest.raises(UserError) as caught:
+def test_full_shared_memory_is_reported_in_one_line(folder, within, capfd):
+    with within(30), pytest.raises(UserError) as excinfo:
         list(unsendable(folder, "no room"))
-    message = str(caught.value)
+    message = str(excinfo.value)
     expected = ("shared memory is full", "/dev/shm has ", " MB", "--shm-size", "--ipc=host", "data.workers=0")
     assert [part for part in expected if part not in message] == [] and "\n" not in message, message
     assert "Traceback" not in capfd.readouterr().err
@@ -114,7 +114,7 @@ def test_the_limit_of_open_files_is_raised(folder):
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
-def test_a_worker_whose_parent_left_in_the_middle_says_nothing(capsys):
+def test_a_worker_whose_parent_has_ended_prints_nothing(capsys):
     for error in (BrokenPipeError(), ConnectionResetError(), EOFError()):
         processes._quiet_if_parent_left(type(error), error, None)
     assert capsys.readouterr().err == ""
@@ -122,13 +122,13 @@ def test_a_worker_whose_parent_left_in_the_middle_says_nothing(capsys):
     assert "ValueError: a fault" in capsys.readouterr().err
 
 
-def test_a_fault_of_ours_in_sending_keeps_its_traceback(folder, within):
-    with within(30), pytest.raises(Exception, match="Original Traceback") as caught:
+def test_a_bug_in_sending_keeps_its_traceback(folder, within):
+    with within(30), pytest.raises(Exception, match="Original Traceback") as excinfo:
         list(unsendable(folder, "bug"))
-    assert not isinstance(caught.value, UserError)
+    assert not isinstance(excinfo.value, UserError)
 
 
-def test_an_old_kernel_that_kills_instead_is_the_same_line():
+def test_a_bus_error_is_reported_as_full_shared_memory():
     error = RuntimeError(
         "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out of "
         "shared memory. Please try to raise your shared memory limit."
@@ -149,13 +149,13 @@ def test_an_old_kernel_that_kills_instead_is_the_same_line():
         (RuntimeError("shape '[2]' is invalid for input of size 1"), None),
     ],
 )
-def test_other_causes(error, expected):
+def test_causes_of_other_errors(error, expected):
     cause = processes._cause(error)
     assert cause is None if expected is None else expected in cause
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_workers_live_through_a_signal_to_the_group(folder, number):
+def test_workers_survive_a_signal_to_the_group(folder, number):
     loader = eval_loader(dataset(folder, EvalTransform(32, 64)), 1, workers=2)
     batches = iter(loader)
     next(batches), next(batches)  # one of each worker: both have started
@@ -165,7 +165,7 @@ def test_workers_live_through_a_signal_to_the_group(folder, number):
 
 
 def test_a_signal_while_workers_start_leaves_no_handler_of_torch(folder, monkeypatch):
-    """At exit the workers are killed, and torch's handler would raise then."""
+    """At exit the workers are killed, and the handler of torch would raise an error."""
     start = DataLoader.__iter__
 
     def interrupted(self):
@@ -187,17 +187,17 @@ def signal_mask(pid: int) -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="sees blocked signals as Linux shows them")
-def test_no_signal_meets_a_worker_before_it_ignores_them(folder):
+def test_stop_signals_are_blocked_in_a_worker_and_not_in_its_parent(folder):
     loader = eval_loader(dataset(folder, EvalTransform(32, 64)), 1, workers=1)
     before = signal_mask(os.getpid())
     next(iter(loader))
-    ours = sum(1 << (number - 1) for number in SIGNALS)
-    assert signal_mask(loader._iterator._workers[0].pid) & ours == ours
-    assert signal_mask(os.getpid()) == before and not before & ours
+    stop_signals = sum(1 << (number - 1) for number in SIGNALS)
+    assert signal_mask(loader._iterator._workers[0].pid) & stop_signals == stop_signals
+    assert signal_mask(os.getpid()) == before and not before & stop_signals
 
 
 class Waiting(CocoDataset):
-    """Only its first image ever arrives, as from a disk that is gone."""
+    """Only the first image arrives, as if the disk had gone."""
 
     def __getitem__(self, key):
         if key != 0:
@@ -215,14 +215,14 @@ def running(pid: int) -> bool:
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="sees processes as Linux shows them")
 @pytest.mark.parametrize("how", ["killed", "exits"])
 def test_workers_end_with_their_parent(folder, within, how):
-    """Even if they are busy, and although they ignore SIGTERM, with which Python ends its children at exit."""
+    """They end even when busy, and although they ignore the SIGTERM that Python sends its children at exit."""
     reading, writing = os.pipe()
     data = Waiting(folder / "annotations.json", folder, EvalTransform(32, 64))
 
     def parent():
-        waiting = eval_loader(data, 1, workers=2)
-        waiting.batch_sampler.batches = [[0], [1], [2], [3]]
-        next(iter(waiting))
+        loader = eval_loader(data, 1, workers=2)
+        loader.batch_sampler.batches = [[0], [1], [2], [3]]
+        next(iter(loader))
         os.write(writing, " ".join(str(child.pid) for child in multiprocessing.active_children()).encode())
         if how == "killed":
             time.sleep(1000)
@@ -246,16 +246,16 @@ def test_workers_end_with_their_parent(folder, within, how):
 
 
 def test_a_failed_loader_ends_without_waiting_for_its_workers(folder, within):
-    """The garbage collector closes their queues first, so that they get no notice of the end."""
+    """The garbage collector closes their queues first, so that no message tells them to end."""
     data = dataset(folder, EvalTransform(32, 64))
     (folder / "4.png").write_bytes(b"broken")
     loader = eval_loader(data, 4, workers=2)
-    gc.collect()  # of other tests
-    with pytest.raises(UserError) as failure:
+    gc.collect()  # the garbage of other tests
+    with pytest.raises(UserError) as excinfo:
         list(loader)
     workers = loader._iterator._workers
-    failure.value.holds = loader, failure.value  # a cycle, as a traceback makes it
-    del loader, failure
+    excinfo.value.holds = loader, excinfo.value  # a cycle, as a traceback makes it
+    del loader, excinfo
     with within(8):
         gc.collect()
     assert not any(worker.is_alive() for worker in workers)

@@ -1,4 +1,4 @@
-"""What the tests of checkpoints, resuming and initial weights share."""
+"""Fixtures for the tests of checkpoints, resuming and initial weights."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ IDS, NAMES = [3, 7, 11], ["cat", "dog", "cow"]
 THRESHOLDS = [0.5, -1.0, 0.25]
 
 
-def make_run(classes=3, head_width=32, **sections) -> Run:
+def make_run(classes=3, **sections) -> Run:
     model = {"backbone": "resnet18", "weights": "none", "norm": "bn", "fpn_channels": 32, "head": {"width": 32,
              "depth": 1}}  # fmt: skip
     cfg = Config(model={**model, **sections.pop("model", {})}, **sections)
@@ -27,13 +27,13 @@ def make_run(classes=3, head_width=32, **sections) -> Run:
 
 @pytest.fixture(scope="session", name="make_run")
 def _make_run():
-    """Builds a small run of three classes; its config changed by whole sections."""
+    """Builds a small run, of three classes by default. Keyword arguments set sections of its config."""
     return make_run
 
 
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory):
-    """A run with GHM-C, evaluated at step 4, and its last.pt."""
+    """The last.pt of a run with GHM-C that was evaluated at step 4, and the run."""
     folder = tmp_path_factory.mktemp("checkpoint")
     torch.manual_seed(3)
     run = make_run(class_loss={"name": "ghm_c"})
@@ -46,7 +46,7 @@ def saved(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def networks():
-    """Builds torchvision's network of a name, with statistics that show when they are not taken over."""
+    """Builds a torchvision network by name, with random norm statistics: a test sees if they are not loaded."""
     return _network
 
 

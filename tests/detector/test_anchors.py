@@ -13,19 +13,19 @@ STRIDES = (8, 16, 32, 64, 128)
 
 
 def grids_of(height, width):
-    """Grid of each level as stride-2 convolutions with padding give it: rounded up."""
+    """The grid of each level. Padded stride-2 convolutions round it up."""
     return [(math.ceil(height / stride), math.ceil(width / stride)) for stride in STRIDES]
 
 
 def torchvision_anchors(height, width):
-    """The generator that torchvision's RetinaNet builds."""
+    """Anchors from the generator that torchvision's RetinaNet builds."""
     sizes = tuple((x, int(x * 2 ** (1 / 3)), int(x * 2 ** (2 / 3))) for x in (32, 64, 128, 256, 512))
     generator = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 5)
     images = ImageList(torch.empty(1, 3, height, width, device="meta"), [(height, width)])
     return generator(images, [torch.empty(1, 1, *grid) for grid in grids_of(height, width)])[0]
 
 
-def test_by_hand_one_shape_on_a_tiny_grid():
+def test_one_shape_on_a_tiny_grid_by_hand():
     anchors = Anchors(octaves=1, ratios=(1.0,))([(2, 3), (1, 2), (1, 1), (1, 1), (1, 1)], (16, 24), CPU)
     level3 = [[x - 16, y - 16, x + 16, y + 16] for y in (0, 8) for x in (0, 8, 16)]
     level4 = [[x - 32, -32, x + 32, 32] for x in (0, 16)]
@@ -76,7 +76,7 @@ def test_torchvision_anchors_equal_torchvision(size):
     assert torch.equal(ours, theirs)
 
 
-def test_both_kinds_agree_where_grids_divide_and_shapes_are_whole():
+def test_both_kinds_agree_if_strides_divide_the_size_and_sides_are_integers():
     size, options = (256, 384), {"octaves": 1, "ratios": (0.25, 1.0, 4.0)}
     ours = Anchors(**options)(grids_of(*size), size, CPU)
     assert torch.equal(ours, TorchvisionAnchors(**options)(grids_of(*size), size, CPU))
@@ -91,7 +91,7 @@ def test_both_kinds_differ_where_a_grid_is_rounded_up():
     assert theirs[p7][-1, 1] + 256 == 6 * (800 // 7)
 
 
-def test_another_call_between_changes_nothing():
+def test_calls_with_other_sizes_change_nothing():
     anchors = Anchors()
     first = anchors(grids_of(96, 160), (96, 160), CPU).clone()
     other = anchors(grids_of(64, 64), (64, 64), CPU).clone()
@@ -100,7 +100,7 @@ def test_another_call_between_changes_nothing():
     assert torch.equal(Anchors()(grids_of(96, 160), (96, 160), CPU), first)
 
 
-def test_the_cache_knows_the_image_size():
+def test_the_cache_depends_on_the_image_size():
     anchors = TorchvisionAnchors()
     grids = [(13, 13), (7, 7), (4, 4), (2, 2), (1, 1)]
     narrow, wide = (anchors(grids, (100, width), CPU) for width in (97, 104))
@@ -127,6 +127,6 @@ def test_many_sizes_do_not_fill_the_memory():
         {"strides": (0, 1, 2, 3, 4)},
     ],
 )
-def test_refuses_what_makes_no_anchors(options):
+def test_refuses_options_that_make_no_anchors(options):
     with pytest.raises(ValueError):
         Anchors(**options)

@@ -1,4 +1,4 @@
-"""The menu: every name builds, every option is typed, every class loss goes with every box loss."""
+"""Every name of a part builds, every option is typed, and every class loss works with every box loss."""
 
 import pytest
 import torch
@@ -24,9 +24,9 @@ def completed(section, name, **options):
 @pytest.mark.parametrize(("section", "name"), MENU)
 def test_every_name_builds_with_its_defaults_spelled_out(section, name):
     cfg = completed(section, name)
-    built = assemble.build_part(cfg, section)
-    made_by = PARTS[section][name]
-    assert type(built) is getattr(made_by, "__self__", made_by)  # `released` is a class method
+    instance = assemble.build_part(cfg, section)
+    constructor = PARTS[section][name]
+    assert type(instance) is getattr(constructor, "__self__", constructor)  # `released` is a class method
     assert complete(cfg, "again") == cfg
 
 
@@ -48,11 +48,11 @@ def test_every_backbone_builds(name, norm):
 
 
 @pytest.mark.parametrize("section", PARTS)
-def test_an_unknown_name_lists_the_known(section):
+def test_an_unknown_name_is_refused_with_the_known_names(section):
     with pytest.raises(UserError) as error:
         completed(section, "nothing")
-    known = ", ".join(PARTS[section])
-    assert str(error.value) == f"x.yaml: {section}.name: no 'nothing'; it may be one of {known}"
+    known_names = ", ".join(PARTS[section])
+    assert str(error.value) == f"x.yaml: {section}.name: no 'nothing'; it may be one of {known_names}"
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_an_unknown_name_lists_the_known(section):
         ("anchors", "grid", {"sizes": 8}, "anchors.sizes: "),
     ],
 )
-def test_options_are_typed_and_the_constructors_words_are_kept(section, name, options, expected):
+def test_wrong_options_are_refused_with_the_constructors_message(section, name, options, expected):
     with pytest.raises(UserError) as error:
         completed(section, name, **options)
     assert str(error.value).startswith(f"x.yaml: {expected}")
@@ -89,30 +89,30 @@ def predictions():
     torch.manual_seed(0)
     model = Model(backbone="resnet18", weights="none", norm="gn", fpn_channels=32, head={"width": 32, "depth": 1})
     cfg = complete(Config(model=model), "x.yaml")
-    found = assemble.build_model(cfg, num_classes=3)(torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8))
+    output = assemble.build_model(cfg, num_classes=3)(torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8))
     boxes = torch.tensor([[4.0, 4, 40, 36], [20, 30, 60, 62]])
-    nothing = Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
-    return found, [Target(boxes, torch.tensor([0, 2])), nothing]
+    empty_target = Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
+    return output, [Target(boxes, torch.tensor([0, 2])), empty_target]
 
 
 @pytest.mark.parametrize("class_loss", losses.CLASS_LOSSES)
 @pytest.mark.parametrize("box_loss", losses.BOX_LOSSES)
-def test_any_class_loss_goes_with_any_box_loss(predictions, class_loss, box_loss):
-    found, targets = predictions
+def test_any_class_loss_works_with_any_box_loss(predictions, class_loss, box_loss):
+    output, targets = predictions
     cfg = Config(class_loss=part("class_loss", class_loss), box_loss=part("box_loss", box_loss, weight=2))
     criterion = assemble.build_criterion(complete(cfg, "x.yaml"))
-    logits, deltas = (values.detach().requires_grad_() for values in (found.logits, found.deltas))
-    losses = criterion(found._replace(logits=logits, deltas=deltas), targets)
+    logits, deltas = (values.detach().requires_grad_() for values in (output.logits, output.deltas))
+    losses = criterion(output._replace(logits=logits, deltas=deltas), targets)
     assert set(losses.terms) == {"class", "box"}
     assert set(losses.diagnostics) == {"true_class_probability", "positives_per_image"}
     assert all(torch.isfinite(value) and value > 0 for value in losses.terms.values())
     losses.total.backward()
     for gradient in (logits.grad, deltas.grad):
         assert torch.isfinite(gradient).all() and gradient.abs().sum() > 0
-    assert deltas.grad[1].abs().sum() == 0  # no boxes, nothing to learn of boxes
+    assert deltas.grad[1].abs().sum() == 0  # an image without boxes gives no box gradient
 
 
-def test_images_per_process_must_come_out_whole(monkeypatch):
+def test_the_batch_must_split_evenly_over_processes(monkeypatch):
     cfg = Config(solver={"batch_size": 6, "accumulate": 2})
     assert assemble.images_per_process(cfg) == 6
     monkeypatch.setattr(assemble.distributed, "world_size", lambda: 3)

@@ -19,12 +19,12 @@ def random_boxes(count, seed, side):
 
 
 def boxes_with_iou(*values):
-    """Boxes inside SQUARE, as wide as it, that have these IoUs with it."""
+    """Boxes inside SQUARE, as wide as SQUARE, that have these IoUs with it."""
     return torch.tensor([[0, 0, 10, 10 * value] for value in values])
 
 
 def matches(assignment):
-    """As torchvision writes it: index of the box, -1 background, -2 ignored."""
+    """The assignment in torchvision's form: index of the box, -1 for background, -2 for ignored."""
     index = torch.where(assignment.positive, assignment.gt_index, -1)
     return torch.where(assignment.ignored, -2, index)
 
@@ -45,7 +45,7 @@ def test_equals_torchvision_on_grid_anchors(count, seed):
 @pytest.mark.parametrize("count", [1, 10, 100])
 def test_equals_torchvision_on_random_anchors(count):
     boxes = random_boxes(count, 0, 256)
-    anchors = torch.cat([random_boxes(2000, 1, 256), boxes])  # every box touches one, see the docstring
+    anchors = torch.cat([random_boxes(2000, 1, 256), boxes])  # every box touches an anchor, see IoUAssigner's docstring
     theirs = Matcher(0.5, 0.4, allow_low_quality_matches=True)(box_iou(boxes, anchors))
     assert torch.equal(matches(IoUAssigner(0.5, 0.4)(anchors, boxes)), theirs)
 
@@ -56,7 +56,7 @@ def test_equals_torchvision_without_low_quality_matches():
     assert torch.equal(matches(IoUAssigner(0.5, 0.4, min_iou=0.5)(anchors, boxes)), theirs)
 
 
-def test_no_boxes_all_background():
+def test_without_boxes_all_is_background():
     assignment = IoUAssigner()(all_anchors(), torch.zeros(0, 4))
     assert not assignment.positive.any() and not assignment.ignored.any()
     assert len(assignment.positive) == len(assignment.ignored) == len(assignment.gt_index) == len(all_anchors())
@@ -72,7 +72,7 @@ def test_low_quality_match_is_kept():
     assert matches(IoUAssigner(0.5, 0.4)(anchors, SQUARE[None])).tolist() == [0, -1]
 
 
-def test_low_quality_match_out_of_the_ignored_band():
+def test_low_quality_match_may_come_from_the_ignored_band():
     anchors = boxes_with_iou(0.45, 0.42)
     assert matches(IoUAssigner(0.5, 0.4)(anchors, SQUARE[None])).tolist() == [0, -2]
 
@@ -90,11 +90,11 @@ def test_all_anchors_that_tie_for_the_best_are_positive():
 
 def test_a_low_quality_match_belongs_to_the_box_that_the_anchor_overlaps_most():
     boxes = torch.stack([torch.tensor([0.0, 0, 10, 30]), SQUARE])
-    # The only anchor is the best of both boxes; it is SQUARE itself.
+    # The only anchor is SQUARE itself, and it is the best anchor of both boxes.
     assert matches(IoUAssigner(0.5, 0.4)(SQUARE[None], boxes)).tolist() == [1]
 
 
-def test_of_equal_boxes_the_first_is_taken():
+def test_the_first_of_equal_boxes_is_matched():
     boxes = torch.stack([SQUARE + 50, SQUARE, SQUARE])
     assert matches(IoUAssigner()(boxes_with_iou(1.0, 0.6), boxes)).tolist() == [1, 1]
 
@@ -104,10 +104,10 @@ def test_a_box_that_touches_no_anchor_makes_nothing_positive():
     assert not assignment.positive.any() and not assignment.ignored.any()
 
 
-def test_such_a_box_takes_nothing_from_another():
-    far = torch.tensor([9000.0, 9000, 9010, 9010])
+def test_a_box_that_touches_no_anchor_takes_none_from_another():
+    far_box = torch.tensor([9000.0, 9000, 9010, 9010])
     anchors = boxes_with_iou(1.0, 0.45, 0.1)
-    assert matches(IoUAssigner()(anchors, torch.stack([far, SQUARE]))).tolist() == [1, -2, -1]
+    assert matches(IoUAssigner()(anchors, torch.stack([far_box, SQUARE]))).tolist() == [1, -2, -1]
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_never_positive_and_ignored_at_once(options):
     assert not (assignment.positive & assignment.ignored).any()
 
 
-def test_types():
+def test_dtypes_of_an_assignment():
     assignment = IoUAssigner()(all_anchors(), random_boxes(3, 0, 256))
     assert [value.dtype for value in assignment] == [torch.int64, torch.bool, torch.bool]
 
@@ -134,7 +134,7 @@ def test_refuses_thresholds_out_of_order(options):
 
 
 @pytest.mark.parametrize("length", [1, 100, 1000])
-def test_anchors_are_matched_alike_in_runs_of_any_length(length, monkeypatch):
+def test_the_block_length_does_not_change_the_matches(length, monkeypatch):
     anchors, boxes = all_anchors()[::7], random_boxes(20, 5, 256)
     theirs = Matcher(0.5, 0.4, allow_low_quality_matches=True)(box_iou(boxes, anchors))
     monkeypatch.setattr(assigner, "CACHED_PAIRS", 0)
@@ -143,27 +143,27 @@ def test_anchors_are_matched_alike_in_runs_of_any_length(length, monkeypatch):
 
 
 def padded(counts, side=256):
-    """Boxes of several images, filled up with zeros to one length."""
+    """Boxes of several images, padded with zeros to the same length."""
     return pad_sequence([random_boxes(count, seed, side) for seed, count in enumerate(counts)], batch_first=True)
 
 
 @pytest.mark.parametrize("counts", [[3, 0, 20, 1], [7], [0, 0]])
-def test_several_images_are_matched_as_each_alone(counts):
+def test_images_in_a_batch_are_matched_as_if_alone(counts):
     anchors, boxes = all_anchors(), padded(counts)
-    together = IoUAssigner()(anchors, boxes)
+    batched = IoUAssigner()(anchors, boxes)
     for i, count in enumerate(counts):
-        alone = IoUAssigner()(anchors, boxes[i, :count])
-        assert torch.equal(matches(Assignment(*(value[i] for value in together))), matches(alone))
-        assert alone.positive.any() == (count > 0)
+        single = IoUAssigner()(anchors, boxes[i, :count])
+        assert torch.equal(matches(Assignment(*(value[i] for value in batched))), matches(single))
+        assert single.positive.any() == (count > 0)
 
 
 def test_parts_of_a_batch_hold_every_box_and_few_pairs(monkeypatch):
     counts = [3, 0, 20, 1, 7]
     anchors, boxes = all_anchors(), padded(counts)
-    on_cpu = assigner.split_boxes(anchors, boxes, counts)
-    assert [part.shape for part in on_cpu] == [(1, count, 4) for count in counts]
-    assert all(torch.equal(part[0], boxes[i, :count]) for i, (part, count) in enumerate(zip(on_cpu, counts)))
-    for at_once, pairs in ((1, 1), (2, 50 * len(anchors)), (5, 100 * len(anchors))):
+    cpu_parts = assigner.split_boxes(anchors, boxes, counts)
+    assert [part.shape for part in cpu_parts] == [(1, count, 4) for count in counts]
+    assert all(torch.equal(part[0], boxes[i, :count]) for i, (part, count) in enumerate(zip(cpu_parts, counts)))
+    for images_per_part, pairs in ((1, 1), (2, 50 * len(anchors)), (5, 100 * len(anchors))):
         monkeypatch.setattr(assigner, "MAX_PAIRS", pairs)
         parts = assigner.split_boxes(anchors.to("meta"), boxes, counts)
-        assert torch.equal(torch.cat(parts), boxes) and len(parts[0]) == at_once
+        assert torch.equal(torch.cat(parts), boxes) and len(parts[0]) == images_per_part

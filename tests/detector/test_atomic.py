@@ -1,16 +1,16 @@
-"""A file is the old one or the whole new one, whatever fails, and nothing stays beside it."""
+"""Whatever fails, a file is the old one or the complete new one, and no temporary file remains."""
 
 import pytest
 
 from detector import atomic
 
 
-def test_the_new_file_takes_the_place_of_the_old_at_the_end(tmp_path):
+def test_the_new_file_replaces_the_old_one_at_the_end(tmp_path):
     path = tmp_path / "a.json"
     path.write_text("old")
-    with atomic.replacing(path) as beside:
-        beside.write_text("new")
-        assert path.read_text() == "old" and beside.parent == tmp_path
+    with atomic.replacing(path) as temp_path:
+        temp_path.write_text("new")
+        assert path.read_text() == "old" and temp_path.parent == tmp_path
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
 
 
@@ -18,8 +18,8 @@ def test_the_new_file_takes_the_place_of_the_old_at_the_end(tmp_path):
 def test_an_error_leaves_the_old_file(tmp_path, error):
     path = tmp_path / "a.json"
     path.write_text("old")
-    with pytest.raises(error), atomic.replacing(path, ".part") as beside:
-        beside.write_text("half of the n")
+    with pytest.raises(error), atomic.replacing(path, ".part") as temp_path:
+        temp_path.write_text("half of the n")
         raise error
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
@@ -32,10 +32,10 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, full_disk):
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
-def test_the_ending_keeps_a_suffix_that_a_writer_needs(tmp_path):
-    with atomic.replacing(tmp_path / "film.mp4", ".part.mp4") as beside:
-        assert beside.suffix == ".mp4"
-        beside.write_bytes(b"frames")
+def test_the_temporary_file_keeps_a_suffix_that_a_writer_needs(tmp_path):
+    with atomic.replacing(tmp_path / "film.mp4", ".part.mp4") as temp_path:
+        assert temp_path.suffix == ".mp4"
+        temp_path.write_bytes(b"frames")
     assert [path.name for path in tmp_path.iterdir()] == ["film.mp4"]
 
 

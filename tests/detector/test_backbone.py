@@ -19,7 +19,8 @@ CHANNELS = {
     "mobilenet_v2": (32, 96, 320),
     "mobilenet_v3_large": (40, 112, 160),
 }
-STAGES = {  # what torchvision calls the outputs at strides 4, 8, 16 and 32
+NORMS = {"bn": nn.BatchNorm2d, "gn": nn.GroupNorm, "frozen_bn": FrozenBatchNorm}
+STAGES = {  # torchvision's names of the outputs at strides 4, 8, 16 and 32
     "mobilenet_v2": [f"features.{index}" for index in (3, 6, 13, 17)],
     "mobilenet_v3_large": [f"features.{index}" for index in (3, 6, 12, 15)],
 }
@@ -47,8 +48,8 @@ def test_every_name_has_the_tensors_of_torchvision(name):
     with torch.device("meta"):
         ours = {key: value.shape for key, value in Backbone(name, "bn", 0).state_dict().items()}
         theirs = {key: value.shape for key, value in getattr(torchvision.models, name)().state_dict().items()}
-    behind = {"mobilenet_v2": "features.18.", "mobilenet_v3_large": "features.16."}.get(name, "fc.")
-    assert ours == {key: shape for key, shape in theirs.items() if not key.startswith((behind, "classifier."))}
+    unused_prefix = {"mobilenet_v2": "features.18.", "mobilenet_v3_large": "features.16."}.get(name, "fc.")
+    assert ours == {key: shape for key, shape in theirs.items() if not key.startswith((unused_prefix, "classifier."))}
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -70,7 +71,7 @@ def test_features_equal_torchvision_with_the_same_weights(name, norm, networks, 
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_bn_learns_its_statistics_as_torchvisions(name, networks):
+def test_bn_updates_its_statistics_as_torchvision_does(name, networks):
     theirs = networks(name).train()
     ours = Backbone(name, "bn", 0)
     ours.load_state_dict(theirs.state_dict(), strict=False)
@@ -82,17 +83,15 @@ def test_bn_learns_its_statistics_as_torchvisions(name, networks):
         torch.testing.assert_close(value, state[key], msg=key)
 
 
-@pytest.mark.parametrize(
-    ("norm", "kind"), [("bn", nn.BatchNorm2d), ("gn", nn.GroupNorm), ("frozen_bn", FrozenBatchNorm)]
-)
-def test_norm(norm, kind):
-    norms = {"bn": nn.BatchNorm2d, "gn": nn.GroupNorm, "frozen_bn": FrozenBatchNorm}.values()
-    found = [type(module) for module in Backbone("resnet18", norm, 0).modules() if isinstance(module, tuple(norms))]
-    assert set(found) == {kind} and len(found) == 20
+@pytest.mark.parametrize("norm", NORMS)
+def test_every_norm_builds_its_layers(norm):
+    norms = tuple(NORMS.values())
+    types = [type(module) for module in Backbone("resnet18", norm, 0).modules() if isinstance(module, norms)]
+    assert set(types) == {NORMS[norm]} and len(types) == 20
 
 
 @pytest.mark.parametrize("name", [*SMALL, "resnet50", "resnext50_32x4d"])
-def test_folded_frozen_bn_has_the_values_and_gradients_of_torchvisions(name, networks):
+def test_folded_frozen_bn_has_the_values_and_gradients_of_torchvision(name, networks):
     eps = 1e-3 if name == "mobilenet_v3_large" else 1e-5
     theirs = networks(name, norm_layer=partial(FrozenBatchNorm2d, eps=eps)).double()
     ours = Backbone(name, "frozen_bn", 0).double()
@@ -111,7 +110,7 @@ def test_folded_frozen_bn_has_the_values_and_gradients_of_torchvisions(name, net
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
 @pytest.mark.parametrize("frozen", range(5))
-def test_frozen_stages_get_no_gradient_and_their_statistics_stand_still(name, frozen):
+def test_frozen_stages_get_no_gradient_and_keep_their_statistics(name, frozen):
     parts = ["conv1", "bn1", "layer1", "layer2", "layer3", "layer4"]
     ends = [0, 3, 4, 5, 6]
     if name == "mobilenet_v2":

@@ -36,7 +36,7 @@ def test_encode_by_hand():
     assert BoxCoder((10, 20, 5, 1)).encode(box, anchor)[0].tolist() == pytest.approx([10, 5, 5 * log2, -log2])
 
 
-def test_no_deltas_mean_the_anchor():
+def test_zero_deltas_decode_to_the_anchor():
     anchors = random_boxes(20, 0)
     torch.testing.assert_close(BoxCoder((10, 10, 5, 5)).decode(torch.zeros(20, 4), anchors), anchors)
 
@@ -65,7 +65,7 @@ def test_half_precision_is_computed_in_float32(dtype):
     assert torch.equal(encoded, coder.encode(boxes.float(), anchors))
 
 
-def test_leading_dimensions_and_no_boxes():
+def test_leading_dimensions_and_no_boxes_are_allowed():
     coder = BoxCoder()
     boxes, anchors = random_boxes(24, 0), random_boxes(24, 1)
     deltas = coder.encode(boxes, anchors)

@@ -24,14 +24,14 @@ def test_clip_by_hand_takes_height_before_width():
 
 
 def test_clip_equals_torchvision():
-    given = random_boxes(50, side=300)
-    assert torch.equal(boxes.clip(given, (90, 140)), clip_boxes_to_image(given, (90, 140)))
+    unclipped = random_boxes(50, side=300)
+    assert torch.equal(boxes.clip(unclipped, (90, 140)), clip_boxes_to_image(unclipped, (90, 140)))
 
 
-def test_clip_leaves_its_argument_alone():
-    given = torch.tensor([[-5.0, -6, 500, 600]])
-    boxes.clip(given, (10, 10))
-    assert given.tolist() == [[-5, -6, 500, 600]]
+def test_clip_leaves_its_argument_unchanged():
+    argument = torch.tensor([[-5.0, -6, 500, 600]])
+    boxes.clip(argument, (10, 10))
+    assert argument.tolist() == [[-5, -6, 500, 600]]
 
 
 def test_rescale_by_hand():
@@ -40,22 +40,22 @@ def test_rescale_by_hand():
 
 
 def test_rescale_there_and_back_is_identity():
-    given = random_boxes(20)
-    back = boxes.rescale(boxes.rescale(given, (480, 640), (750, 1000)), (750, 1000), (480, 640))
-    torch.testing.assert_close(back, given)
+    original = random_boxes(20)
+    rescaled = boxes.rescale(boxes.rescale(original, (480, 640), (750, 1000)), (750, 1000), (480, 640))
+    torch.testing.assert_close(rescaled, original)
 
 
 def test_iou_equals_torchvision():
-    many, few = random_boxes(60), random_boxes(7, seed=1)
-    ours = torch.stack([boxes.iou_of_pairs(many, box) for box in few])
-    assert torch.equal(ours, box_iou(few, many))
-    assert ours.max() > 0.3 and ours.min() == 0  # the case has both kinds
+    anchors, gt_boxes = random_boxes(60), random_boxes(7, seed=1)
+    ours = torch.stack([boxes.iou_of_pairs(anchors, box) for box in gt_boxes])
+    assert torch.equal(ours, box_iou(gt_boxes, anchors))
+    assert ours.max() > 0.3 and ours.min() == 0  # some boxes overlap and some do not
 
 
 def test_iou_by_hand():
-    # 2 x 2 shared of 16 + 16; itself; a neighbour that shares an edge only; far away in both directions
-    given = torch.tensor([[2.0, 2, 6, 6], [0, 0, 4, 4], [4, 0, 8, 4], [90, 90, 94, 94]])
-    assert boxes.iou_of_pairs(given, torch.tensor([0.0, 0, 4, 4])).tolist() == [
+    # 2 x 2 shared of 16 + 16; the box itself; a neighbour that only shares an edge; far away in both directions
+    candidates = torch.tensor([[2.0, 2, 6, 6], [0, 0, 4, 4], [4, 0, 8, 4], [90, 90, 94, 94]])
+    assert boxes.iou_of_pairs(candidates, torch.tensor([0.0, 0, 4, 4])).tolist() == [
         torch.tensor(4 / 28).item(),
         1,
         0,
@@ -63,14 +63,14 @@ def test_iou_by_hand():
     ]
 
 
-def test_no_boxes():
-    none = torch.zeros(0, 4)
-    assert boxes.area(none).shape == (0,)
-    assert boxes.clip(none, (4, 4)).shape == (0, 4)
-    assert boxes.rescale(none, (4, 4), (8, 8)).shape == (0, 4)
-    assert boxes.iou_of_pairs(none, torch.tensor([0.0, 0, 4, 4])).shape == (0,)
+def test_no_boxes_give_empty_results():
+    no_boxes = torch.zeros(0, 4)
+    assert boxes.area(no_boxes).shape == (0,)
+    assert boxes.clip(no_boxes, (4, 4)).shape == (0, 4)
+    assert boxes.rescale(no_boxes, (4, 4), (8, 8)).shape == (0, 4)
+    assert boxes.iou_of_pairs(no_boxes, torch.tensor([0.0, 0, 4, 4])).shape == (0,)
 
 
-def test_iou_of_all_pairs_is_torchvisions():
-    some, others = random_boxes(5), random_boxes(70, seed=1)
-    assert torch.equal(boxes.iou(some, others), box_iou(some, others))
+def test_iou_of_all_pairs_equals_torchvision():
+    first, second = random_boxes(5), random_boxes(70, seed=1)
+    assert torch.equal(boxes.iou(first, second), box_iou(first, second))

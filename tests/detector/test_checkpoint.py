@@ -1,4 +1,4 @@
-"""What a checkpoint holds, how it is written, and the messages for other files."""
+"""The content of a checkpoint, how it is written, and the messages for other files."""
 
 import os
 import pickle
@@ -17,9 +17,9 @@ def test_a_checkpoint_is_plain_and_complete(saved, same):
     assert (content["category_ids"], content["class_names"]) == (run.category_ids, run.class_names)
     assert content["config"] == run.cfg.model_dump(mode="json")
     assert same(dict(content["run"]["criterion"]), dict(run.criterion.state_dict()))
-    rebuilt, rebuilt_cfg = checkpoint.build_model(checkpoint.read(path), path)
-    assert rebuilt_cfg == run.cfg and not rebuilt.training
-    assert same(dict(rebuilt.state_dict()), dict(run.solver.model.state_dict()))
+    rebuilt_model, rebuilt_cfg = checkpoint.build_model(checkpoint.read(path), path)
+    assert rebuilt_cfg == run.cfg and not rebuilt_model.training
+    assert same(dict(rebuilt_model.state_dict()), dict(run.solver.model.state_dict()))
     assert os.listdir(path.parent) == ["last.pt"]
 
 
@@ -36,8 +36,8 @@ def test_a_full_disk_leaves_the_old_files_and_says_what_is_needed(saved, folder,
     _, run = saved
     path = folder / "last.pt"
     path.write_bytes(b"the old one")
-    refused = pytest.raises(UserError, match=r"last.pt: cannot be written .* it takes \d\d+ MB, .* --resume")
-    with full_disk(2**20), refused as error:
+    raises_user_error = pytest.raises(UserError, match=r"last.pt: cannot be written .* it takes \d\d+ MB, .* --resume")
+    with full_disk(2**20), raises_user_error as error:
         checkpoint.save(path, run.content())
     assert "\n" not in str(error.value)
     assert path.read_bytes() == b"the old one" and os.listdir(folder) == ["last.pt"]
@@ -45,7 +45,7 @@ def test_a_full_disk_leaves_the_old_files_and_says_what_is_needed(saved, folder,
 
 @pytest.fixture(scope="module")
 def two(saved, tmp_path_factory):
-    """A folder with last.pt of best 0.6 and previous.pt of best 0.5."""
+    """A folder where last.pt has best 0.6 and previous.pt has best 0.5."""
     folder = tmp_path_factory.mktemp("two")
     content = saved[1].content()
     for best in (0.5, 0.6):
@@ -53,15 +53,15 @@ def two(saved, tmp_path_factory):
     return folder
 
 
-def test_the_newest_whole_checkpoint_is_taken(two, folder):
+def test_the_newest_intact_checkpoint_is_taken(two, folder):
     assert checkpoint.newest(folder) is None
     path, content, damaged = checkpoint.newest(two)
     assert (path.name, content["run"]["best"], damaged) == ("last.pt", 0.6, [])
-    whole = (two / "last.pt").read_bytes()
+    last_bytes = (two / "last.pt").read_bytes()
     (folder / "previous.pt").write_bytes((two / "previous.pt").read_bytes())
-    middle = bytearray(whole)
-    middle[len(whole) // 2] ^= 4
-    for damaged in (whole[: len(whole) // 2], whole[:-1], b"", bytes(middle)):
+    flipped_bytes = bytearray(last_bytes)
+    flipped_bytes[len(last_bytes) // 2] ^= 4
+    for damaged in (last_bytes[: len(last_bytes) // 2], last_bytes[:-1], b"", bytes(flipped_bytes)):
         (folder / "last.pt").write_bytes(damaged)
         path, content, damaged = checkpoint.newest(folder)
         assert (path.name, content["run"]["best"]) == ("previous.pt", 0.5)
@@ -71,21 +71,22 @@ def test_the_newest_whole_checkpoint_is_taken(two, folder):
         checkpoint.newest(folder)
 
 
-def test_a_flipped_bit_is_found_or_changes_nothing(two, folder, same):
-    truth = checkpoint.read(two / "last.pt")
-    whole = (two / "last.pt").read_bytes()
-    rng, found, path = random.Random(0), 0, folder / "x.pt"
-    ends = [*range(0, 2000, 97), *range(len(whole) - 20000, len(whole), 997)]  # names and tables of the archive
-    for place in ends + [rng.randrange(len(whole)) for _ in range(15)]:
-        damaged = bytearray(whole)
-        damaged[place] ^= 1 << rng.randrange(8)
-        path.write_bytes(damaged)
+def test_a_flipped_bit_is_detected_or_changes_nothing(two, folder, same):
+    expected = checkpoint.read(two / "last.pt")
+    original_bytes = (two / "last.pt").read_bytes()
+    rng, num_detected, path = random.Random(0), 0, folder / "x.pt"
+    # The archive's names and tables lie at its ends.
+    end_offsets = [*range(0, 2000, 97), *range(len(original_bytes) - 20000, len(original_bytes), 997)]
+    for offset in end_offsets + [rng.randrange(len(original_bytes)) for _ in range(15)]:
+        damaged_bytes = bytearray(original_bytes)
+        damaged_bytes[offset] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged_bytes)
         try:
-            assert same(checkpoint.read(path), truth)
+            assert same(checkpoint.read(path), expected)
         except UserError as error:
             assert str(error).startswith(str(path)) and "\n" not in str(error)
-            found += 1
-    assert found > 20
+            num_detected += 1
+    assert num_detected > 20
 
 
 class Evil:

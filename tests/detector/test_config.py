@@ -12,7 +12,7 @@ from detector.errors import UserError
 
 @pytest.fixture
 def error_of(tmp_path):
-    """The message that a config text (and settings) is refused with: one line."""
+    """Gives the one-line message that refuses a config text with these settings."""
 
     def message(text: str, *settings: str) -> str:
         (tmp_path / "x.yaml").write_text(text)
@@ -56,7 +56,7 @@ def test_defaults_are_the_recipe_of_the_paper():
         ("data: {train: {zzz: x}}", "data.train.zzz: unknown option; it may be one of annotations, images"),
     ],
 )
-def test_an_unknown_key_is_refused_with_the_one_meant(error_of, tmp_path, text, expected):
+def test_an_unknown_key_is_refused_with_a_suggestion(error_of, tmp_path, text, expected):
     assert error_of(text) == f"{tmp_path / 'x.yaml'}: {expected}"
 
 
@@ -103,17 +103,17 @@ def test_an_unknown_key_is_refused_with_the_one_meant(error_of, tmp_path, text, 
         ("run: ''", "run", "''"),
     ],
 )
-def test_a_wrong_value_is_named_with_its_key(error_of, tmp_path, text, key, found):
+def test_a_wrong_value_is_reported_with_its_key(error_of, tmp_path, text, key, found):
     message = error_of(text)
     assert message.startswith(f"{tmp_path / 'x.yaml'}: {key}")
     assert found in message
 
 
-def test_the_number_of_mistakes_is_named(error_of):
+def test_the_number_of_other_mistakes_is_reported(error_of):
     assert error_of("solver: {lr: 0, epochs: 0, ema: 2}").endswith("(and 2 more)")
 
 
-# Whatever shape it has, one line and no traceback.
+# Whatever the shape of the text, the error is one line without a traceback.
 @pytest.mark.parametrize(
     "text",
     [
@@ -172,7 +172,7 @@ def test_odd_settings_are_refused_in_one_line(error_of, setting):
     error_of("", setting)
 
 
-def test_files_that_are_no_config(tmp_path):
+def test_files_that_are_no_config_are_refused(tmp_path):
     for path, content in ((tmp_path / "missing.yaml", None), (tmp_path / "bytes.yaml", b"\xff\xfe\x00")):
         if content:
             path.write_bytes(content)
@@ -205,7 +205,7 @@ def test_broken_yaml_names_the_line(error_of, tmp_path):
     assert error_of("run: x\nsolver: {lr: 1\n").startswith(f"{tmp_path / 'x.yaml'}: line 3: not YAML")
 
 
-def test_a_base_is_read_from_beside_the_file(tmp_path):
+def test_the_path_of_a_base_is_relative_to_the_file(tmp_path):
     (tmp_path / "deep").mkdir()
     (tmp_path / "a.yaml").write_text("seed: 1\nsolver: {lr: 0.5, epochs: 3}")
     (tmp_path / "b.yaml").write_text("base: a.yaml\nrun: b\nsolver: {lr: 0.25}")
@@ -214,7 +214,7 @@ def test_a_base_is_read_from_beside_the_file(tmp_path):
     assert (cfg.seed, cfg.run, cfg.solver.lr, cfg.solver.epochs) == (2, "b", 0.25, 3)
 
 
-def test_bases_that_lead_nowhere(tmp_path):
+def test_circular_and_missing_bases_are_refused(tmp_path):
     (tmp_path / "a.yaml").write_text("base: b.yaml")
     (tmp_path / "b.yaml").write_text("base: a.yaml")
     (tmp_path / "self.yaml").write_text("base: self.yaml")
@@ -224,7 +224,7 @@ def test_bases_that_lead_nowhere(tmp_path):
             config_files.read(tmp_path / f"{name}.yaml")
 
 
-def test_pyyaml_reads_1e_2_as_text_and_it_is_a_number_here(tmp_path):
+def test_1e_2_is_a_number_although_pyyaml_reads_text(tmp_path):
     assert yaml.safe_load("1e-2") == "1e-2"
     text = "solver: {lr: 1e-2, clip_norm: 1e1}\nbox_loss: {name: smooth_l1, beta: 1e-1, weight: 2e0}"
     cfg = load(tmp_path, text, "solver.weight_decay=1e-3", "class_loss.name=focal", "class_loss.gamma=5e-1")
@@ -233,27 +233,27 @@ def test_pyyaml_reads_1e_2_as_text_and_it_is_a_number_here(tmp_path):
     assert cfg.class_loss.options["gamma"] == 0.5
 
 
-def test_settings_go_on_top_one_after_the_other(tmp_path):
+def test_settings_apply_in_order_on_top_of_the_file(tmp_path):
     cfg = load(tmp_path, "solver: {lr: 1, epochs: 3}", "solver.lr=2", "solver.lr=3", "data.train.images=a=b", "run=x")
     assert (cfg.solver.lr, cfg.solver.epochs, cfg.data.train.images, cfg.run) == (3, 3, "a=b", "x")
     assert load(tmp_path, "", "solver={lr: 3}").solver.lr == 3
 
 
-def test_a_part_with_another_name_gives_up_its_old_options(tmp_path):
+def test_a_part_with_another_name_drops_its_old_options(tmp_path):
     (tmp_path / "base.yaml").write_text("class_loss: {name: focal, alpha: 0.9, weight: 3}")
-    other = load(tmp_path, "base: base.yaml\nclass_loss: {name: ghm_c}").class_loss
-    assert other.weight == 1 and "alpha" not in other.options
-    same = load(tmp_path, "base: base.yaml\nclass_loss: {name: focal, gamma: 1}").class_loss
-    assert same.options == {"alpha": 0.9, "gamma": 1} and same.weight == 3
-    unnamed = load(tmp_path, "base: base.yaml\nclass_loss: {gamma: 1}").class_loss
-    assert unnamed == same
+    other_loss = load(tmp_path, "base: base.yaml\nclass_loss: {name: ghm_c}").class_loss
+    assert other_loss.weight == 1 and "alpha" not in other_loss.options
+    same_loss = load(tmp_path, "base: base.yaml\nclass_loss: {name: focal, gamma: 1}").class_loss
+    assert same_loss.options == {"alpha": 0.9, "gamma": 1} and same_loss.weight == 3
+    unnamed_loss = load(tmp_path, "base: base.yaml\nclass_loss: {gamma: 1}").class_loss
+    assert unnamed_loss == same_loss
     assert load(tmp_path, "base: base.yaml", "class_loss.name=ce").class_loss.options == {"alpha": None}
 
 
-def test_merge_leaves_its_arguments_alone():
-    one, other = {"a": {"b": 1}, "c": {"name": "x", "d": 1}}, {"a": {"e": 2}, "c": {"name": "y"}}
-    assert merge(one, other) == {"a": {"b": 1, "e": 2}, "c": {"name": "y"}}
-    assert one == {"a": {"b": 1}, "c": {"name": "x", "d": 1}} and other == {"a": {"e": 2}, "c": {"name": "y"}}
+def test_merge_leaves_its_arguments_unchanged():
+    values, changes = {"a": {"b": 1}, "c": {"name": "x", "d": 1}}, {"a": {"e": 2}, "c": {"name": "y"}}
+    assert merge(values, changes) == {"a": {"b": 1, "e": 2}, "c": {"name": "y"}}
+    assert values == {"a": {"b": 1}, "c": {"name": "x", "d": 1}} and changes == {"a": {"e": 2}, "c": {"name": "y"}}
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_merge_leaves_its_arguments_alone():
         "run: 'no: yes'\ndata: {train: {annotations: 'ü # x', images: '{a}'}}\nanchors: {name: torchvision}",
     ],
 )
-def test_what_is_dumped_loads_to_the_same(tmp_path, text):
+def test_a_dumped_config_loads_to_the_same(tmp_path, text):
     cfg = load(tmp_path, text)
     assert load(tmp_path, config.dump(cfg)) == cfg
     assert config.dump(load(tmp_path, config.dump(cfg))) == config.dump(cfg)
@@ -295,7 +295,7 @@ TEXTS = [
     "<<",
     "x y",
 ]
-# What would be other YAML, or none, on the command line alone.
+# Only the command line takes these as typed: in a file they are other YAML, or no YAML.
 TYPED = [
     "null",
     "~x",
@@ -332,14 +332,14 @@ def test_text_is_taken_as_it_is_written(tmp_path, text):
     assert (cfg.run, cfg.data.train.images, cfg.data.val.images) == (text, text, text)
 
 
-def test_only_text_is_taken_so(tmp_path):
+def test_values_of_options_that_are_not_text_are_parsed(tmp_path):
     cfg = load(tmp_path, "run: '1'\nseed: 0x1f", "solver.epochs=1_0", "compile=yes", "solver.ema=null", "data.cache=")
     assert (cfg.run, cfg.seed, cfg.solver.epochs, cfg.compile, cfg.solver.ema) == ("1", 31, 10, True, None)
     assert cfg.data.cache == ""
 
 
 @pytest.mark.parametrize("text", ["run:", "run: null", "run: ~", "data: {cache: null}", "run: [1]", "run: {a: 1}"])
-def test_null_and_lists_are_no_text_in_a_file(error_of, text):
+def test_null_and_containers_are_no_text_in_a_file(error_of, text):
     assert "valid string" in error_of(text)
 
 
@@ -349,7 +349,7 @@ def test_a_tilde_in_a_path_is_the_home_folder(tmp_path, monkeypatch):
     cfg = load(tmp_path, "base: ~/mine.yaml", "data.val.images=~/b", "model.weights=~/w.pt", "output=~", "device=~")
     assert (cfg.data.train.annotations, cfg.data.cache) == (f"{tmp_path}/a.json", f"{tmp_path}/c")
     assert (cfg.data.val.images, cfg.model.weights, cfg.output) == (f"{tmp_path}/b", f"{tmp_path}/w.pt", str(tmp_path))
-    assert (cfg.run, cfg.device) == ("~/r", "~")  # no paths
+    assert (cfg.run, cfg.device) == ("~/r", "~")  # these options are no paths
 
 
 @pytest.mark.parametrize(
@@ -364,13 +364,13 @@ def test_a_tilde_in_a_path_is_the_home_folder(tmp_path, monkeypatch):
         ("", ["base=other.yaml"], "--set base=other.yaml: base: unknown option"),
         ("", ["run="], "--set run=: run: "),
         ("", ["data=3"], "--set data=3: data: "),
-        # Neither alone is wrong, both together are.
+        # Each is right alone, both together are wrong.
         ("solver: {batch_size: 5}", ["solver.accumulate=2"], "--set solver.accumulate=2: solver: batch_size 5 cannot"),
         ("", ["seed=1", "model.norm=bn", "solver.skip_nonfinite=1"],
          "--set model.norm=bn solver.skip_nonfinite=1: solver.skip_nonfinite with model.norm bn: "),
         ("model: {norm: bn}", ["solver.skip_nonfinite=1"], "--set solver.skip_nonfinite=1: solver.skip_nonfinite with"),
         ("assigner: {name: iou, fg_iou: 0.4}", ["assigner.bg_iou=0.5"], "--set assigner.bg_iou=0.5: assigner: "),
-        # These are the file's.
+        # These mistakes are in the file.
         ("solver: {lr: fast}", ["seed=1", "run=x"], "{file}: solver.lr: "),
         ("seed: x", ["solver.lr=fast"], "{file}: seed: "),
         ("data: {short_side: 800, long_side: 600}", ["data.workers=0"], "{file}: data: long_side 600"),
@@ -378,5 +378,5 @@ def test_a_tilde_in_a_path_is_the_home_folder(tmp_path, monkeypatch):
         ("class_loss: {name: focal, gama: 1}", ["class_loss.alpha=0.5"], "{file}: class_loss.gama: "),
     ],
 )  # fmt: skip
-def test_an_error_names_the_settings_where_it_is_theirs(error_of, tmp_path, text, settings, source):
+def test_an_error_names_the_settings_that_cause_it(error_of, tmp_path, text, settings, source):
     assert error_of(text, *settings).startswith(source.replace("{file}", str(tmp_path / "x.yaml")))

@@ -1,4 +1,4 @@
-"""A convolution with its bias, shortcut and ReLU: in one kernel or in passes, on a GPU and by its law here."""
+"""A convolution with its bias, shortcut and ReLU, in one kernel or in passes. A CPU emulates the kernels."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def cudnn_add(x, weight, shortcut, alpha, bias, *options):
 
 @pytest.fixture
 def one_kernel(monkeypatch, device):
-    """Without a GPU, replace its kernels by their definition."""
+    """Without a GPU, replace the kernels by their definition."""
     if device == "cpu":
         monkeypatch.setattr(conv_module, "_has_kernel", lambda conv, x, dtype: True)
         monkeypatch.setattr(torch, "cudnn_convolution_relu", cudnn)
@@ -48,22 +48,22 @@ def case(device, kernel=3, stride=1, levels=1):
 )
 def test_equals_float64_forward_and_backward(device, kernel, stride, levels, joined, one_kernel):
     conv, maps, shortcut = case(device, kernel, stride, levels)
-    given = shortcut if joined else None
+    used_shortcut = shortcut if joined else None
     with torch.autocast(device, torch.bfloat16):
-        outputs = conv_relu(conv, maps, conv.weight, conv.bias, given)
+        outputs = conv_relu(conv, maps, conv.weight, conv.bias, used_shortcut)
     assert not conv_module._broken
-    up = [torch.randn_like(output) for output in outputs]
-    torch.autograd.backward(outputs, up)
+    output_grads = [torch.randn_like(output) for output in outputs]
+    torch.autograd.backward(outputs, output_grads)
 
-    rounded = [parameter.detach().bfloat16().double().requires_grad_() for parameter in conv.parameters()]
-    doubles = [x.detach().double().requires_grad_() for x in (*maps, shortcut)]
+    rounded_parameters = [parameter.detach().bfloat16().double().requires_grad_() for parameter in conv.parameters()]
+    double_inputs = [x.detach().double().requires_grad_() for x in (*maps, shortcut)]
     expected = []
-    for x, output in zip(doubles, outputs):
-        y = F.conv2d(x, *rounded, conv.stride, conv.padding) + (doubles[-1] if joined else 0)
+    for x, output in zip(double_inputs, outputs):
+        y = F.conv2d(x, *rounded_parameters, conv.stride, conv.padding) + (double_inputs[-1] if joined else 0)
         torch.testing.assert_close(output.double(), y.relu(), rtol=0.01, atol=0.02)
         expected.append(torch.where(output > 0, y, 0))  # where rounding decides, the gradient follows the output
-    torch.autograd.backward(expected, [one.double() for one in up])
-    pairs = zip((*conv.parameters(), *maps, *([shortcut] if joined else [])), (*rounded, *doubles))
+    torch.autograd.backward(expected, [grad.double() for grad in output_grads])
+    pairs = zip((*conv.parameters(), *maps, *([shortcut] if joined else [])), (*rounded_parameters, *double_inputs))
     for ours, theirs in pairs:
         assert ours.grad.dtype == ours.dtype
         torch.testing.assert_close(
@@ -75,8 +75,8 @@ def test_equals_float64_forward_and_backward(device, kernel, stride, levels, joi
 def test_a_map_in_float32_gets_its_gradient_in_float32(device, one_kernel):
     conv, maps, _ = case(device)
     x = maps[0].detach().float().requires_grad_()
-    for one in (x, maps[0]):
-        conv_module._ConvReLU.apply(conv, torch.bfloat16, conv.weight, conv.bias, None, one)[0].sum().backward()
+    for feature_map in (x, maps[0]):
+        conv_module._ConvReLU.apply(conv, torch.bfloat16, conv.weight, conv.bias, None, feature_map)[0].sum().backward()
     assert x.grad.dtype == torch.float32 and torch.equal(x.grad, maps[0].grad.float())
 
 
@@ -90,7 +90,7 @@ def test_frozen_weights_get_no_gradient(device, one_kernel):
 
 
 def test_without_the_kernels_it_warns_once_and_gives_the_same(monkeypatch):
-    def missing(*given):
+    def missing(*args):
         raise RuntimeError("cuDNN has no engine for this\nand more")
 
     conv, maps, _ = case("cpu")

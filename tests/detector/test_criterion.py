@@ -63,7 +63,7 @@ def random_case(classes=3, images=2, seed=0):
 
 
 def by_hand(predictions, targets, classes):
-    """Class and box loss, positives, and the mean probability of the true class, with plain loops."""
+    """Class loss, box loss, positives, ignored anchors and mean probability of the true class, by plain loops."""
     class_sum = box_sum = probability = 0.0
     positives = ignored = 0
     for logits, deltas, target in zip(predictions.logits.tolist(), predictions.deltas.tolist(), targets):
@@ -88,15 +88,15 @@ def by_hand(predictions, targets, classes):
                 ax1, ay1, ax2, ay2 = predictions.anchors[anchor].tolist()
                 x1, y1, x2, y2 = target.boxes[match].tolist()
                 w, h = ax2 - ax1, ay2 - ay1
-                wanted = [
+                expected = [
                     1 * ((x1 + x2) / 2 - (ax1 + ax2) / 2) / w,
                     2 * ((y1 + y2) / 2 - (ay1 + ay2) / 2) / h,
                     3 * math.log((x2 - x1) / w),
                     4 * math.log((y2 - y1) / h),
                 ]
-                box_sum += sum(abs(a - b) for a, b in zip(deltas[anchor], wanted))
-    number = max(positives, 1)
-    return class_sum / number, box_sum / number, positives, ignored, probability / number
+                box_sum += sum(abs(a - b) for a, b in zip(deltas[anchor], expected))
+    num_pos = max(positives, 1)
+    return class_sum / num_pos, box_sum / num_pos, positives, ignored, probability / num_pos
 
 
 @pytest.mark.parametrize("classes", [1, 2, 3])
@@ -111,7 +111,7 @@ def test_equals_plain_loops(classes):
     assert losses.diagnostics["positives_per_image"].item() == pytest.approx(positives / 2)
 
 
-def test_an_image_without_boxes_among_others():
+def test_an_image_without_boxes_learns_only_background():
     predictions, targets = random_case(images=3)
     targets[1] = NOTHING
     losses = build()(predictions, targets)
@@ -123,7 +123,7 @@ def test_an_image_without_boxes_among_others():
 
 
 @pytest.mark.parametrize("losses", [(Focal(), L1()), (GHMC(), GHMR())])
-def test_a_batch_without_any_box(losses):
+def test_a_batch_without_any_box_has_a_class_loss_only(losses):
     class_loss, box_loss = losses
     predictions, _ = random_case()
     result = build(class_loss=class_loss, box_loss=box_loss)(predictions, [NOTHING, NOTHING])
@@ -131,10 +131,11 @@ def test_a_batch_without_any_box(losses):
     assert all(value.isfinite() for value in result.diagnostics.values())
     result.total.backward()
     assert predictions.logits.grad.all()
-    assert predictions.deltas.grad is not None and not predictions.deltas.grad.any()  # none would stop DDP
+    # A gradient of None would stop DDP.
+    assert predictions.deltas.grad is not None and not predictions.deltas.grad.any()
 
 
-def test_a_batch_without_any_box_by_hand():
+def test_the_class_loss_of_a_batch_without_any_box_by_hand():
     predictions, _ = random_case()
     expected = by_hand(predictions, [NOTHING, NOTHING], 3)[0]
     assert build()(predictions, [NOTHING, NOTHING]).terms["class"].item() == pytest.approx(expected, rel=1e-4)
@@ -149,7 +150,7 @@ def test_ignored_anchors_get_no_gradient_and_all_others_do():
         assert torch.equal(deltas.any(dim=1), assignment.positive)
 
 
-def test_weights_multiply():
+def test_weights_multiply_the_losses():
     predictions, targets = random_case()
     plain, weighted = build()(predictions, targets), build(class_weight=3.0, box_weight=0.5)(predictions, targets)
     torch.testing.assert_close(weighted.terms["class"], 3 * plain.terms["class"])
@@ -157,7 +158,7 @@ def test_weights_multiply():
     torch.testing.assert_close(weighted.total, weighted.terms["class"] + weighted.terms["box"])
 
 
-def test_diagnostics_are_detached_and_do_not_see_weights():
+def test_diagnostics_are_detached_and_do_not_depend_on_weights():
     predictions, targets = random_case()
     plain, weighted = build()(predictions, targets), build(class_weight=3.0, box_weight=0.5)(predictions, targets)
     assert plain.diagnostics.keys() == {"true_class_probability", "positives_per_image"}
@@ -170,12 +171,14 @@ def test_diagnostics_are_detached_and_do_not_see_weights():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_predictions_are_taken_in_float32(dtype):
     predictions, targets = random_case()
-    half = predictions._replace(
+    half_inputs = predictions._replace(
         logits=predictions.logits.detach().to(dtype).requires_grad_(),
         deltas=predictions.deltas.detach().to(dtype).requires_grad_(),
     )
-    wide = half._replace(logits=half.logits.detach().float(), deltas=half.deltas.detach().float())
-    losses, expected = build()(half, targets), build()(wide, targets)
+    float_inputs = half_inputs._replace(
+        logits=half_inputs.logits.detach().float(), deltas=half_inputs.deltas.detach().float()
+    )
+    losses, expected = build()(half_inputs, targets), build()(float_inputs, targets)
     for name, term in losses.terms.items():
         assert term.dtype == torch.float32
         assert torch.equal(term, expected.terms[name])
@@ -183,19 +186,19 @@ def test_half_precision_predictions_are_taken_in_float32(dtype):
         assert value.dtype == torch.float32
         assert torch.equal(value, expected.diagnostics[name])
     losses.total.backward()
-    assert half.logits.grad.dtype == half.deltas.grad.dtype == dtype
-    assert half.logits.grad.any() and half.deltas.grad.any()
+    assert half_inputs.logits.grad.dtype == half_inputs.deltas.grad.dtype == dtype
+    assert half_inputs.logits.grad.any() and half_inputs.deltas.grad.any()
 
 
-def test_losses_are_given_float32():
+def test_losses_receive_float32():
     class Strict(L1):
         def forward(self, deltas, targets, num_pos):
             assert deltas.dtype == targets.dtype == torch.float32
             return super().forward(deltas, targets, num_pos)
 
     predictions, targets = random_case()
-    half = predictions._replace(logits=predictions.logits.bfloat16(), deltas=predictions.deltas.bfloat16())
-    build(box_loss=Strict())(half, targets)
+    half_inputs = predictions._replace(logits=predictions.logits.bfloat16(), deltas=predictions.deltas.bfloat16())
+    build(box_loss=Strict())(half_inputs, targets)
 
 
 def test_each_loss_is_called_once_on_the_whole_batch():
@@ -222,7 +225,7 @@ def test_permuting_the_images_changes_nothing():
         torch.testing.assert_close(other.terms[name], term)
 
 
-def test_state_of_the_losses_is_saved_and_moves_in_training_only():
+def test_the_state_of_the_losses_is_saved_and_changes_only_in_training():
     predictions, targets = random_case()
     criterion = build(class_loss=GHMC(), box_loss=GHMR())
     assert {"class_loss.average", "box_loss.average"} <= criterion.state_dict().keys()
@@ -235,14 +238,14 @@ def test_state_of_the_losses_is_saved_and_moves_in_training_only():
 
 
 def positives(predictions, targets):
-    """Image and anchor of each positive, and its box, by the assigner alone."""
-    found = [IoUAssigner(0.5, 0.4)(predictions.anchors, target.boxes) for target in targets]
-    image, anchor = torch.stack([one.positive for one in found]).nonzero(as_tuple=True)
-    boxes = torch.stack([targets[i].boxes[found[i].gt_index[a]] for i, a in zip(image.tolist(), anchor.tolist())])
-    return found, image, anchor, boxes
+    """The assignment of each image; and image, anchor and box of each positive: by the assigner alone."""
+    assignments = [IoUAssigner(0.5, 0.4)(predictions.anchors, target.boxes) for target in targets]
+    image, anchor = torch.stack([assignment.positive for assignment in assignments]).nonzero(as_tuple=True)
+    boxes = torch.stack([targets[i].boxes[assignments[i].gt_index[a]] for i, a in zip(image.tolist(), anchor.tolist())])
+    return assignments, image, anchor, boxes
 
 
-def test_a_box_loss_that_takes_boxes_is_given_pixels():
+def test_a_box_loss_that_takes_boxes_receives_pixels():
     predictions, targets = random_case()
     _, image, anchor, boxes = positives(predictions, targets)
     criterion = build(box_loss=GIoU())
@@ -251,40 +254,40 @@ def test_a_box_loss_that_takes_boxes_is_given_pixels():
     torch.testing.assert_close(criterion(predictions, targets).terms["box"], expected)
 
 
-def test_a_class_loss_that_takes_quality_is_given_the_iou_of_the_predicted_boxes():
+def test_a_class_loss_that_takes_quality_receives_the_iou_of_the_predicted_boxes():
     predictions, targets = random_case()
-    found, image, anchor, boxes = positives(predictions, targets)
+    assignments, image, anchor, boxes = positives(predictions, targets)
     criterion = build(class_loss=QualityFocal())
     losses = criterion(predictions, targets)
 
     decoded = criterion.coder.decode(predictions.deltas[image, anchor].detach(), predictions.anchors[anchor])
     quality = torch.zeros(len(targets), ANCHORS)
     quality[image, anchor] = box_iou(decoded, boxes).diagonal()
-    labels = torch.stack([torch.where(one.positive, t.labels[one.gt_index], 3) for one, t in zip(found, targets)])
-    valid = ~torch.stack([one.ignored for one in found])
+    labels = torch.stack([torch.where(a.positive, t.labels[a.gt_index], 3) for a, t in zip(assignments, targets)])
+    valid = ~torch.stack([a.ignored for a in assignments])
     rest = labels.flatten(), valid.flatten(), len(boxes), quality.flatten()
     torch.testing.assert_close(losses.terms["class"], QualityFocal()(predictions.logits.flatten(0, 1), *rest))
     losses.terms["class"].backward()
     assert predictions.deltas.grad is None or not predictions.deltas.grad.any()
 
 
-def test_scope_level_calls_a_loss_once_for_each_level_and_adds_up():
+def test_scope_level_sums_one_call_of_a_loss_for_each_level():
     predictions, targets = random_case()
     levels = (25, 10, 5)
-    found, image, anchor, boxes = positives(predictions, targets)
+    assignments, image, anchor, boxes = positives(predictions, targets)
     criterion = build(class_loss=GHMC(scope="level"), box_loss=GHMR(scope="level"))
     losses = criterion(predictions._replace(levels=levels), targets)
 
     class_loss, box_loss, class_sum, box_sum, start = GHMC(), GHMR(), 0.0, 0.0, 0
-    labels = torch.stack([torch.where(one.positive, t.labels[one.gt_index], 3) for one, t in zip(found, targets)])
-    valid = ~torch.stack([one.ignored for one in found])
+    labels = torch.stack([torch.where(a.positive, t.labels[a.gt_index], 3) for a, t in zip(assignments, targets)])
+    valid = ~torch.stack([a.ignored for a in assignments])
     encoded = criterion.coder.encode(boxes, predictions.anchors[anchor])
     for size in levels:
-        own = slice(start, start + size)
-        logits = predictions.logits[:, own].flatten(0, 1)
-        class_sum += class_loss(logits, labels[:, own].flatten(), valid[:, own].flatten(), len(boxes))
-        inside = (anchor >= own.start) & (anchor < own.stop)
-        box_sum += box_loss(predictions.deltas[image, anchor][inside], encoded[inside], len(boxes))
+        level = slice(start, start + size)
+        logits = predictions.logits[:, level].flatten(0, 1)
+        class_sum += class_loss(logits, labels[:, level].flatten(), valid[:, level].flatten(), len(boxes))
+        in_level = (anchor >= level.start) & (anchor < level.stop)
+        box_sum += box_loss(predictions.deltas[image, anchor][in_level], encoded[in_level], len(boxes))
         start += size
     torch.testing.assert_close(losses.terms["class"], class_sum)
     torch.testing.assert_close(losses.terms["box"], box_sum)
@@ -292,73 +295,80 @@ def test_scope_level_calls_a_loss_once_for_each_level_and_adds_up():
     assert torch.equal(criterion.class_loss.average, class_loss.average)
 
 
-# ----------------------------------------------------------------------------- where nothing may wait for the device
+# --------------------------------------------------------------------------------- no step may wait for the device
 
 CLASS_LOSSES = [CrossEntropy, Focal, GHMC, partial(GHMC, scope="level"), QualityFocal, Varifocal, RankSort]
 BOX_LOSSES = [SmoothL1, L1, ASL1, BalancedL1, GHMR, partial(GHMR, scope="level"), GIoU, DIoU, CIoU]
-PAIRS = [*((one, L1) for one in CLASS_LOSSES), *((Focal, one) for one in BOX_LOSSES)]
+PAIRS = [*((loss, L1) for loss in CLASS_LOSSES), *((Focal, loss) for loss in BOX_LOSSES)]
 
 
 @pytest.mark.parametrize(("class_loss", "box_loss"), PAIRS)
 @pytest.mark.parametrize("boxes", ["everywhere", "in one image", "nowhere"])
 def test_matching_before_the_model_runs_changes_nothing(class_loss, box_loss, boxes):
-    found = []
-    for before in (True, False):
+    results = []
+    for match_first in (True, False):
         predictions, targets = random_case()
         targets = targets if boxes == "everywhere" else [targets[0] if boxes == "in one image" else NOTHING, NOTHING]
         predictions = predictions._replace(levels=(25, 10, 5))
-        one = build(class_loss=class_loss(), box_loss=box_loss())
-        matches = one.match(Grid(predictions.anchors, predictions.levels), targets) if before else None
-        losses = one(predictions, targets, matches)
+        criterion = build(class_loss=class_loss(), box_loss=box_loss())
+        matches = criterion.match(Grid(predictions.anchors, predictions.levels), targets) if match_first else None
+        losses = criterion(predictions, targets, matches)
         losses.total.backward()
-        seen = observe(one, predictions, targets, matches=matches)
-        found.append(
-            [losses.terms, losses.diagnostics, predictions.logits.grad, predictions.deltas.grad, one.state_dict(), seen]
+        observation = observe(criterion, predictions, targets, matches=matches)
+        results.append(
+            [
+                losses.terms,
+                losses.diagnostics,
+                predictions.logits.grad,
+                predictions.deltas.grad,
+                criterion.state_dict(),
+                observation,
+            ]
         )
-    torch.testing.assert_close(*found, rtol=0, atol=0)
+    torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("class_loss", "box_loss"), PAIRS)
-def test_outputs_that_do_not_count_may_be_anything(class_loss, box_loss):
-    found = []
-    for dirt in (None, torch.nan, torch.inf, -torch.inf):
+def test_outputs_that_no_loss_uses_may_be_anything(class_loss, box_loss):
+    results = []
+    for filler in (None, torch.nan, torch.inf, -torch.inf):
         predictions, targets = random_case()
-        if dirt is not None:
+        if filler is not None:
             assignments, *_ = positives(predictions, targets)
             with torch.no_grad():
-                predictions.logits[torch.stack([one.ignored for one in assignments])] = dirt
-                predictions.deltas[~torch.stack([one.positive for one in assignments])] = dirt
+                predictions.logits[torch.stack([one.ignored for one in assignments])] = filler
+                predictions.deltas[~torch.stack([one.positive for one in assignments])] = filler
         one = build(class_loss=class_loss(), box_loss=box_loss())
         losses = one(predictions._replace(levels=(25, 10, 5)), targets)
         losses.total.backward()
-        found.append([losses.terms, losses.diagnostics, predictions.logits.grad, predictions.deltas.grad])
-    for other in found[1:]:
-        torch.testing.assert_close(other, found[0], rtol=0, atol=0)
+        results.append([losses.terms, losses.diagnostics, predictions.logits.grad, predictions.deltas.grad])
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("assigner", [IoUAssigner, ATSSAssigner])
-def test_images_matched_together_learn_what_each_does_alone(assigner, monkeypatch):
-    """As on a GPU, where images are padded with boxes of zeros; one image has no box."""
+def test_images_matched_together_get_the_matches_of_each_alone(assigner, monkeypatch):
+    """A GPU matches images together, padded with boxes of zeros. One image here has no box."""
     predictions, targets = random_case()
     predictions = predictions._replace(levels=(25, 10, 5))
     targets[-1] = Target(targets[-1].boxes[:0], targets[-1].labels[:0])
-    one = build()
-    one.assigner = assigner()
-    alone = one.match(predictions, targets)
+    criterion = build()
+    criterion.assigner = assigner()
+    separate_matches = criterion.match(predictions, targets)
     monkeypatch.setattr(criterion_module, "split_boxes", lambda anchors, boxes, counts: boxes.split(len(boxes)))
-    together = one.match(predictions, targets)
-    assert len(alone.boxes) > 0
+    joint_matches = criterion.match(predictions, targets)
+    assert len(separate_matches.boxes) > 0
     for name in ("labels", "valid", "positive", "num_pos", "rows", "anchors", "boxes"):
-        assert torch.equal(getattr(alone, name), getattr(together, name))
+        assert torch.equal(getattr(separate_matches, name), getattr(joint_matches, name))
 
 
-@pytest.mark.parametrize(("class_loss", "box_loss"), [pair for pair in PAIRS if RankSort not in pair])  # it waits
+@pytest.mark.parametrize(("class_loss", "box_loss"), [pair for pair in PAIRS if RankSort not in pair])  # RankSort waits
 @pytest.mark.parametrize("assigner", [IoUAssigner, ATSSAssigner])
 def test_on_a_gpu_no_step_depends_on_data(class_loss, box_loss, assigner, monkeypatch):
     """With tensors that have no values, any step that needs one raises. No numbers are copied from the host."""
     monkeypatch.setattr(dispatch, "compiles", lambda logits: False)
     monkeypatch.setattr(dispatch, "triton_for", lambda logits: None)  # it would run on these tensors' values
-    pending = SimpleNamespace(get=lambda: torch.tensor(7))  # a value that it copies without a wait
+    pending = SimpleNamespace(get=lambda: torch.tensor(7))  # a value that the criterion copies without a wait
     monkeypatch.setattr(criterion_module, "PendingCopy", lambda number: pending)
     with FakeTensorMode(), Copies() as copies:
         cuda = torch.device("cuda", 0)
@@ -371,12 +381,12 @@ def test_on_a_gpu_no_step_depends_on_data(class_loss, box_loss, assigner, monkey
         labels = torch.zeros(6, dtype=torch.int64, device=cuda)
         targets = [Target(torch.rand(6, 4, device=cuda), labels), Target(predictions.anchors[:0], labels[:0])]
         with torch.device(cuda):  # the losses' own state
-            one = build(class_loss=class_loss(), box_loss=box_loss())
-        one.assigner = assigner()
-        losses = one(predictions, targets)
+            criterion = build(class_loss=class_loss(), box_loss=box_loss())
+        criterion.assigner = assigner()
+        losses = criterion(predictions, targets)
         assert losses.total.device == cuda and all(value.device == cuda for value in losses.diagnostics.values())
         with pytest.raises(RuntimeError):
-            losses.total.item()  # the test can fail
+            losses.total.item()  # proof that a wait would raise
     assert not copies.found
 
 
@@ -389,7 +399,7 @@ class Copies(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        came = any(isinstance(one, torch.Tensor) and one.device.type == "cpu" and one.ndim for one in args)
-        if came and isinstance(result, torch.Tensor) and result.device.type == "cuda":
+        from_host = any(isinstance(arg, torch.Tensor) and arg.device.type == "cpu" and arg.ndim for arg in args)
+        if from_host and isinstance(result, torch.Tensor) and result.device.type == "cuda":
             self.found.append(func)
         return result

@@ -23,14 +23,14 @@ flags\t\t: fpu avx512f {flags}
         ("AuthenticAMD", "avx2", "float32"),
     ],
 )
-def test_bfloat16_where_the_processor_gains_by_it(vendor, flags, precision, monkeypatch):
+def test_bfloat16_where_the_processor_has_units_for_it(vendor, flags, precision, monkeypatch):
     monkeypatch.setattr(Path, "read_text", lambda path, encoding: FACTS.format(vendor=vendor, flags=flags))
-    found, reason = pick_precision("auto", CPU)
-    assert found == precision
+    picked_precision, reason = pick_precision("auto", CPU)
+    assert picked_precision == precision
     assert reason == f"the cpu has {'no ' if precision == 'float32' else ''}matrix units for bfloat16"
 
 
-def test_float32_where_the_processor_does_not_say(monkeypatch):
+def test_float32_where_the_processor_is_unknown(monkeypatch):
     def absent(path, encoding):
         raise FileNotFoundError
 
@@ -44,7 +44,7 @@ def test_bfloat16_where_the_gpu_has_it(capability, precision, monkeypatch):
     assert pick_precision("auto", torch.device("cuda"))[0] == precision
 
 
-def test_what_is_asked_for_is_taken():
+def test_explicit_settings_are_used():
     assert pick_precision("float16", CPU) == ("float16", "as configured")
     assert [pick_workers(number, device) for device in (CPU, CUDA) for number in (0, 40)] == [0, 40, 0, 40]
 
@@ -53,7 +53,7 @@ def test_what_is_asked_for_is_taken():
     ("cores", "processes", "on_cpu", "on_gpu"),
     [(1, 1, 0, 1), (2, 1, 1, 1), (16, 1, 1, 15), (192, 1, 1, 16), (64, 8, 1, 7), (8, 8, 0, 1), (4, 8, 0, 1)],
 )
-def test_as_many_load_as_there_are_cores_for(cores, processes, on_cpu, on_gpu, monkeypatch):
+def test_the_number_of_workers_follows_the_number_of_cores(cores, processes, on_cpu, on_gpu, monkeypatch):
     monkeypatch.setenv("PYTHON_CPU_COUNT", str(cores))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     assert (pick_workers("auto", CPU), pick_workers("auto", CUDA)) == (on_cpu, on_gpu)
@@ -65,13 +65,13 @@ def test_as_many_load_as_there_are_cores_for(cores, processes, on_cpu, on_gpu, m
     ("limit", "cores"),
     [("max 100000", 12), ("400000 100000", 4), ("150000 100000", 1), ("50000 100000", 1), ("9900000 100000", 12)],
 )
-def test_cores_are_those_of_the_affinity_and_of_a_containers_limit(limit, cores, monkeypatch):
+def test_usable_cores_respect_affinity_and_a_containers_limit(limit, cores, monkeypatch):
     monkeypatch.delenv("PYTHON_CPU_COUNT", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(12)), raising=False)
     monkeypatch.setattr(Path, "read_text", lambda path, encoding: limit + "\n")
     assert usable_cores() == cores
 
 
-def test_a_device_that_is_not_there_is_one_line():
+def test_a_missing_device_is_refused_in_one_line():
     with pytest.raises(UserError, match=r"^device: 'nonsense' cannot be used here .*; try auto$"):
         pick_device("nonsense")

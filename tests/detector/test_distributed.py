@@ -1,4 +1,4 @@
-"""Two processes with half of each batch are one process with all of it, whatever the losses; and what is compared."""
+"""Two processes with half of each batch train as one with all of it, whatever the losses; and they must agree."""
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
@@ -74,7 +74,7 @@ def small_model():
 
 
 def batches():
-    """Noise, and 0 to 3 boxes an image; in the second step the second process, of two, has none."""
+    """Images of noise with 0 to 3 boxes. In the second step, the second of two processes has no boxes."""
     rng = torch.Generator().manual_seed(1)
     for step in range(STEPS):
         targets = []
@@ -86,8 +86,8 @@ def batches():
         yield torch.randint(0, 256, (BATCH, 3, SIDE, SIDE), generator=rng, dtype=torch.uint8), targets
 
 
-def run(case, shares, of):
-    """Split each batch into `of` shares and train on some of them, each share with its own criterion.
+def run(case, shares, num_shares):
+    """Split each batch into `num_shares` shares and train on some of them, each with a separate criterion.
 
     Returns the loss terms and gradient norm of each step, the criteria's states and how far the weights have moved.
     """
@@ -97,38 +97,42 @@ def run(case, shares, of):
     criteria = [assemble.build_criterion(cfg) for _ in shares]
     solver = Solver(model, total_steps=STEPS, lr=0.2, lr_batch_size=None, warmup_steps=0, clip_norm=1.0, ema=0.9)
     replica = distributed.replicate(model, torch.device("cpu"))
-    printed = []
+    records = []
     for images, targets in batches():
         if len(shares) > 1:  # stands in for as many processes
             with torch.no_grad():
-                everywhere = criteria[0].match(model(images), targets).num_pos
-            parts = [as_process(criterion, everywhere, of) for criterion in criteria]
+                num_pos = criteria[0].match(model(images), targets).num_pos
+            parts = [as_process(criterion, num_pos, num_shares) for criterion in criteria]
         else:
             parts = criteria
-        losses = [part(replica(images[i::of]), targets[i::of]) for i, part in zip(shares, parts)]
-        terms = {name: distributed.all_sum(sum(one.terms[name].detach() for one in losses)) for name in losses[0].terms}
-        solver.backward(sum(one.total for one in losses) * distributed.world_size())
-        printed.append({**terms, "gradient_norm": solver.clip_gradients()})
+        losses = [part(replica(images[i::num_shares]), targets[i::num_shares]) for i, part in zip(shares, parts)]
+        terms = {
+            name: distributed.all_sum(sum(loss.terms[name].detach() for loss in losses)) for name in losses[0].terms
+        }
+        solver.backward(sum(loss.total for loss in losses) * distributed.world_size())
+        records.append({**terms, "gradient_norm": solver.clip_gradients()})
         solver.step()
-    moved = {name: value - start[name] for name, value in model.state_dict().items()}
-    averaged = {f"averaged {name}": value - start[name] for name, value in solver.evaluated_model.state_dict().items()}
-    return printed, [criterion.state_dict() for criterion in criteria], moved | averaged
+    weight_changes = {name: value - start[name] for name, value in model.state_dict().items()}
+    ema_changes = {
+        f"averaged {name}": value - start[name] for name, value in solver.evaluated_model.state_dict().items()
+    }
+    return records, [criterion.state_dict() for criterion in criteria], weight_changes | ema_changes
 
 
-def as_process(criterion, num_pos, of):
-    """A copy that shares the criterion's state, with all processes' positives, as one of `of` if counts are local."""
-    part = copy.copy(criterion)
+def as_process(criterion, num_pos, num_shares):
+    """A shallow copy with the positives of all processes. Losses with local counts weigh 1 / `num_shares`."""
+    copied = copy.copy(criterion)
 
     def match(*batch):
         matches = criterion.match(*batch)
         matches.num_pos = num_pos
         return matches
 
-    part.match = match
+    copied.match = match
     for loss in ("class", "box"):
-        if getattr(getattr(part, f"{loss}_loss"), "local_counts", False):
-            setattr(part, f"{loss}_weight", getattr(part, f"{loss}_weight") / of)
-    return part
+        if getattr(getattr(copied, f"{loss}_loss"), "local_counts", False):
+            setattr(copied, f"{loss}_weight", getattr(copied, f"{loss}_weight") / num_shares)
+    return copied
 
 
 def error_of(call, *arguments):
@@ -139,9 +143,9 @@ def error_of(call, *arguments):
 
 def process(rank, folder):
     torch.set_num_threads(1)
-    alone = {}  # before they meet, each computes half of what one process gives
+    single_results = {}  # before they meet, each computes half of the cases as a single process
     for case in list(CASES)[rank::2]:
-        alone[case] = {"batch": run(case, [0], 1), "shares": run(case, [0, 1], 2) if case in LOCAL else None}
+        single_results[case] = {"batch": run(case, [0], 1), "shares": run(case, [0, 1], 2) if case in LOCAL else None}
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     distributed.same_everywhere({"classes": [1, 3], "solver.lr": 0.1, "nothing": None})
     errors = {
@@ -151,8 +155,8 @@ def process(rank, folder):
         "sync_bn": error_of(distributed.replicate, Backbone("resnet18", "sync_bn", 0), torch.device("cpu")),
     }
     errors |= ended_together(rank)
-    together = {case: run(case, [rank], 2) for case in CASES}
-    torch.save((errors, together, alone), folder / f"out{rank}.pt")
+    joint_results = {case: run(case, [rank], 2) for case in CASES}
+    torch.save((errors, joint_results, single_results), folder / f"out{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -189,44 +193,44 @@ def ended_together(rank):
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
-    """The errors and the results by case of each process, and the results by case of one alone."""
+    """The errors and the results by case of each process, and the results by case of a single process."""
     folder = tmp_path_factory.mktemp("two")
     torch.multiprocessing.spawn(process, args=(folder,), nprocs=2)
-    errors, together, alone = zip(*(torch.load(folder / f"out{rank}.pt") for rank in range(2)))
-    return errors, together, alone[0] | alone[1]
+    errors, joint_results, single_results = zip(*(torch.load(folder / f"out{rank}.pt") for rank in range(2)))
+    return errors, joint_results, single_results[0] | single_results[1]
 
 
-def difference(found, expected):
+def difference(values, expected):
     """The largest difference, relative to the largest value of its tensor."""
-    pairs = [(found[name].double(), value.double()) for name, value in expected.items()]
+    pairs = [(values[name].double(), value.double()) for name, value in expected.items()]
     return max((((a - b).abs().max() / b.abs().max().clamp(min=1e-9)).item() for a, b in pairs), default=0.0)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_equal_one(case, two_processes):
     """With a local loss, they equal one process that calls it on each share with a separate state."""
-    _, (first, second), alone = two_processes
+    _, (first, second), single_results = two_processes
     first, second = first[case], second[case]
-    printed, states, moved = alone[case]["shares" if case in LOCAL else "batch"]
-    assert sum(bool(value.any()) for value in moved.values()) > 0.9 * len(moved)
-    measured = {
-        "loss": max(map(difference, first[0], printed)),
+    records, states, weight_changes = single_results[case]["shares" if case in LOCAL else "batch"]
+    assert sum(bool(value.any()) for value in weight_changes.values()) > 0.9 * len(weight_changes)
+    differences = {
+        "loss": max(map(difference, first[0], records)),
         "state": max(map(difference, (*first[1], *second[1]), states if len(states) == 2 else states * 2)),
-        "weights": difference(first[2], moved),
+        "weights": difference(first[2], weight_changes),
     }
-    print(f"{case:16}", *(f"{name} {value:.1e}" for name, value in measured.items()))
-    assert all(value < TOLERANCES[name] for name, value in measured.items()), measured
-    assert all(torch.equal(first[2][name], second[2][name]) for name in moved)
+    print(f"{case:16}", *(f"{name} {value:.1e}" for name, value in differences.items()))
+    assert all(value < TOLERANCES[name] for name, value in differences.items()), differences
+    assert all(torch.equal(first[2][name], second[2][name]) for name in weight_changes)
 
 
 @pytest.mark.parametrize("case", sorted(LOCAL))
-def test_local_losses_of_two_processes_are_not_those_of_one(case, two_processes):
-    _, (first, _), alone = two_processes
-    (printed, _, moved), first = alone[case]["batch"], first[case]
-    assert max(map(difference, first[0], printed)) > 0.01 and difference(first[2], moved) > 0.01
+def test_two_processes_differ_from_one_with_local_losses(case, two_processes):
+    _, (first, _), single_results = two_processes
+    (records, _, weight_changes), first = single_results[case]["batch"], first[case]
+    assert max(map(difference, first[0], records)) > 0.01 and difference(first[2], weight_changes) > 0.01
 
 
-def test_what_differs_between_processes_is_named_on_each(two_processes):
+def test_a_difference_between_processes_is_named_on_each(two_processes):
     errors = two_processes[0]
     assert errors[0] == errors[1]
     assert errors[0]["value"].startswith("solver.lr differs between processes: '0.1' on rank 0, '0.2' on rank 1;")
@@ -235,7 +239,7 @@ def test_what_differs_between_processes_is_named_on_each(two_processes):
     assert errors[0]["sync_bn"].startswith("model.norm: sync_bn needs a GPU for each process, these 2 are on cpu; use")
 
 
-def test_what_one_meets_ends_both_after_the_same_batch(two_processes):
+def test_an_error_in_one_process_ends_both_after_the_same_batch(two_processes):
     errors = two_processes[0]
     assert errors[0] == errors[1]
     assert errors[0]["block"] == "x.png: broken" and errors[0]["each"] == "of 0"
@@ -244,12 +248,12 @@ def test_what_one_meets_ends_both_after_the_same_batch(two_processes):
 
 
 @pytest.mark.parametrize("message", ["[..pair.cc:544] Connection closed by peer [127.0.0.1]:1", "Broken pipe"])
-def test_the_end_of_another_process_is_one_line(monkeypatch, command, message):
+def test_the_end_of_another_process_is_reported_in_one_line(monkeypatch, command, message):
     def main():
         with distributed.group(torch.device("cpu")):
             raise RuntimeError(message)
 
-    with pytest.raises(RuntimeError, match=r"peer|pipe"):  # alone it is something else
+    with pytest.raises(RuntimeError, match=r"peer|pipe"):  # a single process gets the error itself
         command(main)
     monkeypatch.setattr(distributed, "setup", lambda device: device)
     monkeypatch.setenv("RANK", "3")
@@ -262,7 +266,7 @@ def test_equal_values_are_reported_together(monkeypatch):
     assert "'7' on rank 0 and 2 more, '5' on rank 1" in message
 
 
-def test_alone_nothing_is_compared_and_sync_bn_is_bn():
+def test_a_single_process_compares_nothing_and_sync_bn_is_bn():
     distributed.same_everywhere({"anything": object()})
     outputs, states = [], []
     for norm in ("bn", "sync_bn"):
@@ -285,22 +289,22 @@ def test_one_process_of_torchrun_needs_no_group(monkeypatch):
     assert not dist.is_initialized()
 
 
-def test_what_an_earlier_start_left_in_the_store_is_not_taken():
+def test_keys_of_an_earlier_start_in_the_store_are_not_used():
     server = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    # Of a start in which process 1 had asked and been answered, and process 2 had asked alone.
-    left = {"question/1": "old", "answer/old": "earlier", "earlier/1": "taken", "question/2": "older"}
-    for key, value in left.items():
+    # From a start in which process 1 had asked and got an answer, and process 2 had only asked.
+    stale_keys = {"question/1": "old", "answer/old": "earlier", "earlier/1": "taken", "question/2": "older"}
+    for key, value in stale_keys.items():
         server.set(key, value)
 
     def join(rank: int) -> str:
         store = dist.TCPStore("localhost", server.port, is_master=False, timeout=timedelta(seconds=20))
-        shared = distributed._unused(store, rank, 3)
-        shared.set(f"address/{rank}", str(rank))
-        return [shared.get(f"address/{other}") for other in range(3)], store
+        prefix_store = distributed._unused(store, rank, 3)
+        prefix_store.set(f"address/{rank}", str(rank))
+        return [prefix_store.get(f"address/{other}") for other in range(3)], store
 
     with ThreadPoolExecutor(3) as pool:
         for _ in range(2):
-            found = list(pool.map(join, range(3)))
-            assert all(addresses == [b"0", b"1", b"2"] for addresses, _ in found)
+            results = list(pool.map(join, range(3)))
+            assert all(addresses == [b"0", b"1", b"2"] for addresses, _ in results)
     names = {key.split("/")[0] for key in server.list_keys()} - {"question", "answer", "earlier", "init"}
     assert len(names) == 2, names

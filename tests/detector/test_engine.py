@@ -1,4 +1,4 @@
-"""The two loops: what a step does, what stops it, and what evaluation gives and leaves alone."""
+"""The loops of training and of prediction: what a step does, what stops it, and what evaluation leaves unchanged."""
 
 import copy
 import os
@@ -88,7 +88,7 @@ def test_a_step_moves_the_weights_and_is_logged():
     assert model.training and criterion.training
 
 
-def test_it_ends_where_the_solver_is_done():
+def test_training_ends_when_the_solver_is_done():
     model, criterion, solver = make(steps=2)
     logger = Recorder()
     train_until(model, criterion, [batch()] * 5, solver, logger, CPU, until_step=4)
@@ -97,7 +97,7 @@ def test_it_ends_where_the_solver_is_done():
 
 
 @pytest.mark.parametrize("error", [UserError("an image cannot be read"), Stopped(signal.SIGTERM)])
-def test_an_error_in_place_of_a_batch_comes_after_the_step_before(error):
+def test_an_error_in_place_of_a_batch_is_raised_after_the_step_before(error):
     def stream():
         yield batch()
         raise error
@@ -109,25 +109,25 @@ def test_an_error_in_place_of_a_batch_comes_after_the_step_before(error):
     assert solver.step_count == len(logger.steps) == 1
 
 
-def test_gradients_are_observed_when_asked_for_and_change_nothing():
-    after = []
+def test_gradients_are_observed_on_request_and_change_nothing():
+    states = []
     for observe in ((), (2,)):
         model, criterion, solver = make(steps=3)
-        printed = Recorder(observe)
-        train(model, criterion, [batch(seed=i) for i in range(3)], solver, printed, CPU)
-        after.append([*model.state_dict().values(), *criterion.state_dict().values()])
-        assert all(observation is not None for observation in printed.observed.values())
-    assert all(torch.equal(a, b) for a, b in zip(*after))
+        logger = Recorder(observe)
+        train(model, criterion, [batch(seed=i) for i in range(3)], solver, logger, CPU)
+        states.append([*model.state_dict().values(), *criterion.state_dict().values()])
+        assert all(observation is not None for observation in logger.observed.values())
+    assert all(torch.equal(a, b) for a, b in zip(*states))
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
-def test_a_loss_that_is_not_finite_stops_before_the_update(value):
+def test_a_loss_that_is_not_finite_stops_training_before_the_update(value):
     model, criterion, solver = make()
     solver.step_count = 6
     forward = criterion.forward
 
-    def poisoned(*given):
-        losses = forward(*given)
+    def poisoned(*args):
+        losses = forward(*args)
         return Losses({**losses.terms, "box": losses.terms["box"] * value}, losses.diagnostics)
 
     criterion.forward = poisoned
@@ -141,14 +141,14 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(value):
     assert solver.step_count == 6
 
 
-def test_a_gradient_that_is_not_finite_stops_as_well():
+def test_a_gradient_that_is_not_finite_stops_training():
     model, criterion, solver = make()
     model.head.deltas.bias.register_hook(lambda gradient: gradient * float("inf"))
     with pytest.raises(FloatingPointError, match=r"gradient_norm = (inf|nan) at step 1"):
         train(model, criterion, [batch()], solver, Recorder(), CPU)
 
 
-def test_nan_weights_stop_it():
+def test_nan_weights_stop_training():
     model, criterion, solver = make(class_loss={"name": "focal"})
     with torch.no_grad():
         model.head.logits.weight[0, 0, 0, 0] = float("nan")
@@ -158,18 +158,18 @@ def test_nan_weights_stop_it():
 
 def test_accumulation_visits_every_image_once_in_order():
     model, criterion, solver = make(batch_size=4, accumulate=2)
-    seen, forward = [], model.forward
+    parts, forward = [], model.forward
 
     def spied(images, sizes):
-        seen.append(images)
+        parts.append(images)
         return forward(images, sizes)
 
     model.forward = spied
-    four = batch(ids=(1, 2, 3, 4))
+    full_batch = batch(ids=(1, 2, 3, 4))
     logger = Recorder()
-    train(model, criterion, [four], solver, logger, CPU)
-    assert [len(images) for images in seen] == [2, 2, 2, 2]  # once for what they say, once for the gradient
-    assert torch.equal(torch.cat(seen[:2]), four.images) and torch.equal(torch.cat(seen[2:]), four.images)
+    train(model, criterion, [full_batch], solver, logger, CPU)
+    assert [len(images) for images in parts] == [2, 2, 2, 2]  # once for the outputs, once for the gradient
+    assert torch.equal(torch.cat(parts[:2]), full_batch.images) and torch.equal(torch.cat(parts[2:]), full_batch.images)
     assert solver.step_count == 1 and len(logger.steps) == 1 and logger.steps[0][3] == 4
 
 
@@ -177,8 +177,8 @@ PAIRS = [(name, "smooth_l1") for name in losses.CLASS_LOSSES] + [("focal", name)
 
 
 @pytest.mark.parametrize("class_loss, box_loss", PAIRS)
-def test_accumulated_parts_are_the_whole_batch(class_loss, box_loss):
-    # In float64: a float32 rounding that carries one activation across a ReLU's edge is as large as a fault.
+def test_accumulated_parts_equal_the_whole_batch(class_loss, box_loss):
+    # In float64: if float32 rounding moves one activation across a ReLU's edge, the error is as large as a bug's.
     results = []
     for accumulate in (1, 3):
         model, criterion, solver = make(
@@ -186,30 +186,31 @@ def test_accumulated_parts_are_the_whole_batch(class_loss, box_loss):
             class_loss={"name": class_loss}, box_loss={"name": box_loss},
         )  # fmt: skip
         model.double()
-        model.backbone.requires_grad_(class_loss == "ce")  # once is enough: its gradients take most of the time
+        # One loss is enough: the backbone's gradients take most of the time.
+        model.backbone.requires_grad_(class_loss == "ce")
         before = [p.detach().clone() for p in model.parameters()]
         logger = Recorder()
         for step in range(2):
-            six = batch(ids=range(6), seed=step, size=(32, 32))
-            six = six._replace(images=six.images.double())
-            train(model, criterion, [six], solver, logger, CPU)
-        moved = torch.cat([(p.detach() - b).flatten() for p, b in zip(model.parameters(), before)])
-        results.append((moved, [values for values, *_ in logger.steps], criterion.state_dict()))
-    (moved, values, state), (moved_in_parts, values_in_parts, state_in_parts) = results
-    assert (moved - moved_in_parts).norm() < 1e-9 * moved.norm()
-    for whole, parts in zip(values, values_in_parts):
-        assert whole["positives_per_image"] > 0 and whole == pytest.approx(parts, rel=1e-9)
+            full_batch = batch(ids=range(6), seed=step, size=(32, 32))
+            full_batch = full_batch._replace(images=full_batch.images.double())
+            train(model, criterion, [full_batch], solver, logger, CPU)
+        weight_change = torch.cat([(p.detach() - b).flatten() for p, b in zip(model.parameters(), before)])
+        results.append((weight_change, [values for values, *_ in logger.steps], criterion.state_dict()))
+    (weight_change, values, state), (weight_change_in_parts, values_in_parts, state_in_parts) = results
+    assert (weight_change - weight_change_in_parts).norm() < 1e-9 * weight_change.norm()
+    for step_values, step_values_in_parts in zip(values, values_in_parts):
+        assert step_values["positives_per_image"] > 0 and step_values == pytest.approx(step_values_in_parts, rel=1e-9)
     for name, value in state.items():
         torch.testing.assert_close(state_in_parts[name], value, rtol=1e-9, atol=0)
 
 
-def test_accumulation_leaves_batchnorms_statistics_as_one_pass_does():
-    counted = []
+def test_accumulation_updates_batchnorm_statistics_once_for_each_part():
+    batch_counts = []
     for accumulate in (1, 2):
         model, criterion, solver = make(norm="bn", batch_size=4, accumulate=accumulate)
         train(model, criterion, [batch(ids=range(4))], solver, Recorder(), CPU)
-        counted.append(int(model.backbone.bn1.num_batches_tracked))
-    assert counted == [1, 2]  # the parts, each once
+        batch_counts.append(int(model.backbone.bn1.num_batches_tracked))
+    assert batch_counts == [1, 2]  # each part once
 
 
 def test_a_step_that_is_not_finite_may_be_skipped():
@@ -228,7 +229,7 @@ def test_a_step_that_is_not_finite_may_be_skipped():
     assert solver.step_count == 2 and any(not torch.equal(before[k], v) for k, v in model.named_parameters())
 
 
-def test_it_ends_at_the_step_it_is_given_and_between_two_where_it_is_asked_to():
+def test_training_ends_at_the_given_step_and_after_a_signal():
     model, criterion, solver = make()
     train_until(model, criterion, [batch()] * 5, solver, Recorder(), CPU, until_step=2)
     assert solver.step_count == 2
@@ -244,15 +245,15 @@ def test_it_ends_at_the_step_it_is_given_and_between_two_where_it_is_asked_to():
     assert solver.step_count == 3
 
 
-def test_a_stream_goes_on_where_the_last_steps_ended():
+def test_a_stream_continues_where_the_last_call_ended():
     model, criterion, solver = make()
-    seen = []
-    model.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    seen_images = []
+    model.register_forward_pre_hook(lambda _, arguments: seen_images.append(arguments[0]))
     batches = [batch(seed=seed) for seed in range(4)]
-    stream = (one for one in batches)
+    stream = (loaded_batch for loaded_batch in batches)
     for step in (1, 3, 4):
         train_until(model, criterion, stream, solver, Recorder(), CPU, until_step=step)
-    assert all(images is one.images for images, one in zip(seen, batches, strict=True))
+    assert all(images is loaded_batch.images for images, loaded_batch in zip(seen_images, batches, strict=True))
 
 
 class Fixed(nn.Module):
@@ -267,38 +268,39 @@ def test_predict_gives_every_image_once_in_pixels_of_the_original():
     batches = []
     for size, original, image_id in zip(sizes, originals, (7, 5, 9)):
         batches.append(Batch(torch.zeros(1, 3, 64, 96, dtype=torch.uint8), [None], [image_id], [size], [original]))
-    joined = Batch(torch.zeros(2, 3, 64, 96, dtype=torch.uint8), [None] * 2, [7, 5], sizes[:2], originals[:2])
+    joined_batch = Batch(torch.zeros(2, 3, 64, 96, dtype=torch.uint8), [None] * 2, [7, 5], sizes[:2], originals[:2])
 
     def whole_image(predictions, sizes):
         boxes = [torch.tensor([[0.0, 0, w, h], [w / 2, h / 4, w, h / 2]]) for h, w in sizes]
         return [Detections(box, torch.tensor([0.9, 0.8]), torch.tensor([0, 1])) for box in boxes]
 
-    found = predict(Fixed(), [joined, batches[2]], whole_image, CPU)
-    assert list(found) == [7, 5, 9]
+    detections = predict(Fixed(), [joined_batch, batches[2]], whole_image, CPU)
+    assert list(detections) == [7, 5, 9]
     for image_id, (h, w) in zip((7, 5, 9), originals):
         expected = torch.tensor([[0.0, 0, w, h], [w / 2, h / 4, w, h / 2]])
-        assert torch.allclose(found[image_id].boxes, expected)
-        assert found[image_id].scores.tolist() == pytest.approx([0.9, 0.8])
-        assert found[image_id].labels.tolist() == [0, 1]
+        assert torch.allclose(detections[image_id].boxes, expected)
+        assert detections[image_id].scores.tolist() == pytest.approx([0.9, 0.8])
+        assert detections[image_id].labels.tolist() == [0, 1]
 
 
 def test_predict_joins_the_shares_of_all_processes(monkeypatch):
-    one = Batch(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), [None], [1], [(32, 32)], [(32, 32)])
-    nothing = Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
-    other = {tuple: ({2: nothing, 1: nothing}, []), type(None): None}  # its share, and that it met no error
-    monkeypatch.setattr(engine.distributed, "gather", lambda value: [value, other[type(value)]])
-    assert set(predict(Fixed(), [one], lambda p, sizes: [nothing], CPU)) == {1, 2}
+    own_batch = Batch(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), [None], [1], [(32, 32)], [(32, 32)])
+    no_detections = Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
+    # The other process's values: its detections and bad images; and None, for no error.
+    other_share = {tuple: ({2: no_detections, 1: no_detections}, []), type(None): None}
+    monkeypatch.setattr(engine.distributed, "gather", lambda value: [value, other_share[type(value)]])
+    assert set(predict(Fixed(), [own_batch], lambda p, sizes: [no_detections], CPU)) == {1, 2}
 
 
-def test_predict_stops_where_the_output_is_not_finite_and_all_processes_say_on_which_images(monkeypatch):
+def test_predict_stops_at_an_output_that_is_not_finite_and_every_process_names_the_images(monkeypatch):
     model, _, _ = make()
     postprocess = assemble.build_postprocess(Config())
-    seen, forward = [], model.forward
+    batch_sizes, forward = [], model.forward
 
     def broken(images, sizes):
         predictions = forward(images, sizes)
-        seen.append(len(images))
-        if len(seen) == 2:
+        batch_sizes.append(len(images))
+        if len(batch_sizes) == 2:
             predictions.logits[1] = torch.nan
         return predictions
 
@@ -306,25 +308,26 @@ def test_predict_stops_where_the_output_is_not_finite_and_all_processes_say_on_w
     batches = [batch(ids=(1, 2)), batch(ids=(3, 4)), batch(ids=(5, 6))]
     with pytest.raises(FloatingPointError, match=r"^images \[4\]: the model's output is not finite"):
         predict(model, batches, postprocess, CPU)
-    assert seen == [2, 2]
+    assert batch_sizes == [2, 2]
     gathered = []
-    other = {tuple: ({}, [9]), type(None): None}  # its share, and that it met no error
+    # The other process's values: its detections and bad images; and None, for no error.
+    other_share = {tuple: ({}, [9]), type(None): None}
     monkeypatch.setattr(
-        engine.distributed, "gather", lambda value: gathered.append(value) or [value, other[type(value)]]
+        engine.distributed, "gather", lambda value: gathered.append(value) or [value, other_share[type(value)]]
     )
-    with pytest.raises(FloatingPointError, match=r"^images \[9\]: "):  # this process's own are sound
+    with pytest.raises(FloatingPointError, match=r"^images \[9\]: "):  # this process's images are fine
         predict(model, batches, postprocess, CPU)
     assert gathered[0] is None and set(gathered[1][0]) == {1, 2, 3, 4, 5, 6}
 
 
-def test_evaluation_leaves_statistics_and_the_losses_state_alone(same):
+def test_evaluation_leaves_statistics_and_the_losses_state_unchanged(same):
     model, criterion, solver = make(norm="bn")
     train(model, criterion, [batch()], solver, Recorder(), CPU)
     before = copy.deepcopy((model.state_dict(), criterion.state_dict(), solver.state_dict()))
     postprocess = assemble.build_postprocess(Config(postprocess={"score_threshold": 0}))
-    found = predict(model, [batch(ids=(1, 2)), batch(ids=(3,), seed=1)], postprocess, CPU)
+    detections = predict(model, [batch(ids=(1, 2)), batch(ids=(3,), seed=1)], postprocess, CPU)
     assert same(before, (model.state_dict(), criterion.state_dict(), solver.state_dict()))
-    assert sorted(found) == [1, 2, 3] and all(len(one.boxes) == 100 for one in found.values())
+    assert sorted(detections) == [1, 2, 3] and all(len(result.boxes) == 100 for result in detections.values())
     criterion.eval()
     criterion(model(batch().images), batch().targets)
     assert same(before[1], criterion.state_dict())
@@ -333,29 +336,31 @@ def test_evaluation_leaves_statistics_and_the_losses_state_alone(same):
 def test_predict_does_not_depend_on_the_batch():
     model, _, _ = make(norm="bn")
     postprocess = assemble.build_postprocess(Config(postprocess={"score_threshold": 0}))
-    two, ids = batch(), (1, 2)
-    singles = [Batch(*(values[i : i + 1] for values in two)) for i in range(2)]
-    together, apart = predict(model, [two], postprocess, CPU), predict(model, singles, postprocess, CPU)
+    full_batch, ids = batch(), (1, 2)
+    singles = [Batch(*(values[i : i + 1] for values in full_batch)) for i in range(2)]
+    from_batch, from_singles = predict(model, [full_batch], postprocess, CPU), predict(model, singles, postprocess, CPU)
     for i in ids:
-        assert torch.allclose(together[i].scores, apart[i].scores, atol=1e-5)
+        assert torch.allclose(from_batch[i].scores, from_singles[i].scores, atol=1e-5)
 
 
-def test_bfloat16_is_for_the_model_alone():
+def test_only_the_model_runs_in_bfloat16():
     model, criterion, solver = make(precision="bfloat16")
-    seen, forward = [], criterion.forward
+    dtypes, forward = [], criterion.forward
 
-    def spied(predictions, *given):
-        losses = forward(predictions, *given)
-        seen.append((predictions.logits.dtype, predictions.anchors.dtype, {v.dtype for v in losses.terms.values()}))
+    def spied(predictions, *args):
+        losses = forward(predictions, *args)
+        dtypes.append((predictions.logits.dtype, predictions.anchors.dtype, {v.dtype for v in losses.terms.values()}))
         return losses
 
     criterion.forward = spied
-    # Not 64 pixels: of a P6 of one cell, torch 2.15 makes a bfloat16 gradient of P7's weights from stray memory (CPU).
+    # Not 64 pixels: if P6 has one cell, torch 2.15 reads stray memory for P7's bfloat16 weight gradient on a CPU.
     train(model, criterion, [batch(size=(96, 96))], solver, Recorder(), CPU)
-    assert seen == [(torch.bfloat16, torch.float32, {torch.float32})]
+    assert dtypes == [(torch.bfloat16, torch.float32, {torch.float32})]
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    found = predict(model, [batch()], assemble.build_postprocess(Config(postprocess={"score_threshold": 0})), CPU,
+    detections = predict(model, [batch()], assemble.build_postprocess(Config(postprocess={"score_threshold": 0})), CPU,
                     torch.bfloat16)  # fmt: skip
     assert (
-        {one.boxes.dtype for one in found.values()} == {one.scores.dtype for one in found.values()} == {torch.float32}
+        {result.boxes.dtype for result in detections.values()}
+        == {result.scores.dtype for result in detections.values()}
+        == {torch.float32}
     )

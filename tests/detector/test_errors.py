@@ -11,7 +11,7 @@ import pytest
 from detector.errors import UserError, run_main
 
 ROOT = Path(__file__).parents[2]
-NAME = "Zelle é / 细胞 Жук \udcff"  # the last from a file name of bytes that are no UTF-8
+NAME = "Zelle é / 细胞 Жук \udcff"  # the last stands for a byte of a file name that is no UTF-8
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "gbk", "utf-8"])
@@ -25,14 +25,14 @@ def test_printing_never_fails(monkeypatch, encoding):
         print(NAME)
         raise UserError(NAME)
 
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(SystemExit) as exit_info:
         run_main(main)
-    assert end.value.code == 2
+    assert exit_info.value.code == 2
     for stream, start in ((out, ""), (err, "error: ")):
         stream.flush()
         text = stream.buffer.getvalue().decode(encoding)
         assert text.startswith(start + "Zelle ") and text.endswith("\\udcff\n")
-        # What the encoding has is as it was, the rest as Python writes it.
+        # Characters of the encoding stay as they are; Python's escapes replace the others.
         assert (
             text.encode("ascii", "backslashreplace").decode().removeprefix(start)
             == ascii(NAME)[1:-1].replace("\\\\", "\\") + "\n"
@@ -79,19 +79,19 @@ run_main(main)
 @pytest.mark.parametrize("flags", [[], ["-u"]])
 def test_output_that_cannot_be_written_loses_no_results(tmp_path, output, flags):
     if output == "a full disk":
-        place = os.open("/dev/full", os.O_WRONLY)
+        fd = os.open("/dev/full", os.O_WRONLY)
     else:
-        reader, place = os.pipe()
+        reader, fd = os.pipe()
         os.close(reader)
-    words = [sys.executable, *flags, "-c", PRINTS, tmp_path / "results"]
-    code = [
-        subprocess.run(words, cwd=ROOT, stdout=place, stderr=place).returncode,
-        (done := subprocess.run(words, cwd=ROOT, stdout=place, stderr=subprocess.PIPE, encoding="utf-8")).returncode,
+    command = [sys.executable, *flags, "-c", PRINTS, tmp_path / "results"]
+    exit_codes = [
+        subprocess.run(command, cwd=ROOT, stdout=fd, stderr=fd).returncode,
+        (result := subprocess.run(command, cwd=ROOT, stdout=fd, stderr=subprocess.PIPE, encoding="utf-8")).returncode,
     ]
-    os.close(place)
+    os.close(fd)
     assert (tmp_path / "results").read_text() == "results"
-    last = done.stderr.splitlines()[-1]
+    last_line = result.stderr.splitlines()[-1]
     if output == "a full disk":
-        assert code == [2, 2] and last.startswith("error: all is done") and "No space left" in last
+        assert exit_codes == [2, 2] and last_line.startswith("error: all is done") and "No space left" in last_line
     else:
-        assert code == [0, 0] and last == "x" * 100
+        assert exit_codes == [0, 0] and last_line == "x" * 100

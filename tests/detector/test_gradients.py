@@ -31,7 +31,7 @@ def random_case(images=2, classes=3):
     return Predictions(logits.requires_grad_(), deltas.requires_grad_(), anchors, (ANCHORS,)), targets
 
 
-def test_counts_and_gradients_are_those_of_plain_numpy():
+def test_counts_and_gradients_equal_plain_numpy():
     predictions, targets = random_case()
     criterion = build(CrossEntropy(), ASL1(mu=gradients.MU), class_weight=2.0)
     cells, boxes = gradients.observe(criterion, predictions, targets)
@@ -50,16 +50,16 @@ def test_counts_and_gradients_are_those_of_plain_numpy():
     assert boxes.gradient.numpy() == pytest.approx(np.histogram(g, 10, (0, 1), weights=g / num_pos)[0], rel=1e-4)
 
 
-def test_of_ghm_each_region_gives_as_much_as_its_norm():
+def test_with_ghm_the_gradient_of_a_region_is_proportional_to_its_norm():
     predictions, targets = random_case()
     cells, _ = gradients.observe(build(GHMC(momentum=0.0), GHMR(momentum=0.0)), predictions, targets)
     filled = cells.counts > 0
-    middle = (torch.arange(30) + 0.5) / 30
+    centres = (torch.arange(30) + 0.5) / 30
     # All regions weigh the same, so a region's gradient is its mean norm over their number.
-    torch.testing.assert_close(cells.gradient[filled] * filled.sum(), middle[filled].double(), rtol=0, atol=0.5 / 30)
+    torch.testing.assert_close(cells.gradient[filled] * filled.sum(), centres[filled].double(), rtol=0, atol=0.5 / 30)
 
 
-def test_nothing_is_touched():
+def test_observing_changes_nothing():
     predictions, targets = random_case()
     criterion = build(GHMC(), GHMR())
     criterion(predictions, targets)
@@ -70,16 +70,16 @@ def test_nothing_is_touched():
     assert predictions.logits.grad is None and predictions.deltas.grad is None
 
 
-def test_shares_density_and_beta():
+def test_shares_density_and_beta_by_hand():
     regions = gradients.Regions(torch.tensor([80, 10, 0, 0, 0, 0, 0, 0, 0, 10]), torch.arange(10.0).double())
     assert regions.shares() == pytest.approx({"easy": 0.0, "medium": 36 / 45, "outlier": 9 / 45})
     assert regions.density.tolist() == pytest.approx([8, 1] + [0] * 7 + [1])
     assert regions.beta.tolist() == pytest.approx([0.125, 1] + [0] * 7 + [1])
 
 
-def test_a_batch_without_boxes():
+def test_a_batch_without_boxes_has_no_box_gradients():
     predictions, _ = random_case()
-    nothing = Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
-    cells, boxes = gradients.observe(build(CrossEntropy(), SmoothL1()), predictions, [nothing, nothing])
+    empty_target = Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
+    cells, boxes = gradients.observe(build(CrossEntropy(), SmoothL1()), predictions, [empty_target, empty_target])
     assert cells.counts.sum() == 2 * ANCHORS * 3 and boxes.counts.sum() == 0
     assert boxes.shares() == {"easy": 0.0, "medium": 0.0, "outlier": 0.0}

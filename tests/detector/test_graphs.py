@@ -21,34 +21,34 @@ def gradients_of_steps(graphed, norm, precision, sizes=((64, 96), (96, 64)), rou
     model.train()
     if graphed:
         speed_up(model, compiled=False)
-    found = []
+    gradients = []
     for number in range(rounds):
         for size in sizes:
-            one = batch(seed=number, size=size).to(CUDA)
-            inside = [(size[0] - 10, size[1]), (size[0], size[1] - 20)]
-            matches = criterion.match(model.grid(one.images), one.targets)
+            device_batch = batch(seed=number, size=size).to(CUDA)
+            image_sizes = [(size[0] - 10, size[1]), (size[0], size[1] - 20)]
+            matches = criterion.match(model.grid(device_batch.images), device_batch.targets)
             with autocast(CUDA, precision):
-                predictions = model(one.images, inside)
-            criterion(predictions, one.targets, matches).total.backward()
-            found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+                predictions = model(device_batch.images, image_sizes)
+            criterion(predictions, device_batch.targets, matches).total.backward()
+            gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
             model.zero_grad()
     state = [value.clone() for value in model.state_dict().values()]
-    return found, state, model.graphs
+    return gradients, state, model.graphs
 
 
 @needs_gpu
 @pytest.mark.parametrize("norm", ["bn", "gn"])
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-def test_gradients_and_statistics_are_the_same(norm, precision):
+def test_graphs_do_not_change_gradients_and_statistics(norm, precision):
     expected, expected_state, _ = gradients_of_steps(False, norm, precision)
-    found, state, recorded = gradients_of_steps(True, norm, precision)
-    assert len(recorded.recorded) == 2  # one for each size, after two batches without
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    gradients, state, model_graphs = gradients_of_steps(True, norm, precision)
+    assert len(model_graphs.recorded) == 2  # one graph for each size, after two batches without
+    torch.testing.assert_close(gradients, expected, rtol=0, atol=0)
     torch.testing.assert_close(state, expected_state, rtol=0, atol=0)
 
 
 @needs_gpu
-def test_large_batches_and_passes_without_gradient_go_without(monkeypatch):
+def test_large_batches_and_passes_without_gradient_use_no_graph(monkeypatch):
     model, *_ = make(norm="gn")
     place(model, CUDA, channels_last=True)
     model.train()
@@ -72,14 +72,14 @@ def test_no_step_waits_for_the_device():
         place(model, CUDA, channels_last=True)
         criterion.to(CUDA).train()
         model.train()
-        one = batch().to(CUDA)
+        device_batch = batch().to(CUDA)
         for step in range(2):
-            torch.cuda.set_sync_debug_mode("error" if step else "default")  # the first one compiles
+            torch.cuda.set_sync_debug_mode("error" if step else "default")  # the first step compiles
             try:
-                matches = criterion.match(model.grid(one.images), one.targets)
+                matches = criterion.match(model.grid(device_batch.images), device_batch.targets)
                 with autocast(CUDA, torch.bfloat16):
-                    predictions = model(one.images, one.sizes)
-                criterion(predictions, one.targets, matches).total.backward()
+                    predictions = model(device_batch.images, device_batch.sizes)
+                criterion(predictions, device_batch.targets, matches).total.backward()
             finally:
                 torch.cuda.set_sync_debug_mode("default")
 
@@ -107,9 +107,9 @@ def test_gradients_of_several_parts_add_up():
         backward=Graph(lambda: to_weight.copy_(gradient * x)),
     )
     for part in (torch.tensor([1.0, 10.0]), torch.tensor([4.0, 5.0])):
-        (found,) = graphs._Replay.apply(recorded, part, torch.zeros(1), weight)
-        assert torch.equal(found, weight * part)
-        found.sum().backward()
+        (result,) = graphs._Replay.apply(recorded, part, torch.zeros(1), weight)
+        assert torch.equal(result, weight * part)
+        result.sum().backward()
     assert torch.equal(weight.grad, torch.tensor([5.0, 15.0]))
 
 
@@ -118,7 +118,7 @@ def test_graphs_share_memory_for_each_type():
     owner = graphs.Graphs(model)
     (small,) = owner.shared("outputs", [torch.ones(2, 3)])
     (large,) = owner.shared("outputs", [torch.ones(4, 3, 2, 2).to(memory_format=torch.channels_last)])
-    (again,) = owner.shared("outputs", [torch.ones(3, 3)])
+    (reused,) = owner.shared("outputs", [torch.ones(3, 3)])
     (half,) = owner.shared("outputs", [torch.ones(2, 3, dtype=torch.bfloat16)])
     assert large.is_contiguous(memory_format=torch.channels_last) and half.dtype == torch.bfloat16
-    assert again.shape == (3, 3) and again.data_ptr() == large.data_ptr() != small.data_ptr()
+    assert reused.shape == (3, 3) and reused.data_ptr() == large.data_ptr() != small.data_ptr()

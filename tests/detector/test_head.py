@@ -40,23 +40,23 @@ CELLS = [(0, 0, 0, 0), (0, 11, 19, 8), (0, 3, 7, 5), (1, 5, 2, 1), (2, 2, 4, 3),
 
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("label", [0, 3])
-def test_mark_one_class_cell_and_its_anchor_is_marked(cell, label):
+def test_a_marked_class_cell_marks_its_anchor(cell, label):
     head = Head(channels=1, anchors_per_position=9, num_classes=4, depth=0)
     level, row, column, shape = cell
     logits, _ = head(marked_output(head.logits, level, row, column, shape * 4 + label))
-    anchor, found = marked_anchor(logits)
+    anchor, marked_label = marked_anchor(logits)
     expect_anchor(anchor, *cell)
-    assert found == label
+    assert marked_label == label
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_mark_one_box_cell_and_its_anchor_is_marked(cell):
+def test_a_marked_box_cell_marks_its_anchor(cell):
     head = Head(channels=1, anchors_per_position=9, num_classes=4, depth=0)
     level, row, column, shape = cell
     _, deltas = head(marked_output(head.deltas, level, row, column, shape * 4 + 2))
-    anchor, found = marked_anchor(deltas)
+    anchor, marked_coordinate = marked_anchor(deltas)
     expect_anchor(anchor, *cell)
-    assert found == 2
+    assert marked_coordinate == 2
 
 
 @pytest.mark.parametrize("norm", ["none", "gn"])
@@ -66,12 +66,12 @@ def test_shapes_and_layers(norm, depth):
     logits, deltas = head([torch.randn(2, 8, *grid) for grid in GRIDS])
     count = 3 * sum(height * width for height, width in GRIDS)
     assert logits.shape == (2, count, 5) and deltas.shape == (2, count, 4)
-    kinds = [nn.Conv2d, nn.GroupNorm, nn.ReLU] if norm == "gn" else [ConvReLU, nn.Identity]
+    layer_types = [nn.Conv2d, nn.GroupNorm, nn.ReLU] if norm == "gn" else [ConvReLU, nn.Identity]
     for tower in (head.class_tower, head.box_tower):
-        assert [type(layer) for layer in tower] == kinds * depth
+        assert [type(layer) for layer in tower] == layer_types * depth
 
 
-def test_an_untrained_head_says_the_prior_everywhere():
+def test_an_untrained_head_predicts_the_prior_everywhere():
     head = Head(channels=8, anchors_per_position=3, num_classes=5, depth=1, width=32, prior=0.03)
     logits, deltas = head([torch.zeros(1, 8, *grid) for grid in GRIDS])
     torch.testing.assert_close(logits.sigmoid(), torch.full_like(logits, 0.03))
@@ -81,9 +81,9 @@ def test_an_untrained_head_says_the_prior_everywhere():
 def test_levels_share_the_towers_and_do_not_mix():
     head = Head(channels=8, anchors_per_position=3, num_classes=5, depth=2, width=32).eval()
     levels = [torch.randn(1, 8, 4, 4) for _ in GRIDS]
-    joined, _ = head(levels)
-    apart = torch.cat([head([level])[0] for level in levels], dim=1)
-    torch.testing.assert_close(joined, apart)
+    joined_logits, _ = head(levels)
+    separate_logits = torch.cat([head([level])[0] for level in levels], dim=1)
+    torch.testing.assert_close(joined_logits, separate_logits)
     levels[2] = levels[0]
     logits = head(levels)[0].view(1, 5, 48, 5)
     torch.testing.assert_close(logits[:, 2], logits[:, 0])

@@ -1,4 +1,4 @@
-"""What is logged, where, and when nothing is."""
+"""The curves, images and lines of the log, where they go, and when there are none."""
 
 from types import SimpleNamespace
 
@@ -39,7 +39,7 @@ def test_curves_have_the_first_step_and_every_nth(tmp_path):
     }  # fmt: skip
 
 
-def test_what_is_undefined_is_left_out(tmp_path):
+def test_undefined_metrics_are_left_out(tmp_path):
     logger = Logger(tmp_path, every=1)
     metrics = {"AP": 0.25, "APs": -1.0, "AR100": 0.5, "images": 4, "engine": "x", "step": 3}
     logger.curves.metrics({**metrics, "per_class": {"cat": {"AP": 0.25}, "dog": {"AP": -1.0}}}, 3)
@@ -48,19 +48,19 @@ def test_what_is_undefined_is_left_out(tmp_path):
     assert scalars(tmp_path, "eval/AP") == {3: 0.25}
 
 
-def test_a_resumed_run_hides_what_was_logged_past_its_start(tmp_path):
+def test_a_resumed_run_hides_earlier_points_past_its_start(tmp_path):
     first = Logger(tmp_path, every=1)
     log(first, range(1, 6))
     first.close()
-    again = Logger(tmp_path, every=1, first_step=3)
+    resumed = Logger(tmp_path, every=1, first_step=3)
     for step in (4, 5):
-        again.step({**VALUES, "class": 8.0}, ("class", "box"), 0.01, 4, step)
-    again.close()
-    found = read(tmp_path).Scalars("loss/class")
-    assert [(event.step, event.value) for event in found] == [(1, 0.5), (2, 0.5), (3, 0.5), (4, 8.0), (5, 8.0)]
+        resumed.step({**VALUES, "class": 8.0}, ("class", "box"), 0.01, 4, step)
+    resumed.close()
+    points = read(tmp_path).Scalars("loss/class")
+    assert [(event.step, event.value) for event in points] == [(1, 0.5), (2, 0.5), (3, 0.5), (4, 8.0), (5, 8.0)]
 
 
-def test_pictures_config_and_hyper_parameters(tmp_path):
+def test_images_config_and_hyperparameters_are_written(tmp_path):
     logger = Logger(tmp_path, every=1)
     logger.curves.images("validation", [torch.zeros(3, 8, 6, dtype=torch.uint8)], 1)
     logger.curves.config("run: x", {"solver.lr": 0.1, "run": "x", "flag": True})
@@ -88,7 +88,7 @@ def test_the_other_processes_are_silent(tmp_path, monkeypatch, capsys):
 
 def test_the_progress_line_shows_and_times_all_but_the_first_steps(tmp_path, capsys):
     logger = Logger(tmp_path, every=100, seconds_per_step=9.0)
-    assert logger.clock.seconds_per_step == 9.0  # from before it was resumed, until there are steps enough
+    assert logger.clock.seconds_per_step == 9.0  # from before the resume, until it has timed enough steps
     logger.start(step=2, total_steps=10)
     for step in range(3, 11):
         logger.step(VALUES, ("class", "box"), 0.01, 2, step)
@@ -102,8 +102,8 @@ def test_the_progress_line_shows_and_times_all_but_the_first_steps(tmp_path, cap
 
 @pytest.mark.parametrize(("idle", "share"), [(None, 1 / 3), (0.3, 0.1)], ids=["cpu", "gpu"])
 def test_waiting_for_data_is_part_of_a_step_and_shown(idle, share, tmp_path, monkeypatch):
-    now = iter(range(1000))  # each look at the clock is a second later
-    monkeypatch.setattr("detector.step_clock.time", SimpleNamespace(perf_counter=lambda: next(now)))
+    ticks = iter(range(1000))  # each reading of the clock is a second later
+    monkeypatch.setattr("detector.step_clock.time", SimpleNamespace(perf_counter=lambda: next(ticks)))
     logger = Logger(tmp_path, every=1)
     batches = iter(["a batch"] * 8)
     for step in range(1, 9):
@@ -134,7 +134,7 @@ def test_class_names_of_any_kind_are_accepted(tmp_path, name):
     assert len(read(tmp_path).Tags()["scalars"]) == 2
 
 
-def test_gradients_are_shares_and_histograms_at_their_own_interval(tmp_path):
+def test_gradients_are_logged_as_shares_and_histograms_at_their_interval(tmp_path):
     logger = Logger(tmp_path, every=1, gradients_every=50)
     assert [step for step in range(1, 151) if logger.wants_gradients(step)] == [50, 100, 150]
     regions = Regions(torch.tensor([90, 0, 0, 0, 0, 0, 0, 0, 0, 10]), torch.tensor([1.0] + [0] * 8 + [3]).double())
@@ -148,8 +148,8 @@ def test_gradients_are_shares_and_histograms_at_their_own_interval(tmp_path):
         for name in ("class", "box")
         for curve in ("count_log10", "density_log10_plus_6", "beta_log10_plus_3", "gradient")
     }
-    printed = events.Histograms("gradient_class/gradient")[0].histogram_value
-    assert printed.bucket[0] == 1 and printed.bucket[-1] == 3 and printed.bucket_limit[-1] == 1
+    histogram = events.Histograms("gradient_class/gradient")[0].histogram_value
+    assert histogram.bucket[0] == 1 and histogram.bucket[-1] == 3 and histogram.bucket_limit[-1] == 1
 
 
 def test_without_a_folder_no_gradients_are_wanted():

@@ -33,7 +33,7 @@ def overlap(a, b):
 
 
 def plain_loop(logits, deltas, anchors, size, threshold, top_k, nms_iou, max_detections):
-    """One image as one would do it by hand: (score, label, box), best first."""
+    """The detections of one image by plain loops: (score, label, box), best first."""
     candidates, start = [], 0
     for count in LEVELS:
         level = []
@@ -44,7 +44,7 @@ def plain_loop(logits, deltas, anchors, size, threshold, top_k, nms_iou, max_det
                     level.append((score, label, anchor))
         candidates += sorted(level, reverse=True)[:top_k]
         start += count
-    found = []
+    detections = []
     for score, label, anchor in sorted(candidates, reverse=True):
         x1, y1, x2, y2 = anchors[anchor]
         dx, dy, dw, dh = deltas[anchor]
@@ -55,9 +55,9 @@ def plain_loop(logits, deltas, anchors, size, threshold, top_k, nms_iou, max_det
             min(max(value, 0), limit)
             for value, limit in zip([x - w / 2, y - h / 2, x + w / 2, y + h / 2], [width, height, width, height])
         ]
-        if all(other != label or overlap(box, kept) <= nms_iou for _, other, kept in found):
-            found.append((score, label, box))
-    return found[:max_detections]
+        if all(kept_label != label or overlap(box, kept_box) <= nms_iou for _, kept_label, kept_box in detections):
+            detections.append((score, label, box))
+    return detections[:max_detections]
 
 
 @pytest.mark.parametrize(
@@ -66,17 +66,17 @@ def plain_loop(logits, deltas, anchors, size, threshold, top_k, nms_iou, max_det
 )
 def test_equals_a_plain_loop(threshold, top_k, nms_iou, max_detections):
     predictions, sizes = random_predictions(), [SIZE, (70, 90)]
-    found = Postprocess(BoxCoder(), threshold, top_k, nms_iou, max_detections)(predictions, sizes)
+    detections = Postprocess(BoxCoder(), threshold, top_k, nms_iou, max_detections)(predictions, sizes)
     for index, size in enumerate(sizes):
         logits, deltas = predictions.logits[index].tolist(), predictions.deltas[index].tolist()
         expected = plain_loop(
             logits, deltas, predictions.anchors.tolist(), size, threshold, top_k, nms_iou, max_detections
         )
         assert len(expected) > 3
-        assert found[index].labels.tolist() == [label for _, label, _ in expected]
-        assert found[index].scores.tolist() == pytest.approx([score for score, _, _ in expected], rel=1e-5)
+        assert detections[index].labels.tolist() == [label for _, label, _ in expected]
+        assert detections[index].scores.tolist() == pytest.approx([score for score, _, _ in expected], rel=1e-5)
         torch.testing.assert_close(
-            found[index].boxes, torch.tensor([box for _, _, box in expected]), rtol=1e-4, atol=1e-3
+            detections[index].boxes, torch.tensor([box for _, _, box in expected]), rtol=1e-4, atol=1e-3
         )
 
 
@@ -97,22 +97,25 @@ def test_equals_torchvision(top_k, max_detections):
         "bbox_regression": list(predictions.deltas.split(LEVELS, dim=1)),
     }
     expected = theirs.postprocess_detections(outputs, [list(predictions.anchors.split(LEVELS))] * 2, sizes)
-    found = Postprocess(BoxCoder(), 0.05, top_k, 0.5, max_detections)(predictions, sizes)
-    for ours, other in zip(found, expected, strict=True):
+    detections = Postprocess(BoxCoder(), 0.05, top_k, 0.5, max_detections)(predictions, sizes)
+    for ours, other in zip(detections, expected, strict=True):
         assert len(ours.scores) > 0
         assert torch.equal(ours.labels, other["labels"])
         torch.testing.assert_close(ours.scores, other["scores"])
         torch.testing.assert_close(ours.boxes, other["boxes"])
 
 
-def test_nothing_found_at_all():
+def test_no_candidates_give_empty_detections():
     predictions = random_predictions(mean=-50)
-    for found in Postprocess(BoxCoder())(predictions, [SIZE, SIZE]):
-        assert found.boxes.shape == (0, 4) and found.scores.shape == (0,) and found.labels.shape == (0,)
-        assert found.boxes.dtype == found.scores.dtype == torch.float32 and found.labels.dtype == torch.int64
+    for detections in Postprocess(BoxCoder())(predictions, [SIZE, SIZE]):
+        assert detections.boxes.shape == (0, 4) and detections.scores.shape == (0,) and detections.labels.shape == (0,)
+        assert (
+            detections.boxes.dtype == detections.scores.dtype == torch.float32
+            and detections.labels.dtype == torch.int64
+        )
 
 
-def test_nothing_on_one_level_and_in_one_image():
+def test_a_level_and_an_image_may_have_no_candidates():
     predictions = random_predictions()
     predictions.logits[0, :40] = -50
     predictions.logits[1] = -50
@@ -120,39 +123,39 @@ def test_nothing_on_one_level_and_in_one_image():
     assert len(first.scores) > 0 and len(second.scores) == 0
 
 
-def test_top_k_counts_for_each_level():
+def test_top_k_applies_to_each_level():
     predictions = random_predictions(images=1)
-    (found,) = Postprocess(BoxCoder(), 0.0, top_k=2, nms_iou=1.0)(predictions, [SIZE])
-    assert len(found.scores) == 2 * len(LEVELS)
-    best = [level.flatten().topk(2).values for level in predictions.logits[0].sigmoid().split(LEVELS)]
-    torch.testing.assert_close(found.scores, torch.cat(best).sort(descending=True).values)
+    (detections,) = Postprocess(BoxCoder(), 0.0, top_k=2, nms_iou=1.0)(predictions, [SIZE])
+    assert len(detections.scores) == 2 * len(LEVELS)
+    best_scores = [level.flatten().topk(2).values for level in predictions.logits[0].sigmoid().split(LEVELS)]
+    torch.testing.assert_close(detections.scores, torch.cat(best_scores).sort(descending=True).values)
 
 
 def test_max_detections_keeps_the_best():
     predictions = random_predictions()
-    few = Postprocess(BoxCoder(), max_detections=3)(predictions, [SIZE, SIZE])
-    many = Postprocess(BoxCoder(), max_detections=1000)(predictions, [SIZE, SIZE])
-    for ours, all_of_them in zip(few, many):
-        assert len(all_of_them.scores) > 3
-        assert torch.equal(ours.boxes, all_of_them.boxes[:3])
-        assert torch.equal(ours.scores, all_of_them.scores.sort(descending=True).values[:3])
+    limited_results = Postprocess(BoxCoder(), max_detections=3)(predictions, [SIZE, SIZE])
+    full_results = Postprocess(BoxCoder(), max_detections=1000)(predictions, [SIZE, SIZE])
+    for limited, full in zip(limited_results, full_results):
+        assert len(full.scores) > 3
+        assert torch.equal(limited.boxes, full.boxes[:3])
+        assert torch.equal(limited.scores, full.scores.sort(descending=True).values[:3])
 
 
 def test_a_score_of_exactly_the_threshold_is_dropped():
     predictions = random_predictions(images=1, mean=-50)
     predictions.logits[0, 3, 1] = 0.0
     predictions.logits[0, 4, 1] = 1e-6
-    (found,) = Postprocess(BoxCoder(), score_threshold=0.5)(predictions, [SIZE])
-    assert len(found.scores) == 1
+    (detections,) = Postprocess(BoxCoder(), score_threshold=0.5)(predictions, [SIZE])
+    assert len(detections.scores) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_predictions_are_treated_in_float32(dtype):
+def test_half_precision_predictions_are_processed_in_float32(dtype):
     predictions = random_predictions()
-    half = predictions._replace(logits=predictions.logits.to(dtype), deltas=predictions.deltas.to(dtype))
-    wide = half._replace(logits=half.logits.float(), deltas=half.deltas.float())
+    half_inputs = predictions._replace(logits=predictions.logits.to(dtype), deltas=predictions.deltas.to(dtype))
+    float_inputs = half_inputs._replace(logits=half_inputs.logits.float(), deltas=half_inputs.deltas.float())
     postprocess = Postprocess(BoxCoder())
-    for ours, expected in zip(postprocess(half, [SIZE, SIZE]), postprocess(wide, [SIZE, SIZE])):
+    for ours, expected in zip(postprocess(half_inputs, [SIZE, SIZE]), postprocess(float_inputs, [SIZE, SIZE])):
         assert ours.boxes.dtype == ours.scores.dtype == torch.float32 and len(ours.scores) > 0
         assert all(torch.equal(a, b) for a, b in zip(ours, expected))
 
@@ -171,23 +174,23 @@ def test_outputs_that_are_not_finite_are_reported_with_their_images(output, valu
     assert error.value.images == [1] and "\n" not in str(error.value)
 
 
-def test_the_largest_finite_outputs_are_finite():
+def test_the_largest_finite_outputs_are_accepted():
     predictions = random_predictions(images=1)
     predictions.logits[0, :, 0] = torch.finfo(torch.float32).max
     predictions.logits[0, :, 1] = torch.finfo(torch.float32).min
     Postprocess(BoxCoder())(predictions, [SIZE])
 
 
-def test_the_coder_that_it_is_given_decodes():
+def test_boxes_are_decoded_by_the_given_coder():
     predictions = random_predictions(images=1)
     weights = (10.0, 10.0, 5.0, 5.0)
-    scaled = predictions._replace(deltas=predictions.deltas * torch.tensor(weights))
+    scaled_predictions = predictions._replace(deltas=predictions.deltas * torch.tensor(weights))
     (expected,) = Postprocess(BoxCoder())(predictions, [SIZE])
-    (found,) = Postprocess(BoxCoder(weights))(scaled, [SIZE])
-    torch.testing.assert_close(found.boxes, expected.boxes)
+    (detections,) = Postprocess(BoxCoder(weights))(scaled_predictions, [SIZE])
+    torch.testing.assert_close(detections.boxes, expected.boxes)
 
 
-def test_no_gradient_is_kept():
+def test_detections_need_no_gradient():
     predictions = random_predictions()
     predictions.logits.requires_grad_()
     assert not any(value.requires_grad for value in Postprocess(BoxCoder())(predictions, [SIZE, SIZE])[0])

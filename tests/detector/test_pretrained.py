@@ -21,7 +21,7 @@ RESNET18 = get_model_weights("resnet18")["IMAGENET1K_V1"]
 
 @pytest.fixture
 def initial(make_run):
-    """A fresh model filled from a file, and its description."""
+    """Makes a model with weights from a file. Gives the model and the description of its weights."""
 
     def fill(weights, classes=3, **changes):
         run = make_run(classes, model={"weights": str(weights), **changes})
@@ -53,13 +53,13 @@ def test_a_backbones_file_fills_the_backbone(initial, folder):
 
 def test_a_checkpoint_of_other_classes_fills_all_but_the_class_outputs(initial, saved):
     path, run = saved
-    trained = run.solver.model
+    trained_model = run.solver.model
     model, description = initial(path, classes=5)
-    outputs = {"head.logits.weight", "head.logits.bias"}
-    given = trained.state_dict()
+    class_outputs = {"head.logits.weight", "head.logits.bias"}
+    state = trained_model.state_dict()
     for key, value in model.state_dict().items():
-        assert (key in outputs) != (value.shape == given[key].shape and torch.equal(value, given[key])), key
-    assert all(key in description for key in outputs) and str(path) in description
+        assert (key in class_outputs) != (value.shape == state[key].shape and torch.equal(value, state[key])), key
+    assert all(key in description for key in class_outputs) and str(path) in description
     assert "random" not in initial(path, classes=3)[1]
 
 
@@ -79,7 +79,7 @@ def test_weights_of_something_else_are_refused(initial, tmp_path, content):
     assert "\n" not in str(error.value)
 
 
-def test_a_typing_error_in_weights_names_the_key(initial):
+def test_a_typo_in_weights_names_the_key(initial):
     with pytest.raises(UserError, match=r"model\.weights: imagnet: no such file"):
         initial("imagnet")
 
@@ -92,37 +92,37 @@ def error_of(weights, name="resnet18"):
     return str(caught.value)
 
 
-def test_missing_file(tmp_path):
+def test_a_missing_file_is_refused(tmp_path):
     assert error_of(tmp_path / "gone.pth") == f"{tmp_path}/gone.pth: no such file"
 
 
 @pytest.mark.parametrize("content", [b"", b"not weights\nat all", b"PK\x03\x04broken", bytes(range(256)) * 8])
-def test_file_of_something_else(tmp_path, content):
+def test_a_file_that_holds_no_weights_is_refused(tmp_path, content):
     path = tmp_path / "text.pth"
     path.write_bytes(content)
     assert "not a readable weights file" in error_of(path)
 
 
-def test_file_of_code_is_not_run(tmp_path):
+def test_a_file_of_code_is_not_run(tmp_path):
     path = tmp_path / "module.pth"
     torch.save(nn.Linear(2, 2), path)
     assert "not a readable weights file" in error_of(path)
 
 
 @pytest.mark.parametrize("content", [[1, 2], torch.zeros(3), {1: torch.zeros(3)}])
-def test_file_of_no_state_dict(tmp_path, content):
+def test_a_file_without_a_state_dict_is_refused(tmp_path, content):
     path = tmp_path / "list.pth"
     torch.save(content, path)
     assert "not a dict of tensors by name" in error_of(path)
 
 
-def test_wrong_state_dict(tmp_path):
+def test_the_state_dict_of_another_module_is_refused(tmp_path):
     path = tmp_path / "linear.pth"
     torch.save(nn.Linear(2, 2).state_dict(), path)
     assert "is no resnet18: it lacks conv1.weight and " in error_of(path)
 
 
-def test_wrong_architecture(resnet18_file):
+def test_the_weights_of_another_resnet_are_refused(resnet18_file):
     assert "is no resnet34: it lacks layer1.2.conv1.weight and " in error_of(resnet18_file, "resnet34")
 
 
@@ -134,24 +134,24 @@ def test_wrong_architecture(resnet18_file):
         ("mobilenet_v3_large", "mobilenet_v2", "features.1.block.0.0.weight"),
     ],
 )
-def test_weights_of_another_kind(networks, tmp_path, name, given, lacks):
+def test_the_weights_of_another_kind_of_backbone_are_refused(networks, tmp_path, name, given, lacks):
     torch.save(networks(given).state_dict(), tmp_path / "weights.pth")
     assert f"weights.pth is no {name}: it lacks {lacks} and " in error_of(tmp_path / "weights.pth", name)
 
 
-def test_wrong_shape(resnet18, tmp_path):
+def test_a_wrong_shape_is_refused(resnet18, tmp_path):
     path = tmp_path / "wide.pth"
     torch.save(resnet18.state_dict() | {"layer4.1.conv2.weight": torch.zeros(3, 3)}, path)
     assert "layer4.1.conv2.weight" in error_of(path)
 
 
-def test_value_that_is_no_tensor(resnet18, tmp_path):
+def test_a_value_that_is_no_tensor_is_refused(resnet18, tmp_path):
     path = tmp_path / "text.pth"
     torch.save(resnet18.state_dict() | {"conv1.weight": "text"}, path)
     assert "conv1.weight" in error_of(path)
 
 
-def test_weights_of_an_old_torch_and_with_more_in_it_load(resnet18, tmp_path):
+def test_weights_of_an_old_torch_with_extra_tensors_load(resnet18, tmp_path):
     """Before PyTorch 0.4.1 BatchNorm did not count batches."""
     path = tmp_path / "old.pth"
     state = {key: value for key, value in resnet18.state_dict().items() if "num_batches" not in key}
@@ -161,7 +161,7 @@ def test_weights_of_an_old_torch_and_with_more_in_it_load(resnet18, tmp_path):
     assert torch.equal(backbone.layer4[1].bn2.running_var, resnet18.layer4[1].bn2.running_var)
 
 
-def test_read_weights_gives_what_was_saved(tmp_path):
+def test_read_weights_gives_the_saved_tensors(tmp_path):
     torch.save({"a": torch.arange(3)}, tmp_path / "a.pth")
     assert read_weights(tmp_path / "a.pth")["a"].tolist() == [0, 1, 2]
 
@@ -173,7 +173,7 @@ class Quiet(SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """A folder on a loopback server, from where resnet18's ImageNet weights are said to come."""
+    """Serves a folder on a loopback server, and makes it the source of resnet18's ImageNet weights."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     folder = tmp_path / "served"
@@ -209,7 +209,7 @@ def test_imagenet_weights_are_downloaded_once(server, resnet18, resnet18_file):
 
 
 @pytest.mark.parametrize("fault", ["gone", "not found", "wrong content"])
-def test_imagenet_weights_that_cannot_be_downloaded(server, fault, monkeypatch):
+def test_imagenet_weights_that_cannot_be_downloaded_are_reported(server, fault, monkeypatch):
     server(b"a page of some proxy", digest="0" * 64)
     if fault == "gone":
         server.stop()

@@ -1,4 +1,4 @@
-"""What a run knows: when it evaluates and saves, and that resuming restores all of it or refuses."""
+"""When a run evaluates and saves. Resuming restores its complete state or refuses."""
 
 import random
 
@@ -26,11 +26,11 @@ def at(run, step, **state):
 
 @pytest.fixture(scope="module")
 def every_second_epoch(make_run):
-    """Four epochs of five steps, evaluated after every second, saved every third step."""
+    """A run of four epochs of five steps: it evaluates after every second epoch and saves every third step."""
     return make_run(solver={"epochs": 4}, evaluation={"every": 2}, checkpoint={"every": 3})
 
 
-def test_it_pauses_at_the_end_of_each_epoch_and_before_each_save(every_second_epoch):
+def test_a_run_pauses_at_the_end_of_each_epoch_and_before_each_save(every_second_epoch):
     pauses = [at(every_second_epoch, step).next_pause for step in range(12)]
     assert pauses == [3, 3, 3, 5, 5, 6, 9, 9, 9, 10, 12, 12]
     assert at(every_second_epoch, 7).position == (1, 2)
@@ -45,7 +45,7 @@ def test_evaluation_is_due_after_its_epochs_and_always_at_the_end(every_second_e
     assert at(every_second_epoch, step, evaluated=evaluated).evaluation_due is due
 
 
-def test_the_best_evaluation_is_saved_as_such(make_run, monkeypatch):
+def test_the_best_evaluation_is_saved_as_best(make_run, monkeypatch):
     run, saves = make_run(), []
     monkeypatch.setattr(checkpoint, "save", lambda path, content: saves.append((path.name, content["run"]["best"])))
     for step, ap in ((5, 0.2), (10, 0.1), (15, 0.3)):
@@ -64,7 +64,7 @@ def test_a_checkpoint_has_the_keys_of_format_3(saved):
     }  # fmt: skip
 
 
-def test_a_new_run_overwrites_none(make_run, folder, saved):
+def test_a_new_run_overwrites_no_other_run(make_run, folder, saved):
     cfg = make_run(output=str(folder), run="x").cfg
     assert checkpoint_to_resume(cfg, resume=False) is None and checkpoint_to_resume(cfg, resume=True) is None
     cfg.folder.mkdir()
@@ -74,21 +74,21 @@ def test_a_new_run_overwrites_none(make_run, folder, saved):
     assert checkpoint_to_resume(cfg, resume=True).path == cfg.folder / "previous.pt"
 
 
-def test_resume_gives_back_the_state(make_run, saved, same):
+def test_resume_restores_the_state(make_run, saved, same):
     path, run = saved
     other = make_run(class_loss={"name": "ghm_c"})
     assert not same(dict(other.solver.model.state_dict()), dict(run.solver.model.state_dict()))
-    drawn = torch.rand(1)
+    earlier_draw = torch.rand(1)
     assert other.resume(read(path)) == []
     assert same(other.content() | {"run": None}, run.content() | {"run": None})
     for key in ("model", "solver", "criterion", "epoch", "evaluated", "best", "seconds_per_step", "peak_memory"):
         assert same(other.content()["run"][key], run.content()["run"][key]), key
-    assert torch.rand(1) != drawn
-    numbers = []
+    assert torch.rand(1) != earlier_draw
+    random_numbers = []
     for _ in range(2):
         other.resume(read(path))
-        numbers.append((torch.rand(2).tolist(), random.random(), np.random.rand()))
-    assert numbers[0] == numbers[1]
+        random_numbers.append((torch.rand(2).tolist(), random.random(), np.random.rand()))
+    assert random_numbers[0] == random_numbers[1]
 
 
 @pytest.mark.parametrize(
@@ -118,37 +118,37 @@ def test_resuming_another_kind_of_run_is_refused(make_run, saved, sections, expe
 
 def test_all_changes_are_named_and_may_be_accepted(make_run, saved):
     sections = {"class_loss": {"name": "ghm_c", "weight": 2.0}, "solver": {"weight_decay": 0.5}}
-    run, before = make_run(**sections), read(saved[0])
+    run, old_checkpoint = make_run(**sections), read(saved[0])
     with pytest.raises(
         UserError,
         match=r"(class_loss.weight|solver.weight_decay) .*; (class_loss.weight|solver.weight_decay) .*--accept-changes",
     ):
-        run.resume(before)
-    changes = run.resume(before, accept_changes=True)
+        run.resume(old_checkpoint)
+    changes = run.resume(old_checkpoint, accept_changes=True)
     assert sorted(changes) == [
         "changed: class_loss.weight 1.0, now 2.0",
         "changed: solver.weight_decay 0.0001, now 0.5",
     ]
 
 
-def test_a_run_of_another_version_is_not_resumed_and_its_weights_are_of_use(make_run, saved, folder, same):
+def test_a_run_of_another_version_is_not_resumed_but_its_weights_can_be_used(make_run, saved, folder, same):
     model = saved[1].solver.model
     run = make_run(class_loss={"name": "ghm_c"})
     before = {key: value.clone() for key, value in run.solver.model.state_dict().items()}
     path = folder / "older.pt"
     one_group = {"state": {}, "param_groups": [{**run.solver.optimizer.state_dict()["param_groups"][0]}]}
     content = checkpoint.read(saved[0])
-    for number in (1, 2):  # 2 had one group of parameters
+    for number in (1, 2):  # format 2 had one group of parameters
         torch.save({**content, "format": number}, path)
         content["run"]["solver"]["optimizer"] = one_group
         with pytest.raises(UserError, match=rf"older.pt: .* norms and biases .*--set run=NAME model.weights={path}$"):
             run.resume(read(path))
         assert same(before, dict(run.solver.model.state_dict()))
-        rebuilt, _ = checkpoint.build_model(checkpoint.read(path), path)
-        fresh = make_run(model={"weights": str(path)})
-        load_initial_weights(fresh.solver.model, fresh.cfg)
-        assert same(dict(rebuilt.state_dict()), dict(model.state_dict()))
-        assert same(dict(fresh.solver.model.state_dict()), dict(model.state_dict()))
+        rebuilt_model, _ = checkpoint.build_model(checkpoint.read(path), path)
+        new_run = make_run(model={"weights": str(path)})
+        load_initial_weights(new_run.solver.model, new_run.cfg)
+        assert same(dict(rebuilt_model.state_dict()), dict(model.state_dict()))
+        assert same(dict(new_run.solver.model.state_dict()), dict(model.state_dict()))
 
 
 def test_other_classes_are_refused_and_a_longer_run_is_not(make_run, saved):
@@ -160,17 +160,17 @@ def test_other_classes_are_refused_and_a_longer_run_is_not(make_run, saved):
 
 
 def test_an_option_that_is_newer_than_the_run_has_its_default(make_run, saved):
-    before = read(saved[0])
-    del before.content["config"]["class_loss"]["max_weight"]
-    assert make_run(class_loss={"name": "ghm_c"}).resume(before) == []
-    before = read(saved[0])
-    del before.content["config"]["class_loss"]["max_weight"]
+    old_checkpoint = read(saved[0])
+    del old_checkpoint.content["config"]["class_loss"]["max_weight"]
+    assert make_run(class_loss={"name": "ghm_c"}).resume(old_checkpoint) == []
+    old_checkpoint = read(saved[0])
+    del old_checkpoint.content["config"]["class_loss"]["max_weight"]
     with pytest.raises(UserError, match=r"was trained with class_loss\.max_weight None, now 30"):
-        make_run(class_loss={"name": "ghm_c", "max_weight": 30}).resume(before)
+        make_run(class_loss={"name": "ghm_c", "max_weight": 30}).resume(old_checkpoint)
 
 
 def test_weights_alone_cannot_be_resumed(make_run, saved):
-    before = read(saved[0])
-    del before.content["run"]
+    old_checkpoint = read(saved[0])
+    del old_checkpoint.content["run"]
     with pytest.raises(UserError, match=r"no state to resume .* model.weights"):
-        make_run().resume(before)
+        make_run().resume(old_checkpoint)

@@ -1,4 +1,4 @@
-"""Warm-up and schedule, scaling with the batch, clipping, averaged weights, and the state that goes on."""
+"""Warm-up and schedule, scaling with the batch, clipping, averaged weights, and the restored state."""
 
 import copy
 import io
@@ -20,7 +20,7 @@ def small_model(seed=0) -> nn.Module:
 
 
 def train(model, solver, steps, seed=0):
-    """Steps on batches that depend on the step alone."""
+    """Train on batches that depend only on the step."""
     for _ in range(steps):
         generator = torch.Generator().manual_seed(seed + solver.step_count)
         solver.backward(model(torch.randn(6, 4, generator=generator, dtype=torch.float64)).square().sum())
@@ -29,7 +29,7 @@ def train(model, solver, steps, seed=0):
 
 
 def plain(total_steps=100, **options) -> Solver:
-    """A solver whose numbers are as given: no scaling, no warm-up unless asked."""
+    """A solver without learning rate scaling and without warm-up, unless `options` set them."""
     return Solver(nn.Linear(1, 1), total_steps=total_steps, **{"lr_batch_size": None, "warmup_steps": 0, **options})
 
 
@@ -68,10 +68,10 @@ def test_lr_and_warm_up_scale_with_the_batch(optimizer, lr):
     solver = plain(9000, optimizer=optimizer, lr=0.4, lr_batch_size=16, batch_size=4, warmup_steps=500)
     assert solver.lr == pytest.approx(lr)
     assert solver.warmup_steps == 2000  # the same number of images
-    printed = solver.describe()
+    description = solver.describe()
     for number in (f"lr {lr:g}", "0.4 at batch 16", "batch 4", "warm-up 2000 steps", "from 500"):
-        assert number in printed
-    assert "\n" not in printed
+        assert number in description
+    assert "\n" not in description
 
 
 def test_lr_batch_size_null_takes_lr_as_it_is():
@@ -102,15 +102,15 @@ def test_the_lr_of_the_schedule_is_the_one_used():
 
 
 def test_clipping_bounds_the_update_and_the_norm_is_reported_unclipped():
-    for clip, moved in ((0.5, 0.5), (None, 50.0), (100.0, 50.0)):
+    for clip_norm, update_norm in ((0.5, 0.5), (None, 50.0), (100.0, 50.0)):
         model = nn.Linear(2, 1, bias=False).double()
         solver = Solver(model, total_steps=1, lr=1.0, lr_batch_size=None, warmup_steps=0, momentum=0, weight_decay=0,
-                        clip_norm=clip)  # fmt: skip
+                        clip_norm=clip_norm)  # fmt: skip
         before = model.weight.detach().clone()
         solver.backward((model.weight * torch.tensor([[30.0, 40.0]])).sum())
         assert solver.clip_gradients().item() == pytest.approx(50)
         solver.step()
-        assert (model.weight - before).norm().item() == pytest.approx(moved, rel=1e-5)
+        assert (model.weight - before).norm().item() == pytest.approx(update_norm, rel=1e-5)
 
 
 MODELS = [
@@ -125,7 +125,7 @@ MODELS = [
 
 @pytest.mark.parametrize(("backbone", "norm", "head_norm"), MODELS)
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_weight_decay_is_of_the_weights_of_convolutions_alone(backbone, norm, head_norm, optimizer):
+def test_weight_decay_applies_only_to_the_weights_of_convolutions(backbone, norm, head_norm, optimizer):
     options = {"backbone": backbone, "norm": norm, "weights": "none" if norm == "gn" else "imagenet"}
     cfg = Config(model={**options, "head": {"norm": head_norm}}, class_loss={"name": "ce"}, box_loss={"name": "l1"})
     model = assemble.build_model(complete(cfg, "test"), num_classes=3)
@@ -137,9 +137,9 @@ def test_weight_decay_is_of_the_weights_of_convolutions_alone(backbone, norm, he
                 expected[kind].add(f"{path}.{name}")
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     solver = Solver(model, total_steps=9, optimizer=optimizer, weight_decay=0.3)
-    decayed, rest = ({names[id(p)] for p in group["params"]} for group in solver.optimizer.param_groups)
-    assert (decayed, rest) == (expected["decayed"], expected["not"])
-    assert len(decayed) > 20 and len(rest) > 10 and len(decayed) + len(rest) == len(solver.parameters)
+    decayed, not_decayed = ({names[id(p)] for p in group["params"]} for group in solver.optimizer.param_groups)
+    assert (decayed, not_decayed) == (expected["decayed"], expected["not"])
+    assert len(decayed) > 20 and len(not_decayed) > 10 and len(decayed) + len(not_decayed) == len(solver.parameters)
     assert [group["weight_decay"] for group in solver.optimizer.param_groups] == [0.3, 0]
 
 
@@ -155,8 +155,8 @@ def test_a_step_without_gradient_shrinks_weights_by_the_lr_of_that_step(optimize
         solver.step()
         assert [group["lr"] for group in solver.optimizer.param_groups] == pytest.approx([lr, lr])
         for name, parameter in model.named_parameters():
-            kept = 1 - lr * 0.2 if name in ("0.weight", "2.weight") else 1
-            torch.testing.assert_close(parameter.detach(), kept * before[name])
+            decay_factor = 1 - lr * 0.2 if name in ("0.weight", "2.weight") else 1
+            torch.testing.assert_close(parameter.detach(), decay_factor * before[name])
 
 
 def test_frozen_parameters_are_left_out():
@@ -165,27 +165,27 @@ def test_frozen_parameters_are_left_out():
     assert len(Solver(model, total_steps=1).parameters) == 4
 
 
-def test_the_average_is_a_plain_loop_and_buffers_are_in_it():
+def test_the_average_equals_a_plain_loop_and_includes_buffers():
     model, decay = small_model(), 0.7
     solver = Solver(model, total_steps=30, lr=0.05, lr_batch_size=None, warmup_steps=0, ema=decay)
-    expected, used = None, []
+    expected, decays = None, []
     for n in range(25):
         train(model, solver, 1)
-        current = {key: value.double().clone() for key, value in model.state_dict().items()}
+        state = {key: value.double().clone() for key, value in model.state_dict().items()}
         if expected is None:
-            expected = current  # the start is the first step's weights, not the random ones
+            expected = state  # it starts with the weights of the first step, not with the random ones
         else:
-            used.append(min(decay, (1 + n) / (10 + n)))
-            expected = {key: used[-1] * expected[key] + (1 - used[-1]) * current[key] for key in current}
-        found = solver.evaluated_model.state_dict()
-        assert found.keys() == expected.keys()
-        for key in found:
-            if found[key].is_floating_point():
-                assert torch.allclose(found[key], expected[key], rtol=1e-12, atol=1e-14), (n, key)
+            decays.append(min(decay, (1 + n) / (10 + n)))
+            expected = {key: decays[-1] * expected[key] + (1 - decays[-1]) * state[key] for key in state}
+        average = solver.evaluated_model.state_dict()
+        assert average.keys() == expected.keys()
+        for key in average:
+            if average[key].is_floating_point():
+                assert torch.allclose(average[key], expected[key], rtol=1e-12, atol=1e-14), (n, key)
             else:
-                assert found[key] == model.state_dict()[key]
-    assert used[0] < 0.2 and used[-1] == decay  # it grew, up to the decay
-    assert not torch.equal(found["1.running_mean"], model[1].running_mean)
+                assert average[key] == model.state_dict()[key]
+    assert decays[0] < 0.2 and decays[-1] == decay  # it grew up to the decay
+    assert not torch.equal(average["1.running_mean"], model[1].running_mean)
 
 
 def test_without_average_the_model_itself_is_evaluated():
@@ -195,7 +195,7 @@ def test_without_average_the_model_itself_is_evaluated():
 
 @pytest.mark.parametrize("ema", [None, 0.9])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_a_restored_solver_goes_on_bit_for_bit(optimizer, ema, same):
+def test_a_restored_solver_continues_bit_for_bit(optimizer, ema, same):
     options = dict(total_steps=8, optimizer=optimizer, lr=0.1, warmup_steps=4, schedule="cosine", clip_norm=1, ema=ema)
     model = small_model()
     solver = Solver(model, **options)
@@ -205,21 +205,21 @@ def test_a_restored_solver_goes_on_bit_for_bit(optimizer, ema, same):
     file.seek(0)
     content = torch.load(file, weights_only=True)
 
-    again = small_model(seed=1)
-    restored = Solver(again, **options)
-    again.load_state_dict(content["model"])
+    restored_model = small_model(seed=1)
+    restored = Solver(restored_model, **options)
+    restored_model.load_state_dict(content["model"])
     restored.load_state_dict(content["solver"])
     assert restored.step_count == 3
     train(model, solver, 5)
-    train(again, restored, 5)
-    assert same(model.state_dict(), again.state_dict())
+    train(restored_model, restored, 5)
+    assert same(model.state_dict(), restored_model.state_dict())
     assert same(solver.state_dict(), restored.state_dict())
     assert restored.done
 
-    without = Solver(small_model(), **options)  # and the state matters
-    without.model.load_state_dict(content["model"])
-    train(without.model, without, 5)
-    assert not same(model.state_dict(), without.model.state_dict())
+    fresh_solver = Solver(small_model(), **options)  # without the state, training differs
+    fresh_solver.model.load_state_dict(content["model"])
+    train(fresh_solver.model, fresh_solver, 5)
+    assert not same(model.state_dict(), fresh_solver.model.state_dict())
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
@@ -237,9 +237,9 @@ def test_in_float16_an_overflow_skips_the_step_and_leaves_no_trace(optimizer):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert solver.scaler.get_scale() < scale
 
-    for one, its_solver in ((model, solver), (twin, plain_solver)):
+    for each_model, each_solver in ((model, solver), (twin, plain_solver)):
         for _ in range(2):
-            its_solver.backward(one(torch.tensor([[1.0, -2.0, 0.5]])).square().sum())
-            its_solver.clip_gradients()
-            its_solver.step()
+            each_solver.backward(each_model(torch.tensor([[1.0, -2.0, 0.5]])).square().sum())
+            each_solver.clip_gradients()
+            each_solver.step()
     torch.testing.assert_close(model.weight, twin.weight)

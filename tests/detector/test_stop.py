@@ -1,4 +1,4 @@
-"""What a signal does to a command and to a run."""
+"""The effect of a signal on a command and on a run."""
 
 import contextlib
 import os
@@ -22,42 +22,42 @@ def ask(number=signal.SIGTERM):
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_it_is_noted_and_leaves_between_two_items(number):
-    taken = []
+def test_a_signal_is_noted_and_ends_the_loop_between_two_items(number):
+    items = []
     with Stop() as stop:
         with pytest.raises(Stopped) as stopped:
             for item in stop.between(range(5)):
                 if item == 2:
                     ask(number)
-                taken.append(item)
-        assert taken == [0, 1, 2] and stop.number == stopped.value.number == number
+                items.append(item)
+        assert items == [0, 1, 2] and stop.number == stopped.value.number == number
         with pytest.raises(Stopped):
-            taken.extend(stop.between(range(5)))
-    assert taken == [0, 1, 2]
+            items.extend(stop.between(range(5)))
+    assert items == [0, 1, 2]
 
 
-def test_it_is_noted_after_the_last_item_too():
+def test_a_signal_is_noted_after_the_last_item_too():
     with Stop() as stop, pytest.raises(Stopped):
         for _ in stop.between(range(1)):
             ask()
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_wait_is_broken_off(number):
-    taken = []
+def test_a_signal_interrupts_a_wait(number):
+    items = []
 
     def slow():
         yield 1
         ask(number)
-        taken.append("the next item")  # which, from a disk that is gone, would never come
+        items.append("the next item")  # it would never come from a disk that is gone
 
     with Stop() as stop, pytest.raises(Stopped):
-        taken.extend(stop.between(slow()))
-    assert taken == [1]
+        items.extend(stop.between(slow()))
+    assert items == [1]
 
 
-def test_what_comes_twice_breaks_nothing_off_but_a_second_ctrl_c_does():
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what is behind & without one
+def test_repeated_signals_interrupt_nothing_but_ctrl_c_does():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background commands without this handler
     before = [signal.getsignal(number) for number in SIGNALS]
     with Stop() as stop:
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGHUP):  # the group's, torchrun's, the shell's
@@ -73,7 +73,7 @@ def test_the_exit_code_and_the_line_say_what_happened(command):
         try:
             ask(signal.SIGTERM)
         finally:
-            ask(signal.SIGTERM)  # again, while it leaves
+            ask(signal.SIGTERM)  # again, while the command ends
 
     assert command(main) == (128 + signal.SIGTERM, "", "stopped by SIGTERM\n")
 
@@ -82,7 +82,7 @@ class Panic(BaseException):
     """Like the panic of libraries in Rust."""
 
 
-def test_a_library_that_makes_another_error_of_it_does_not_hide_it(command):
+def test_a_library_that_raises_another_error_does_not_hide_the_signal(command):
     def main():
         try:
             ask()
@@ -94,11 +94,11 @@ def test_a_library_that_makes_another_error_of_it_does_not_hide_it(command):
         command(lambda: (_ for _ in ()).throw(Panic))
 
 
-def test_a_signal_is_not_taken_for_an_error_of_what_was_going_on(command):
+def test_a_signal_is_not_caught_as_an_error_of_the_running_code(command):
     def main():
         try:
             ask(signal.SIGHUP)
-        except Exception:  # as decoders' errors are
+        except Exception:  # as code around decoders does
             print("caught")
 
     assert command(main) == (128 + signal.SIGHUP, "", "stopped by SIGHUP\n")
@@ -107,7 +107,7 @@ def test_a_signal_is_not_taken_for_an_error_of_what_was_going_on(command):
 class Destructed:
     def __del__(self):
         ask()
-        for _ in range(10):  # Python hears it here, and cannot raise it
+        for _ in range(10):  # Python handles the signal here and cannot raise its error
             pass
 
 
@@ -129,12 +129,12 @@ def test_a_signal_in_a_destructor_is_not_lost(command, within, running):
     assert command(main) == (128 + signal.SIGTERM, "", "stopped by SIGTERM\n")
 
 
-def test_ctrl_c_before_a_run_begins(command):
+def test_ctrl_c_before_a_run_begins_stops_the_command(command):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     assert command(lambda: ask(signal.SIGINT)) == (128 + signal.SIGINT, "", "stopped by SIGINT\n")
 
 
-def test_nohup_is_heeded(command):
+def test_nohup_is_respected(command):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
     def main():
@@ -166,10 +166,10 @@ run_main(main)
 
 def test_a_closed_terminal_does_not_keep_a_run_from_saving(tmp_path, within):
     """Printing to a closed terminal is an error."""
-    terminal, its_end = pty.openpty()
-    words = [sys.executable, "-c", PRINTS, tmp_path / "x"]
-    process = subprocess.Popen(words, cwd=ROOT, stdin=its_end, stdout=its_end, stderr=its_end, start_new_session=True)
-    os.close(its_end)
+    terminal, tty = pty.openpty()
+    arguments = [sys.executable, "-c", PRINTS, tmp_path / "x"]
+    process = subprocess.Popen(arguments, cwd=ROOT, stdin=tty, stdout=tty, stderr=tty, start_new_session=True)
+    os.close(tty)
     with within(60):
         assert b"step" in os.read(terminal, 100)
         os.close(terminal)

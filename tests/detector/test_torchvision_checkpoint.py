@@ -24,7 +24,7 @@ BUILD = {"v1": retinanet_resnet50_fpn, "v2": retinanet_resnet50_fpn_v2}
 
 
 def randomize(model, images):
-    """Weights with which every tensor affects the result, and some of the classes pass a score of 0.05."""
+    """Set random weights: every tensor affects the result, and some classes pass a score of 0.05."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             # Variances, some as small as epsilon, so that epsilon has an effect; gains that keep the signal's size.
@@ -44,7 +44,7 @@ def randomize(model, images):
     for layer, values, spread in [(classes, outputs.logits, 1.0), (boxes, outputs.deltas, 0.3)]:
         layer.weight.data *= spread / values.std()
         nn.init.normal_(layer.bias, std=0.2)
-    # Some hundred cells pass, and the threshold lies in the widest gap there, so that rounding moves none across.
+    # Some hundred cells pass. The threshold lies in the widest gap there, so rounding moves no cell across it.
     best = run(model, images).logits.flatten().topk(500).values[300:]
     widest = (best[:-1] - best[1:]).argmax()
     classes.bias.data += math.log(0.05 / 0.95) - (best[widest] + best[widest + 1]) / 2
@@ -52,20 +52,20 @@ def randomize(model, images):
 
 @torch.no_grad()
 def run(model, images):
-    """What torchvision's RetinaNet computes on the way, and its detections."""
-    seen = {}
+    """The intermediate outputs of torchvision's RetinaNet, and its detections."""
+    outputs = {}
     handles = [
-        model.head.register_forward_hook(lambda _, args, result: seen.update(result, levels=args[0])),
-        model.anchor_generator.register_forward_hook(lambda _, args, result: seen.update(anchors=result[0])),
+        model.head.register_forward_hook(lambda _, args, result: outputs.update(result, levels=args[0])),
+        model.anchor_generator.register_forward_hook(lambda _, args, result: outputs.update(anchors=result[0])),
     ]
     detections = model([image.float() / 255 for image in images])
     for handle in handles:
         handle.remove()
     return SimpleNamespace(
-        logits=seen["cls_logits"],
-        deltas=seen["bbox_regression"],
-        anchors=seen["anchors"],
-        levels=seen["levels"],
+        logits=outputs["cls_logits"],
+        deltas=outputs["bbox_regression"],
+        anchors=outputs["anchors"],
+        levels=outputs["levels"],
         detections=detections,
     )
 
@@ -104,12 +104,12 @@ def case(request, tmp_path_factory):
     path.unlink()  # 140 MB
 
 
-def test_what_the_file_says(case):
+def test_the_file_determines_config_and_classes(case):
     assert case.config.model.p6_from == {"v1": "p5", "v2": "c5"}[case.name]
     assert case.config.model.head.norm == {"v1": "none", "v2": "gn"}[case.name]
     assert case.config.run == f"retinanet_{case.name}"
     assert case.content["category_ids"] == list(range(91))
-    assert case.content["class_names"] == []  # it has none
+    assert case.content["class_names"] == []  # the file has none
     assert not case.model.training
 
 
@@ -127,49 +127,51 @@ def test_deltas_agree(case):
 
 
 def test_on_the_same_outputs_the_detections_are_the_same(case):
-    given = Predictions(case.theirs.logits, case.theirs.deltas, case.theirs.anchors, case.ours.levels)
-    found = Postprocess(BoxCoder(), 0.05, 1000, 0.5, 300)(given, SIZES)
-    for ours, theirs in zip(found, case.theirs.detections, strict=True):
+    predictions = Predictions(case.theirs.logits, case.theirs.deltas, case.theirs.anchors, case.ours.levels)
+    detections = Postprocess(BoxCoder(), 0.05, 1000, 0.5, 300)(predictions, SIZES)
+    for ours, theirs in zip(detections, case.theirs.detections, strict=True):
         assert torch.equal(ours.labels, theirs["labels"])
         torch.testing.assert_close(ours.scores, theirs["scores"])
         torch.testing.assert_close(ours.boxes, theirs["boxes"], rtol=1e-5, atol=1e-3)
 
 
 def test_final_detections_agree(case):
-    found = Postprocess(BoxCoder(), score_threshold=0.05, top_k=1000, nms_iou=0.5, max_detections=300)(case.ours, SIZES)
-    for ours, theirs in zip(found, case.theirs.detections, strict=True):
-        assert 20 < len(ours.scores) < 300  # none was cut off, where a tie could go either way
+    detections = Postprocess(BoxCoder(), score_threshold=0.05, top_k=1000, nms_iou=0.5, max_detections=300)(
+        case.ours, SIZES
+    )
+    for ours, theirs in zip(detections, case.theirs.detections, strict=True):
+        assert 20 < len(ours.scores) < 300  # none is cut off: a tie there could go either way
         assert len(ours.scores) == len(theirs["scores"])
-        # Scores that are nearly equal may change places: each of theirs has one of ours.
-        apart = (ours.boxes[:, None] - theirs["boxes"]).abs().amax(dim=2)
-        same = (ours.labels[:, None] == theirs["labels"]) & (apart < 0.05)
-        same &= (ours.scores[:, None] - theirs["scores"]).abs() < 1e-4
-        assert (same.sum(dim=0) == 1).all() and (same.sum(dim=1) == 1).all()
+        # Scores that are nearly equal may change places: each of their detections has one of ours.
+        distance = (ours.boxes[:, None] - theirs["boxes"]).abs().amax(dim=2)
+        matches = (ours.labels[:, None] == theirs["labels"]) & (distance < 0.05)
+        matches &= (ours.scores[:, None] - theirs["scores"]).abs() < 1e-4
+        assert (matches.sum(dim=0) == 1).all() and (matches.sum(dim=1) == 1).all()
 
 
-def test_names_of_the_published_first_file(case, tmp_path):
-    """It was written when torchvision had no Conv2dNormActivation: conv.2.weight, inner_blocks.0.weight."""
+def test_the_tensor_names_of_the_first_published_file_are_understood(case, tmp_path):
+    """torchvision had no Conv2dNormActivation when it wrote that file: conv.2.weight, inner_blocks.0.weight."""
     if case.name == "v2":
         pytest.skip("has had the new names from the start")
-    old = {}
+    old_state = {}
     for key, value in case.state.items():
         parts = key.split(".")
         if parts[2] == "conv":
             parts[3:5] = [str(2 * int(parts[3]))]
         elif parts[2] in ("inner_blocks", "layer_blocks"):
             del parts[4]
-        old[".".join(parts)] = value
-    assert len(old.keys() - case.state.keys()) == 2 * (2 * 4 + 2 * 3)
-    converted = torchvision_checkpoint.convert(old, case.path)
+        old_state[".".join(parts)] = value
+    assert len(old_state.keys() - case.state.keys()) == 2 * (2 * 4 + 2 * 3)
+    converted = torchvision_checkpoint.convert(old_state, case.path)
     assert converted["model"].keys() == case.content["model"].keys()
     assert all(torch.equal(value, case.content["model"][key]) for key, value in converted["model"].items())
-    # torchvision itself understands these names so, where the file tells no version
+    # torchvision itself reads these names the same way if the file has no version
     theirs = retinanet_resnet50_fpn(weights=None, weights_backbone=None, **OPTIONS)
-    theirs.load_state_dict(dict(old))
+    theirs.load_state_dict(dict(old_state))
     assert all(torch.equal(value, case.state[key]) for key, value in theirs.state_dict().items())
 
 
-def test_epsilon_of_the_published_first_file_is_zero(case, monkeypatch):
+def test_epsilon_of_the_first_published_file_is_zero(case, monkeypatch):
     if case.name == "v2":
         pytest.skip("is evaluated with the usual epsilon")
     backbone = _resnet_fpn_extractor(
@@ -177,7 +179,7 @@ def test_epsilon_of_the_published_first_file_is_zero(case, monkeypatch):
     )
     theirs = RetinaNet(backbone, **OPTIONS).eval()
     theirs.load_state_dict(case.state)
-    overwrite_eps(theirs, 0.0)  # as retinanet_resnet50_fpn does behind that file
+    overwrite_eps(theirs, 0.0)  # as retinanet_resnet50_fpn does for that file
     expected = run(theirs, case.images)
 
     digest = torchvision_checkpoint._sha256(case.path)
@@ -187,10 +189,10 @@ def test_epsilon_of_the_published_first_file_is_zero(case, monkeypatch):
         levels = model.fpn(model.backbone(model.normalize(case.batch, torch.tensor(SIZES))))
     for ours, level in zip(levels, expected.levels, strict=True):
         assert close(ours, level, 1e-3)
-    assert not close(case.theirs.levels[0], expected.levels[0], 1e-2)  # epsilon tells here
+    assert not close(case.theirs.levels[0], expected.levels[0], 1e-2)  # epsilon makes a difference here
 
 
-def test_only_torchvision_files_are_taken_for_such(case):
+def test_only_torchvision_files_are_recognized_as_such(case):
     assert torchvision_checkpoint.is_torchvision(case.state)
     assert not torchvision_checkpoint.is_torchvision(case.content)
     assert not torchvision_checkpoint.is_torchvision(resnet50().state_dict())

@@ -19,9 +19,9 @@ def batch(number, boxes=(2, 0, 1)):
     return Batch(images, targets, [number] * len(boxes), [(60, 90)] * len(boxes), [(120, 180)] * len(boxes))
 
 
-def same(one, other):
-    pairs = [(one.images, other.images), *zip(sum(one.targets, ()), sum(other.targets, ()), strict=True)]
-    return one[2:] == other[2:] and all(torch.equal(a.cpu(), b.cpu()) and a.dtype == b.dtype for a, b in pairs)
+def same(first, second):
+    pairs = [(first.images, second.images), *zip(sum(first.targets, ()), sum(second.targets, ()), strict=True)]
+    return first[2:] == second[2:] and all(torch.equal(a.cpu(), b.cpu()) and a.dtype == b.dtype for a, b in pairs)
 
 
 def failing(batches):
@@ -30,7 +30,7 @@ def failing(batches):
 
 
 class Streams:
-    """Stands in for CUDA's streams: notes what is asked of them, in order."""
+    """Stands in for CUDA's streams: records their work in order."""
 
     def __init__(self, monkeypatch):
         self.asked = []
@@ -45,65 +45,65 @@ class Streams:
 
 
 def test_on_a_cpu_batches_pass_unchanged_one_at_a_time():
-    given, asked = [batch(1), batch(2)], []
-    stream = copied_ahead((asked.append(one) or one for one in given), CPU)
-    assert next(stream) is given[0] and len(asked) == 1
-    assert next(stream) is given[1] and next(stream, None) is None
+    batches, loaded = [batch(1), batch(2)], []
+    stream = copied_ahead((loaded.append(loaded_batch) or loaded_batch for loaded_batch in batches), CPU)
+    assert next(stream) is batches[0] and len(loaded) == 1
+    assert next(stream) is batches[1] and next(stream, None) is None
 
 
 def test_a_batch_is_copied_while_the_one_before_is_in_use(monkeypatch):
     streams = Streams(monkeypatch)
-    for one in copied_ahead([batch(number) for number in (1, 2, 3)], CUDA):
-        streams.asked.append(f"use {one.image_ids[0]}")
-    # Between a copy and its use comes a wait, which would be longer behind the next copy.
-    begin = ["wait", "copy 1", "wait", "copy 2", "use 1"]
-    assert streams.asked == [*begin, "wait", "copy 3", "use 2", "wait", "use 3"]
+    for copied_batch in copied_ahead([batch(number) for number in (1, 2, 3)], CUDA):
+        streams.asked.append(f"use {copied_batch.image_ids[0]}")
+    # A wait comes between a copy and its use. It would be longer if it came after the next copy.
+    first_calls = ["wait", "copy 1", "wait", "copy 2", "use 1"]
+    assert streams.asked == [*first_calls, "wait", "copy 3", "use 2", "wait", "use 3"]
     assert list(copied_ahead([], CUDA)) == []
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
 @pytest.mark.parametrize("device", [CPU, CUDA])
-def test_a_batch_that_cannot_be_loaded_costs_none_before_it(device, count, monkeypatch):
+def test_a_batch_that_cannot_be_loaded_loses_none_before_it(device, count, monkeypatch):
     if device.type == "cuda":
         Streams(monkeypatch)
-    given, seen = [batch(number) for number in range(count)], []
+    batches, received = [batch(number) for number in range(count)], []
     with pytest.raises(UserError, match="broken"):
-        for one in copied_ahead(failing(given), device):
-            seen.append(one)
-    assert all(a is b for a, b in zip(seen, given, strict=True))
+        for copied_batch in copied_ahead(failing(batches), device):
+            received.append(copied_batch)
+    assert all(a is b for a, b in zip(received, batches, strict=True))
 
 
 @NEEDS_GPU
-def test_copies_on_a_stream_of_their_own_are_whole():
+def test_copies_to_a_gpu_on_a_separate_stream_are_complete():
     device = torch.device("cuda")
-    given = [batch(number, boxes=(number % 3, 0, 40)) for number in range(20)]
+    originals = [batch(number, boxes=(number % 3, 0, 40)) for number in range(20)]
     work = torch.rand(2000, 2000, device=device)
-    for one, other in zip(copied_ahead((one.pin_memory() for one in given), device), given, strict=True):
-        assert one.images.is_cuda and all(value.is_cuda for target in one.targets for value in target)
+    for item, original in zip(copied_ahead((item.pin_memory() for item in originals), device), originals, strict=True):
+        assert item.images.is_cuda and all(value.is_cuda for target in item.targets for value in target)
         for _ in range(5):
-            work = work @ work / work.norm()  # so that the copy of the next is asked for long before this is read
-        sums = [one.images.clone(), *(value.clone() for target in one.targets for value in target)]
-        again = one._replace(images=sums[0], targets=[Target(*sums[i : i + 2]) for i in range(1, len(sums), 2)])
-        del one
-        assert same(again, other)
+            work = work @ work / work.norm()  # so the next copy is requested long before this one is read
+        parts = [item.images.clone(), *(value.clone() for target in item.targets for value in target)]
+        rebuilt = item._replace(images=parts[0], targets=[Target(*parts[i : i + 2]) for i in range(1, len(parts), 2)])
+        del item
+        assert same(rebuilt, original)
 
 
 def test_a_batch_moves_with_all_its_targets():
-    meta = batch(1).to(torch.device("meta"))
-    assert meta.images.is_meta and meta[2:] == batch(1)[2:]
-    assert [tuple(value.shape for value in target) for target in meta.targets] == [
+    meta_batch = batch(1).to(torch.device("meta"))
+    assert meta_batch.images.is_meta and meta_batch[2:] == batch(1)[2:]
+    assert [tuple(value.shape for value in target) for target in meta_batch.targets] == [
         ((count, 4), (count,)) for count in (2, 0, 1)
     ]
-    assert all(value.is_meta for target in meta.targets for value in target)
+    assert all(value.is_meta for target in meta_batch.targets for value in target)
 
 
-def test_a_copy_on_its_way_is_there_at_once_without_a_gpu():
+def test_without_a_gpu_a_pending_copy_is_ready_at_once():
     number = torch.tensor([3.0, 4.0])
     assert PendingCopy(number).get() is number and PendingCopy(number).idle() is None
 
 
 @NEEDS_GPU
-def test_a_gpu_is_idle_from_the_end_of_its_work_to_the_next():
+def test_a_gpu_is_idle_from_the_end_of_its_work_until_now():
     x = torch.randn(4096, 4096, device="cuda")
     (x @ x).sum().item()
     copy = PendingCopy((x @ x).sum())

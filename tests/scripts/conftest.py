@@ -1,4 +1,4 @@
-"""What the tests of pages share."""
+"""Fixtures that the tests of pages share."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 HEIGHT = 4000  # pixels of a screenshot
-# What a reader would stumble over, counted after the page has been laid out.
+# Counts the faults that a reader would notice, after the browser has laid out the page.
 PROBE = """<script>addEventListener("load", () => {
   const seen = [...document.querySelectorAll("h1, h2, p, li, figure, table, summary")].filter(e => e.offsetHeight);
   const overlap = (a, b) => !a.contains(b) && !b.contains(a) && (() => {
@@ -34,7 +34,7 @@ PROBE = """<script>addEventListener("load", () => {
 
 @pytest.fixture(scope="session")
 def in_browser(tmp_path_factory):
-    """Opens a page in headless Chromium at a width; returns what a reader would stumble over. Skips without one."""
+    """Opens a page in headless Chromium at a given width and returns its faults. Skips the test without Chromium."""
     browser = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
     if browser is None:
         pytest.skip("no Chromium here to open pages with: apt-get install chromium")
@@ -50,9 +50,9 @@ def in_browser(tmp_path_factory):
         options += [f"--window-size={max(width, 500)},{HEIGHT}", "--virtual-time-budget=10000", "--hide-scrollbars"]
         if screenshot:
             subprocess.run([browser, *options, f"--screenshot={screenshot}", probed.as_uri()], capture_output=True)
-        done = subprocess.run(
+        process = subprocess.run(
             [browser, *options, "--dump-dom", probed.as_uri()], capture_output=True, text=True, timeout=120
         )
-        return json.loads(unescape(re.search(r'data-probe="(.*?)"', done.stdout)[1]))
+        return json.loads(unescape(re.search(r'data-probe="(.*?)"', process.stdout)[1]))
 
     return look

@@ -1,4 +1,4 @@
-"""scripts/ablate.py: what a variant may set, what is refused, and that every run gets a result once."""
+"""scripts/ablate.py: the options that a variant may set, the mistakes that are refused, one result for each run."""
 
 import json
 import math
@@ -59,12 +59,12 @@ def test_a_variant_that_changes_more_than_the_loss_is_refused(base):
         (("--variants", "focal", "--tune", "8", "--tune-set", "solver.epoch=1"), "solver.epoch: unknown option"),
     ],
 )
-def test_mistakes(base, command, arguments, message):
+def test_mistakes_are_one_line(base, command, arguments, message):
     code, _, err = command(ablate.main, "--config", base, *arguments, "--dry-run")
     assert code == 2 and re.search(message, err) and err.count("\n") == 1
 
 
-def test_tuned_runs_end_as_results_which_a_second_start_keeps(base, tmp_path, command):
+def test_a_second_start_keeps_the_results_of_tuned_runs(base, tmp_path, command):
     arguments = ["--config", base, "--variants", "focal", "--seeds", 1, "--output", tmp_path / "out", "--tune", 2]
     code, out, err = command(ablate.main, *arguments)
     assert code == 0, err
@@ -74,19 +74,19 @@ def test_tuned_runs_end_as_results_which_a_second_start_keeps(base, tmp_path, co
     assert re.search(r"focal, trial 2/2 \(class_loss\.weight .*; best so far 0\.\d+\): AP 0\.\d+", err + out)
     results = tmp_path / "out" / "results"
     assert sorted(path.stem for path in results.iterdir()) == ["focal-s0", "tune-focal-1", "tune-focal-2"]
-    whole, first, second = (
+    final, first, second = (
         result.read(results / f"{name}.json") for name in ("focal-s0", "tune-focal-1", "tune-focal-2")
     )
-    own = {"class_loss.weight": 1, "box_loss.weight": 2}
-    assert first["tried"] == own
-    trials = [{"values": one["tried"], "AP": one["metrics"]["AP"]} for one in (first, second)]
-    assert whole["tuning"]["trials"] == trials and whole["tuning"]["chosen"] in [one["values"] for one in trials]
-    for one, values in ((whole, whole["tuning"]["chosen"]), (first, own), (second, second["tried"])):
-        assert {key: config.flat(one["config"])[key] for key in own} == values
+    variant_values = {"class_loss.weight": 1, "box_loss.weight": 2}
+    assert first["tried"] == variant_values
+    trials = [{"values": record["tried"], "AP": record["metrics"]["AP"]} for record in (first, second)]
+    assert final["tuning"]["trials"] == trials and final["tuning"]["chosen"] in [record["values"] for record in trials]
+    for record, values in ((final, final["tuning"]["chosen"]), (first, variant_values), (second, second["tried"])):
+        assert {key: config.flat(record["config"])[key] for key in variant_values} == values
 
     parts = [json.loads((tmp_path / "out" / f"tune_{split}.json").read_text())["images"] for split in ("train", "val")]
     names = [{image["id"] for image in part} for part in parts]
-    assert names[0] and names[1] and not names[0] & names[1]  # never scored on what it was trained on
+    assert names[0] and names[1] and not names[0] & names[1]  # no image is in both parts
     assert second["config"]["data"]["val"]["images"] == second["config"]["data"]["train"]["images"]
 
     times = {path: path.stat().st_mtime_ns for path in results.iterdir()}
@@ -107,33 +107,33 @@ def scored(base, tmp_path, command, monkeypatch):
         def poll(self):
             return 0
 
-    ran = []
+    run_names = []
 
     def ablated(score, *arguments, stop_after=None):
         def start(run, rest, slot, jobs):
-            if len(ran) == stop_after:
+            if len(run_names) == stop_after:
                 raise UserError("stopped")
-            ran.append(run.name)
+            run_names.append(run.name)
             run.log.touch()
             return supervise.Child(run, Ended(), run.log.open("a"), 0, rest)
 
         def ended(child, *_):
             run, ap = child.run, score(config.flat(child.run.cfg.model_dump(mode="json")))
-            about = {"failure": "the loss is nan"} if ap is None else {"metrics": {"AP": ap}}
-            result.write(run.kept, {"config": run.cfg.model_dump(mode="json"), **about, **run.notes})
+            outcome = {"failure": "the loss is nan"} if ap is None else {"metrics": {"AP": ap}}
+            result.write(run.kept, {"config": run.cfg.model_dump(mode="json"), **outcome, **run.notes})
 
         monkeypatch.setattr(supervise, "start", start)
         monkeypatch.setattr(supervise, "ended", ended)
         monkeypatch.setattr(supervise, "POLL", 0)
-        ran.clear()
-        given = ["--config", base, "--variants", "focal", "focal+ghm_r", "--seeds", 1, *arguments]
-        code, out, err = command(ablate.main, *given)
-        return code, out, err, list(ran)
+        run_names.clear()
+        options = ["--config", base, "--variants", "focal", "focal+ghm_r", "--seeds", 1, *arguments]
+        code, out, err = command(ablate.main, *options)
+        return code, out, err, list(run_names)
 
     return ablated
 
 
-def test_variants_are_tuned_beside_each_other_as_if_alone(scored, tmp_path, command):
+def test_tuning_gives_the_same_trials_in_parallel_and_after_stops(scored, tmp_path, command):
     def score(values):
         best = {"class_loss.weight": 3, "solver.lr": 0.01 if values["box_loss.name"] == "ghm_r" else 0.001}
         return 0.5 - 0.1 * sum(abs(math.log10(values[key] / best[key])) for key in best)
@@ -142,10 +142,10 @@ def test_variants_are_tuned_beside_each_other_as_if_alone(scored, tmp_path, comm
         return {path.stem: result.read(path).get("tried") for path in (tmp_path / name / "results").iterdir()}
 
     tune = ["--tune", 5, "--tune-keys", "solver.lr", "class_loss.weight"]
-    code, out, err, alone = scored(score, *tune, "--output", tmp_path / "one")
+    code, out, err, run_names = scored(score, *tune, "--output", tmp_path / "one")
     assert code == 0, err
     names = ("focal", "focal+ghm_r")
-    assert alone == [f"tune-{name}-{n}" for n in range(1, 6) for name in names] + [f"{name}-s0" for name in names]
+    assert run_names == [f"tune-{name}-{n}" for n in range(1, 6) for name in names] + [f"{name}-s0" for name in names]
     assert scored(score, *tune, "--jobs", 2, "--output", tmp_path / "two")[0] == 0
     for finished in (3, 8):
         code, _, err, _ = scored(score, *tune, "--output", tmp_path / "three", stop_after=finished)
@@ -157,67 +157,67 @@ def test_variants_are_tuned_beside_each_other_as_if_alone(scored, tmp_path, comm
     assert "- solver.lr was tuned: " in out and "not a fair comparison" not in out, out
 
 
-def test_more_trials_go_on_with_those_that_are_there(scored, tmp_path):
+def test_more_trials_continue_the_earlier_search(scored, tmp_path):
     out = ["--output", tmp_path / "out"]
     assert scored(lambda values: 0.3, "--tune", 2, *out)[0] == 0
-    code, _, err, ran = scored(lambda values: 0.2, "--tune", 3, *out)  # so the second trials are not better
-    assert code == 0 and ran == ["tune-focal-3", "tune-focal+ghm_r-3"], err
-    whole = result.read(tmp_path / "out" / "results" / "focal-s0.json")
-    assert [trial["AP"] for trial in whole["tuning"]["trials"]] == [0.3, 0.3, 0.2] and whole["metrics"]["AP"] == 0.3
+    code, _, err, run_names = scored(lambda values: 0.2, "--tune", 3, *out)  # so the third trials are not better
+    assert code == 0 and run_names == ["tune-focal-3", "tune-focal+ghm_r-3"], err
+    final = result.read(tmp_path / "out" / "results" / "focal-s0.json")
+    assert [trial["AP"] for trial in final["tuning"]["trials"]] == [0.3, 0.3, 0.2] and final["metrics"]["AP"] == 0.3
 
 
-def test_a_variant_whose_trials_all_fail_is_one_line(scored, tmp_path):
+def test_a_variant_whose_trials_all_fail_is_reported_in_one_line(scored, tmp_path):
     def score(values):
         return None if values["box_loss.name"] == "ghm_r" else 0.3
 
-    code, out, err, ran = scored(score, "--tune", 2, "--output", tmp_path / "out")
+    code, out, err, run_names = scored(score, "--tune", 2, "--output", tmp_path / "out")
     assert code == 0, err
     (line,) = [line for line in out.splitlines() if line.startswith("focal+ghm_r: ")]
-    assert "2 of 2 trials failed, no trial scored above 0" in line and ran[-2:] == ["focal-s0", "focal+ghm_r-s0"]
+    assert "2 of 2 trials failed, no trial scored above 0" in line and run_names[-2:] == ["focal-s0", "focal+ghm_r-s0"]
 
 
-def test_time_is_of_every_variant_in_turn(base, tmp_path, command):
+def test_time_measures_the_variants_in_turn(base, tmp_path, command):
     arguments = ["--config", base, "--variants", "focal", "focal+ghm_r", "--seeds", 2, "--output", tmp_path / "out"]
     code, out, err = command(ablate.main, *arguments, "--time", "--jobs", 2)
     assert code == 0, err
-    kept = {path.stem: result.read(path) for path in (tmp_path / "out" / "results").iterdir()}
-    timings = {name: content["timing"] for name, content in kept.items()}
+    results = {path.stem: result.read(path) for path in (tmp_path / "out" / "results").iterdir()}
+    timings = {name: content["timing"] for name, content in results.items()}
     assert timings["focal-s0"] == timings["focal-s1"] != timings["focal+ghm_r-s0"] == timings["focal+ghm_r-s1"]
     assert len({timing["started"] for timing in timings.values()}) == 1
     for name in ("focal", "focal+ghm_r"):
         assert f"{name}: {timings[f'{name}-s0']['seconds']:.3f} s/step" in out
-    assert {content["jobs"] for content in kept.values()} == {2}
+    assert {content["jobs"] for content in results.values()} == {2}
     code, out, err = command(compare.main, *sorted(map(str, (tmp_path / "out" / "results").iterdir())))
     assert "the losses took turns" in out and "GB is not shown: runs shared the machine (--jobs 2)" in out
     assert f" {timings['focal-s0']['seconds']:.3f} " in out
 
 
-def test_steps_take_turns_and_each_has_its_own_losses(base, monkeypatch):
+def test_timed_steps_take_turns_and_each_uses_the_losses_of_its_variant(base, monkeypatch):
     order = []
-    real = timing.training_step
+    training_step = timing.training_step
 
     def noted(model, criterion, solver):
-        step = real(model, criterion, solver)
+        step = training_step(model, criterion, solver)
         return lambda batch: (order.append(type(criterion.box_loss).__name__), step(batch))
 
     monkeypatch.setattr(timing, "training_step", noted)
     study = ablate.Study(str(base), [], base.parent / "out", None)
     variants = {name: ablate.read_variant(base, name) for name in ("focal", "focal+ghm_r")}
     configs = {run.notes["variant"]: run.cfg for run in study.runs(variants, 1)}
-    found = timing.time_steps(configs, rounds=3)
-    assert order == ["SmoothL1", "GHMR"] * 5  # two to warm up
+    times = timing.time_steps(configs, rounds=3)
+    assert order == ["SmoothL1", "GHMR"] * 5  # two rounds warm up
     assert (
-        all(one["steps"] == 3 and 0 < one["seconds"] < 60 for one in found.values()) and found.keys() == configs.keys()
+        all(row["steps"] == 3 and 0 < row["seconds"] < 60 for row in times.values()) and times.keys() == configs.keys()
     )
 
 
-def test_a_run_that_went_on_is_not_said_to_have_had_the_machine_alone(base, tmp_path, command):
+def test_a_continued_run_does_not_claim_the_machine_to_itself(base, tmp_path, command):
     arguments = ["--config", base, "--variants", "focal", "--seeds", 1, "--output", tmp_path / "out"]
-    kept = tmp_path / "out" / "results" / "focal-s0.json"
-    assert command(ablate.main, *arguments)[0] == 0 and result.read(kept)["jobs"] == 1
-    kept.unlink()  # as after a stop: its log is there
+    result_file = tmp_path / "out" / "results" / "focal-s0.json"
+    assert command(ablate.main, *arguments)[0] == 0 and result.read(result_file)["jobs"] == 1
+    result_file.unlink()  # as after a stop, since its log still exists
     code, _, err = command(ablate.main, *arguments)
-    assert code == 0 and "jobs" not in result.read(kept), err
+    assert code == 0 and "jobs" not in result.read(result_file), err
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -228,9 +228,9 @@ def test_a_run_that_diverges_is_a_row_with_its_reason(base, tmp_path, command, p
     arguments += ["--processes", processes]
     code, out, err = command(ablate.main, *arguments)
     assert code == 0 and "huge-s0: failed" in err + out, err
-    failed, whole = (result.read(tmp_path / "out" / "results" / f"{name}-s0.json") for name in ("huge", "focal"))
-    assert "class = inf" in failed["failure"] and "metrics" not in failed and whole["metrics"]["step"] == 2
-    assert whole["processes"] == processes
+    diverged, finished = (result.read(tmp_path / "out" / "results" / f"{name}-s0.json") for name in ("huge", "focal"))
+    assert "class = inf" in diverged["failure"] and "metrics" not in diverged and finished["metrics"]["step"] == 2
+    assert finished["processes"] == processes
     code, out, err = command(ablate.main, *arguments)
     assert code == 0 and "2 of 2 runs are already finished" in out  # a failure is a result too
     code, out, _ = command(compare.main, *sorted(map(str, (tmp_path / "out" / "results").iterdir())))
@@ -238,7 +238,7 @@ def test_a_run_that_diverges_is_a_row_with_its_reason(base, tmp_path, command, p
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_mistake_that_training_finds_ends_it_in_one_line(base, tmp_path, command, processes):
+def test_a_mistake_found_in_training_ends_the_study_in_one_line(base, tmp_path, command, processes):
     (tmp_path / "none.pt").write_text("hello")
     arguments = ["--config", base, "--variants", "focal", "--seeds", 1, "--output", tmp_path / "out"]
     arguments += ["--processes", processes, "--set", f"model.weights={tmp_path / 'none.pt'}"]
@@ -247,13 +247,13 @@ def test_a_mistake_that_training_finds_ends_it_in_one_line(base, tmp_path, comma
     assert not list((tmp_path / "out" / "results").glob("*"))  # once it is fixed, the run is tried again
 
 
-def test_other_numbers_of_processes_are_another_run(base, tmp_path, command):
-    kept = tmp_path / "out" / "results" / "focal-s0.json"
+def test_another_number_of_processes_is_a_different_run(base, tmp_path, command):
+    result_file = tmp_path / "out" / "results" / "focal-s0.json"
     study = ablate.Study(str(base), [], tmp_path / "out", None)
     (run,) = study.runs({"focal": ablate.read_variant(base, "focal")}, 1)
     values = run.cfg.model_dump(mode="json")
-    del values["class_loss"]["gamma"]  # an option that is newer than the run has its default
-    result.write(kept, {"config": values, "failure": "none", **run.notes})
+    del values["class_loss"]["gamma"]  # an option that is newer than the run counts as its default
+    result.write(result_file, {"config": values, "failure": "none", **run.notes})
     arguments = ["--config", base, "--variants", "focal", "--seeds", 1, "--output", tmp_path / "out"]
     code, out, _ = command(ablate.main, *arguments)
     assert code == 0 and "1 of 1 runs are already finished" in out
@@ -261,22 +261,22 @@ def test_other_numbers_of_processes_are_another_run(base, tmp_path, command):
     assert code == 2 and "processes 1, now 2" in err
 
 
-def test_the_results_of_other_data_or_precision_are_not_taken_for_finished(base, tmp_path, command):
+def test_results_with_other_data_or_precision_do_not_count_as_finished(base, tmp_path, command):
     arguments = ["--config", base, "--variants", "focal", "--seeds", 1, "--output", tmp_path / "out"]
     assert command(ablate.main, *arguments, "--set", "precision=float32")[0] == 0
-    assert "1 of 1 runs are already finished" in command(ablate.main, *arguments)[1]  # auto is any of them
+    assert "1 of 1 runs are already finished" in command(ablate.main, *arguments)[1]  # auto accepts every precision
     code, _, err = command(ablate.main, *arguments, "--set", "precision=bfloat16")
     assert code == 2 and "precision float32, now bfloat16" in err
-    kept = tmp_path / "out" / "results" / "focal-s0.json"
-    file = Path(result.read(kept)["config"]["data"]["train"]["annotations"])
-    moved = file.with_name("moved.json")
-    moved.write_bytes(file.read_bytes())
-    setting = f"data.train.annotations={moved}"
+    result_file = tmp_path / "out" / "results" / "focal-s0.json"
+    file = Path(result.read(result_file)["config"]["data"]["train"]["annotations"])
+    moved_file = file.with_name("moved.json")
+    moved_file.write_bytes(file.read_bytes())
+    setting = f"data.train.annotations={moved_file}"
     assert "1 of 1 runs are already finished" in command(ablate.main, *arguments, "--set", setting)[1]
-    moved.write_bytes(file.read_bytes() + b" ")
+    moved_file.write_bytes(file.read_bytes() + b" ")
     code, _, err = command(ablate.main, *arguments, "--set", setting)
     assert code == 2 and "SHA-256 of data.train" in err and "delete it to train the run again" in err
-    moved.unlink()  # what is finished needs no data
+    moved_file.unlink()  # a finished run needs no data
     assert "1 of 1 runs are already finished" in command(ablate.main, *arguments, "--set", setting)[1]
 
 
@@ -289,20 +289,20 @@ def test_the_results_of_other_data_or_precision_are_not_taken_for_finished(base,
         ("Traceback (most recent call last):\ntorch.OutOfMemoryError: CUDA out of memory.\n", None),
     ],
 )
-def test_only_a_foreseen_failure_is_a_result(base, tmp_path, log, failure):
+def test_only_an_expected_failure_is_a_result(base, tmp_path, log, failure):
     (run,) = ablate.Study(str(base), [], tmp_path / "out", None).runs({"focal": {}}, 1)
     run.log.write_text(log)
-    lost = []
+    lost_runs = []
     process = SimpleNamespace(returncode=1)
-    supervise.ended(supervise.Child(run, process, run.log.open("a"), 0, iter(())), 1, lambda full: full, lost)
-    assert run.kept.exists() == (failure is not None) and len(lost) == (failure is None)
+    supervise.ended(supervise.Child(run, process, run.log.open("a"), 0, iter(())), 1, lambda full: full, lost_runs)
+    assert run.kept.exists() == (failure is not None) and len(lost_runs) == (failure is None)
     if failure is None:
-        assert f"ended by {log.splitlines()[-1]}; the same command continues it" in lost[0]
+        assert f"ended by {log.splitlines()[-1]}; the same command continues it" in lost_runs[0]
     else:
         assert result.read(run.kept)["failure"] == failure
 
 
-def test_each_run_has_gpus_of_its_own(monkeypatch):
+def test_parallel_runs_get_different_gpus(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 5)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert [supervise.cards(slot, 1) for slot in range(6)] == [["0"], ["1"], ["2"], ["3"], ["4"], ["0"]]
@@ -311,7 +311,7 @@ def test_each_run_has_gpus_of_its_own(monkeypatch):
     assert [supervise.cards(slot, 1) for slot in range(3)] == [["7"], ["3"], ["GPU-5f"]]
 
 
-def test_runs_at_once_share_the_cores(base, tmp_path, monkeypatch):
+def test_parallel_runs_share_the_cores(base, tmp_path, monkeypatch):
     (run,) = ablate.Study(str(base), [], tmp_path / "out", None).runs({"focal": {}}, 1)
     monkeypatch.setenv("PYTHON_CPU_COUNT", "12")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
@@ -324,7 +324,7 @@ def test_runs_at_once_share_the_cores(base, tmp_path, monkeypatch):
     assert [env.get("OMP_NUM_THREADS") for env in environments] == [None, "4", "2", "1"]
 
 
-def test_a_grid_is_a_variant_for_each_value(base, tmp_path, command):
+def test_a_grid_makes_a_variant_for_each_value(base, tmp_path, command):
     arguments = ["--config", base, "--variants", "focal", "--grid", "class_loss.gamma=0,1,2", "--seeds", 2]
     code, out, err = command(ablate.main, *arguments, "--output", tmp_path / "out", "--dry-run")
     assert code == 0, err
@@ -337,20 +337,20 @@ def test_a_grid_is_a_variant_for_each_value(base, tmp_path, command):
     assert code == 0 and "12 runs of 6 variants" in out and "focal[gamma=2][weight=4]-s1" in out, err
 
 
-def test_stopped_by_a_signal_it_saves_and_goes_on(base, tmp_path):
-    text = [sys.executable, str(Path(ablate.__file__)), "--config", str(base), "--variants", "focal", "--seeds", "1"]
-    text += ["--output", str(tmp_path / "out"), "--set"]
-    text += ["solver.epochs=5", "evaluation.every=5", "checkpoint.every=1"]
-    process = subprocess.Popen(text, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    begun = tmp_path / "out" / "focal-s0" / "last.pt"  # of the first epoch
-    until = time.monotonic() + 120
-    while not begun.exists() and process.poll() is None and time.monotonic() < until:
+def test_a_study_stopped_by_a_signal_saves_and_continues(base, tmp_path):
+    argv = [sys.executable, str(Path(ablate.__file__)), "--config", str(base), "--variants", "focal", "--seeds", "1"]
+    argv += ["--output", str(tmp_path / "out"), "--set"]
+    argv += ["solver.epochs=5", "evaluation.every=5", "checkpoint.every=1"]
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    checkpoint = tmp_path / "out" / "focal-s0" / "last.pt"  # of the first epoch
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM and "the same command continues" in err, err
-    assert begun.exists() and not list((tmp_path / "out").glob("results/*.json"))
-    done = subprocess.run(text, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    assert checkpoint.exists() and not list((tmp_path / "out").glob("results/*.json"))
+    rerun = subprocess.run(argv, capture_output=True, text=True, timeout=300)
+    assert rerun.returncode == 0, rerun.stderr
     assert result.read(tmp_path / "out" / "results" / "focal-s0.json")["metrics"]["step"] == 10
     assert "from step" in (tmp_path / "out" / "configs" / "focal-s0.log").read_text()

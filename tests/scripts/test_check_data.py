@@ -1,4 +1,4 @@
-"""scripts/check_data.py: what is planted is found, what is said of anchors is so by brute force."""
+"""scripts/check_data.py: it finds planted flaws, and its figures on anchors agree with brute force."""
 
 import itertools
 import json
@@ -30,21 +30,21 @@ def call(folder, command):
 
 
 def brute(anchors, boxes, sizes):
-    """Over the whole grid, in float64."""
-    best = []
+    """The best IoU of each box over all anchors of the grid, in float64."""
+    best_ious = []
     for box, size in zip(boxes.astype(np.float64), sizes):
         padded = tuple(-(-side // 32) * 32 for side in size)
         grids = [tuple(-(-side // stride) for side in padded) for stride in (8, 16, 32, 64, 128)]
         grid = anchors.build(grids, padded).double().numpy()
         low, high = np.maximum(grid[:, :2], box[:2]), np.minimum(grid[:, 2:], box[2:])
-        shared = np.clip(high - low, 0, None).prod(axis=1)
+        overlap = np.clip(high - low, 0, None).prod(axis=1)
         areas = (grid[:, 2:] - grid[:, :2]).prod(axis=1) + (box[2:] - box[:2]).prod()
-        best.append((shared / (areas - shared)).max())
-    return np.array(best)
+        best_ious.append((overlap / (areas - overlap)).max())
+    return np.array(best_ious)
 
 
 @pytest.mark.parametrize("kind", [Anchors, TorchvisionAnchors])
-def test_the_best_anchor_is_that_of_all_anchors(kind):
+def test_best_iou_is_the_maximum_over_all_anchors(kind):
     rng = np.random.default_rng(0)
     sizes = [[(300, 400), (417, 290), (64, 800)][number % 3] for number in range(120)]
     corner = np.array([[rng.uniform(-5, size[1] - 4), rng.uniform(-5, size[0] - 4)] for size in sizes])
@@ -56,18 +56,18 @@ def test_the_best_anchor_is_that_of_all_anchors(kind):
 def noise(folder, names, size=96):
     rng = np.random.default_rng(0)
     for name in names:
-        low = rng.integers(0, 256, (8, 8, 3), np.uint8)  # smooth, so that it has a hash
-        Image.fromarray(low).resize((size, size), Image.BICUBIC).save(folder / name)
+        low_resolution = rng.integers(0, 256, (8, 8, 3), np.uint8)  # a smooth image, so that it has a hash
+        Image.fromarray(low_resolution).resize((size, size), Image.BICUBIC).save(folder / name)
 
 
 def annotations(path, boxes, size=96):
-    """boxes: file name -> (class, x, y, w, h) each"""
+    """`boxes` maps each file name to boxes (class, x, y, w, h)."""
     document = {"images": [], "annotations": [], "categories": [{"id": k + 1, "name": n} for k, n in enumerate("ab")]}
-    for number, (name, own) in enumerate(boxes.items(), start=1):
+    for number, (name, image_boxes) in enumerate(boxes.items(), start=1):
         document["images"].append({"id": number, "file_name": name, "width": size, "height": size})
-        for label, *box in own:
-            about = {"id": len(document["annotations"]) + 1, "image_id": number, "category_id": label, "iscrowd": 0}
-            document["annotations"].append(about | {"bbox": box, "area": box[2] * box[3]})
+        for label, *box in image_boxes:
+            entry = {"id": len(document["annotations"]) + 1, "image_id": number, "category_id": label, "iscrowd": 0}
+            document["annotations"].append(entry | {"bbox": box, "area": box[2] * box[3]})
     path.write_text(json.dumps(document))
     return str(path)
 
@@ -78,8 +78,8 @@ def planted(folder):
     images.mkdir()
     names = [f"{n}.png" for n in range(6)]
     noise(images, names)
-    again = Image.open(images / "2.png").resize((90, 90)).resize((96, 96))
-    again.save(images / "again.jpg", quality=80)
+    duplicate = Image.open(images / "2.png").resize((90, 90)).resize((96, 96))
+    duplicate.save(images / "again.jpg", quality=80)
     train = {name: [(1, 10, 10, 40, 40)] for name in names}
     train["0.png"] += [(1, 10, 10, 40, 41), (2, 0, 0, 96, 95)]  # twice; the whole image
     train["1.png"] += [(1, 5, 60, 2, 3), (1, 2, 80, 90, 6)]  # tiny; thin
@@ -89,7 +89,7 @@ def planted(folder):
     return (*arguments, "--images", images, "--set", *sizes)
 
 
-def test_what_is_planted_is_found(planted, call, folder, in_browser):
+def test_planted_flaws_are_found(planted, call, folder, in_browser):
     code, out, err, printed = call(*planted)
     assert code == 0, err
     assert "1 training images are also in val" in out
@@ -104,64 +104,64 @@ def test_what_is_planted_is_found(planted, call, folder, in_browser):
         assert re.search(rf"1 boxes, {kind}[^:]*: {place}", printed), kind
     assert re.search(r"a 9 6 1 1 ", printed) and re.search(r"b 1 1 0 0 ", printed)  # boxes and images of each class
     for width in (400, 1280):
-        seen = in_browser(folder / "new" / "page.html", width)
-        assert seen["wide"] <= width and seen["broken"] == 0 and seen["remote"] == 0 and seen["overlaps"] == []
-        assert seen["images"] == 2 + 2 + 6  # plots, the pair, samples
+        layout = in_browser(folder / "new" / "page.html", width)
+        assert layout["wide"] <= width and layout["broken"] == 0 and layout["remote"] == 0 and layout["overlaps"] == []
+        assert layout["images"] == 2 + 2 + 6  # plots, the pair, samples
 
 
-def test_nothing_is_made_up(folder, call):
+def test_a_clean_set_has_no_findings(folder, call):
     (folder / "images").mkdir()
     noise(folder / "images", ["a.png", "b.png", "c.png"])
-    one = {"a.png": [(1, 10, 10, 40, 40), (2, 20, 30, 60, 60)], "b.png": []}
-    train = annotations(folder / "train.json", one)
-    val = annotations(folder / "val.json", {"c.png": one["a.png"]})
-    small = ("--set", "data.short_side=96", "data.long_side=96")
-    code, out, err, printed = call("--train", train, "--val", val, *small)
+    boxes = {"a.png": [(1, 10, 10, 40, 40), (2, 20, 30, 60, 60)], "b.png": []}
+    train = annotations(folder / "train.json", boxes)
+    val = annotations(folder / "val.json", {"c.png": boxes["a.png"]})
+    image_size = ("--set", "data.short_side=96", "data.long_side=96")
+    code, out, err, printed = call("--train", train, "--val", val, *image_size)
     assert code == 0, err
     assert "0 training images are" in out and "boxes:" not in out and "anchors.sizes" not in out
     assert "Boxes to look at" not in printed and "In train and in val" not in printed
-    code, out, _, _ = call("--train", train, *small)  # without val
+    code, out, _, _ = call("--train", train, *image_size)  # without val
     assert code == 0 and "in val" not in out
 
 
-def test_other_anchors_are_named_only_where_they_fit_more(folder, call):
+def test_anchors_that_fit_more_boxes_are_suggested(folder, call):
     (folder / "images").mkdir()
     names = [f"{n}.png" for n in range(8)]
     noise(folder / "images", names)
     rng = np.random.default_rng(1)
     boxes = {n: [(1, *rng.uniform(0, 60, 2), *rng.uniform(9, 14, 2)) for _ in range(9)] for n in names}
     train = annotations(folder / "train.json", boxes)
-    small = ("--train", train, "--set", "data.short_side=96", "data.long_side=96")
-    code, out, err, _ = call(*small)  # the smallest anchor is 32 pixels wide
+    arguments = ("--train", train, "--set", "data.short_side=96", "data.long_side=96")
+    code, out, err, _ = call(*arguments)  # the smallest anchor is 32 pixels wide
     assert code == 0, err
     (line,) = (line for line in out.splitlines() if line.startswith("with --set"))
     settings, after, before = re.search(r"--set (\S+ \S+) it is ([\d.]+)%.* instead of ([\d.]+)%", line).groups()
     assert float(before) > 90 and float(after) < 30
-    _, out, _, _ = call(*small, *settings.split())
+    _, out, _, _ = call(*arguments, *settings.split())
     assert f"{after}% of the training boxes have no anchor" in out
 
 
-def test_the_config_s_own_files_and_options(tiny, folder, call):
+def test_a_config_supplies_the_files_and_options(tiny, folder, call):
     code, out, err, printed = call("--config", tiny(folder))
     assert code == 0, err
     assert "8 images" in out and "4 images" in out and "no anchor with IoU 0.5" in printed
 
 
-def test_images_are_looked_for_beside_each_file(folder, call):
+def test_images_are_searched_for_beside_each_annotation_file(folder, call):
     for split, name in (("train", "a.png"), ("valid", "b.png")):
         (folder / split).mkdir()
         noise(folder / split, [name])
         annotations(folder / split / "_annotations.coco.json", {name: [(1, 10, 10, 40, 40)]})
     files = [folder / split / "_annotations.coco.json" for split in ("train", "valid")]
-    small = ("--set", "data.short_side=96", "data.long_side=96")
-    code, out, err, _ = call("--train", files[0], "--val", files[1], *small)
+    image_size = ("--set", "data.short_side=96", "data.long_side=96")
+    code, out, err, _ = call("--train", files[0], "--val", files[1], *image_size)
     assert code == 0, err
     assert out.count("1 images, 1 boxes") == 2
-    code, _, err, _ = call("--train", files[0], "--val", files[1], "--images", folder / "train", *small)
+    code, _, err, _ = call("--train", files[0], "--val", files[1], "--images", folder / "train", *image_size)
     assert code == 2 and f"1 of 1 images of {files[1]} are not there" in err and f"all are in {folder / 'valid'}" in err
 
 
-def test_what_is_taken_all_the_same_is_counted(folder, call):
+def test_flaws_that_are_accepted_are_counted(folder, call):
     (folder / "images").mkdir()
     names = ["a.jpg", "b.jpg", "c.png", "d.png"]
     noise(folder / "images", names)
@@ -169,8 +169,8 @@ def test_what_is_taken_all_the_same_is_counted(folder, call):
         path = folder / "images" / name
         path.write_bytes(path.read_bytes()[:-2])
     for name in names[2:]:
-        dark = np.asarray(Image.open(folder / "images" / name).convert("L")).astype(np.uint16) << 4
-        Image.fromarray(dark).save(folder / "images" / name)
+        pixels = np.asarray(Image.open(folder / "images" / name).convert("L")).astype(np.uint16) << 4
+        Image.fromarray(pixels).save(folder / "images" / name)
     boxes = {name: [("1", 10, 10, 40, 40)] for name in names}
     train = annotations(folder / "train.json", boxes)
     code, out, err, printed = call("--train", train, "--set", "data.short_side=96", "data.long_side=96")
@@ -183,14 +183,14 @@ def test_what_is_taken_all_the_same_is_counted(folder, call):
         assert line in out and line in printed
 
 
-def test_nothing_to_learn_is_refused(folder, call):
+def test_a_set_without_boxes_is_refused_unless_trusted(folder, call):
     (folder / "images").mkdir()
     noise(folder / "images", ["a.png"])
     train = annotations(folder / "train.json", {"a.png": []})
-    small = ("--train", train, "--set", "data.short_side=96", "data.long_side=96")
-    code, _, err, _ = call(*small)
+    arguments = ("--train", train, "--set", "data.short_side=96", "data.long_side=96")
+    code, _, err, _ = call(*arguments)
     assert code == 2 and "no box to learn from" in err
-    code, out, err, _ = call(*small, "data.trust=true")
+    code, out, err, _ = call(*arguments, "data.trust=true")
     assert code == 0, err
     assert "no positive anchors in 1 training images" in out
 
@@ -217,7 +217,7 @@ def test_mistakes_are_one_line(planted, call, folder, tiny):
         assert err.splitlines()[-1].startswith("error: ")
 
 
-def test_positives_and_negatives_are_those_of_all_anchors(folder, call):
+def test_positives_and_negatives_are_counted_over_all_anchors(folder, call):
     (folder / "images").mkdir()
     noise(folder / "images", ["a.png", "b.png"])
     train = annotations(folder / "train.json", {"a.png": [(1, 10, 10, 40, 40)], "b.png": []})
@@ -227,10 +227,10 @@ def test_positives_and_negatives_are_those_of_all_anchors(folder, call):
             area = (size * 2 ** (octave / 3)) ** 2
             half = np.array([(area / ratio) ** 0.5, (area * ratio) ** 0.5]) / 2
             centre = np.array([column, row]) * stride
-            shared = np.clip(np.minimum(centre + half, box[2:]) - np.maximum(centre - half, box[:2]), 0, None).prod()
-            ious.append(shared / (area + 40 * 40 - shared))
+            overlap = np.clip(np.minimum(centre + half, box[2:]) - np.maximum(centre - half, box[:2]), 0, None).prod()
+            ious.append(overlap / (area + 40 * 40 - overlap))
     positives = sum(iou >= 0.5 for iou in ious)
-    negatives = sum(iou < 0.4 for iou in ious) + len(ious)  # the other image has none but negatives
+    negatives = sum(iou < 0.4 for iou in ious) + len(ious)  # the other image has only negatives
     assert positives > 1  # so that the box's best anchor is among them
     code, out, err, printed = call("--train", train, "--set", "data.short_side=96", "data.long_side=96")
     assert code == 0, err

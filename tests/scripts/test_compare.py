@@ -1,4 +1,4 @@
-"""scripts/compare.py: what is shown, what is marked, what is warned of, what is refused."""
+"""scripts/compare.py: its tables, marks, verdicts and warnings, and the runs that it refuses."""
 
 import csv
 import json
@@ -82,15 +82,15 @@ def test_markdown_table(two, tmp_path):
     ]
 
 
-LUCK = np.random.default_rng(0).normal(0, 0.05, (2, 500))  # on each draw of images: of all rows, and of one
+LUCK = np.random.default_rng(0).normal(0, 0.05, (2, 500))  # on each draw of images: for all rows, and for one row
 
 
-def kept(folder: Path, variant: str, seed: int, ap: float, luck: float = 0, **more) -> str:
-    """A result file. Its AP depends on the images as that of every row does, and by `luck` in its own way."""
+def kept(folder: Path, variant: str, seed: int, ap: float, luck: float = 0, **changes) -> str:
+    """Writes a result file. The draws of its AP have the luck that all rows share, plus `luck` times other luck."""
     config = {"run": f"{variant}-s{seed}", "seed": seed, "class_loss": {"name": variant}, "box_loss": {"name": "l1"}}
     metrics = {"AP": ap, "images": 50, "seconds_per_step": 0.25, "peak_memory": 2e9}
     draws = (ap + LUCK[0] + luck * LUCK[1]).tolist()
-    content = {"config": config, "metrics": metrics, "resampled": {"AP": draws}, "variant": variant} | more
+    content = {"config": config, "metrics": metrics, "resampled": {"AP": draws}, "variant": variant} | changes
     path = folder / f"{variant}-{seed}.json"
     path.write_text(json.dumps(content))
     return str(path)
@@ -107,7 +107,7 @@ def test_seeds_of_a_variant_are_one_row(tmp_path, capsys):
     [((0.36, 0.37, 0.38), "+5.0 [+2.7, +7.3], p 0.004, better"), ((0.26, 0.27, 0.28), "-5.0 [-7.3, -2.7], p 0.004, "),
      ((0.33, 0.34, 0.35), "+2.0 [-0.3, +4.3], p 0.070, undecided")],
 )  # fmt: skip
-def test_better_is_said_only_where_the_interval_leaves_out_zero(tmp_path, capsys, aps, verdict):
+def test_a_row_is_better_or_worse_only_if_the_interval_excludes_zero(tmp_path, capsys, aps, verdict):
     """By hand: standard deviations of 1, so +-2.776 sqrt(1/3 + 1/3), Student's t for 4 degrees of freedom."""
     base = [kept(tmp_path, "ce", seed, ap) for seed, ap in enumerate((0.31, 0.32, 0.33))]
     main([*base, *(kept(tmp_path, "focal", seed, ap) for seed, ap in enumerate(aps))])
@@ -119,13 +119,13 @@ def test_verdicts_are_corrected_for_the_number_of_rows(tmp_path, capsys):
     files = {name: [kept(tmp_path, name, seed, ap) for seed, ap in enumerate(aps)] for name, aps in runs.items()}
     main([*files["ce"], *files["a"]])
     assert "- a: +3.5 [+1.2, +5.8], p 0.013, better" in capsys.readouterr().out
-    main([path for of_row in files.values() for path in of_row])
+    main([path for row_files in files.values() for path in row_files])
     out = capsys.readouterr().out
     assert "- a: +3.5 [+1.2, +5.8], p 0.038, better" in out  # three times as much
     assert "p and verdict are corrected for 3 comparisons" in out
 
 
-def test_single_runs_get_no_verdict_but_what_to_do(tmp_path, capsys):
+def test_single_runs_get_advice_instead_of_a_verdict(tmp_path, capsys):
     runs = {"ce": 0.3, "focal": 0.5, "ghm_c": 0.25}
     main([kept(tmp_path, name, 0, ap, luck=place / 10) for place, (name, ap) in enumerate(runs.items())])
     out = capsys.readouterr().out
@@ -139,18 +139,18 @@ def test_a_row_of_one_seed_is_named(tmp_path, capsys):
     assert "no verdict: focal has one seed" in capsys.readouterr().out
 
 
-def test_rows_scored_on_other_images_are_not_judged(tmp_path, capsys):
+def test_rows_scored_on_different_images_get_no_verdict(tmp_path, capsys):
     files = [kept(tmp_path, "ce", seed, 0.3 + seed / 100) for seed in range(2)]
-    other = {"AP": 0.5, "images": 60}
-    files += [kept(tmp_path, "focal", seed, 0.5 + seed / 100, metrics=other) for seed in range(2)]
+    other_metrics = {"AP": 0.5, "images": 60}
+    files += [kept(tmp_path, "focal", seed, 0.5 + seed / 100, metrics=other_metrics) for seed in range(2)]
     main(files)
     assert "- focal: +19.5; no verdict: focal and ce were scored on different images" in capsys.readouterr().out
 
 
 def test_another_metric_is_judged_by_its_own_draws(tmp_path, capsys):
-    for name, high in (("ce", 0.3), ("focal", 0.5)):
+    for name, ap90 in (("ce", 0.3), ("focal", 0.5)):
         for seed in range(3):
-            values = {"AP": 0.4, "AP90": high + seed / 100, "images": 50}
+            values = {"AP": 0.4, "AP90": ap90 + seed / 100, "images": 50}
             draws = {metric: (value + LUCK[0]).tolist() for metric, value in values.items() if metric != "images"}
             kept(tmp_path, name, seed, 0.4, metrics=values, resampled=draws)
     main([*map(str, sorted(tmp_path.glob("*.json"))), "--metric", "AP90"])
@@ -159,7 +159,7 @@ def test_another_metric_is_judged_by_its_own_draws(tmp_path, capsys):
     assert re.search(r"^focal .* 40\.0±0\.0  .* 51\.0±1\.0\* ", out, re.M)  # marked there, and not in AP
 
 
-def test_results_of_before_have_draws_of_ap_alone(tmp_path, capsys):
+def test_old_results_with_draws_of_ap_only_are_read(tmp_path, capsys):
     for name, ap in (("ce", 0.3), ("focal", 0.5)):
         for seed in range(3):
             path = Path(kept(tmp_path, name, seed, ap + seed / 100))
@@ -171,19 +171,19 @@ def test_results_of_before_have_draws_of_ap_alone(tmp_path, capsys):
     assert "- focal: +20.0 [+17.7, +22.3], p < 0.001, better" in capsys.readouterr().out
 
 
-def test_the_best_is_marked_only_beyond_chance_of_every_other(tmp_path, capsys):
+def test_the_best_row_is_marked_only_if_it_beats_every_other_beyond_chance(tmp_path, capsys):
     def marked(**rows):
         main([kept(tmp_path, name, seed, ap) for name, aps in rows.items() for seed, ap in enumerate(aps)])
         return re.findall(r"^(\w+) .*\*", capsys.readouterr().out, re.M)
 
-    low, high = (0.30, 0.31, 0.32), (0.40, 0.41, 0.42)
-    assert marked(ce=low, focal=high) == ["focal"] and marked(focal=high, ce=low) == ["focal"]
-    assert marked(ce=low, focal=high, ghm_c=(0.41, 0.42, 0.43)) == []
-    assert marked(ce=low, focal=(0.1, 0.9, 0.5)) == []
-    assert marked(ce=low, focal=high[:1]) == []
+    low_aps, high_aps = (0.30, 0.31, 0.32), (0.40, 0.41, 0.42)
+    assert marked(ce=low_aps, focal=high_aps) == ["focal"] and marked(focal=high_aps, ce=low_aps) == ["focal"]
+    assert marked(ce=low_aps, focal=high_aps, ghm_c=(0.41, 0.42, 0.43)) == []
+    assert marked(ce=low_aps, focal=(0.1, 0.9, 0.5)) == []
+    assert marked(ce=low_aps, focal=high_aps[:1]) == []
 
 
-def test_what_these_runs_can_tell_is_said(tmp_path, capsys):
+def test_the_detectable_difference_is_reported(tmp_path, capsys):
     files = [kept(tmp_path, name, seed, 0.3 + seed / 100) for name in ("ce", "focal") for seed in range(3)]
     main(files)
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("With 3 seeds a row"))
@@ -192,7 +192,7 @@ def test_what_these_runs_can_tell_is_said(tmp_path, capsys):
     assert re.search(r"4 of 5 studies detect a difference of 3\.\d AP between two rows, at", line)
 
 
-def test_costs_are_shown_of_runs_that_had_the_machine_to_themselves(tmp_path, capsys):
+def test_costs_are_shown_only_for_runs_that_had_the_machine_to_themselves(tmp_path, capsys):
     here, there = {"machine": {"device": "2 cores"}}, {"machine": {"device": "4 cores"}}
 
     def shown(*files):
@@ -207,7 +207,7 @@ def test_costs_are_shown_of_runs_that_had_the_machine_to_themselves(tmp_path, ca
     assert "0.250" not in out and "not shown: runs shared the machine (--jobs 2)" in out
 
 
-def test_seconds_measured_in_turn_are_shown_whatever_the_runs_shared(tmp_path, capsys):
+def test_seconds_measured_in_turn_are_shown_even_if_the_runs_shared_a_machine(tmp_path, capsys):
     timing = {"seconds": 0.125, "steps": 20, "started": "2026-01-01T00:00:00", "machine": "m"}
     files = [kept(tmp_path, name, 0, 0.3, jobs=2, timing=timing) for name in ("ce", "focal")]
     main(files)
@@ -216,10 +216,10 @@ def test_seconds_measured_in_turn_are_shown_whatever_the_runs_shared(tmp_path, c
     assert "s/step: the losses took turns in one process, median of 20 steps. GB is not shown: runs shared" in out
     kept(tmp_path, "focal", 0, 0.3, jobs=2, timing=timing | {"started": "2026-01-02T00:00:00"})
     main(files)
-    assert "0.125" not in capsys.readouterr().out  # not in one process with the other
+    assert "0.125" not in capsys.readouterr().out  # not measured in the same process as the other
 
 
-def test_baseline_of_another_name(tmp_path, capsys):
+def test_any_row_can_be_the_baseline(tmp_path, capsys):
     runs = [kept(tmp_path, name, 0, ap) for name, ap in (("ce", 0.3), ("focal", 0.4))]
     main([*runs, "--baseline", "focal"])
     assert "AP minus that of focal" in (out := capsys.readouterr().out) and "- ce: -10.0 " in out
@@ -227,16 +227,16 @@ def test_baseline_of_another_name(tmp_path, capsys):
         main([*runs, "--baseline", "ghm"])
 
 
-def test_seeds_that_one_row_lacks_are_warned_of(tmp_path, capsys):
+def test_a_missing_seed_causes_a_warning(tmp_path, capsys):
     main([kept(tmp_path, "ce", 0, 0.3), kept(tmp_path, "ce", 1, 0.3), kept(tmp_path, "focal", 0, 0.3)])
     assert "not a fair comparison, seeds differs" in capsys.readouterr().out
 
 
 def test_a_run_that_failed_is_a_row_with_its_reason(tmp_path, capsys):
-    failed = kept(tmp_path, "ce", 0, 0.3)
-    content = json.loads(Path(failed).read_text())
-    Path(failed).write_text(json.dumps({"config": content["config"], "variant": "ce", "failure": "loss = nan"}))
-    main([failed, kept(tmp_path, "focal", 0, 0.3), "--csv", str(tmp_path / "runs.csv")])
+    failed_file = kept(tmp_path, "ce", 0, 0.3)
+    content = json.loads(Path(failed_file).read_text())
+    Path(failed_file).write_text(json.dumps({"config": content["config"], "variant": "ce", "failure": "loss = nan"}))
+    main([failed_file, kept(tmp_path, "focal", 0, 0.3), "--csv", str(tmp_path / "runs.csv")])
     out = capsys.readouterr().out
     assert "- failed: ce, seed 0: loss = nan" in out and out.splitlines()[1].endswith("failed")
     lines = (tmp_path / "runs.csv").read_text().splitlines()
@@ -244,17 +244,17 @@ def test_a_run_that_failed_is_a_row_with_its_reason(tmp_path, capsys):
     assert any(line.startswith("ce,0,") and line.endswith("loss = nan") for line in lines)
 
 
-def test_runs_that_tuned_are_left_out(tmp_path, capsys):
+def test_tuning_trials_are_left_out(tmp_path, capsys):
     main([kept(tmp_path, "ce", 0, 0.3), kept(tmp_path, "ce", 1, 0.9, tried="x2")])
     assert " 30.0 " in capsys.readouterr().out
 
 
-def test_runs_that_differ_in_the_losses_alone_are_not_warned_of(two, capsys):
+def test_runs_that_differ_only_in_the_losses_cause_no_warning(two, capsys):
     main(two)
     assert "warning" not in capsys.readouterr().out
 
 
-def test_every_other_difference_is_warned_of(tmp_path, capsys):
+def test_every_other_difference_causes_a_warning(tmp_path, capsys):
     runs = [
         make_run(tmp_path, "a"),
         make_run(tmp_path, "b", config={"solver": {"lr": 0.02, "epochs": 12}, "seed": 1}),
@@ -272,7 +272,7 @@ def test_every_other_difference_is_warned_of(tmp_path, capsys):
     assert (tmp_path / "table.md").read_text().splitlines()[-len(warnings) :] == warnings
 
 
-def test_the_csv_has_the_verdict_of_its_row_in_each_line(tmp_path):
+def test_each_line_of_the_csv_has_the_verdict_of_its_row(tmp_path):
     files = [
         kept(tmp_path, name, seed, ap + seed / 100) for name, ap in (("ce", 0.3), ("focal", 0.5)) for seed in (0, 1)
     ]
@@ -292,7 +292,7 @@ def test_runs_of_one_name_are_distinguished_by_folder(tmp_path, capsys):
     assert all(f"ghm_c ({run})" in out for run in runs)
 
 
-def test_a_lone_run_is_not_best(tmp_path, capsys):
+def test_a_single_run_is_not_marked_as_best(tmp_path, capsys):
     main([make_run(tmp_path, "focal")])
     assert "*" not in capsys.readouterr().out
 
@@ -310,7 +310,7 @@ def test_a_lone_run_is_not_best(tmp_path, capsys):
         ("config.yaml", "class_loss: focal", r"focal/config.yaml: no class_loss.name"),
     ],
 )
-def test_bad_run_folder(tmp_path, file, content, message):
+def test_a_bad_run_folder_is_one_line(tmp_path, file, content, message):
     run = Path(make_run(tmp_path, "focal"))
     (run / file).unlink()
     if content is not None:
@@ -320,26 +320,26 @@ def test_bad_run_folder(tmp_path, file, content, message):
     assert "\n" not in str(error.value)
 
 
-def test_out_that_cannot_be_written(two, tmp_path):
+def test_an_unwritable_output_is_refused(two, tmp_path):
     with pytest.raises(UserError, match="--markdown"):
         main([*two, "--markdown", str(tmp_path / "none" / "table.md")])
 
 
 @pytest.mark.usefixtures("warm_starts")
-def test_as_a_program_from_any_folder(two, tmp_path):
+def test_the_program_runs_from_any_folder(two, tmp_path):
     def start(*arguments):
         command = [sys.executable, SCRIPT, *arguments]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
 
-    good, bad, usage = start(*two), start("nowhere"), start("--help")
-    assert good.returncode == 0 and "ghm_c" in good.stdout and good.stderr == ""
-    assert (bad.returncode, bad.stdout) == (2, "")
-    assert bad.stderr == "error: nowhere: no such file or folder; give run folders or result files\n"
-    assert usage.returncode == 0 and "python scripts/compare.py runs/ce" in usage.stdout
+    success, failure, help_text = start(*two), start("nowhere"), start("--help")
+    assert success.returncode == 0 and "ghm_c" in success.stdout and success.stderr == ""
+    assert (failure.returncode, failure.stdout) == (2, "")
+    assert failure.stderr == "error: nowhere: no such file or folder; give run folders or result files\n"
+    assert help_text.returncode == 0 and "python scripts/compare.py runs/ce" in help_text.stdout
 
 
 def test_a_seed_given_twice_is_refused(tmp_path):
-    """Else two equal numbers would pass for seeds that agree."""
+    """Otherwise two equal numbers would look like seeds that agree."""
     first = kept(tmp_path, "ce", 0, 0.3)
     (tmp_path / "copy").mkdir()
     second = kept(tmp_path / "copy", "ce", 0, 0.3)
@@ -362,7 +362,7 @@ def test_a_seed_given_twice_is_refused(tmp_path):
         ({"resampled": {}}, "AP of focal on resampled images is not known"),
     ],
 )
-def test_what_is_not_known_gets_no_verdict(tmp_path, capsys, change, reason):
+def test_unknown_values_allow_no_verdict(tmp_path, capsys, change, reason):
     files = [kept(tmp_path, "ce", seed, 0.3 + seed / 100) for seed in range(3)]
     files += [kept(tmp_path, "focal", seed, 0.5, **change) for seed in range(3)]
     main([*files, "--html", str(tmp_path / "page.html"), "--csv", str(tmp_path / "runs.csv")])
@@ -370,7 +370,7 @@ def test_what_is_not_known_gets_no_verdict(tmp_path, capsys, change, reason):
     assert f"no verdict: {reason}" in out and "better" not in out and "studies" not in out
 
 
-def test_sets_of_one_size_but_another_name_are_not_compared(tmp_path, capsys):
+def test_sets_of_the_same_size_but_different_names_are_not_compared(tmp_path, capsys):
     files = []
     for name, file in (("ce", "a/val.json"), ("focal", "b/other.json")):
         for seed in range(2):
@@ -383,10 +383,10 @@ def test_sets_of_one_size_but_another_name_are_not_compared(tmp_path, capsys):
     assert "no verdict: focal and ce were scored on different images" in capsys.readouterr().out
 
 
-def test_a_verdict_says_how_many_runs_failed_and_a_row_what_lay_at_an_end(tmp_path, capsys):
+def test_failed_runs_and_tuned_values_at_an_end_of_their_range_are_reported(tmp_path, capsys):
     files = [kept(tmp_path, name, seed, ap) for name, ap in (("ce", 0.3), ("focal", 0.5)) for seed in range(3)]
-    failed = json.loads(Path(files[-1]).read_text())
-    Path(files[-1]).write_text(json.dumps({"config": failed["config"], "variant": "focal", "failure": "loss = nan"}))
+    run = json.loads(Path(files[-1]).read_text())
+    Path(files[-1]).write_text(json.dumps({"config": run["config"], "variant": "focal", "failure": "loss = nan"}))
     content = json.loads(Path(files[0]).read_text())
     search = {"keys": ["box_loss.weight"], "trials": [{"values": {}, "AP": 0.1}], "extended": []}
     search |= {"at_an_end": ["box_loss.weight"], "chosen": {"box_loss.weight": 9.5}}
@@ -399,16 +399,16 @@ def test_a_verdict_says_how_many_runs_failed_and_a_row_what_lay_at_an_end(tmp_pa
     assert "- ce was tuned: box_loss.weight 9.5 (range 0.1 to 10, at an end of it), best trial 10.0 AP\n" in out
 
 
-def test_pairs_that_differ_are_listed_the_better_first(tmp_path, capsys):
+def test_pairs_that_differ_are_listed_with_the_better_row_first(tmp_path, capsys):
     means = {"ce": 0.3, "focal": 0.5, "ghm_c": 0.301}
     files = [kept(tmp_path, name, seed, mean + 0.001 * seed) for name, mean in means.items() for seed in range(3)]
     main([*files, "--pairs"])
     lines = capsys.readouterr().out.partition("Of all 3 pairs of rows, corrected together, these differ in AP:")[2]
-    listed = [line.rpartition(":")[0] if ":" in line else line for line in lines.split("\n\n")[1].splitlines()]
-    assert sorted(line.partition(":")[0] for line in listed) == ["- focal over ce", "- focal over ghm_c"]
+    pairs = [line.rpartition(":")[0] if ":" in line else line for line in lines.split("\n\n")[1].splitlines()]
+    assert sorted(line.partition(":")[0] for line in pairs) == ["- focal over ce", "- focal over ghm_c"]
     assert re.search(r"- focal over ce: \+20\.0 \[\+1\d\.\d, \+2\d\.\d\], p ", lines)
     main([*[file for file in files if "focal" not in file], "--pairs"])
-    assert "Of all" not in capsys.readouterr().out  # one pair is what the table says
+    assert "Of all" not in capsys.readouterr().out  # the table already shows the only pair
 
 
 def test_runs_that_all_failed_are_listed(tmp_path, capsys):
@@ -420,17 +420,17 @@ def test_runs_that_all_failed_are_listed(tmp_path, capsys):
 
 
 def of_sets(folder, rows, gamma=2.0):
-    """Result files of the rows {name: (mean AP in each of two sets, in percent)}, three seeds each."""
+    """Writes result files of the rows {name: (mean AP in each of two sets, in percent)}, three seeds each."""
     files = []
-    for place, (of_set, images) in enumerate((("cells", 50), ("cards", 70))):
-        (folder / of_set).mkdir(exist_ok=True)
+    for place, (set_name, images) in enumerate((("cells", 50), ("cards", 70))):
+        (folder / set_name).mkdir(exist_ok=True)
         for name, aps in rows.items():
             for seed in range(3) if aps[place] is not None else ():
                 ap = (aps[place] + seed - 1) / 100
-                metrics = {"AP": ap, "images": images, "per_class": {of_set: {"AP": ap}}}
-                path = Path(kept(folder / of_set, name, seed, ap, metrics=metrics))
+                metrics = {"AP": ap, "images": images, "per_class": {set_name: {"AP": ap}}}
+                path = Path(kept(folder / set_name, name, seed, ap, metrics=metrics))
                 content = json.loads(path.read_text())
-                content["config"]["data"] = {"val": {"annotations": f"datasets/{of_set}/val.json"}}
+                content["config"]["data"] = {"val": {"annotations": f"datasets/{set_name}/val.json"}}
                 content["config"]["class_loss"]["gamma"] = gamma if place else 2.0
                 path.write_text(json.dumps(content))
                 files.append(str(path))
@@ -456,7 +456,7 @@ def test_runs_of_two_sets_get_a_table_each_and_a_verdict_on_both(tmp_path, capsy
         }
 
 
-def test_the_page_of_two_sets_has_all_of_both(tmp_path):
+def test_the_page_shows_each_set_and_the_verdict_on_both(tmp_path):
     main([*of_sets(tmp_path, {"ce": (30, 50), "focal": (34, 52)}), "--html", str(tmp_path / "page.html")])
     page = (tmp_path / "page.html").read_text()
     headings = re.findall("<h2>(.*?)</h2>", page)
@@ -464,7 +464,7 @@ def test_the_page_of_two_sets_has_all_of_both(tmp_path):
     assert "datasets/cards/val.json, 70 images: Better, or chance?" in headings and "by set +4.0, +2.0" in page
 
 
-def test_what_several_sets_must_share(tmp_path, capsys):
+def test_several_sets_must_share_the_baseline_and_the_losses(tmp_path, capsys):
     files = of_sets(tmp_path, {"ce": (30, 50), "focal": (34, None), "ghm_c": (None, 52)}, gamma=1.0)
     main(files)
     assert "No verdict: this takes ce and another row with runs in each set." in capsys.readouterr().out
@@ -479,7 +479,7 @@ def test_what_several_sets_must_share(tmp_path, capsys):
     )
 
 
-def test_a_run_that_failed_is_in_the_set_of_its_data(tmp_path, capsys):
+def test_a_failed_run_is_listed_in_the_set_of_its_data(tmp_path, capsys):
     files = of_sets(tmp_path, {"ce": (30, 50), "focal": (34, 52)})
     content = json.loads(Path(files[-1]).read_text())
     del content["metrics"]

@@ -1,4 +1,4 @@
-"""scripts/compare_conditions.py: the table is the means, verdicts are in each condition, errors are one line."""
+"""scripts/compare_conditions.py: the table has the means, each condition has verdicts, errors are one line."""
 
 import re
 
@@ -19,15 +19,15 @@ def write(folder, value, name, seed, ap, boxes=300, draws=None):
     result.write(folder / str(value) / f"{name}-s{seed}.json", content)
 
 
-def test_means_and_what_is_lost(folder, command):
-    for seed, more in ((0, 0.0), (1, 0.01), (2, 0.02)):
+def test_the_table_has_the_mean_of_each_condition_and_the_lost_ap(folder, command):
+    for seed, shift in ((0, 0.0), (1, 0.01), (2, 0.02)):
         for share, ap in ((0, 0.5), (10, 0.45), (20, 0.3)):
-            write(folder, share, "ce", seed, ap + more)
+            write(folder, share, "ce", seed, ap + shift)
         write(folder, 0, "focal", seed, 0.6)
     for share, ap in ((0, 0.5), (20, 0.3)):
         write(folder, share, "single", 0, ap)
-    failed = {"config": {"run": "ghm", "seed": 0, **LOSSES}, "failure": "loss inf", "variant": "ghm", "seed": 0}
-    result.write(folder / "0" / "ghm-s0.json", failed)
+    failed_result = {"config": {"run": "ghm", "seed": 0, **LOSSES}, "failure": "loss inf", "variant": "ghm", "seed": 0}
+    result.write(folder / "0" / "ghm-s0.json", failed_result)
     code, out, err = command(compare_conditions.main, folder, "--output", folder / "plot.png")
     assert code == 0, err
     # By hand: Student's t for 4 degrees of freedom, 2.776 sqrt(1/3 + 1/3).
@@ -35,7 +35,7 @@ def test_means_and_what_is_lost(folder, command):
     assert "| single | 50.0 | - | 30.0 | 20.0 [20.0, 20.0] over images only, 40% |" in out  # one seed
     assert "failed: ghm at 0, seed 0: loss inf" in err
     assert "| focal | 60.0±0.0 | - | - | - |" in out
-    # 9 at 0, with the 2 degrees of freedom of the only row that varies: 4.303 sqrt(1/3).
+    # At 0 the difference is 9. Only one row varies, so there are 2 degrees of freedom: 4.303 sqrt(1/3).
     assert "- focal at 0: +9.0 [+6.5, +11.5], p 0.004, better" in out
     assert "no verdict on the change of focal: it takes the same seeds as ce in both" in out
     assert "ghm" not in out
@@ -43,10 +43,10 @@ def test_means_and_what_is_lost(folder, command):
 
 
 def test_all_conditions_are_corrected_together(folder, command):
-    for value, more_ap in ((3, 0.04), (70, 0.01)):
-        for seed, more in enumerate((-0.01, 0.0, 0.01)):
-            write(folder, value, "ce", seed, 0.5 + more)
-            write(folder, value, "focal", seed, 0.5 + more_ap + more)
+    for value, gain in ((3, 0.04), (70, 0.01)):
+        for seed, shift in enumerate((-0.01, 0.0, 0.01)):
+            write(folder, value, "ce", seed, 0.5 + shift)
+            write(folder, value, "focal", seed, 0.5 + gain + shift)
     code, out, err = command(compare_conditions.main, folder, "--log", "--output", folder / "plot.png")
     assert code == 0, err
     # Welch's test without spread over images. Hochberg's factor is 2 for the smaller p and 1 for the larger.
@@ -56,13 +56,13 @@ def test_all_conditions_are_corrected_together(folder, command):
     assert f"- focal at 70: +1.0 [-1.3, +3.3], p {p[1]:.2f}, undecided" in out
 
 
-def test_what_easy_images_add_to_both_conditions_is_no_doubt_about_the_change(folder, command):
+def test_luck_with_images_cancels_in_the_change_between_conditions(folder, command):
     luck = np.random.default_rng(0).normal(0, 0.05, 500)
-    for seed, more in enumerate((-0.01, 0.0, 0.01)):
+    for seed, shift in enumerate((-0.01, 0.0, 0.01)):
         for value, ce, focal in ((0, 0.5, 0.5), (40, 0.3, 0.4)):
-            write(folder, value, "ce", seed, ce + more, draws=np.clip(ce + more + luck, 0, 1))
-            # Two conditions' spreads add up in the change, and here they are equal, seed by seed: none is left.
-            write(folder, value, "focal", seed, focal - more * (1 if value else -1), draws=np.clip(focal - luck, 0, 1))
+            write(folder, value, "ce", seed, ce + shift, draws=np.clip(ce + shift + luck, 0, 1))
+            # The shift of a seed is the same in both conditions for ce, but has opposite signs for focal.
+            write(folder, value, "focal", seed, focal - shift * (1 if value else -1), draws=np.clip(focal - luck, 0, 1))
     code, out, err = command(compare_conditions.main, folder, "--output", folder / "plot.png")
     assert code == 0, err
     line = next(line for line in out.splitlines() if line.startswith("- focal: "))
@@ -75,7 +75,7 @@ def test_what_easy_images_add_to_both_conditions_is_no_doubt_about_the_change(fo
     assert float(interval[1]) - float(interval[0]) > 30
 
 
-def test_other_images_in_each_condition_allow_no_verdict_on_the_change(folder, command):
+def test_different_images_in_each_condition_allow_no_verdict_on_the_change(folder, command):
     for seed in range(3):
         for value, boxes in ((70, 900), (2000, 200)):
             for name, ap in (("ce", 0.4), ("focal", 0.5)):

@@ -1,4 +1,4 @@
-"""scripts/convert.py: known boxes, written in another format, come back; what is not used is reported."""
+"""scripts/convert.py: boxes written in another format come back unchanged, and unused data is reported."""
 
 import json
 import random
@@ -23,7 +23,7 @@ REAL = Path(__file__).parents[3] / "shared" / "data" / "bccd"
 
 @pytest.fixture
 def known():
-    """name -> (size, boxes): whole pixels, which every format can say."""
+    """Returns name -> (size, boxes), in whole pixels, which every format can express."""
     rng = random.Random(0)
     images = {}
     for number in range(9):
@@ -42,7 +42,7 @@ def paint(folder, images):
         Image.new("RGB", (width, height), (120, 80, 40)).save(folder / name)
 
 
-def as_yolo(folder, images, names=NAMES, **about):
+def as_yolo(folder, images, names=NAMES, **entries):
     paint(folder / "images", images)
     (folder / "labels").mkdir(exist_ok=True)
     for name, ((width, height), boxes) in images.items():
@@ -51,19 +51,19 @@ def as_yolo(folder, images, names=NAMES, **about):
             for n, (x, y, w, h) in boxes
         ]
         (folder / "labels" / name).with_suffix(".txt").write_text("\n".join(lines))
-    (folder / "data.yaml").write_text(yaml.safe_dump({"names": names, **about}, allow_unicode=True), encoding="utf-8")
+    (folder / "data.yaml").write_text(yaml.safe_dump({"names": names, **entries}, allow_unicode=True), encoding="utf-8")
 
 
 def as_voc(folder, images):
     paint(folder / "JPEGImages", images)
     (folder / "Annotations").mkdir(exist_ok=True)
     for name, ((width, height), boxes) in images.items():
-        things = "".join(
+        object_elements = "".join(
             f"<object><name>{escape(n)}</name><difficult>0</difficult><bndbox><xmin>{x + 1}</xmin><ymin>{y + 1}</ymin>"
             f"<xmax>{x + w}</xmax><ymax>{y + h}</ymax></bndbox></object>"
             for n, (x, y, w, h) in boxes
         )
-        text = f"<annotation><size><width>{width}</width><height>{height}</height></size>{things}</annotation>"
+        text = f"<annotation><size><width>{width}</width><height>{height}</height></size>{object_elements}</annotation>"
         (folder / "Annotations" / name).with_suffix(".xml").write_text(text, encoding="utf-8")
 
 
@@ -78,42 +78,42 @@ def as_labelme(folder, images):
 
 
 def read(folder):
-    """name -> (size, boxes) of both files, and the file's names of each split."""
+    """Returns name -> (size, boxes) over both files, and the file names of each split."""
     images, splits = {}, {}
     for split in ("train", "val"):
         document = json.loads((folder / f"{split}.json").read_text())
-        names = {one["id"]: one["name"] for one in document["categories"]}
-        splits[split] = {one["file_name"] for one in document["images"]}
+        names = {entry["id"]: entry["name"] for entry in document["categories"]}
+        splits[split] = {entry["file_name"] for entry in document["images"]}
         for image in document["images"]:
             boxes = [
-                (names[one["category_id"]], tuple(one["bbox"]))
-                for one in document["annotations"]
-                if one["image_id"] == image["id"]
+                (names[entry["category_id"]], tuple(entry["bbox"]))
+                for entry in document["annotations"]
+                if entry["image_id"] == image["id"]
             ]
             images[image["file_name"]] = (image["width"], image["height"]), boxes
     return images, splits
 
 
-def same(found, known):
-    found = {Path(name).name: value for name, value in found.items()}
-    assert found.keys() == known.keys()
+def same(converted, known):
+    converted = {Path(name).name: value for name, value in converted.items()}
+    assert converted.keys() == known.keys()
     for name, (size, boxes) in known.items():
-        assert found[name][0] == size
-        assert [one[0] for one in found[name][1]] == [one[0] for one in boxes]
-        mine = np.array([one[1] for one in found[name][1]]).reshape(-1, 4)
-        np.testing.assert_allclose(mine, np.array([one[1] for one in boxes]).reshape(-1, 4), atol=1e-3)
+        assert converted[name][0] == size
+        assert [box[0] for box in converted[name][1]] == [box[0] for box in boxes]
+        coordinates = np.array([box[1] for box in converted[name][1]]).reshape(-1, 4)
+        np.testing.assert_allclose(coordinates, np.array([box[1] for box in boxes]).reshape(-1, 4), atol=1e-3)
 
 
 @pytest.mark.parametrize(("form", "write"), [("yolo", as_yolo), ("voc", as_voc), ("labelme", as_labelme)])
-def test_round_trip(known, folder, command, form, write):
+def test_boxes_survive_a_round_trip(known, folder, command, form, write):
     write(folder / "src", known)
     code, out, err = command(convert.main, form, folder / "src", folder / "dst")
     assert code == 0, err
-    found, splits = read(folder / "dst")
-    same(found, known)
+    converted, splits = read(folder / "dst")
+    same(converted, known)
     assert len(splits["val"]) == 2 and not splits["val"] & splits["train"]  # a fifth of nine
-    one = CocoDataset(folder / "dst" / "train.json", folder / "dst" / "images", EvalTransform(64, 64))
-    assert set(one.class_names) == set(NAMES)
+    dataset = CocoDataset(folder / "dst" / "train.json", folder / "dst" / "images", EvalTransform(64, 64))
+    assert set(dataset.class_names) == set(NAMES)
     assert "check_data.py" in out and "train.py" in out and (folder / "dst" / "report.txt").exists()
     assert not list(folder.glob(".*"))
 
@@ -129,17 +129,17 @@ def test_the_same_seed_gives_the_same_files(known, folder, command):
 
 
 @pytest.mark.parametrize("how", ["data.yaml", "list", "folders", "voc"])
-def test_the_split_of_its_own_is_kept(known, folder, command, how):
+def test_the_split_of_the_set_is_kept(known, folder, command, how):
     if how == "voc":
         as_voc(folder / "src", known)
         (folder / "src" / "ImageSets" / "Main").mkdir(parents=True)
         (folder / "src" / "ImageSets" / "Main" / "val.txt").write_text("3\n5\n")
     else:
-        moved = {("valid/" if name in ("3.jpg", "5.jpg") else "train/") + name: one for name, one in known.items()}
+        images = {("valid/" if name in ("3.jpg", "5.jpg") else "train/") + name: image for name, image in known.items()}
         for part in ("valid", "train"):
             (folder / "src" / "labels" / part).mkdir(parents=True)
-        about = {"data.yaml": {"val": "../images/valid"}, "list": {"val": "val.txt"}, "folders": {}}[how]
-        as_yolo(folder / "src", moved, **about)
+        entries = {"data.yaml": {"val": "../images/valid"}, "list": {"val": "val.txt"}, "folders": {}}[how]
+        as_yolo(folder / "src", images, **entries)
         (folder / "src" / "val.txt").write_text("images/valid/3.jpg\nimages/valid/5.jpg\n")
     code, out, err = command(convert.main, "voc" if how == "voc" else "yolo", folder / "src", folder / "dst")
     assert code == 0, err
@@ -148,31 +148,31 @@ def test_the_split_of_its_own_is_kept(known, folder, command, how):
 
 
 @pytest.mark.parametrize("how", ["data.yaml", "folders", "voc"])
-def test_test_images_are_neither_taught_nor_scored(known, folder, command, how):
+def test_test_images_are_in_neither_split(known, folder, command, how):
     names = list(known)
     if how == "voc":
         as_voc(folder / "src", known)
         (folder / "src" / "ImageSets" / "Main").mkdir(parents=True)
         (folder / "src" / "ImageSets" / "Main" / "test.txt").write_text("3  1\n5 -1\n")
-        test = {"3.jpg", "5.jpg"}
+        test_images = {"3.jpg", "5.jpg"}
     else:
         parts = {"test": names[:2], "valid": names[2:4], "train": names[4:]}
-        about = {"val": "images/valid", "test": "images/test"} if how == "data.yaml" else {}
+        entries = {"val": "images/valid", "test": "images/test"} if how == "data.yaml" else {}
         for part in parts:
             (folder / "src" / "labels" / part).mkdir(parents=True)
-        moved = {f"{part}/{name}": known[name] for part, own in parts.items() for name in own}
-        as_yolo(folder / "src", moved, **about)
-        test = set(parts["test"])
+        images = {f"{part}/{name}": known[name] for part, part_names in parts.items() for name in part_names}
+        as_yolo(folder / "src", images, **entries)
+        test_images = set(parts["test"])
     code, out, err = command(convert.main, "voc" if how == "voc" else "yolo", folder / "src", folder / "dst")
     assert code == 0, err
-    found, splits = read(folder / "dst")
-    assert {Path(name).name for name in found} == set(known) - test and splits["train"] and splits["val"]
+    converted, splits = read(folder / "dst")
+    assert {Path(name).name for name in converted} == set(known) - test_images and splits["train"] and splits["val"]
     assert re.search(r"images to test on.*: 2 ", out)
 
 
-def test_a_list_may_say_paths_and_names_with_blanks(known, folder, command):
-    sizes = known["3.jpg"]
-    known = {"a/1.jpg": sizes, "b/1.jpg": sizes, "b/a photo.jpg": sizes, "b/v1.2.jpg": sizes}
+def test_a_list_may_hold_paths_and_names_with_spaces(known, folder, command):
+    image = known["3.jpg"]
+    known = {"a/1.jpg": image, "b/1.jpg": image, "b/a photo.jpg": image, "b/v1.2.jpg": image}
     for part in ("a", "b"):
         (folder / "src" / "labels" / part).mkdir(parents=True)
     as_yolo(folder / "src", known, val="val.txt")
@@ -183,17 +183,17 @@ def test_a_list_may_say_paths_and_names_with_blanks(known, folder, command):
     assert "lines of val.txt that name no image: 1 (gone.jpg)" in out
 
 
-def test_one_label_file_of_two_images_and_two_of_one(known, folder, command):
+def test_shared_and_second_label_files_are_reported(known, folder, command):
     as_yolo(folder / "src", known)
-    name, (_, boxes) = next((name, one) for name, one in known.items() if one[1])
+    name, (_, boxes) = next((name, image) for name, image in known.items() if image[1])
     images, labels = folder / "src" / "images", folder / "src" / "labels"
     Image.open(images / name).save(images / f"{Path(name).stem}.png")
     (folder / "src" / f"{Path(name).stem}.txt").write_text((labels / f"{Path(name).stem}.txt").read_text())
     code, out, err = command(convert.main, "yolo", folder / "src", folder / "dst")
     assert code == 0, err
     assert "a second label file of the same image: 1" in out and "share a label file with another: 1" in out
-    found = {Path(path).name: own for path, (_, own) in read(folder / "dst")[0].items()}
-    assert len(found[f"{Path(name).stem}.png"]) == len(found[name]) == len(boxes)
+    image_boxes = {Path(path).name: boxes_of_image for path, (_, boxes_of_image) in read(folder / "dst")[0].items()}
+    assert len(image_boxes[f"{Path(name).stem}.png"]) == len(image_boxes[name]) == len(boxes)
 
 
 @pytest.mark.parametrize(
@@ -206,14 +206,16 @@ def test_one_label_file_of_two_images_and_two_of_one(known, folder, command):
         (["cat", ""], "is called ''"),
     ],
 )
-def test_names_of_classes(known, folder, command, names, expected):
+def test_class_names_must_be_printable_and_have_valid_numbers(known, folder, command, names, expected):
     as_yolo(folder / "src", known)
     (folder / "src" / "data.yaml").write_text(yaml.safe_dump({"names": names}, allow_unicode=True), encoding="utf-8")
     code, _, err = command(convert.main, "yolo", folder / "src", folder / "a b")
     if expected:
         assert code == 2 and expected in err.splitlines()[-1] and not (folder / "a b").exists(), err
     else:
-        assert code == 0 and {one[0] for _, own in read(folder / "a b")[0].values() for one in own} <= set(NAMES), err
+        assert code == 0 and {box[0] for _, boxes in read(folder / "a b")[0].values() for box in boxes} <= set(NAMES), (
+            err
+        )
 
 
 def test_commands_can_be_pasted(known, folder, command):
@@ -223,7 +225,7 @@ def test_commands_can_be_pasted(known, folder, command):
     assert str(folder / "a b/train.json") in words
 
 
-def test_what_is_not_used_is_reported(known, folder, command):
+def test_unused_data_is_reported(known, folder, command):
     as_yolo(folder / "src", known)
     labels = folder / "src" / "labels"
     (labels / "1.txt").write_text(
@@ -248,22 +250,22 @@ def test_what_is_not_used_is_reported(known, folder, command):
     }.items():
         (line,) = (line for line in printed.splitlines() if kind in line)
         assert line.endswith(f": {count}") and line.split(":")[0] in out, line
-    (own,) = (boxes for name, (_, boxes) in read(folder / "dst")[0].items() if name.endswith("/1.jpg"))
-    assert [name for name, _ in own] == ["cat", "dog & <co>", "class 7", "dog & <co>"]
-    assert own[3][1] == pytest.approx((0.1 * 48, 0.2 * 64, 0.2 * 48, 0.4 * 64), abs=1e-3)  # the polygon
+    (image_boxes,) = (boxes for name, (_, boxes) in read(folder / "dst")[0].items() if name.endswith("/1.jpg"))
+    assert [name for name, _ in image_boxes] == ["cat", "dog & <co>", "class 7", "dog & <co>"]
+    assert image_boxes[3][1] == pytest.approx((0.1 * 48, 0.2 * 64, 0.2 * 48, 0.4 * 64), abs=1e-3)  # the polygon
 
 
-def test_voc_and_labelme_remarks(known, folder, command):
+def test_flaws_of_voc_and_labelme_files_are_reported(known, folder, command):
     as_voc(folder / "voc", known)
-    one = folder / "voc" / "Annotations" / "1.xml"
-    one.write_text("<!DOCTYPE annotation>" + one.read_text().replace("<difficult>0", "<difficult>1"))
+    annotation = folder / "voc" / "Annotations" / "1.xml"
+    annotation.write_text("<!DOCTYPE annotation>" + annotation.read_text().replace("<difficult>0", "<difficult>1"))
     (folder / "voc" / "Annotations" / "2.xml").write_text('<!DOCTYPE a [<!ENTITY b "c">]><annotation/>')
     (folder / "voc" / "Annotations" / "3.xml").unlink()
     (folder / "voc" / "Annotations" / "4.xml").write_text("<annotation><object/></annotation>")
-    one = folder / "voc" / "Annotations" / "5.xml"
-    one.write_text(one.read_text().replace("<width>80", "<width>800"))
-    one = folder / "voc" / "Annotations" / "6.xml"
-    one.write_text(one.read_text().replace("<width>64", "<width>inf"))  # as if it said none
+    annotation = folder / "voc" / "Annotations" / "5.xml"
+    annotation.write_text(annotation.read_text().replace("<width>80", "<width>800"))
+    annotation = folder / "voc" / "Annotations" / "6.xml"
+    annotation.write_text(annotation.read_text().replace("<width>64", "<width>inf"))  # counts as no width
     code, _, err = command(convert.main, "voc", folder / "voc", folder / "dst")
     assert code == 0, err
     printed = (folder / "dst" / "report.txt").read_text()
@@ -276,7 +278,7 @@ def test_voc_and_labelme_remarks(known, folder, command):
     ):
         assert words in printed, words
     documents = [json.loads((folder / "dst" / f"{split}.json").read_text()) for split in ("train", "val")]
-    assert sum(one["iscrowd"] for document in documents for one in document["annotations"]) == 1
+    assert sum(annotation["iscrowd"] for document in documents for annotation in document["annotations"]) == 1
 
     as_labelme(folder / "labelme", known)
     shapes = [
@@ -289,29 +291,29 @@ def test_voc_and_labelme_remarks(known, folder, command):
     assert command(convert.main, "labelme", folder / "labelme", folder / "dst2")[0] == 0
     printed = (folder / "dst2" / "report.txt").read_text()
     assert "cat line" in printed and "is not labelme's" in printed
-    found = read(folder / "dst2")[0]["1.jpg"][1]
-    assert found == [("cat", (15, 15, 10, 10)), ("cat", (1, 2, 10, 20))]
+    boxes = read(folder / "dst2")[0]["1.jpg"][1]
+    assert boxes == [("cat", (15, 15, 10, 10)), ("cat", (1, 2, 10, 20))]
 
 
-def test_a_turned_photo_is_taken_as_it_was_labelled(folder, command):
-    """EXIF says to turn it; YOLO's parts are of the turned image, a VOC file may be of the stored one."""
+def test_a_rotated_photo_is_read_as_it_was_labelled(folder, command):
+    """EXIF asks for a rotation. YOLO labels refer to the rotated image, VOC files may refer to the stored one."""
     exif = Image.Exif()
     exif[0x0112] = 6
     known = {"a.jpg": ((60, 40), [("cat", (5, 6, 20, 10))]), "b.jpg": ((60, 40), [("cat", (1, 1, 9, 9))])}
     as_voc(folder / "voc", known)
-    turned = {name: ((40, 60), boxes) for name, (_, boxes) in known.items()}
-    as_yolo(folder / "yolo", turned, names=["cat"])
+    rotated = {name: ((40, 60), boxes) for name, (_, boxes) in known.items()}
+    as_yolo(folder / "yolo", rotated, names=["cat"])
     for place in ("voc/JPEGImages", "yolo/images"):
         for name in known:
             Image.new("RGB", (60, 40)).save(folder / place / name, exif=exif)
-    for form, expected in (("voc", known), ("yolo", turned)):
+    for form, expected in (("voc", known), ("yolo", rotated)):
         assert command(convert.main, form, folder / form, folder / f"{form}_dst")[0] == 0
         same(read(folder / f"{form}_dst")[0], expected)
         for split in ("train", "val"):
-            one = CocoDataset(
+            dataset = CocoDataset(
                 folder / f"{form}_dst" / f"{split}.json", folder / f"{form}_dst" / "images", EvalTransform(96, 96)
             )
-            assert one[0][0].shape[1:] == ((64, 96) if form == "voc" else (96, 64))
+            assert dataset[0][0].shape[1:] == ((64, 96) if form == "voc" else (96, 64))
 
 
 def test_mistakes_are_one_line_and_nothing_is_left(known, folder, command, monkeypatch):
@@ -345,16 +347,16 @@ def test_mistakes_are_one_line_and_nothing_is_left(known, folder, command, monke
 
 
 @pytest.mark.skipif(not REAL.exists(), reason="no real images beside the project (../shared/data)")
-def test_real_images_come_back_from_yolo(folder, command):
+def test_real_boxes_survive_a_round_trip_through_yolo(folder, command):
     document = json.loads((REAL / "val.json").read_text())
-    names = [one["name"] for one in document["categories"]]
-    place = {one["id"]: one["name"] for one in document["categories"]}
+    names = [entry["name"] for entry in document["categories"]]
+    class_names = {entry["id"]: entry["name"] for entry in document["categories"]}
     known = {}
     for image in document["images"][:20]:
         boxes = [
-            (place[one["category_id"]], tuple(one["bbox"]))
-            for one in document["annotations"]
-            if one["image_id"] == image["id"]
+            (class_names[entry["category_id"]], tuple(entry["bbox"]))
+            for entry in document["annotations"]
+            if entry["image_id"] == image["id"]
         ]
         known[image["file_name"]] = (image["width"], image["height"]), boxes
     as_yolo(folder / "src", known, names=names)

@@ -12,7 +12,7 @@ SIZE = (64, 48)
 
 
 def write(file, images, classes=("cat", "dog"), first=1, **changes):
-    """images: file_name -> [(class, x, y, width, height)]; ids count from `first`."""
+    """`images` maps each file_name to boxes (class, x, y, width, height). Ids count from `first`."""
     document = {"images": [], "annotations": [], "categories": []}
     document["categories"] = [{"id": first + 3 * c, "name": name} for c, name in enumerate(classes)]
     for number, (name, boxes) in enumerate(images.items(), start=first):
@@ -38,18 +38,18 @@ def paint(*paths):
 
 
 def read(folder):
-    """split -> file_name -> [(class, *box)]; ids are 1, 2, ... and each is there once."""
+    """Returns split -> file_name -> [(class, *box)]. Checks that the ids are 1, 2, ... and that every image exists."""
     splits = {}
     for split in ("train", "val"):
         document = json.loads((folder / f"{split}.json").read_text())
-        names = {one["id"]: one["name"] for one in document["categories"]}
+        names = {entry["id"]: entry["name"] for entry in document["categories"]}
         for kind in ("images", "annotations", "categories"):
-            assert [one["id"] for one in document[kind]] == list(range(1, len(document[kind]) + 1))
+            assert [entry["id"] for entry in document[kind]] == list(range(1, len(document[kind]) + 1))
         splits[split] = {
             image["file_name"]: [
-                (names[one["category_id"]], *one["bbox"])
-                for one in document["annotations"]
-                if one["image_id"] == image["id"]
+                (names[entry["category_id"]], *entry["bbox"])
+                for entry in document["annotations"]
+                if entry["image_id"] == image["id"]
             ]
             for image in document["images"]
         }
@@ -80,24 +80,24 @@ def run(command, folder):
         ("result.json", "images"),
         ("labels/labels.json", "data"),
         ("set/annotations.json", "."),
-        ("test.json", "images"),  # of one file the name says nothing
+        ("test.json", "images"),  # the name of a single file sets no part
     ],
 )
 @pytest.mark.parametrize("whole", [False, True])
 def test_one_file_is_split_wherever_its_images_are(run, folder, file, images, whole):
-    known = {f"{n}.jpg": boxes(n) for n in range(10)}
-    write(folder / "src" / file, known)
-    paint(*(folder / "src" / images / name for name in known))
+    image_boxes = {f"{n}.jpg": boxes(n) for n in range(10)}
+    write(folder / "src" / file, image_boxes)
+    paint(*(folder / "src" / images / name for name in image_boxes))
     code, out, err, splits = run(folder / "src" if whole else folder / "src" / file)
     assert code == 0, err
-    assert {**splits["train"], **splits["val"]} == known
+    assert {**splits["train"], **splits["val"]} == image_boxes
     assert len(splits["val"]) == 2 and "drawn by --seed 0" in out
 
 
 @pytest.mark.parametrize(
     "name", ["sub dir/{}.jpg", "images/sub dir/{}.jpg", "sub%20dir\\{}.jpg", "./sub dir/{}.JPG", "{}.jpg"]
 )
-def test_names_as_other_tools_write_them(run, folder, name):
+def test_file_names_in_the_forms_of_other_tools_find_their_images(run, folder, name):
     write(folder / "src" / "result.json", {name.format(n): boxes(n) for n in range(6)})
     paint(*(folder / "src" / "images" / "sub dir" / f"{n}.jpg" for n in range(6)))
     code, _, err, splits = run(folder / "src" / "result.json")
@@ -111,17 +111,17 @@ def test_crowds_and_areas_are_kept(run, folder):
     write(folder / "b.json", {f"b{n}.jpg": boxes(n) for n in range(4)})
     paint(*(folder / f"{name}{n}.jpg" for n in range(4) for name in ("", "b")))
     assert run(folder / "a.json", folder / "b.json")[0] == 0
-    made = [json.loads((folder / "dst" / f"{split}.json").read_text()) for split in ("train", "val")]
-    names = [{one["id"]: one["file_name"] for one in document["images"]} for document in made]
-    found = [(names[i][one["image_id"]], one) for i in (0, 1) for one in made[i]["annotations"]]
-    for name, one in found:
+    documents = [json.loads((folder / "dst" / f"{split}.json").read_text()) for split in ("train", "val")]
+    names = [{entry["id"]: entry["file_name"] for entry in document["images"]} for document in documents]
+    annotations = [(names[i][entry["image_id"]], entry) for i in (0, 1) for entry in documents[i]["annotations"]]
+    for name, entry in annotations:
         crowd = not name.startswith("b")
-        assert one["iscrowd"] == crowd and one["area"] == (7.5 if crowd else one["bbox"][2] * one["bbox"][3])
-    assert len(found) == 16
+        assert entry["iscrowd"] == crowd and entry["area"] == (7.5 if crowd else entry["bbox"][2] * entry["bbox"][3])
+    assert len(annotations) == 16
 
 
-def test_boxes_stay_as_they_are(run, folder):
-    """What cuts them off is the reader, which also sees when too many reach out of their images."""
+def test_boxes_that_leave_their_image_stay_as_they_are(run, folder):
+    """The reader cuts them off, and it also notices when too many boxes leave their images."""
     write(folder / "a.json", {f"{n}.jpg": [("cat", 50, 40, 30, 30), ("dog", -2, 1, 9, 9)] for n in range(4)})
     paint(*(folder / f"{n}.jpg" for n in range(4)))
     code, out, err, splits = run(folder / "a.json")
@@ -130,26 +130,26 @@ def test_boxes_stay_as_they_are(run, folder):
 
 
 def test_several_files_become_one_set(run, folder):
-    """The same file names in two folders, other ids, other orders of the classes, a class more."""
+    """Two folders have the same file names, but the second has other ids, another class order and one more class."""
     write(folder / "a" / "x.json", {f"{n}.jpg": boxes(n) for n in range(4)})
-    more = {f"{n}.jpg": [*boxes(n + 10), ("owl", 1, 1, 5, 5)] for n in range(4)}
-    write(folder / "b" / "x.json", more, classes=("dog", "owl", "cat"), first=1000)
+    second_file = {f"{n}.jpg": [*boxes(n + 10), ("owl", 1, 1, 5, 5)] for n in range(4)}
+    write(folder / "b" / "x.json", second_file, classes=("dog", "owl", "cat"), first=1000)
     paint(*(folder / place / "images" / f"{n}.jpg" for n in range(4) for place in "ab"))
     code, _, err, splits = run(folder / "a" / "x.json", folder / "b" / "x.json")
     assert code == 0, err
     expected = {f"a/images/{n}.jpg": boxes(n) for n in range(4)}
-    expected |= {f"b/images/{n}.jpg": more[f"{n}.jpg"] for n in range(4)}
+    expected |= {f"b/images/{n}.jpg": second_file[f"{n}.jpg"] for n in range(4)}
     assert {**splits["train"], **splits["val"]} == expected
     document = json.loads((folder / "dst" / "train.json").read_text())
-    assert [one["name"] for one in document["categories"]] == ["cat", "dog", "owl"]
+    assert [category["name"] for category in document["categories"]] == ["cat", "dog", "owl"]
 
 
 @pytest.mark.parametrize("layout", ["roboflow", "coco", "files", "cvat"])
 @pytest.mark.parametrize("whole", [False, True])
-def test_the_own_split_is_kept(run, folder, layout, whole):
+def test_the_split_of_the_files_is_kept(run, folder, layout, whole):
     parts = {"train": range(4), "valid": (4, 5), "test": (6,)}
     files = []
-    for part, own in parts.items():
+    for part, members in parts.items():
         file, images = {
             "roboflow": (f"{part}/_annotations.coco.json", part),
             "coco": (f"annotations/instances_{part}2017.json", f"{part}2017"),
@@ -157,9 +157,9 @@ def test_the_own_split_is_kept(run, folder, layout, whole):
             "cvat": (f"annotations/instances_{part}.json", f"images/{part}"),
         }[layout]
         # Each part has an image of this name.
-        known = {"same.jpg": boxes(20 + own[0])} if layout != "files" else {}
-        write(folder / "src" / file, known | {f"{n}.jpg": boxes(n) for n in own})
-        paint(*(folder / "src" / images / f"{n}.jpg" for n in (*own, *(["same"] if known else []))))
+        same_named = {"same.jpg": boxes(20 + members[0])} if layout != "files" else {}
+        write(folder / "src" / file, same_named | {f"{n}.jpg": boxes(n) for n in members})
+        paint(*(folder / "src" / images / f"{n}.jpg" for n in (*members, *(["same"] if same_named else []))))
         files.append(folder / "src" / file)
     code, out, err, splits = run(*([folder / "src"] if whole else files))
     assert code == 0, err
@@ -167,14 +167,14 @@ def test_the_own_split_is_kept(run, folder, layout, whole):
         expected = {f"{n}.jpg": boxes(n) for n in parts[part]}
         if layout != "files":
             expected["same.jpg"] = boxes(20 + parts[part][0])
-        assert {Path(name).name: own for name, own in splits[split].items()} == expected
+        assert {Path(name).name: members for name, members in splits[split].items()} == expected
     assert "images to test on" in out and "the split is that of its files" in out
 
 
-def test_one_file_over_folders_of_parts_keeps_them(run, folder):
-    known = {f"{part}/{n}.jpg": boxes(n) for part, n in (("train", 0), ("train", 1), ("val", 2), ("test", 3))}
-    write(folder / "all.json", known)
-    paint(*(folder / "images" / name for name in known))
+def test_the_part_folders_of_one_file_are_kept_unless_the_split_is_random(run, folder):
+    image_boxes = {f"{part}/{n}.jpg": boxes(n) for part, n in (("train", 0), ("train", 1), ("val", 2), ("test", 3))}
+    write(folder / "all.json", image_boxes)
+    paint(*(folder / "images" / name for name in image_boxes))
     code, _, err, splits = run(folder / "all.json")
     assert code == 0, err
     assert set(splits["train"]) == {"train/0.jpg", "train/1.jpg"} and set(splits["val"]) == {"val/2.jpg"}
@@ -183,7 +183,7 @@ def test_one_file_over_folders_of_parts_keeps_them(run, folder):
     assert code == 0 and len(splits["val"]) == len(splits["train"]) == 2 and "drawn" in out, err
 
 
-def test_an_image_in_two_files_is_there_once_and_scored_on_where_one_says_so(run, folder):
+def test_an_image_in_two_files_appears_once_and_in_val_if_one_file_says_so(run, folder):
     write(folder / "annotations" / "instances_train.json", {f"{n}.jpg": boxes(n) for n in range(5)})
     write(folder / "annotations" / "keypoints_train.json", {f"{n}.jpg": boxes(n)[:1] for n in range(5)})
     write(folder / "annotations" / "instances_val.json", {"4.jpg": [*boxes(4), ("cat", 1, 1, 4, 4)]})
@@ -197,7 +197,7 @@ def test_an_image_in_two_files_is_there_once_and_scored_on_where_one_says_so(run
     assert "listed more than once, and their boxes joined: 6" in out and "kept to score on: 1" in out
 
 
-def test_what_is_not_used_is_reported(run, folder):
+def test_unused_files_are_reported(run, folder):
     src = folder / "src"
     write(src / "a.json", {f"{n}.jpg": boxes(n) for n in range(4)} | {"gone.jpg": boxes(9), "twice.jpg": boxes(8)})
     paint(*(src / f"{n}.jpg" for n in range(5)), src / "x" / "twice.jpg", src / "y" / "twice.jpg")
@@ -216,7 +216,7 @@ def test_what_is_not_used_is_reported(run, folder):
         assert line in out, (line, out)
 
 
-def test_classes_that_differ_in_case_alone_are_reported(run, folder):
+def test_classes_that_differ_only_in_case_are_reported(run, folder):
     write(folder / "a.json", {f"{n}.jpg": boxes(n) for n in range(3)})
     write(folder / "b.json", {f"{n}.jpg": [("Cat", 2, 2, 9, 9)] for n in (3, 4)}, classes=("Cat",))
     paint(*(folder / f"{n}.jpg" for n in range(5)))
@@ -246,5 +246,5 @@ def test_boxes_that_look_like_corners_are_refused_unless_trusted(run, folder):
     code, _, err, _ = run(folder / "src" / "all.json")
     assert code == 2 and "as corners x1, y1, x2, y2 all would be inside" in err
     assert "--trust" in err and not (folder / "dst").exists()
-    code, _, err, made = run(folder / "src" / "all.json", options=["--trust"])
-    assert code == 0 and len(made["train"]) + len(made["val"]) == 8, err
+    code, _, err, splits = run(folder / "src" / "all.json", options=["--trust"])
+    assert code == 0 and len(splits["train"]) + len(splits["val"]) == 8, err

@@ -1,6 +1,6 @@
-"""scripts/convert.py on sets as tools and people leave them: where files lie, how they are named and who split them.
+"""scripts/convert.py on the layouts that tools and people make: folders, file names, splits and label formats.
 
-The image number n has one box, at (n + 1, 2), so that a label of another image shows.
+Image number n has one box, at (n + 1, 2), so that the label of another image is noticed.
 """
 
 import base64
@@ -40,14 +40,14 @@ def label_of(kind, n, inside="any.jpg", name="cat"):
         return f"0 {(x + w / 2) / 64} {(y + h / 2) / 48} {w / 64} {h / 48}\n"
     if kind == "voc":
         corners = f"<xmin>{x + 1}</xmin><ymin>{y + 1}</ymin><xmax>{x + w}</xmax><ymax>{y + h}</ymax>"
-        thing = f"<object><name>{name}</name><bndbox>{corners}</bndbox></object>"
-        return f"<annotation><filename>{inside}</filename>{thing}</annotation>"
+        object_element = f"<object><name>{name}</name><bndbox>{corners}</bndbox></object>"
+        return f"<annotation><filename>{inside}</filename>{object_element}</annotation>"
     shape = {"label": name, "points": [[x, y], [x + w, y + h]], "shape_type": "rectangle"}
     return json.dumps({"shapes": [shape], "imagePath": inside, "imageData": None})
 
 
 def make(root, kind, pairs):
-    """pairs: of each n, the paths of its image and label file, either None where there is none."""
+    """`pairs` has the paths of the image and label file of each n, with None for a missing file."""
     for n, (image, label) in enumerate(pairs):
         if image:
             picture(root / image)
@@ -69,20 +69,20 @@ def run(command, folder):
         for split in ("train", "val"):
             if (folder / "dst" / f"{split}.json").exists():
                 document = json.loads((folder / "dst" / f"{split}.json").read_text())
-                found = {one["id"]: (one["file_name"], []) for one in document["images"]}
-                for one in document["annotations"]:
-                    found[one["image_id"]][1].append(tuple(one["bbox"]))
-                splits[split] = dict(found.values())
+                images = {entry["id"]: (entry["file_name"], []) for entry in document["images"]}
+                for entry in document["annotations"]:
+                    images[entry["image_id"]][1].append(tuple(entry["bbox"]))
+                splits[split] = dict(images.values())
         return code, out, err.splitlines()[-1] if code else err, splits
 
     return call
 
 
 def right(splits, count, number=lambda name: int("".join(filter(str.isdigit, Path(name).stem)))):
-    """Every image is there once, with its own box."""
-    found = {**splits["train"], **splits["val"]}
-    assert len(found) == len(splits["train"]) + len(splits["val"]) == count
-    for name, boxes in found.items():
+    """Checks that every image is there once, with its own box."""
+    image_boxes = {**splits["train"], **splits["val"]}
+    assert len(image_boxes) == len(splits["train"]) + len(splits["val"]) == count
+    for name, boxes in image_boxes.items():
         assert boxes == [pytest.approx(box(number(name)), abs=0.01)], name
 
 
@@ -112,7 +112,7 @@ def names(split):
         ("images/img_{}.jpeg", "labels/IMG_{}"),
     ],
 )
-def test_labels_are_found(run, folder, kind, image, label):
+def test_labels_are_found_in_every_layout(run, folder, kind, image, label):
     make(folder / "src", kind, numbered(image, label + KINDS[kind]))
     code, out, err, splits = run(kind)
     assert code == 0, err
@@ -149,7 +149,7 @@ def test_the_name_inside_a_label_file_finds_its_image(run, folder, kind):
     assert "by the name inside their label file: 6" in out
 
 
-def test_names_inside_that_say_another_image_are_refused_unless_they_are_copies_of_one(run, folder):
+def test_label_files_that_name_another_image_are_refused_unless_all_name_the_same(run, folder):
     for n in range(6):
         picture(folder / "src" / f"{n}.jpg")
         text(folder / "src" / f"{n}.xml", label_of("voc", n, inside="0.jpg"))
@@ -164,7 +164,7 @@ def test_names_inside_that_say_another_image_are_refused_unless_they_are_copies_
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_cannot_be_distinguished_is_not_background(run, folder, kind):
+def test_an_image_with_two_possible_label_files_is_not_background(run, folder, kind):
     make(folder / "src", kind, numbered("images/{}.jpg", "labels/{}" + KINDS[kind]))
     picture(folder / "src" / "images" / "x.jpg")
     for n, annotator in enumerate("ab"):
@@ -175,7 +175,7 @@ def test_what_cannot_be_distinguished_is_not_background(run, folder, kind):
     assert "may or may not belong to a label file of their name: 1" in out
 
 
-def test_two_label_files_that_say_different_boxes(run, folder):
+def test_an_image_with_two_different_label_files_is_left_out(run, folder):
     make(folder / "src", "yolo", numbered("images/{}.jpg", "labels/{}.txt"))
     picture(folder / "src" / "images" / "x.jpg")
     text(folder / "src" / "labels" / "x.txt", label_of("yolo", 1))
@@ -185,7 +185,7 @@ def test_two_label_files_that_say_different_boxes(run, folder):
     right(splits, 6)
 
 
-def test_one_label_file_and_two_images_in_other_spellings(run, folder):
+def test_two_images_that_match_one_label_file_are_left_out(run, folder):
     make(folder / "src", "yolo", numbered("images/{}.jpg", "labels/{}.txt"))
     for name in ("Foto a.jpg", "foto%20A.jpg"):
         picture(folder / "src" / "images" / name)
@@ -195,7 +195,7 @@ def test_one_label_file_and_two_images_in_other_spellings(run, folder):
     right(splits, 6)
 
 
-def test_a_label_of_another_folder_is_not_an_images_whose_folder_has_its_own(run, folder):
+def test_a_label_of_another_folder_does_not_fit_an_image_whose_folder_has_labels(run, folder):
     make(folder / "src", "yolo", numbered("a/images/{}.jpg", "a/labels/{}.txt"))
     make(folder / "src", "yolo", [("a/images/x.jpg", None), (None, "b/labels/x.txt")])
     code, out, err, splits = run("yolo")
@@ -203,8 +203,8 @@ def test_a_label_of_another_folder_is_not_an_images_whose_folder_has_its_own(run
     right(splits, 6)
 
 
-def test_a_label_of_another_part_is_not_an_images(run, folder):
-    """The first image of train is background; val's label of that name lost its image."""
+def test_a_label_of_another_part_does_not_fit_an_image(run, folder):
+    """The first image of train is background. Val has a label of that name, but lost its image."""
     pairs = [(f"{part}/images/{n}.jpg", f"{part}/labels/{n}.txt") for n in range(1, 4) for part in ("train", "val")]
     make(folder / "src", "yolo", [("train/images/0.jpg", None), (None, "val/labels/0.txt"), *pairs])
     code, out, err, splits = run("yolo")
@@ -214,16 +214,16 @@ def test_a_label_of_another_part_is_not_an_images(run, folder):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_labels_that_hold_no_box_are_not_background(run, folder, kind):
+def test_a_label_file_without_a_valid_box_does_not_mean_background(run, folder, kind):
     make(folder / "src", kind, numbered("{}.jpg", "{}" + KINDS[kind]))
     picture(folder / "src" / "x.jpg")
     point = {"label": "cat", "shape_type": "point", "points": [[3, 4]]}
-    flawed = {
+    label = {
         "yolo": "0 0.5 0.5\n",
         "voc": "<annotation><object><name>cat</name></object></annotation>",
         "labelme": json.dumps({"shapes": [point]}),
     }[kind]
-    text(folder / "src" / f"x{KINDS[kind]}", flawed)
+    text(folder / "src" / f"x{KINDS[kind]}", label)
     code, out, err, splits = run(kind)
     assert code == 0, err
     right(splits, 6)
@@ -231,7 +231,7 @@ def test_labels_that_hold_no_box_are_not_background(run, folder, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_does_not_fit_says_where_was_looked(run, folder, kind):
+def test_files_that_do_not_belong_together_are_reported_with_their_folders(run, folder, kind):
     make(folder / "src", kind, [(f"pics/a{n}.jpg", None) for n in range(4)])
     make(folder / "src", kind, [(None, f"marks/b{n}{KINDS[kind]}") for n in range(4)])
     code, _, err, splits = run(kind)
@@ -239,7 +239,7 @@ def test_what_does_not_fit_says_where_was_looked(run, folder, kind):
     assert f"4 images in pics, 4 {KINDS[kind]} files in marks, 0 belong together" in err
 
 
-def test_boxes_that_lie_outside_of_their_image_do_not_make_it_background(run, folder):
+def test_boxes_outside_their_image_do_not_mean_background(run, folder):
     make(folder / "src", "yolo", numbered("{}.jpg", "{}.txt"))
     picture(folder / "src" / "x.jpg")
     text(folder / "src" / "x.txt", "0 320 240 100 80\n")  # pixels
@@ -251,7 +251,7 @@ def test_boxes_that_lie_outside_of_their_image_do_not_make_it_background(run, fo
 # --------------------------------------------------------------------------------------- suffixes, links, other files
 
 
-def test_every_kind_of_picture_is_read_and_the_rest_is_named(run, folder):
+def test_every_image_format_is_read_and_other_files_are_reported(run, folder):
     kinds = ["jfif", "jpe", "JPG", "gif", "avif", "webp", "bmp", "tif", "png", "jp2", "ppm"]
     make(folder / "src", "yolo", [(f"images/{n}.{kind}", f"labels/{n}.txt") for n, kind in enumerate(kinds)])
     for name in ("99.HEIC", "notes.csv", "._0.jpg", ".DS_Store", "film.mp4", "98.cr2"):
@@ -270,7 +270,7 @@ def test_every_kind_of_picture_is_read_and_the_rest_is_named(run, folder):
         assert line in printed and line in out, line
 
 
-def test_only_pictures_that_cannot_be_read(run, folder):
+def test_a_set_of_only_unreadable_pictures_is_refused(run, folder):
     text(folder / "src" / "a.heic", "?")
     code, _, err, _ = run("yolo")
     assert code == 2 and "no images in it that can be read" in err and "but .heic; save those as .jpg" in err
@@ -283,7 +283,7 @@ def test_links_are_followed(run, folder, how):
     (folder / "src" / "images").mkdir()
     if how == "folder":
         (folder / "src" / "images" / "train").symlink_to(folder / "store", target_is_directory=True)
-        (folder / "src" / "images" / "again").symlink_to(folder / "src", target_is_directory=True)  # without an end
+        (folder / "src" / "images" / "again").symlink_to(folder / "src", target_is_directory=True)  # an endless loop
     else:
         store, images = folder / "store", folder / "src" / "images" / "train"
         if how == "hub":
@@ -300,11 +300,11 @@ def test_links_are_followed(run, folder, how):
     assert ("lead back" if how == "folder" else "lead nowhere") in out
 
 
-# -------------------------------------------------------------------------------------------------------- the own split
+# ------------------------------------------------------------------------------------------------ the split of the set
 
 
 def yolo_parts(root, val="valid", train="train", order="{part}/{what}/{n}"):
-    """Six images to train on and 6, 7 to score on."""
+    """Writes six training images and the validation images 6 and 7."""
     for n in range(8):
         place = order.format(part=val if n > 5 else train, what="{}", n=n)
         make_one(root, place, n)
@@ -356,7 +356,7 @@ LINES = [
     [*((entries, None) for entries in FOLDERS), *((entries, line) for entries in LISTS for line in LINES)],
 )
 def test_a_split_is_found_however_it_is_written(run, folder, entries, line):
-    part = "a" if line and "valid" not in line else "valid"  # where folders say nothing, the lists do
+    part = "a" if line and "valid" not in line else "valid"  # where folders name no part, the lists set it
     yolo_parts(folder / "src", part, "train" if part == "valid" else "b")
     yaml_of(folder / "src", **entries)
     if line:
@@ -370,7 +370,7 @@ def test_a_split_is_found_however_it_is_written(run, folder, entries, line):
 
 
 @pytest.mark.parametrize("val", ["val", "valid", "validation", "dev", "val2017", "images_val", "Validation Set"])
-def test_a_folder_says_that_it_is_to_score_on(run, folder, val):
+def test_folder_names_mark_the_validation_part(run, folder, val):
     yolo_parts(folder / "src", val)
     code, _, err, splits = run("yolo")
     assert code == 0, err
@@ -378,7 +378,7 @@ def test_a_folder_says_that_it_is_to_score_on(run, folder, val):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_labels_folders_say_the_part_too(run, folder, kind):
+def test_label_folders_name_the_part_too(run, folder, kind):
     parts = ["train"] * 4 + ["val"] * 2
     make(folder / "src", kind, [(f"images/{n}.jpg", f"labels/{part}/{n}{KINDS[kind]}") for n, part in enumerate(parts)])
     code, _, err, splits = run(kind)
@@ -393,11 +393,11 @@ def test_the_labels_folders_say_the_part_too(run, folder, kind):
         ({"val": "../holdout/images"}, "data.yaml: no image of its part val is found (../holdout/images)"),
         ({"val": "/data/val/images", "train": "/data/train/images"}, "no image of its part"),
         ({"val": "val.txt"}, "no image of its part val is found (val.txt)"),
-        ({"val": "images"}, None),  # all of them
+        ({"val": "images"}, None),  # it would be all images
         ({"val": "a/images", "train": "c/images"}, "no image of its part train is found (c/images)"),
     ],
 )
-def test_a_split_that_is_not_there_stops(run, folder, entries, words):
+def test_a_part_without_images_is_refused_unless_the_split_is_random(run, folder, entries, words):
     yolo_parts(folder / "src", "a", "b")
     yaml_of(folder / "src", **entries)
     code, _, err, splits = run("yolo")
@@ -408,7 +408,7 @@ def test_a_split_that_is_not_there_stops(run, folder, entries, words):
     right(splits, 8)
 
 
-def test_a_part_is_not_found_by_a_name_that_does_not_say_it(run, folder):
+def test_a_folder_that_does_not_name_the_part_is_not_taken_for_it(run, folder):
     make(folder / "src", "yolo", numbered("images/{}.jpg", "labels/{}.txt"))
     picture(folder / "src" / "more" / "x.jpg")
     yaml_of(folder / "src", val="/data/cells/val/images")
@@ -417,8 +417,8 @@ def test_a_part_is_not_found_by_a_name_that_does_not_say_it(run, folder):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_images_that_are_called_as_parts_are(run, folder, kind):
-    """Their labels are no lists, neither those of a lost image nor empty ones."""
+def test_image_names_like_those_of_parts_do_not_set_the_split(run, folder, kind):
+    """Their labels are not lists either, even if a label is empty or its image is missing."""
     pairs = [
         (f"images/{part}_{n}.jpg", f"labels/{part}_{n}{KINDS[kind]}") for n, part in enumerate(["train", "val"] * 3)
     ]
@@ -430,14 +430,14 @@ def test_images_that_are_called_as_parts_are(run, folder, kind):
     right(splits, 7, lambda name: 6 if "test" in name else int(Path(name).stem.split("_")[1]))
 
 
-def test_a_list_does_not_mean_images_of_another_part(run, folder):
+def test_a_list_does_not_select_images_of_another_part(run, folder):
     make(folder / "src", "yolo", numbered("train/images/{}.jpg", "train/labels/{}.txt"))  # val was not downloaded
     text(folder / "src" / "val.txt", "/data/val/images/1.jpg\n/data/val/images/2.jpg\n")
     code, _, err, _ = run("yolo")
     assert code == 2 and "val.txt: no image of its part val is found" in err
 
 
-def test_a_list_of_which_no_line_is_there_stops(run, folder):
+def test_a_list_of_missing_images_is_refused(run, folder):
     yolo_parts(folder / "src", "a", "b")
     text(folder / "src" / "val.txt", "gone1.jpg\ngone2.jpg\n")
     code, _, err, _ = run("yolo")
@@ -445,16 +445,16 @@ def test_a_list_of_which_no_line_is_there_stops(run, folder):
 
 
 @pytest.mark.parametrize("names_file", ["obj.names", "data/obj.names", "cells.names"])
-def test_darknets_lists(run, folder, names_file):
+def test_darknet_lists_set_the_split(run, folder, names_file):
     for n in range(8):
         picture(folder / "src" / "data" / "obj" / f"{n}.jpg")
         text(folder / "src" / "data" / "obj" / f"{n}.txt", label_of("yolo", n))
     lines = {"train": range(5), "valid": (5, 6)}
-    for part, own in lines.items():
-        text(folder / "src" / "data" / f"{part}.txt", "".join(f"data/obj/{n}.jpg\n" for n in own))
+    for part, numbers in lines.items():
+        text(folder / "src" / "data" / f"{part}.txt", "".join(f"data/obj/{n}.jpg\n" for n in numbers))
     text(folder / "src" / names_file, "cell\n")
-    printed = f"classes = 1\ntrain  = data/train.txt\nvalid=data/valid.txt\nnames = {names_file}\nbackup = backup/\n"
-    text(folder / "src" / "data" / "obj.data", printed)
+    content = f"classes = 1\ntrain  = data/train.txt\nvalid=data/valid.txt\nnames = {names_file}\nbackup = backup/\n"
+    text(folder / "src" / "data" / "obj.data", content)
     code, out, err, splits = run("yolo")
     assert code == 0, err
     assert names(splits["val"]) == {"5.jpg", "6.jpg"} and len(splits["train"]) == 5
@@ -462,7 +462,7 @@ def test_darknets_lists(run, folder, names_file):
     assert "in no part of the set's own split: 1 (data/obj/7.jpg)" in out
 
 
-def test_no_image_to_score_on_is_trained_on(run, folder):
+def test_no_validation_image_is_trained_on(run, folder):
     yolo_parts(folder / "src")
     yaml_of(folder / "src", train="train.txt", val="val.txt")
     text(folder / "src" / "train.txt", "".join(f"{n}.jpg\n" for n in range(8)))
@@ -473,7 +473,7 @@ def test_no_image_to_score_on_is_trained_on(run, folder):
     assert "kept to score on: 2" in out
 
 
-def test_the_same_images_in_both_parts_are_drawn_from(run, folder):
+def test_the_same_images_in_both_parts_are_split_at_random(run, folder):
     make(folder / "src", "yolo", numbered("images/train2017/{}.jpg", "labels/train2017/{}.txt"))
     yaml_of(folder / "src", path="../datasets/coco128", train="images/train2017", val="images/train2017")
     code, out, err, splits = run("yolo")
@@ -488,8 +488,8 @@ def test_two_voc_sets_below_one_folder_keep_their_lists(run, folder):
         for n in range(5):
             picture(root / "JPEGImages" / f"{n}.jpg")
             text(root / "Annotations" / f"{n}.xml", label_of("voc", n, inside=f"{n}.jpg"))
-        own = {"train": (0, 1), "val": (2,), "trainval": (0, 1, 2), "test": (3,), "cat_train": (4,)}
-        for part, numbers in own.items():
+        lists = {"train": (0, 1), "val": (2,), "trainval": (0, 1, 2), "test": (3,), "cat_train": (4,)}
+        for part, numbers in lists.items():
             text(root / "ImageSets" / "Main" / f"{part}.txt", "".join(f"{n}  1\n" for n in numbers))
         text(root / "ImageSets" / "Segmentation" / "val.txt", "0\n")
     code, out, err, splits = run("voc")
@@ -501,7 +501,7 @@ def test_two_voc_sets_below_one_folder_keep_their_lists(run, folder):
 # ------------------------------------------------------------------------------------------------- describing the set
 
 
-def test_a_description_is_found_below_or_named(run, folder):
+def test_a_data_yaml_is_found_in_a_subfolder_or_given_by_path(run, folder):
     yolo_parts(folder / "src" / "Cells-3")
     yaml_of(folder / "src" / "Cells-3", val="../valid/images", train="../train/images")
     code, out, err, splits = run("yolo")
@@ -515,7 +515,7 @@ def test_a_description_is_found_below_or_named(run, folder):
     assert code == 0 and "dog: 6 and 2 boxes" in out, err
 
 
-def test_lists_of_names_that_disagree_are_refused(run, folder):
+def test_class_lists_that_disagree_are_refused(run, folder):
     make(folder / "src", "yolo", numbered("a/{}.jpg", "a/{}.txt"))
     text(folder / "src" / "a" / "classes.txt", "cat\ndog\n")
     text(folder / "src" / "b" / "classes.txt", "cat\n")  # labelling began with fewer
@@ -528,7 +528,7 @@ def test_lists_of_names_that_disagree_are_refused(run, folder):
 
 
 @pytest.mark.parametrize("encoding", ["gbk", "utf-16", "utf-8-sig", "utf-8"])
-def test_names_in_another_encoding(run, folder, encoding):
+def test_class_names_must_be_unicode(run, folder, encoding):
     make(folder / "src", "yolo", numbered("{}.jpg", "{}.txt"))
     (folder / "src" / "classes.txt").write_bytes("血小板\n".encode(encoding))
     code, out, err, _ = run("yolo")
@@ -555,7 +555,7 @@ def test_names_in_another_encoding(run, folder, encoding):
         (None, "0.5 0.5 0.25 0.5 0.87"),
     ],
 )
-def test_what_may_follow_a_class(run, folder, shape, numbers):
+def test_boxes_keypoints_and_polygons_become_boxes(run, folder, shape, numbers):
     make(folder / "src", "yolo", [(f"{n}.jpg", None) for n in range(2)])
     for n in range(2):
         text(folder / "src" / f"{n}.txt", f"0 {numbers}\n")
@@ -565,7 +565,7 @@ def test_what_may_follow_a_class(run, folder, shape, numbers):
     assert [*splits["train"].values(), *splits["val"].values()] == [[(24, 12, 16, 24)]] * 2
 
 
-def test_a_polygon_at_the_border_is_no_box_with_keypoints(run, folder):
+def test_a_polygon_at_the_border_is_not_a_box_with_keypoints(run, folder):
     make(folder / "src", "yolo", [(f"{n}.jpg", None) for n in range(2)])
     for n in range(2):
         text(folder / "src" / f"{n}.txt", "0 0.5 0.5 0.75 0.25 0.75 0.25 1 0.5 0.75 1\n")
@@ -575,7 +575,7 @@ def test_a_polygon_at_the_border_is_no_box_with_keypoints(run, folder):
 
 
 @pytest.mark.parametrize("line", ["0 .1 .2 .3 .4 .5 .6 .7", "1.5 .1 .2 .3 .4", "0 .1 .2 .3", "-1 .1 .2 .3 .4"])
-def test_lines_that_are_nothing_are_reported(run, folder, line):
+def test_invalid_lines_are_reported(run, folder, line):
     make(folder / "src", "yolo", numbered("{}.jpg", "{}.txt"))
     with (folder / "src" / "0.txt").open("a") as file:
         file.write(line)
@@ -585,9 +585,9 @@ def test_lines_that_are_nothing_are_reported(run, folder, line):
 
 
 def voc_corners(folder, corners, encoding="utf-8", name="cat"):
-    for n, own in enumerate(corners):
+    for n, values in enumerate(corners):
         picture(folder / "src" / f"{n}.jpg")
-        edges = "".join(f"<{edge}>{value}</{edge}>" for edge, value in zip(("xmin", "ymin", "xmax", "ymax"), own))
+        edges = "".join(f"<{edge}>{value}</{edge}>" for edge, value in zip(("xmin", "ymin", "xmax", "ymax"), values))
         head = f'<?xml version="1.0" encoding="{encoding}"?>\n'
         content = f"{head}<annotation><object><name>{name}</name><bndbox>{edges}</bndbox></object></annotation>"
         (folder / "src" / f"{n}.xml").write_bytes(content.encode(encoding))
@@ -604,26 +604,25 @@ def voc_corners(folder, corners, encoding="utf-8", name="cat"):
         ([(0, 5, 30, 25), *[(1, 2, 10, 9)] * 20], [(0, 4, 30, 21), (0, 1, 10, 8)], "as pixels counted from 1"),
     ],
 )
-def test_corners(run, folder, corners, expected, words):
+def test_voc_corners_become_boxes(run, folder, corners, expected, words):
     voc_corners(folder, corners)
     code, out, err, splits = run("voc")
     assert code == 0, err
-    found = {**splits["train"], **splits["val"]}
-    assert [found[f"{n}.jpg"] for n in range(len(expected))] == [[one] for one in expected]
+    image_boxes = {**splits["train"], **splits["val"]}
+    assert [image_boxes[f"{n}.jpg"] for n in range(len(expected))] == [[expected_box] for expected_box in expected]
     assert words is None or words in out
 
 
 @pytest.mark.parametrize("encoding", ["gb2312", "gbk", "utf-16", "iso-8859-1", "windows-1252", "shift_jis"])
-def test_xml_in_the_encoding_that_it_declares(run, folder, encoding):
+def test_xml_is_read_in_the_encoding_that_it_declares(run, folder, encoding):
     name = "größe" if "125" in encoding or "8859" in encoding else "白" if encoding == "shift_jis" else "白细胞"
     voc_corners(folder, [(2, 2, 9, 9)] * 3, encoding, name)
     code, out, err, _ = run("voc")
     assert code == 0 and f"{name}: " in out, err
 
 
-def test_xml_in_another_encoding_than_it_declares(run, folder):
+def test_xml_in_another_encoding_than_it_declares_is_reported(run, folder):
     voc_corners(folder, [(2, 2, 9, 9)] * 3)
-    text(folder / "src" / "0.xml", "?")
     (folder / "src" / "0.xml").write_bytes('<?xml version="1.0" encoding="utf-8"?><a>白细胞</a>'.encode("gbk"))
     code, out, err, splits = run("voc")
     assert code == 0 and "0.xml: is not text in UTF-8; save it as UTF-8" in out, err
@@ -641,7 +640,7 @@ def test_xml_in_another_encoding_than_it_declares(run, folder):
         ("quadrilateral", [[3, 4], [13, 4], [13, 24], [3, 20]]),
     ],
 )
-def test_outlines_of_labelme(run, folder, kind, points):
+def test_labelme_outlines_become_boxes(run, folder, kind, points):
     for n in range(2):
         picture(folder / "src" / f"{n}.jpg")
         shape = {"label": "cat", "points": points, "shape_type": kind, "mask": "iVBORw0KGgo="}
@@ -652,7 +651,7 @@ def test_outlines_of_labelme(run, folder, kind, points):
     assert [*splits["train"].values(), *splits["val"].values()] == [[(3, 4, 10, 20)]] * 2
 
 
-def test_images_inside_labelmes_files(run, folder):
+def test_images_inside_labelme_files_are_written_out(run, folder):
     for n in range(6):
         data = io.BytesIO()
         Image.new("RGB", SIZE).save(data, "PNG" if n % 2 else "JPEG")
@@ -661,7 +660,7 @@ def test_images_inside_labelmes_files(run, folder):
         text(folder / "src" / "sub" / f"{n}.json", json.dumps(content))
     text(folder / "src" / "sub" / "6.json", json.dumps({**content, "imageData": "no picture"}))
     text(folder / "src" / "package.json", "{}")
-    picture(folder / "src" / "sub" / "0.jpg")  # of this one there is a file
+    picture(folder / "src" / "sub" / "0.jpg")  # this image also has a file
     code, out, err, splits = run("labelme")
     assert code == 0, err
     right(splits, 6)

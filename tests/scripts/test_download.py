@@ -1,4 +1,4 @@
-"""Archives from a server on this machine: one that breaks off, lies about lengths and damages bytes."""
+"""scripts/download.py against a local server that breaks off, sends wrong lengths and damages bytes."""
 
 import hashlib
 import http.server
@@ -9,6 +9,7 @@ import shutil
 import stat
 import threading
 import zipfile
+from types import SimpleNamespace
 
 import pytest
 
@@ -32,7 +33,7 @@ def zipped(files, links=()) -> bytes:
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Gives `files`; what it does to an answer is in `tricks`, taken one for each request."""
+    """Serves `files`. Each request takes the next entry of `tricks`, which says how to spoil the answer."""
 
     daemon_threads = True
 
@@ -52,15 +53,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         server = self.server
-        wanted = self.headers.get("Range")
-        server.asked.append((self.path, wanted))
+        byte_range = self.headers.get("Range")
+        server.asked.append((self.path, byte_range))
         trick = server.tricks.pop(0) if server.tricks else ""
         body = server.files.get(self.path)
         if body is None or trick == "busy":
             return self.send_error(503 if trick else 404)
         start = 0
-        if wanted and trick != "no ranges" and self.headers.get("If-Range", server.version) == server.version:
-            start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1])
+        if byte_range and trick != "no ranges" and self.headers.get("If-Range", server.version) == server.version:
+            start = int(re.fullmatch(r"bytes=(\d+)-", byte_range)[1])
         self.send_response(206 if start else 200)
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
@@ -79,30 +80,30 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    """COCO in small, and a server of it."""
-    one = Server()
-    thread = threading.Thread(target=one.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    """A server of a small COCO."""
+    http_server = Server()
+    thread = threading.Thread(target=http_server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     archives = {}
-    for name, files, holds in (
+    for name, files, counts in (
         ("annotations", LABELS | {"annotations/captions_val2017.json": b"not wanted"}, dict.fromkeys(LABELS, 1)),
         ("val", PHOTOS, {"val2017": 40}),
     ):
-        old, data = download.ARCHIVES[name], zipped(files)
-        one.files[f"/{old.path}"] = data
-        archives[name] = old._replace(size=len(data), md5=hashlib.md5(data).hexdigest(), unpacked=10**5, holds=holds)
+        entry, data = download.ARCHIVES[name], zipped(files)
+        http_server.files[f"/{entry.path}"] = data
+        archives[name] = entry._replace(size=len(data), md5=hashlib.md5(data).hexdigest(), unpacked=10**5, holds=counts)
     monkeypatch.setattr(download, "ARCHIVES", archives)
     monkeypatch.setattr(download, "PAUSE", 0.0)
-    yield one
-    one.shutdown()
-    one.server_close()
+    yield http_server
+    http_server.shutdown()
+    http_server.server_close()
 
 
 @pytest.fixture
 def get(server, folder, command):
     def call(*arguments):
-        given = ("coco2017", "--output", folder / "coco", "--mirror", server.address, *arguments)
-        return command(download.main, *given)
+        command_line = ("coco2017", "--output", folder / "coco", "--mirror", server.address, *arguments)
+        return command(download.main, *command_line)
 
     return call
 
@@ -117,7 +118,7 @@ def one_line(err):
     return lines[0]
 
 
-def test_all_is_there_and_nothing_else_and_a_second_time_nothing_is_asked(server, get, folder):
+def test_the_download_is_complete_and_a_second_call_requests_nothing(server, get, folder):
     code, out, err = get()
     assert code == 0, err
     assert contents(folder / "coco") == PHOTOS | LABELS
@@ -126,27 +127,27 @@ def test_all_is_there_and_nothing_else_and_a_second_time_nothing_is_asked(server
     assert get()[0] == 0 and not server.asked
 
 
-def test_only_one_part(server, get, folder):
-    assert get("--only", "train")[0] == 0  # of which this server has the annotations alone
+def test_only_downloads_one_part(server, get, folder):
+    assert get("--only", "train")[0] == 0  # of this part the server has only the annotations
     assert contents(folder / "coco") == LABELS
 
 
-def test_broken_connections_go_on_where_they_ended(server, get, folder):
+def test_broken_connections_continue_where_they_ended(server, get, folder):
     server.tricks = ["", "break", "busy", "break", "break"]
     code, _, err = get()
     assert code == 0, err
     assert contents(folder / "coco") == PHOTOS | LABELS
-    starts = [int(wanted[6:-1]) for path, wanted in server.asked if path == "/zips/val2017.zip" and wanted]
+    starts = [int(byte_range[6:-1]) for path, byte_range in server.asked if path == "/zips/val2017.zip" and byte_range]
     assert len(starts) == 4 and starts[0] == starts[1] and starts[1:] == sorted(set(starts))
 
 
-def test_a_server_without_ranges_is_asked_for_the_whole(server, get, folder):
+def test_without_ranges_the_download_starts_over(server, get, folder):
     server.tricks = ["", "break", "no ranges"]
     assert get()[0] == 0
     assert contents(folder / "coco") == PHOTOS | LABELS
 
 
-def test_a_part_of_another_version_is_not_added_to(server, get, folder, monkeypatch):
+def test_a_partial_file_of_another_version_is_not_continued(server, get, folder, monkeypatch):
     monkeypatch.setattr(download, "TRIES", 1)
     server.tricks = ["", "break", "busy"]
     code, _, err = get()
@@ -158,14 +159,14 @@ def test_a_part_of_another_version_is_not_added_to(server, get, folder, monkeypa
     assert contents(folder / "coco") == PHOTOS | LABELS
 
 
-def test_damaged_bytes_are_seen_and_fetched_again(server, get, folder):
+def test_damaged_files_are_detected_and_downloaded_again(server, get, folder):
     server.tricks = ["", "damage"]
     code, _, err = get()
     assert code == 0 and "damaged on the way" in err
     assert contents(folder / "coco") == PHOTOS | LABELS
 
 
-def test_damaged_each_time_is_an_error_and_leaves_no_archive(server, get, folder):
+def test_repeated_damage_is_an_error_and_leaves_no_archive(server, get, folder):
     server.tricks = ["", "damage", "damage"]
     code, _, err = get()
     assert code == 2 and "MD5" in one_line(err)
@@ -175,7 +176,7 @@ def test_damaged_each_time_is_an_error_and_leaves_no_archive(server, get, folder
 @pytest.mark.parametrize(
     ("tricks", "expected"), [(["", "too short"], "bytes instead of"), (["", *["busy"] * 9], "HTTP 503")]
 )
-def test_a_server_that_lies_or_does_not_answer(server, get, folder, tricks, expected):
+def test_a_wrong_length_or_a_busy_server_is_an_error(server, get, folder, tricks, expected):
     server.tricks = tricks
     code, _, err = get()
     assert code == 2 and expected in one_line(err)
@@ -205,21 +206,21 @@ def test_mistakes_are_one_line(server, get, folder, command, monkeypatch):
     server.server_close()
     code, _, err = get("--output", folder / "new")
     assert code == 2 and "no data in" in one_line(err)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: os.terminal_size((0, 0)) and type("", (), {"free": 5}))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=5))
     code, _, err = get("--output", folder / "new")
     assert code == 2 and "are free" in one_line(err)
 
 
-def test_an_archive_that_is_there_needs_no_room(folder):
-    one = download.ARCHIVES["val"]
-    assert download.downloaded(one, folder) == 0
+def test_downloaded_bytes_need_no_room(folder):
+    archive = download.ARCHIVES["val"]
+    assert download.downloaded(archive, folder) == 0
     (folder / "val2017.zip.part").write_bytes(b"1234")
-    assert download.downloaded(one, folder) == 4
+    assert download.downloaded(archive, folder) == 4
     (folder / "val2017.zip.part").rename(folder / "val2017.zip")
-    assert download.downloaded(one, folder) == 4
+    assert download.downloaded(archive, folder) == 4
 
 
-def test_a_full_disk_keeps_what_came(server, get, folder, monkeypatch):
+def test_a_full_disk_keeps_the_downloaded_bytes(server, get, folder, monkeypatch):
     def full(file, chunk, name):
         file.write(chunk[:1000])
         file.flush()
@@ -236,24 +237,24 @@ def test_a_full_disk_keeps_what_came(server, get, folder, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["../out.jpg", "/tmp/out.jpg", "val2017/../../out", "C:\\out", "..\\out", "link"])
-def test_no_entry_leaves_the_folder(folder, name):
-    below = folder / "a" / "b"
-    below.mkdir(parents=True)
+def test_archive_entries_cannot_leave_the_folder(folder, name):
+    target = folder / "a" / "b"
+    target.mkdir(parents=True)
     file = folder / "val.zip"
     file.write_bytes(zipped(PHOTOS, [name]) if name == "link" else zipped(PHOTOS | {name: b"out"}))
     before = contents(folder)
     with pytest.raises(UserError, match="would leave the folder"):
-        download.unpack(file, below, {"val2017": 40})
+        download.unpack(file, target, {"val2017": 40})
     assert contents(folder) == before
 
 
 def test_flawed_archives_unpack_nothing(folder):
-    good = zipped(PHOTOS)
-    middle = bytearray(good)
-    middle[len(good) // 2] ^= 1
-    fewer = zipped(dict(list(PHOTOS.items())[1:]))
-    flawed = {"": b"no zip", "cut": good[:-30], "damaged": bytes(middle), "fewer": fewer}
-    for name, data in flawed.items():
+    valid_zip = zipped(PHOTOS)
+    damaged_zip = bytearray(valid_zip)
+    damaged_zip[len(valid_zip) // 2] ^= 1
+    incomplete_zip = zipped(dict(list(PHOTOS.items())[1:]))
+    flawed_zips = {"": b"no zip", "cut": valid_zip[:-30], "damaged": bytes(damaged_zip), "fewer": incomplete_zip}
+    for name, data in flawed_zips.items():
         file = folder / f"{name}.zip"
         file.write_bytes(data)
         with pytest.raises(UserError, match=r"cannot be unpacked|instead of 40"):

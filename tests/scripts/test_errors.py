@@ -1,4 +1,4 @@
-"""scripts/errors.py: the page says what is wrong with known detections."""
+"""scripts/errors.py: the page reports the errors of known detections."""
 
 import json
 import re
@@ -23,8 +23,8 @@ def learnt(overfit, tmp_path_factory):
 @pytest.fixture
 def call(learnt, folder, command):
     def run(*arguments):
-        given = ("--checkpoint", learnt / "best.pt", "--output", folder / "new" / "page.html", *arguments)
-        code, out, err = command(errors.main, *given)
+        command_line = ("--checkpoint", learnt / "best.pt", "--output", folder / "new" / "page.html", *arguments)
+        code, out, err = command(errors.main, *command_line)
         page = folder / "new" / "page.html"
         html = re.sub(r"data:image/[^\"]+", "", page.read_text()) if page.exists() else ""
         return code, out, err, " ".join(unescape(re.sub(r"<[^>]+>", " ", html)).split())
@@ -32,7 +32,7 @@ def call(learnt, folder, command):
     return run
 
 
-# What overfit's two images hold, xywh: image 50 has colour 0 and 2, image 51 colour 1 and 0.
+# The boxes of overfit's two images, as xywh: image 50 has colour 0 and 2, image 51 colour 1 and 0.
 TRUTH = [(50, 3, [9, 12, 30, 36]), (50, 11, [54, 45, 33, 30]), (51, 7, [45, 9, 39, 33]), (51, 3, [12, 54, 27, 30])]
 
 
@@ -43,41 +43,41 @@ def as_results(entries):
 
 
 def test_known_errors_are_reported(call, folder, in_browser):
-    wrong = [
+    detections = [
         *TRUTH[:2],
         (50, 3, [9, 12, 30, 35]),  # a duplicate
         (51, 3, [45, 9, 39, 33]),  # another class
         (50, 7, [80, 5, 10, 10]),  # on nothing
     ]  # and the last box is missed
-    (folder / "found.json").write_text(json.dumps(as_results(wrong)))
+    (folder / "found.json").write_text(json.dumps(as_results(detections)))
     code, out, err, printed = call("--detections", folder / "found.json")
     assert code == 0, err
     assert "2 detections are right" in printed and "page.html" in out
     for kind, count in (("classification", 1), ("localisation", 0), ("duplicate", 1), ("background", 1), ("missed", 1)):
         assert re.search(rf"{kind} [-\d.]+ {count} ", printed), (kind, printed)
-    assert "0.png: " in printed and "1 duplicate" in printed and printed.index("1.png: ") > 0
+    assert "0.png: " in printed and "1 duplicate" in printed and "1.png: " in printed
     for width in (400, 1280):
-        seen = in_browser(folder / "new" / "page.html", width)
-        assert seen["wide"] <= width and seen["broken"] == 0 and seen["remote"] == 0 and seen["overlaps"] == []
-        assert seen["images"] == 1 + 2 + 1 + 1 + 2  # costs, two curves, calibration, confusion, pictures
+        layout = in_browser(folder / "new" / "page.html", width)
+        assert layout["wide"] <= width and layout["broken"] == 0 and layout["remote"] == 0 and layout["overlaps"] == []
+        assert layout["images"] == 1 + 2 + 1 + 1 + 2  # costs, two curves, calibration, confusion, pictures
 
 
-def test_the_model_is_run_as_eval_does(learnt, call):
+def test_the_model_scores_as_in_evaluation(learnt, call):
     code, out, err, printed = call("--images", 0)
     assert code == 0, err
-    found = json.loads((learnt / "metrics.json").read_text())
-    assert f"AP {100 * found['AP']:.1f}, AP50 {100 * found['AP50']:.1f}" in out
+    metrics = json.loads((learnt / "metrics.json").read_text())
+    assert f"AP {100 * metrics['AP']:.1f}, AP50 {100 * metrics['AP50']:.1f}" in out
     assert "No errors" in printed
 
 
-def test_without_hotcoco_it_is_said(call, monkeypatch):
+def test_the_page_reports_a_missing_hotcoco(call, monkeypatch):
     monkeypatch.setattr(analysis, "hotcoco", None)
     code, _, err, printed = call()
     assert code == 0, err
     assert "pip install hotcoco" in printed
 
 
-def test_nothing_found_and_another_set(call, folder, rectangles):
+def test_no_detections_and_another_data_set_are_accepted(call, folder, rectangles):
     (folder / "none.json").write_text("[]")
     code, _, err, printed = call("--detections", folder / "none.json")
     assert code == 0 and "2 missed" in printed, err
@@ -87,7 +87,7 @@ def test_nothing_found_and_another_set(call, folder, rectangles):
 
 
 def test_mistakes_are_one_line(learnt, call, folder):
-    for name, text in (("broken", "{"), ("dict", "{}"), ("id", '[{"image_id": 9}]'), ("text", "hello")):
+    for name, text in (("broken", "{"), ("dict", "{}"), ("text", "hello")):
         (folder / f"{name}.json").write_text(text)
     (folder / "nan.json").write_text(json.dumps(as_results(TRUTH)).replace("0.99", "NaN"))
     (folder / "id.json").write_text(json.dumps(as_results([(9, 3, [1, 1, 5, 5])])))

@@ -1,4 +1,4 @@
-"""scripts/export.py: the file says what PyTorch says, on other sizes than it was made with, or there is no file."""
+"""scripts/export.py: the file agrees with PyTorch, also on other image sizes, or no file is written."""
 
 import json
 import os
@@ -32,31 +32,31 @@ def learnt(overfit, tmp_path_factory):
 
 def exported(learnt, preprocessing, nms):
     model, cfg = checkpoint.build_model(checkpoint.read(learnt), learnt)
-    after = assemble.build_postprocess(cfg)
-    return export.Exported(model.eval(), after, preprocessing=preprocessing == "inside", nms=nms == "inside")
+    postprocess = assemble.build_postprocess(cfg)
+    return export.Exported(model.eval(), postprocess, preprocessing=preprocessing == "inside", nms=nms == "inside")
 
 
 def pixels(size, count, inside, seed=0):
     images = np.random.default_rng(seed).integers(0, 256, (count, *size, 3), np.uint8)
-    images[:, 10:40, 5:50] = (255, 60, 60)  # something to be found
+    images[:, 10:40, 5:50] = (255, 60, 60)  # an object to detect
     return images if inside else ((images.transpose(0, 3, 1, 2) - 115) / 58).astype(np.float32)
 
 
 @pytest.fixture(autouse=True)
 def made_once(monkeypatch):
-    """Making a graph takes most of a minute, whatever the model: each kind is made once."""
+    """Building a graph takes most of a minute for any model, so each kind is built once."""
 
-    def cached(one, about):
-        kind = one.preprocessing, one.nms
+    def cached(model, metadata):
+        kind = model.preprocessing, model.nms
         if kind not in GRAPHS:
-            GRAPHS[kind] = TO_ONNX(one, about)
+            GRAPHS[kind] = TO_ONNX(model, metadata)
         return deepcopy(GRAPHS[kind])
 
     monkeypatch.setattr(export, "to_onnx", cached)
 
 
 @pytest.mark.parametrize(("preprocessing", "nms"), [("inside", "inside"), ("outside", "outside")])
-def test_the_file_says_what_pytorch_says(learnt, folder, command, preprocessing, nms):
+def test_the_file_agrees_with_pytorch(learnt, folder, command, preprocessing, nms):
     target = folder / "new" / "mine.onnx"
     choices = ("--preprocessing", preprocessing, "--nms", nms, "--images", 2)
     code, out, err = command(export.main, "--checkpoint", learnt, "--format", "onnx", "--output", target, *choices)
@@ -65,27 +65,27 @@ def test_the_file_says_what_pytorch_says(learnt, folder, command, preprocessing,
     assert [path.name for path in target.parent.iterdir()] == ["mine.onnx"]
     session = onnxruntime.InferenceSession(str(target))
     worst = {"boxes": 0, "ties": 0, "pixels": 0.0, "score": 0.0}
-    one = exported(learnt, preprocessing, nms)
+    model = exported(learnt, preprocessing, nms)
     for size, count in (((64, 64), 1), ((96, 32), 3), ((352, 288), 2)):
         images = pixels(size, count, preprocessing == "inside")
-        pairs = zip(export.reference(one, images), export.onnx_detections(one, session, images), strict=True)
-        for theirs, ours in pairs:
-            export.compare(theirs, ours, one.postprocess, worst)
-            assert (np.diff(ours[1]) <= 0).all()  # best first
+        pairs = zip(export.reference(model, images), export.onnx_detections(model, session, images), strict=True)
+        for torch_detections, onnx_detections in pairs:
+            export.compare(torch_detections, onnx_detections, model.postprocess, worst)
+            assert (np.diff(onnx_detections[1]) <= 0).all()  # best first
     assert worst["boxes"] > 20 and worst["pixels"] < export.PIXELS and worst["score"] < export.SCORE
-    if preprocessing == "inside":  # sides that are no multiples of 32
+    if preprocessing == "inside":  # sides that are not multiples of 32
         images = pixels((75, 61), 2, True)
-        for theirs, ours in zip(
-            export.reference(one, images), export.onnx_detections(one, session, images), strict=True
+        for torch_detections, onnx_detections in zip(
+            export.reference(model, images), export.onnx_detections(model, session, images), strict=True
         ):
-            export.compare(theirs, ours, one.postprocess, worst)
+            export.compare(torch_detections, onnx_detections, model.postprocess, worst)
 
 
-def test_another_model_is_caught_and_leaves_no_file(learnt, folder, command, monkeypatch):
-    whole = export.to_onnx
+def test_an_export_that_differs_from_the_model_leaves_no_file(learnt, folder, command, monkeypatch):
+    to_onnx = export.to_onnx
 
-    def spoilt(one, about):
-        graph = whole(one, about)
+    def spoilt(model, metadata):
+        graph = to_onnx(model, metadata)
         (bias,) = (value for value in graph.graph.initializer if value.name.endswith("head.deltas.bias"))
         bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + np.float32(0.01), bias.name))
         return graph
@@ -96,7 +96,7 @@ def test_another_model_is_caught_and_leaves_no_file(learnt, folder, command, mon
     assert code == 2 and "the export differs from the model" in err and not list(folder.iterdir())
 
 
-def test_a_full_disk_is_one_line_and_keeps_the_file_before(learnt, folder, command, full_disk):
+def test_a_full_disk_is_one_line_and_keeps_the_previous_file(learnt, folder, command, full_disk):
     target = folder / "mine.onnx"
     target.write_text("the one before")
     with full_disk(2**20):
@@ -110,39 +110,39 @@ def detections(*rows):
     return boxes.reshape(-1, 4), scores, labels
 
 
-def test_what_counts_as_the_same(learnt):
-    after = exported(learnt, "inside", "inside").postprocess
-    one, two = ([1, 2, 30, 40], 0.9, 0), ([5, 5, 20, 20], 0.6, 1)
+def test_detections_may_differ_by_rounding_only(learnt):
+    postprocess = exported(learnt, "inside", "inside").postprocess
+    first, second = ([1, 2, 30, 40], 0.9, 0), ([5, 5, 20, 20], 0.6, 1)
     worst = {"boxes": 0, "ties": 0, "pixels": 0.0, "score": 0.0}
-    export.compare(detections(one, two), detections(two, ([1, 2.04, 30, 40], 0.90005, 0)), after, worst)
+    export.compare(detections(first, second), detections(second, ([1, 2.04, 30, 40], 0.90005, 0)), postprocess, worst)
     assert worst == {"boxes": 2, "ties": 0, "pixels": pytest.approx(0.04), "score": pytest.approx(5e-5)}
-    edge = ([7, 7, 9, 9], after.score_threshold + 5e-5, 1)  # may be on either side of the threshold
-    export.compare(detections(one, edge), detections(one), after, worst)
-    export.compare(detections(one), detections(one, edge), after, worst)
+    edge = ([7, 7, 9, 9], postprocess.score_threshold + 5e-5, 1)  # may be on either side of the threshold
+    export.compare(detections(first, edge), detections(first), postprocess, worst)
+    export.compare(detections(first), detections(first, edge), postprocess, worst)
     for other in (([12, 2, 41, 40], 0.9, 0), ([1, 2, 30, 40], 0.8998, 0), ([1, 2, 30, 40], 0.9, 1)):
         with pytest.raises(UserError):
-            export.compare(detections(one), detections(other), after, worst)
-    for theirs, ours in (((one, two), (one,)), ((one,), (one, two)), ((one,), (one, one))):
+            export.compare(detections(first), detections(other), postprocess, worst)
+    for torch_rows, onnx_rows in (((first, second), (first,)), ((first,), (first, second)), ((first,), (first, first))):
         with pytest.raises(UserError):
-            export.compare(detections(*theirs), detections(*ours), after, worst)
+            export.compare(detections(*torch_rows), detections(*onnx_rows), postprocess, worst)
 
 
-def test_a_few_ties_in_nms_are_the_same_and_many_are_not(learnt, monkeypatch):
-    one, shifted = ([1, 2, 30, 40], 0.9, 0), ([3, 2, 32, 40], 0.90005, 0)  # NMS keeps one of them
+def test_a_few_ties_in_nms_are_accepted_and_many_are_not(learnt, monkeypatch):
+    first, shifted = ([1, 2, 30, 40], 0.9, 0), ([3, 2, 32, 40], 0.90005, 0)  # NMS keeps one of them
     others = [([50 * i, 50, 50 * i + 40, 90], 0.5, 1) for i in range(1, 81)]
     monkeypatch.setattr(export, "images_of", lambda *_: [np.zeros((1, 64, 64, 3), np.uint8)])
-    monkeypatch.setattr(export, "reference", lambda *_: [detections(one, *others)])
-    of_export = exported(learnt, "inside", "inside")
+    monkeypatch.setattr(export, "reference", lambda *_: [detections(first, *others)])
+    model = exported(learnt, "inside", "inside")
     monkeypatch.setattr(export, "onnx_detections", lambda *_: [detections(shifted, *others)])
-    found = export.check(of_export, None, [0], 1)
-    assert found["ties"] == 3 and found["boxes"] == 3 * 80  # three batches
-    moved = [([box[0] + 2, *box[1:3], box[3] + 1], score, label) for box, score, label in others[:5]]
-    monkeypatch.setattr(export, "onnx_detections", lambda *_: [detections(one, *moved, *others[5:])])
+    counts = export.check(model, None, [0], 1)
+    assert counts["ties"] == 3 and counts["boxes"] == 3 * 80  # three batches
+    moved_boxes = [([box[0] + 2, *box[1:3], box[3] + 1], score, label) for box, score, label in others[:5]]
+    monkeypatch.setattr(export, "onnx_detections", lambda *_: [detections(first, *moved_boxes, *others[5:])])
     with pytest.raises(UserError, match="in 15 places onnxruntime finds another box than PyTorch, and in 228 the same"):
-        export.check(of_export, None, [0], 1)
+        export.check(model, None, [0], 1)
 
 
-def test_the_example_needs_no_torch_and_finds_the_same(learnt, folder, command):
+def test_the_example_needs_no_torch_and_finds_the_same_boxes(learnt, folder, command):
     assert command(export.main, "--checkpoint", learnt, "--format", "onnx", "--output", folder / "mine.onnx")[0] == 0
     images = Path(checkpoint.read(learnt)["config"]["data"]["val"]["images"])
     photo = folder / "photo.png"
@@ -150,37 +150,37 @@ def test_the_example_needs_no_torch_and_finds_the_same(learnt, folder, command):
     script = ROOT / "scripts" / "run_onnx.py"
     code = f"import runpy, sys; sys.argv = ['run', {str(folder / 'mine.onnx')!r}, {str(photo)!r}]; "
     code += f"runpy.run_path({str(script)!r}); assert 'torch' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    found = load(learnt, "cpu")(Image.open(photo))
-    lines = [line.split() for line in done.stdout.splitlines()]
-    assert len(lines) == len(found.scores) > 0
-    for line, box, score, name in zip(lines, found.boxes.tolist(), found.scores.tolist(), found.names):
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    expected = load(learnt, "cpu")(Image.open(photo))
+    lines = [line.split() for line in process.stdout.splitlines()]
+    assert len(lines) == len(expected.scores) > 0
+    for line, box, score, name in zip(lines, expected.boxes.tolist(), expected.scores.tolist(), expected.names):
         assert " ".join(line[1:-5]) == name and float(line[-5]) == pytest.approx(score, abs=2e-2)  # bfloat16 here
         assert [float(value) for value in line[-4:]] == pytest.approx(box, abs=1.5)
     model = onnx.load(folder / "mine.onnx")
-    (names,) = (one for one in model.metadata_props if one.key == "class_names")
+    (names,) = (entry for entry in model.metadata_props if entry.key == "class_names")
     names.value = json.dumps(["细胞", "é", "Жук"])
     onnx.save(model, folder / "named.onnx")
     command_line = [sys.executable, str(script), str(folder / "named.onnx"), str(photo)]
     ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}
-    done = subprocess.run(command_line, capture_output=True, text=True, check=True, env=ascii_only)
-    assert len(done.stdout.splitlines()) == len(lines) and " \\u7ec6\\u80de " in done.stdout
+    process = subprocess.run(command_line, capture_output=True, text=True, check=True, env=ascii_only)
+    assert len(process.stdout.splitlines()) == len(lines) and " \\u7ec6\\u80de " in process.stdout
     code_lines = [line for line in script.read_text().split('"""')[2].splitlines() if line.strip()]
     assert len(code_lines) <= 33
-    done = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and "run_onnx.py mine.onnx photo.jpg" in done.stdout
+    process = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True)
+    assert process.returncode == 0 and "run_onnx.py mine.onnx photo.jpg" in process.stdout
     for arguments in ([], ["none.onnx", str(photo)], [str(folder / "mine.onnx"), "none.jpg"]):
-        done = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True)
-        assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+        process = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True)
+        assert process.returncode == 1 and process.stderr.startswith("error: ") and process.stderr.count("\n") == 1
 
 
-def test_metadata_says_all_that_use_needs(learnt, folder, command):
+def test_metadata_has_all_that_inference_needs(learnt, folder, command):
     assert command(export.main, "--checkpoint", learnt, "--format", "onnx", "--output", folder / "m.onnx")[0] == 0
-    about = onnxruntime.InferenceSession(str(folder / "m.onnx")).get_modelmeta().custom_metadata_map
-    about = {key: json.loads(value) for key, value in about.items()}
+    metadata = onnxruntime.InferenceSession(str(folder / "m.onnx")).get_modelmeta().custom_metadata_map
+    metadata = {key: json.loads(value) for key, value in metadata.items()}
     content = checkpoint.read(learnt)
-    assert about["class_names"] == ["colour 0", "colour 1", "colour 2"] and about["short_side"] == 64
-    assert about["score_thresholds"] == content["score_thresholds"] and about["category_ids"] == [3, 7, 11]
+    assert metadata["class_names"] == ["colour 0", "colour 1", "colour 2"] and metadata["short_side"] == 64
+    assert metadata["score_thresholds"] == content["score_thresholds"] and metadata["category_ids"] == [3, 7, 11]
 
 
 def test_mistakes_are_one_line(learnt, folder, command, monkeypatch):

@@ -1,4 +1,4 @@
-"""The figures of what losses do to the gradient."""
+"""scripts/gradients.py: the figures show how each loss changes the gradient."""
 
 import pytest
 import torch
@@ -29,13 +29,13 @@ def test_three_figures_are_written(checkpoint, folder, command):
     assert code == 0, err
     for name in ("gradient_norms.png", "gradient_class.png", "gradient_box.png"):
         picture = read_image(str(folder / name))
-        assert name in out and picture.shape[1] > 400 and picture.float().std() > 10  # something is drawn
+        assert name in out and picture.shape[1] > 400 and picture.float().std() > 10  # it is not blank
 
 
-def test_measured_is_the_norm_of_every_cell_and_coordinate(checkpoint):
+def test_measure_takes_the_norm_of_every_cell_and_coordinate(checkpoint):
     cells, boxes = gradients.measure(str(checkpoint), None, 4)
     assert cells.counts.sum() > 4 * 1000 and boxes.counts.sum() % 4 == 0
-    # With CE and ASL1 the slope is the norm, over the positives of the batch, which here holds all four images.
+    # With CE and ASL1 the slope is the norm divided by the positives of the batch. This batch holds all four images.
     positives = boxes.counts.sum() / 4
     for part in (cells, boxes):
         filled = part.counts > 0
@@ -44,23 +44,23 @@ def test_measured_is_the_norm_of_every_cell_and_coordinate(checkpoint):
 
 
 def test_ghm_gives_every_region_the_same_weight():
-    made = regions()
+    sample = regions()
     for bins in (gradients.CELL_BINS, gradients.BOX_BINS):
-        weight = gradients.harmonized(made, bins) / gradients.norms(made) * made.counts
+        weight = gradients.harmonized(sample, bins) / gradients.norms(sample) * sample.counts
         in_region = weight.view(bins, -1).sum(1)
-        torch.testing.assert_close(in_region, torch.full_like(in_region, float(made.counts.sum()) / bins))
+        torch.testing.assert_close(in_region, torch.full_like(in_region, float(sample.counts.sum()) / bins))
 
 
 def test_curves_are_the_slopes_of_the_losses():
-    made = regions()
-    g = gradients.norms(made)
+    sample = regions()
+    g = gradients.norms(sample)
     z = g.logit().requires_grad_()
     (z.sigmoid() ** 2 * torch.nn.functional.softplus(z)).sum().backward()
-    curves = gradients.class_curves(made)
+    curves = gradients.class_curves(sample)
     torch.testing.assert_close(curves["Focal"], z.grad)
     d = (gradients.MU * g / (1 - g * g).sqrt()).requires_grad_()
     torch.nn.functional.smooth_l1_loss(d, torch.zeros_like(d), beta=1 / 9, reduction="sum").backward()
-    torch.testing.assert_close(gradients.box_curves(made)["smooth L1"], d.grad)
+    torch.testing.assert_close(gradients.box_curves(sample)["smooth L1"], d.grad)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""scripts/predict.py: what evaluation finds, drawn and written, and nothing lost on the way."""
+"""scripts/predict.py: it draws and writes the detections of evaluation, and it loses none."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from scripts import predict
 
 @pytest.fixture(scope="module")
 def learnt(overfit, tmp_path_factory):
-    """A run that knows three classes by heart, and the folder of the two images that it knows."""
+    """The checkpoint of a run that overfits three classes, and the folder of its two images."""
     folder = tmp_path_factory.mktemp("predict")
     run, _ = overfit(folder, 3, solver={"ema": 0.5}, precision="float32")
     yield run / "best.pt", folder / "val" / "images"
@@ -41,21 +41,19 @@ def one_line(err):
     return [line for line in err.splitlines() if line.startswith("error: ")][-1:] and "Traceback" not in err
 
 
-def boxes_of(results, **which):
-    return sorted(tuple(one["bbox"]) for one in results if all(one[key] == value for key, value in which.items()))
-
-
-def test_the_same_as_evaluation_finds(learnt, call):
+def test_detections_are_those_of_evaluation(learnt, call):
     code, out, err, results = call(learnt[1], "--score", "0")
     assert code == 0, err
-    scored = json.loads((learnt[0].parent / "detections.json").read_text())
-    for number, image_id in ((0, 50), (1, 51)):  # eval.py's ids are the file's
-        mine = sorted((one["category_id"], one["score"], *one["bbox"]) for one in results if one["image_id"] == number)
-        theirs = sorted(
-            (one["category_id"], one["score"], *one["bbox"]) for one in scored if one["image_id"] == image_id
+    evaluation = json.loads((learnt[0].parent / "detections.json").read_text())
+    for number, image_id in ((0, 50), (1, 51)):  # eval.py takes the ids of the annotation file
+        predicted = sorted(
+            (box["category_id"], box["score"], *box["bbox"]) for box in results if box["image_id"] == number
         )
-        assert len(mine) == len(theirs) > 0
-        np.testing.assert_allclose(np.array(mine), np.array(theirs), atol=2e-3)
+        evaluated = sorted(
+            (box["category_id"], box["score"], *box["bbox"]) for box in evaluation if box["image_id"] == image_id
+        )
+        assert len(predicted) == len(evaluated) > 0
+        np.testing.assert_allclose(np.array(predicted), np.array(evaluated), atol=2e-3)
     assert "2 images" in out
 
 
@@ -65,20 +63,20 @@ def test_thresholds_are_those_of_the_last_evaluation(learnt, call):
     assert all(threshold > 0 for threshold in thresholds)
     for name, threshold in zip(("colour 0", "colour 1", "colour 2"), thresholds):
         assert f"{name} {threshold:.2f}" in out
-        assert all(one["score"] >= threshold - 1e-5 for one in results if one["category"] == name)
-    sure = [one for one in results if one["image_id"] == 0]
-    assert {one["category"] for one in sure} == {"colour 0", "colour 2"}  # what overfit draws there
+        assert all(box["score"] >= threshold - 1e-5 for box in results if box["category"] == name)
+    in_first_image = [box for box in results if box["image_id"] == 0]
+    assert {box["category"] for box in in_first_image} == {"colour 0", "colour 2"}  # what overfit draws there
     assert len(call(learnt[1], "--score", "0")[3]) > len(results) > len(call(learnt[1], "--score", "1")[3])
 
 
-def test_boxes_are_drawn_where_they_are_and_nowhere_else(learnt, call, folder):
+def test_boxes_are_drawn_in_their_place_and_nowhere_else(learnt, call, folder):
     _, _, _, results = call(learnt[1] / "0.png")
     drawn = read_image(folder / "out" / "0.jpg").astype(int)
-    before = read_image(learnt[1] / "0.png").astype(int)
-    changed = np.abs(drawn - before).max(axis=2) > 40
+    original = read_image(learnt[1] / "0.png").astype(int)
+    changed = np.abs(drawn - original).max(axis=2) > 40
     x, y, _, height = (round(v) for v in results[0]["bbox"])
     assert changed[y : y + height, x].mean() > 0.5
-    assert changed[90:, :40].mean() < 0.02  # nothing is there
+    assert changed[90:, :40].mean() < 0.02  # no object is there
 
 
 def test_a_video_keeps_its_frames_rate_and_size(learnt, call, folder):
@@ -89,22 +87,22 @@ def test_a_video_keeps_its_frames_rate_and_size(learnt, call, folder):
     writer.release()
     code, out, err, results = call(folder / "film.avi")
     assert code == 0, err
-    made = cv2.VideoCapture(str(folder / "out" / "film.mp4"))
-    assert made.get(cv2.CAP_PROP_FRAME_COUNT) == 8 and made.get(cv2.CAP_PROP_FPS) == 12
-    assert (made.get(cv2.CAP_PROP_FRAME_WIDTH), made.get(cv2.CAP_PROP_FRAME_HEIGHT)) == (96, 96)
-    assert {one["frame"] for one in results} == set(range(8)) == {one["image_id"] for one in results}
+    video = cv2.VideoCapture(str(folder / "out" / "film.mp4"))
+    assert video.get(cv2.CAP_PROP_FRAME_COUNT) == 8 and video.get(cv2.CAP_PROP_FPS) == 12
+    assert (video.get(cv2.CAP_PROP_FRAME_WIDTH), video.get(cv2.CAP_PROP_FRAME_HEIGHT)) == (96, 96)
+    assert {box["frame"] for box in results} == set(range(8)) == {box["image_id"] for box in results}
     assert not list((folder / "out").glob("*.part*")) and "8 images" in out
 
 
-def test_no_two_sources_share_a_picture_and_our_own_are_not_taken(learnt, call, folder):
+def test_every_source_has_a_separate_picture_and_outputs_are_not_sources(learnt, call, folder):
     for name in ("a/x.png", "a/x.jpg", "a/deep/x.png", "b/x.png"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(learnt[1] / "0.png", folder / name)
     code, _, err, results = call(folder / "a", folder / "b" / "x.png", folder / "a" / "x.png")
     assert code == 0, err
-    made = {str(path.relative_to(folder / "out")) for path in (folder / "out").rglob("*.jpg")}
-    assert made == {"a/x.jpg", "a/x_2.jpg", "a/deep/x.jpg", "x.jpg", "x_2.jpg"}
-    assert {one["image_id"] for one in results} == set(range(5))
+    pictures = {str(path.relative_to(folder / "out")) for path in (folder / "out").rglob("*.jpg")}
+    assert pictures == {"a/x.jpg", "a/x_2.jpg", "a/deep/x.jpg", "x.jpg", "x_2.jpg"}
+    assert {box["image_id"] for box in results} == set(range(5))
     code, out, _, _ = call(folder)  # which holds out/
     assert code == 0 and "4 images" in out
 
@@ -116,10 +114,10 @@ def test_a_broken_image_does_not_stop_the_others(learnt, call, folder):
     code, out, err, results = call(folder / "in")
     assert code == 2 and one_line(err) and "2 of 4 files" in err
     assert len(re.findall(r"^skipped: .*(00\.png|z\.mp4)", err, re.M)) == 2  # each is reported
-    assert {Path(one["file_name"]).name for one in results} == {"0.png", "1.png"} and "2 images" in out
+    assert {Path(box["file_name"]).name for box in results} == {"0.png", "1.png"} and "2 images" in out
 
 
-def test_every_kind_of_picture_is_done_and_the_rest_is_named(learnt, call, folder):
+def test_every_image_format_is_read_and_other_files_are_reported(learnt, call, folder):
     (folder / "in").mkdir()
     with Image.open(learnt[1] / "0.png") as image:
         for suffix, kind in (("jfif", "JPEG"), ("JPE", "JPEG"), ("gif", "GIF"), ("avif", "AVIF"), ("webp", "WEBP")):
@@ -129,7 +127,7 @@ def test_every_kind_of_picture_is_done_and_the_rest_is_named(learnt, call, folde
     (folder / "in" / "._0.jpg").write_text("a Mac's")
     code, out, err, results = call(folder / "in", "--score", "0")
     assert code == 0, err
-    assert len({one["file_name"] for one in results}) == 6 and "6 images" in out
+    assert len({box["file_name"] for box in results}) == 6 and "6 images" in out
     assert "not used: .txt files: 1" in out and "hidden files: 1" in out
     (folder / "in" / "phone.HEIC").write_text("?")
     code, out, err, _ = call(folder / "in")
@@ -166,20 +164,20 @@ def test_a_model_that_diverged_is_reported_in_one_line_and_exit_code_1(learnt, f
     assert [path.name for path in (folder / "out").iterdir()] == ["detections.json"]
 
 
-def test_no_original_is_written_over(learnt, folder, command):
+def test_no_original_is_overwritten(learnt, folder, command):
     place = folder / "own"
     shutil.copytree(learnt[1], place)
     shutil.copy(place / "0.png", place / "2.jpg")  # the name that its picture would have
-    before = (place / "2.jpg").read_bytes()
-    given = ("--checkpoint", learnt[0], "--device", "cpu", place / "2.jpg", place / "0.png", "--output")
-    code, _, err = command(predict.main, *given, place)
+    original = (place / "2.jpg").read_bytes()
+    arguments = ("--checkpoint", learnt[0], "--device", "cpu", place / "2.jpg", place / "0.png", "--output")
+    code, _, err = command(predict.main, *arguments, place)
     assert code == 0, err
-    assert (place / "2.jpg").read_bytes() == before and (place / "2_2.jpg").exists() and (place / "0.jpg").exists()
-    code, _, err = command(predict.main, *given, learnt[0].parent)
+    assert (place / "2.jpg").read_bytes() == original and (place / "2_2.jpg").exists() and (place / "0.jpg").exists()
+    code, _, err = command(predict.main, *arguments, learnt[0].parent)
     assert code == 2 and "is a run folder" in err
 
 
-def test_pictures_stay_in_the_folder_for_them(learnt, folder, command, monkeypatch):
+def test_pictures_stay_in_the_output_folder(learnt, folder, command, monkeypatch):
     (folder / "own" / "deep").mkdir(parents=True)
     shutil.copy(learnt[1] / "0.png", folder / "own" / "0.png")
     monkeypatch.chdir(folder / "own" / "deep")
@@ -189,41 +187,41 @@ def test_pictures_stay_in_the_folder_for_them(learnt, folder, command, monkeypat
     assert not (folder / "own" / "deep" / "0.jpg").exists()
 
 
-def test_a_picture_that_cannot_be_made_does_not_stop_the_others(learnt, call, folder):
+def test_a_picture_that_cannot_be_drawn_does_not_stop_the_others(learnt, call, folder):
     (folder / "in").mkdir()
     Image.new("RGB", (70_000, 4)).save(folder / "in" / "a.png")  # wider than a JPEG may be
     shutil.copy(learnt[1] / "0.png", folder / "in" / "b.png")
     code, out, err, results = call(folder / "in")
     assert code == 2 and one_line(err) and "a.png: cannot be drawn on" in err and "1 images" in out
-    assert {Path(one["file_name"]).name for one in results} == {"b.png"}
+    assert {Path(box["file_name"]).name for box in results} == {"b.png"}
 
 
-def test_a_full_disk_is_one_line_and_leaves_no_half_file(learnt, call, folder, full_disk):
+def test_a_full_disk_is_one_line_and_leaves_no_partial_file(learnt, call, folder, full_disk):
     (folder / "in").mkdir()
-    large = np.random.default_rng(0).integers(0, 256, (480, 640, 3), np.uint8)  # noise: no format makes it small
-    cv2.imwrite(str(folder / "in" / "photo.png"), large)
+    noise = np.random.default_rng(0).integers(0, 256, (480, 640, 3), np.uint8)  # no format makes it small
+    cv2.imwrite(str(folder / "in" / "photo.png"), noise)
     writer = cv2.VideoWriter(str(folder / "in" / "film.avi"), cv2.VideoWriter_fourcc(*"MJPG"), 12, (640, 480))
     for _ in range(6):
-        writer.write(large)
+        writer.write(noise)
     writer.release()
-    for name, made in (("photo.png", "photo.jpg"), ("film.avi", "film.mp4")):
+    for name, output_name in (("photo.png", "photo.jpg"), ("film.avi", "film.mp4")):
         with full_disk(60_000):
             code, _, err, _ = call(folder / "in" / name)
-        assert code == 2 and one_line(err) and f"{made}: cannot be written" in err, err
+        assert code == 2 and one_line(err) and f"{output_name}: cannot be written" in err, err
         assert [path.name for path in (folder / "out").iterdir()] == ["detections.json"]
     with full_disk(100):
         code, _, err, results = call(folder / "in" / "photo.png", "--score", "0")
-    assert code == 2 and one_line(err) and results == []  # of the call before
+    assert code == 2 and one_line(err) and results == []  # still those of the call before
     assert call(folder / "in")[0] == 0
 
 
-def test_what_was_done_before_ctrl_c_is_kept(learnt, call, folder, monkeypatch):
+def test_detections_from_before_ctrl_c_are_kept(learnt, call, folder, monkeypatch):
     def interrupted(detector, source, *rest):
         if source.name == "1.png":
             raise KeyboardInterrupt
-        return whole(detector, source, *rest)
+        return process_image(detector, source, *rest)
 
-    whole = predict.process_image
+    process_image = predict.process_image
     monkeypatch.setattr(predict, "process_image", interrupted)
     code, _, _, results = call(learnt[1])
-    assert code == 130 and {one["image_id"] for one in results} == {0}
+    assert code == 130 and {box["image_id"] for box in results} == {0}

@@ -22,13 +22,13 @@ def write(folder, name, seed, ap, **changes):
 @pytest.fixture
 def files(folder):
     """Three seeds a row; `focal` beats `ce` by far, `twin` equals it, one seed of `focal` has no AP50."""
-    made = [write(folder, name, seed, ap + 0.01 * seed) for name, ap in (("ce", 0.5), ("twin", 0.5), ("focal", 0.7))
+    paths = [write(folder, name, seed, ap + 0.01 * seed) for name, ap in (("ce", 0.5), ("twin", 0.5), ("focal", 0.7))
             for seed in range(3)]  # fmt: skip
     write(folder, "focal", 1, 0.71, metrics={"AP": 0.71, "images": 100})
-    return made
+    return paths
 
 
-def test_best_first_with_verdicts(files, folder, command):
+def test_rows_are_sorted_best_first_and_have_verdicts(files, folder, command):
     code, out, err = command(summarize.main, *files, "--baseline", "ce", "--output", folder / "plot.png")
     assert code == 0, err
     # By hand: Student's t for 4 degrees of freedom, 2.776 sqrt(1/3 + 1/3).
@@ -43,15 +43,15 @@ def test_best_first_with_verdicts(files, folder, command):
 
 
 def test_a_failed_row_is_named_and_left_out(files, folder, command):
-    failed = {"config": {"run": "ghm", "seed": 0, **LOSSES}, "failure": "loss inf", "variant": "ghm", "seed": 0}
-    result.write(folder / "ghm.json", failed)
+    failed_result = {"config": {"run": "ghm", "seed": 0, **LOSSES}, "failure": "loss inf", "variant": "ghm", "seed": 0}
+    result.write(folder / "ghm.json", failed_result)
     code, out, err = command(summarize.main, *files, folder / "ghm.json", "--output", folder / "plot.png")
     assert code == 0 and "failed: ghm, seed 0: loss inf" in err and "ghm" not in out
     code, _, err = command(summarize.main, *files, folder / "ghm.json", "--baseline", "ghm")
     assert code == 2 and err.splitlines()[-1].startswith("error: ghm: no run of it has an AP")
 
 
-def test_shares_are_the_mean_of_what_was_observed(folder):
+def test_shares_are_the_mean_of_the_observed_ones(folder):
     write(folder, "ce", 0, 0.5)
     second = {"step": 200, "class_easy": 0.4, "class_medium": 0.5, "class_outlier": 0.1}
     write(folder, "ce", 1, 0.5, gradient=[second])

@@ -31,5 +31,5 @@ def boxes():
 
 @pytest.fixture
 def one_hot():
-    """Targets (N, C) that a class loss never builds, for oracles."""
+    """Makes one-hot targets (N, C), for reference implementations; the class losses never build them."""
     return lambda labels, classes: torch.nn.functional.one_hot(labels, classes + 1)[:, :classes].double()

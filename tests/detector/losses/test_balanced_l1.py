@@ -23,13 +23,13 @@ def one(loss, d):
     return value.item(), deltas.grad[0, 0].item()
 
 
-def test_is_the_papers_closed_form(boxes):
+def test_equals_the_papers_closed_form(boxes):
     deltas, targets, num_pos = boxes(spread=1.0)
     d = (deltas - targets).abs()
     assert (d < 1).any() and (d > 1).any()
     b = math.exp(3) - 1
     inlier = 0.5 / b * (b * d + 1) * torch.log(b * d + 1) - 0.5 * d
-    constant = 1.5 / b - 0.5  # so that both are the same at 1
+    constant = 1.5 / b - 0.5  # so that both parts agree at 1
     expected = torch.where(d < 1, inlier, 1.5 * d + constant).sum() / num_pos
     torch.testing.assert_close(BalancedL1()(deltas, targets, num_pos), expected)
 
@@ -46,7 +46,7 @@ def test_value_is_the_integral_of_the_papers_gradient(options, d):
 
 
 @every
-def test_gradient_has_no_step_where_the_two_parts_meet(options):
+def test_gradient_is_continuous_where_the_two_parts_meet(options):
     loss, beta = BalancedL1(**options), options.get("beta", 1.0)
     gradients = [one(loss, beta * x)[1] for x in (1 - 1e-9, 1.0, 1 + 1e-9, 2.0)]
     assert gradients == pytest.approx([loss.gamma] * 4, rel=1e-7)
@@ -54,8 +54,8 @@ def test_gradient_has_no_step_where_the_two_parts_meet(options):
 
 def test_small_errors_get_more_gradient_than_with_smooth_l1_and_a_smaller_alpha_gives_more():
     for d in (0.01, 0.1, 0.5):
-        found = [one(BalancedL1(alpha=alpha, gamma=1.0), d)[1] for alpha in (0.8, 0.5, 0.2)]
-        assert d < found[0] < found[1] < found[2] < 1  # smooth L1's, with beta 1, is d
+        gradients = [one(BalancedL1(alpha=alpha, gamma=1.0), d)[1] for alpha in (0.8, 0.5, 0.2)]
+        assert d < gradients[0] < gradients[1] < gradients[2] < 1  # d: smooth L1's gradient with beta 1
 
 
 @pytest.mark.parametrize(

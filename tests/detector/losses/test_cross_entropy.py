@@ -6,7 +6,7 @@ from detector.losses import CrossEntropy
 
 
 @pytest.mark.parametrize("alpha", [None, 0.0, 0.25, 0.9, 1.0])
-def test_is_torchs_binary_cross_entropy(alpha, cells, one_hot):
+def test_equals_torchs_binary_cross_entropy(alpha, cells, one_hot):
     logits, labels, valid, num_pos = cells(spread=10.0)
     targets = one_hot(labels, 5)
     weight = torch.ones_like(targets) if alpha is None else alpha * targets + (1 - alpha) * (1 - targets)
@@ -31,7 +31,7 @@ def test_float32_gradient_is_p_minus_target(x):
 
 
 @pytest.mark.parametrize("x", [10.0, 19.0, 21.0, 30.0, 39.0, 41.0, 50.0])
-def test_large_logits_keep_the_digits_of_the_stable_form(x):
+def test_large_logits_lose_no_precision(x):
     logits = torch.tensor([[x]], dtype=torch.float64, requires_grad=True)
     value = CrossEntropy()(logits, torch.tensor([1]), torch.tensor([True]), 1)
     value.backward()
@@ -39,7 +39,7 @@ def test_large_logits_keep_the_digits_of_the_stable_form(x):
     torch.testing.assert_close(logits.grad, logits.sigmoid(), rtol=1e-15, atol=0)
 
 
-def test_balanced_by_half_is_half(cells):
+def test_alpha_one_half_halves_the_loss(cells):
     torch.testing.assert_close(CrossEntropy(0.5)(*cells()), CrossEntropy()(*cells()) / 2)
 
 

@@ -7,7 +7,7 @@ from detector.losses import CrossEntropy, Focal
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("alpha, gamma", [(0.25, 2.0), (0.75, 1.0), (0.5, 0.0), (0.25, 5.0)])
-def test_is_torchvisions_focal_loss(alpha, gamma, dtype, cells, one_hot):
+def test_equals_torchvisions_focal_loss(alpha, gamma, dtype, cells, one_hot):
     logits, labels, valid, num_pos = cells(rows=200)
     ours, theirs = logits.to(dtype, copy=True).requires_grad_(), logits.clone().requires_grad_()
 
@@ -25,7 +25,7 @@ def test_gamma_zero_is_half_of_cross_entropy(cells):
     torch.testing.assert_close(Focal(alpha=0.5, gamma=0.0)(*cells()), CrossEntropy()(*cells()) / 2)
 
 
-def test_worked_by_hand():
+def test_value_by_hand():
     # p = 0.5 in one positive and one negative cell: (0.25 + 0.75) x 0.5^2 x log 2
     logits, labels = torch.zeros(1, 2), torch.tensor([0])
     value = Focal()(logits, labels, torch.tensor([True]), 1)

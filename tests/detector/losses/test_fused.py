@@ -27,18 +27,19 @@ def focal(ce, g, y, alpha=0.25, gamma=2.0):
 
 
 def hardest(ce, g, y, ratio=3.0, top_k=None):
-    always = (y > 0) & (top_k is None)
-    places = top_k or max(round(ratio * max(int(always.sum()), 1)), 1)
-    ranked = ce[~always].sort(descending=True).values
-    last = ranked[min(places, len(ranked)) - 1]
-    tied = (min(places, len(ranked)) - (ranked > last).sum()) / (ranked == last).sum()
-    return torch.where(always | (ce > last), ce, torch.where(ce == last, tied * ce, 0))
+    always_kept = (y > 0) & (top_k is None)
+    places = top_k or max(round(ratio * max(int(always_kept.sum()), 1)), 1)
+    ranked = ce[~always_kept].sort(descending=True).values
+    threshold = ranked[min(places, len(ranked)) - 1]
+    tie_weight = (min(places, len(ranked)) - (ranked > threshold).sum()) / (ranked == threshold).sum()
+    return torch.where(always_kept | (ce > threshold), ce, torch.where(ce == threshold, tie_weight * ce, 0))
 
 
 def harmonized(ce, g, y, bins=30):
     region = (g * bins).long().clamp(max=bins - 1)
     counts = torch.bincount(region.flatten(), minlength=bins)
-    return 3 * ce / (counts[region] * (counts > 0).sum())  # value_and_grad's 3 stands for no positives here
+    # formula() divides by num_pos = 3, which GHM-C ignores.
+    return 3 * ce / (counts[region] * (counts > 0).sum())
 
 
 # The loss, and its value for each cell from its cross entropy, its gradient norm |p - y| and its target y.
@@ -83,7 +84,7 @@ def value_and_grad(function, logits, *rest):
 
 
 def formula(name, logits, labels, valid, quality):
-    """The paper's sum / 3."""
+    """The paper's formula: the sum over cells, divided by num_pos = 3."""
     loss, cell = LOSSES[name]
     target = torch.zeros_like(logits[valid])
     rows = (labels[valid] < logits.shape[1]).nonzero()[:, 0]
@@ -91,26 +92,26 @@ def formula(name, logits, labels, valid, quality):
     target[rows, labels[valid][rows]] = quality
     x = logits[valid]
     ce = F.binary_cross_entropy_with_logits(x, target, reduction="none")
-    # |p - y| by sigmoid(-x) where y is 1: 1 - p has lost its digits.
+    # Where y is 1, |p - y| is sigmoid(-x): 1 - p would lose digits.
     norm = torch.where(target == 1, torch.sigmoid(-x), (torch.sigmoid(x) - target).abs())
     return cell(ce, norm, target).sum() / 3
 
 
 def run(name, logits, labels, valid, quality):
     loss = copy.deepcopy(LOSSES[name][0])
-    given = (quality,) if hasattr(loss, "takes_quality") else ()
-    return value_and_grad(lambda x: loss(x, labels, valid, 3, *given), logits)
+    extra_args = (quality,) if hasattr(loss, "takes_quality") else ()
+    return value_and_grad(lambda x: loss(x, labels, valid, 3, *extra_args), logits)
 
 
 def check(name, case, rtol=2e-6):
-    """The formula in float64, differentiated by autograd, is the truth for all."""
+    """Compare value and gradient with the formula in float64, differentiated by autograd."""
     logits, *rest = case
-    truth, slope = value_and_grad(partial(formula, name), logits.double(), *rest)
+    expected, expected_grad = value_and_grad(partial(formula, name), logits.double(), *rest)
     value, grad = run(name, *case)
     assert grad.dtype == logits.dtype
-    torch.testing.assert_close(value.double(), truth, rtol=rtol, atol=1e-12)
+    torch.testing.assert_close(value.double(), expected, rtol=rtol, atol=1e-12)
     rounding = float(torch.finfo(logits.dtype).eps)
-    torch.testing.assert_close(grad.double(), slope, rtol=max(rtol, 2 * rounding), atol=1e-7)
+    torch.testing.assert_close(grad.double(), expected_grad, rtol=max(rtol, 2 * rounding), atol=1e-7)
 
 
 @pytest.fixture(params=["pieces", pytest.param("compiled", marks=needs_compiler), "triton"])
@@ -130,7 +131,7 @@ def way(request, monkeypatch):
 
 
 def use_triton(monkeypatch):
-    """Where there is no GPU, Triton's interpreter runs the kernels on the CPU's tensors (tests/conftest.py)."""
+    """Without a GPU, Triton's interpreter runs the kernels on the CPU's tensors (tests/conftest.py)."""
     pytest.importorskip("triton", "3.7", reason="the interpreter of older ones fails with NumPy 2.4")
     kernels = pytest.importorskip("detector.losses.kernels")
     monkeypatch.setattr(
@@ -139,19 +140,19 @@ def use_triton(monkeypatch):
 
 
 @every
-def test_random(name, way):
+def test_equals_the_formula_on_random_cells(name, way):
     for seed in range(2):
         check(name, batch(rows=300 + seed, seed=seed))
 
 
-def test_wide_rows_and_one_class(way):
+def test_equals_the_formula_with_wide_rows_and_with_one_class(way):
     check("ghm_c", batch(rows=40, classes=300))
     check("ghm_c", batch(rows=400, classes=1))
 
 
 @every
 @pytest.mark.parametrize("triton", [False, True])
-def test_extreme_logits(name, triton, monkeypatch):
+def test_equals_the_formula_at_extreme_logits(name, triton, monkeypatch):
     if triton:
         use_triton(monkeypatch)
     for size in (50.0, 200.0, 1e4):
@@ -162,14 +163,14 @@ def test_extreme_logits(name, triton, monkeypatch):
 @every
 @pytest.mark.parametrize("triton", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_half_precision(name, dtype, triton, monkeypatch):
+def test_equals_the_formula_in_half_precision(name, dtype, triton, monkeypatch):
     if triton:
         use_triton(monkeypatch)
     check(name, batch(dtype=dtype))
 
 
 @every
-def test_nothing_at_all_and_all_ignored(name, way):
+def test_no_rows_and_all_ignored_rows_give_zero(name, way):
     for rows in (0, 5):
         logits, labels, valid, quality = batch(rows=rows)
         value, grad = run(name, logits.fill_(torch.nan), labels, torch.zeros_like(valid), quality)
@@ -181,28 +182,28 @@ def test_strides_do_not_matter(triton, monkeypatch):
     if triton:
         use_triton(monkeypatch)
     logits, labels, valid, quality = batch(rows=700, classes=6)
-    turned = logits.t().contiguous().t()
-    assert turned.stride() == (1, 700)
+    transposed = logits.t().contiguous().t()
+    assert transposed.stride() == (1, 700)
     for name in ("focal", "ghm_c", "varifocal"):
         (value, grad), (other, other_grad) = (
             run(name, logits, labels, valid, quality),
-            run(name, turned, labels, valid, quality),
+            run(name, transposed, labels, valid, quality),
         )
         torch.testing.assert_close(value, other)
         torch.testing.assert_close(grad, other_grad)
 
 
-def test_a_loss_given_by_its_value_alone(way):
+def test_autograd_gives_the_slope_of_a_curve_that_has_none(way):
     def value(z, is_positive, gamma):
         return torch.sigmoid(z) ** gamma * F.softplus(z)
 
     logits, labels, valid, _ = batch()
     curve = SlopeByAutograd(value)
-    form = partial(cell_sum, curve, num_pos=3, negative_weight=0.75, positive_weight=0.25)
-    found, slope = value_and_grad(lambda x: form(x, labels, valid, 2.0), logits)
-    truth, true_slope = value_and_grad(lambda x: Focal()(x, labels, valid, 3), logits)
-    torch.testing.assert_close(found, truth, rtol=2e-6, atol=0)
-    torch.testing.assert_close(slope, true_slope, rtol=1e-4, atol=1e-7)
+    loss = partial(cell_sum, curve, num_pos=3, negative_weight=0.75, positive_weight=0.25)
+    total, grad = value_and_grad(lambda x: loss(x, labels, valid, 2.0), logits)
+    expected, expected_grad = value_and_grad(lambda x: Focal()(x, labels, valid, 3), logits)
+    torch.testing.assert_close(total, expected, rtol=2e-6, atol=0)
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-7)
 
 
 def raised(z, is_positive, exponent):
@@ -211,8 +212,8 @@ def raised(z, is_positive, exponent):
 
 
 @needs_compiler
-def test_an_option_is_never_that_of_an_earlier_call(monkeypatch):
-    """torch 2.14 compiles an exponent as a variable, and finds another's kernel in its cache on the disk."""
+def test_each_call_uses_its_options(monkeypatch):
+    """torch 2.14 compiles an exponent as a variable, and finds the kernel of another exponent in its disk cache."""
     monkeypatch.setattr(dispatch, "_broken", [])
     monkeypatch.setattr(dispatch, "COMPILED_FROM", 1)
     logits, labels, valid, _ = batch()
@@ -226,8 +227,8 @@ def test_an_option_is_never_that_of_an_earlier_call(monkeypatch):
 
 @needs_compiler
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="needs a processor with AVX-512")
-def test_a_kernel_is_never_that_of_wider_vectors(tmp_path):
-    """torch 2.14's cache on the disk gives a processor with AVX2 what was written for AVX512: half of the sum."""
+def test_avx2_never_runs_a_kernel_cached_for_avx512(tmp_path):
+    """torch 2.14's disk cache gives a processor with AVX2 a kernel for AVX-512, which returns half of the sum."""
     script = (
         "import torch; from detector.losses import CrossEntropy, dispatch; dispatch.COMPILED_FROM = 1; "
         "z = torch.linspace(-4, 4, 4000).view(-1, 20); rows = torch.ones(200, dtype=torch.bool); "
@@ -236,9 +237,9 @@ def test_a_kernel_is_never_that_of_wider_vectors(tmp_path):
     expected = torch.nn.functional.softplus(torch.linspace(-4, 4, 4000, dtype=torch.float64)).sum().item()
     for capability in ({}, {"ATEN_CPU_CAPABILITY": "avx2"}):
         environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)} | capability
-        done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        value, broken = done.stdout.split(maxsplit=1)
+        result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        value, broken = result.stdout.split(maxsplit=1)
         assert float(value) == pytest.approx(expected, rel=1e-5) and broken.strip() == "[]"
 
 
@@ -251,7 +252,7 @@ def test_a_curve_that_triton_cannot_run_runs_without_it(monkeypatch):
     monkeypatch.setattr(dispatch, "_without_triton", set())
     use_triton(monkeypatch)
     logits, labels, valid, _ = batch(rows=20)
-    expected = cell_sum(raised, logits.double(), labels, valid, 2.0)  # float64 never runs by Triton
+    expected = cell_sum(raised, logits.double(), labels, valid, 2.0)  # Triton never runs float64
 
     def sinh(z, is_positive):
         p = torch.special.expit(z)  # kernels.py does not know it
@@ -261,13 +262,13 @@ def test_a_curve_that_triton_cannot_run_runs_without_it(monkeypatch):
         value = cell_sum(sinh, logits, labels, valid)
     torch.testing.assert_close(value.double(), expected)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # said once; and the other losses go on by Triton
+        warnings.simplefilter("error")  # it warns once, and Triton still runs the other losses
         cell_sum(sinh, logits, labels, valid)
         check("ce", batch())
 
 
 @pytest.mark.parametrize("name", ["ce", "ohem", "focal", "ghm_c", "qfl"])
-def test_a_second_backward_gives_the_first_gradient(name, way):
+def test_a_second_backward_gives_the_same_gradient(name, way):
     logits, *rest, _ = batch()
     logits.requires_grad_()
     loss = LOSSES[name][0](logits, *rest, 3)
@@ -281,10 +282,10 @@ def test_focal_gradient_is_closer_to_float64_than_autograds():
     # Confident negatives, where autograd through the power loses digits.
     logits, labels = torch.randn(2000, 20) * 2 - 8, torch.full((2000,), 20)
     case = labels, torch.ones(2000, dtype=torch.bool), torch.ones(2000)
-    _, truth = value_and_grad(partial(formula, "focal"), logits.double(), *case)
-    forms = (run("focal", logits, *case)[1], value_and_grad(partial(formula, "focal"), logits, *case)[1])
-    fast, plain = (((grad.double() - truth) / truth).abs().median().item() for grad in forms)
-    assert fast < 1e-6 and fast <= plain
+    _, exact = value_and_grad(partial(formula, "focal"), logits.double(), *case)
+    grads = (run("focal", logits, *case)[1], value_and_grad(partial(formula, "focal"), logits, *case)[1])
+    fused_error, autograd_error = (((grad.double() - exact) / exact).abs().median().item() for grad in grads)
+    assert fused_error < 1e-6 and fused_error <= autograd_error
 
 
 def test_regions_are_counted_exactly_beyond_what_float32_counts():
@@ -315,7 +316,7 @@ def test_one_region_may_hold_every_cell(way):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("how", ["topk", "digits", "triton"])
-def test_the_kth_largest_is_that_of_a_sort(how, dtype, monkeypatch):
+def test_the_kth_largest_equals_that_of_a_sort(how, dtype, monkeypatch):
     monkeypatch.setattr(dispatch, "PIECE", {"cpu": 100, "else": 100})
     if how == "triton":
         use_triton(monkeypatch)
@@ -335,31 +336,31 @@ def test_the_kth_largest_is_that_of_a_sort(how, dtype, monkeypatch):
     for negatives in (False, True):
         ranked = z[valid[:, None] & ~(is_positive & negatives)].sort(descending=True).values
         for k in (0, 1, 2, 3, 50, 120, 180, 290, len(ranked), 10**6):
-            threshold, tied = find(logits, labels, valid, torch.tensor(k), negatives=negatives)
+            threshold, tie_weight = find(logits, labels, valid, torch.tensor(k), negatives=negatives)
             if k == 0:
-                assert threshold == torch.inf and tied == 0
+                assert threshold == torch.inf and tie_weight == 0
                 continue
             k = min(k, len(ranked))
             assert threshold == ranked[k - 1]
-            above, level = (ranked > threshold).sum(), (ranked == threshold).sum()
-            assert tied.item() == pytest.approx(((k - above) / level).item())
+            num_above, num_tied = (ranked > threshold).sum(), (ranked == threshold).sum()
+            assert tie_weight.item() == pytest.approx(((k - num_above) / num_tied).item())
 
 
-def test_a_cell_on_the_edge_of_two_regions_weighs_something():
-    # A head with prior 0.1 starts with every logit at -log 9, where g is the edge 3 / 30 but for rounding.
+def test_a_cell_on_the_edge_of_two_regions_keeps_its_weight():
+    # A head with prior 0.1 starts with every logit at -log 9. There g is the edge 3 / 30, up to rounding.
     logits = torch.full((50, 4), -torch.tensor(9.0).log().item())
     value = GHMC(bins=30)(logits, torch.full((50,), 4), torch.ones(50, dtype=torch.bool), 1)
     assert value.item() == pytest.approx(F.softplus(logits).mean().item(), rel=1e-6)
 
 
 def test_many_losses_and_types_in_one_process_all_stay_compiled(monkeypatch):
-    # Dynamo counts variants and gives a function up past its limit, whatever the backend: this one takes no minutes.
+    # Dynamo counts variants and gives a function up past its limit, whatever the backend. The eager backend is fast.
     monkeypatch.setattr(dispatch, "_compiled", cache(partial(torch.compile, dynamic=True, backend="eager")))
     monkeypatch.setattr(dispatch, "_broken", [])
     monkeypatch.setattr(dispatch, "COMPILED_FROM", 1)
     torch.compiler.reset()
-    usual = {"recompile_limit": 8, "fail_on_recompile_limit_hit": True}
-    with torch._dynamo.config.patch(usual), warnings.catch_warnings():
+    user_settings = {"recompile_limit": 8, "fail_on_recompile_limit_hit": True}
+    with torch._dynamo.config.patch(user_settings), warnings.catch_warnings():
         warnings.simplefilter("error")
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             for name in ("ce", "focal", "ohem"):
@@ -367,12 +368,12 @@ def test_many_losses_and_types_in_one_process_all_stay_compiled(monkeypatch):
         for bins in range(2, 7):
             logits, *rest, _ = batch()
             GHMC(bins=bins)(logits, *rest, 3)
-        assert torch._dynamo.config.recompile_limit == 8  # the user's own is left alone
+        assert torch._dynamo.config.recompile_limit == 8  # the user's limit is unchanged
     assert not dispatch._broken
     torch.compiler.reset()
 
 
-def test_without_a_compiler_the_losses_run_all_the_same(monkeypatch):
+def test_without_a_compiler_the_losses_still_run(monkeypatch):
     def no_compiler(_):
         raise RuntimeError("no C++ compiler found\nand much more")
 
@@ -382,5 +383,5 @@ def test_without_a_compiler_the_losses_run_all_the_same(monkeypatch):
     with pytest.warns(UserWarning, match="no C.. compiler found$"):
         check("focal", batch())
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # said once is enough
+        warnings.simplefilter("error")  # it warns only once
         check("ghm_c", batch())

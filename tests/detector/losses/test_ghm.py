@@ -20,8 +20,8 @@ class Oracle:
         self.average, self.updates = [0.0] * bins, 0
 
     def __call__(self, norms, values):
-        where = [min(int(g * self.bins), self.bins - 1) for g in norms]
-        counts = [where.count(j) for j in range(self.bins)]
+        bin_indices = [min(int(g * self.bins), self.bins - 1) for g in norms]
+        counts = [bin_indices.count(j) for j in range(self.bins)]
         if not norms:
             return 0.0
         self.updates += 1
@@ -32,7 +32,7 @@ class Oracle:
         divisor = sum(r > 0 for r in counts) if self.normalizer == "valid_bins" else self.bins
         total = 0.0
         for j, s in enumerate(self.average):
-            members = [v for v, k in zip(values, where) if k == j]
+            members = [v for v, k in zip(values, bin_indices) if k == j]
             if members:
                 beta = min(len(norms) / ((s / start + self.prior_count) * divisor), self.max_weight)
                 total += beta * math.fsum(members)
@@ -69,7 +69,7 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("options", [*SETTINGS, {"bins": 30, "momentum": 0.75, "prior_count": 2.5}], ids=str)
-def test_ghm_c_is_the_loop_over_bins(options, cells, one_hot):
+def test_ghm_c_equals_the_loop_over_bins(options, cells, one_hot):
     loss, oracle = GHMC(**options), Oracle(**options)
     for step in range(5):
         logits, labels, valid, num_pos = cells(rows=30 + 10 * step, seed=step, spread=1.0 + step)
@@ -80,14 +80,14 @@ def test_ghm_c_is_the_loop_over_bins(options, cells, one_hot):
 
 
 @pytest.mark.parametrize("options", SETTINGS, ids=str)
-def test_ghm_r_is_the_loop_over_bins(options, boxes):
+def test_ghm_r_equals_the_loop_over_bins(options, boxes):
     loss, oracle = GHMR(**options), Oracle(**options)
     for step, rows in enumerate([20, 5, 0, 40]):
         deltas, targets, num_pos = boxes(rows=rows, seed=step, spread=0.02 * (1 + step))
         expected = oracle(*box_pairs(deltas, targets))
         assert loss(deltas, targets, num_pos).item() == pytest.approx(expected, rel=1e-6)
     assert loss.average.tolist() == pytest.approx(oracle.average, rel=1e-6)
-    assert loss.updates == 3  # the step without boxes is none
+    assert loss.updates == 3  # the step without boxes does not count
 
 
 def test_a_prior_count_takes_weight_from_sparse_regions():
@@ -103,8 +103,8 @@ def test_beta_is_constant_for_the_backward_pass(cells):
     loss = GHMC(bins=4, momentum=0.0)
     loss(logits, labels, valid, num_pos).backward()
     z = torch.where(F.one_hot(labels, 6)[:, :5].bool(), -logits, logits).detach()
-    held = loss.shares(z.sigmoid(), valid)
-    torch.testing.assert_close(logits.grad.abs(), held * z.sigmoid())
+    shares = loss.shares(z.sigmoid(), valid)
+    torch.testing.assert_close(logits.grad.abs(), shares * z.sigmoid())
 
 
 @pytest.mark.parametrize("normalizer", ["valid_bins", "all_bins"])
@@ -115,7 +115,7 @@ def test_one_bin_without_momentum_is_mean_cross_entropy(normalizer, cells, one_h
     torch.testing.assert_close(value, mean, rtol=1e-6, atol=0)
 
 
-def test_uniform_gradient_norms_weigh_one():
+def test_uniform_gradient_norms_have_weight_one():
     logits, labels, valid = uniform_cells()
     loss = GHMC(bins=10, momentum=0.0, normalizer="all_bins")
     beta = loss.shares(logits.sigmoid(), valid) * len(logits)
@@ -124,7 +124,7 @@ def test_uniform_gradient_norms_weigh_one():
 
 
 @pytest.mark.parametrize("normalizer", ["valid_bins", "all_bins"])
-def test_each_bin_with_examples_weighs_the_same(normalizer, cells):
+def test_each_bin_with_examples_has_the_same_weight(normalizer, cells):
     logits, _, valid, _ = cells(rows=100)
     norms = logits.sigmoid()
     share = GHMC(bins=12, momentum=0.0, normalizer=normalizer).shares(norms, valid)
@@ -140,7 +140,7 @@ def test_first_step_has_no_memory(momentum, cells):
     torch.testing.assert_close(GHMC(momentum=momentum)(*cells()), GHMC(momentum=0.0)(*cells()), rtol=1e-6, atol=0)
 
 
-def test_uncorrected_start_is_too_large_by_what_momentum_withholds(cells):
+def test_the_uncorrected_first_loss_is_divided_by_one_minus_momentum(cells):
     torch.testing.assert_close(GHMC(momentum=0.75, corrected=False)(*cells()), 4 * GHMC(momentum=0.0)(*cells()))
 
 
@@ -150,13 +150,13 @@ def test_high_momentum_stays_finite(cells):
     assert values.isfinite().all() and (values < 100).all()
 
 
-def test_evaluation_sees_the_batch_and_keeps_nothing(cells):
+def test_evaluation_uses_the_batch_and_leaves_the_state_unchanged(cells):
     loss = GHMC()
     loss(*cells(seed=0))
     before = {name: buffer.clone() for name, buffer in loss.state_dict().items()}
-    evaluated = loss.eval()(*cells(seed=1))
+    eval_loss = loss.eval()(*cells(seed=1))
     assert all(torch.equal(buffer, before[name]) for name, buffer in loss.state_dict().items())
-    assert torch.equal(evaluated, loss.train()(*cells(seed=1)))  # the loss that training would have seen
+    assert torch.equal(eval_loss, loss.train()(*cells(seed=1)))  # the loss that training would have seen
     assert loss.updates == 2
 
 
@@ -198,12 +198,12 @@ CONVERSIONS = {
 def test_statistics_stay_float32_whatever_the_module_is_converted_to(make, batch, convert, request):
     batch = request.getfixturevalue(batch)
     loss, plain = make(bins=2, momentum=0.5), make(bins=2, momentum=0.5)
-    for one in (loss, plain):
-        one(*batch(rows=200))
+    for module in (loss, plain):
+        module(*batch(rows=200))
     convert(torch.nn.Sequential(torch.nn.Linear(2, 2), loss))
     assert loss.average.dtype == torch.float32 and torch.equal(loss.average, plain.average)
-    large = batch(rows=80_000)
-    assert torch.equal(loss(*large), plain(*large)) and torch.equal(loss.average, plain.average)
+    large_batch = batch(rows=80_000)
+    assert torch.equal(loss(*large_batch), plain(*large_batch)) and torch.equal(loss.average, plain.average)
     assert loss.average.max() > torch.finfo(torch.float16).max
 
 
@@ -224,10 +224,10 @@ def test_gradient_norm_one_falls_in_the_last_bin():
     assert loss.average.tolist() == [1.0] + [0.0] * 8 + [1.0]
 
 
-def test_nan_logits_give_a_nan_loss_and_a_sound_state():
+def test_nan_logits_give_a_nan_loss_and_a_finite_state():
     loss = GHMC()
     logits, valid = torch.tensor([[torch.nan], [1.0]]), torch.tensor([True, True])
-    assert loss(logits, torch.tensor([1, 1]), valid, 1).isnan()  # seen by whoever watches the loss
+    assert loss(logits, torch.tensor([1, 1]), valid, 1).isnan()  # so that training can detect it
     assert loss.average.isfinite().all()
 
 
@@ -250,9 +250,9 @@ def test_refuses_impossible_settings(options):
             make(**options)
     with pytest.raises(ValueError, match="mu"):
         GHMR(mu=0.0)
-    for wrong in ({"prior_count": -1.0}, {"prior_count": float("nan")}, {"prior_count": 1.0, "density": "exact"}):
+    for bad_options in ({"prior_count": -1.0}, {"prior_count": float("nan")}, {"prior_count": 1.0, "density": "exact"}):
         with pytest.raises(ValueError, match="GHMC: prior_count"):
-            GHMC(**wrong)
+            GHMC(**bad_options)
 
 
 def exact_shares(norms, bins):
@@ -265,7 +265,7 @@ def exact_shares(norms, bins):
 
 
 @pytest.mark.parametrize("bins", [1, 10, 30])
-def test_exact_ghm_c_is_the_formula(bins, cells, one_hot):
+def test_exact_ghm_c_equals_the_formula(bins, cells, one_hot):
     logits, labels, valid, num_pos = cells(rows=60)
     norms, values = cell_pairs(logits, labels, valid, one_hot)
     expected = math.fsum(map(lambda share, value: share * value, exact_shares(norms, bins), values))
@@ -275,7 +275,7 @@ def test_exact_ghm_c_is_the_formula(bins, cells, one_hot):
     assert loss.updates == 0  # no memory
 
 
-def test_exact_ghm_r_is_the_formula(boxes):
+def test_exact_ghm_r_equals_the_formula(boxes):
     deltas, targets, num_pos = boxes(spread=0.03)
     norms, values = box_pairs(deltas, targets)
     expected = math.fsum(map(lambda share, value: share * value, exact_shares(norms, 10), values))
@@ -305,7 +305,7 @@ def test_exact_density_of_uniform_gradient_norms_is_one_also_at_the_ends():
 
 
 @pytest.mark.parametrize("make, batch", [(GHMC, "cells"), (GHMR, "boxes")])
-def test_exact_density_in_a_users_compile(make, batch, request):
+def test_exact_density_works_in_a_users_compile(make, batch, request):
     x, *rest = request.getfixturevalue(batch)()
     x = x.float().requires_grad_()
     loss = make(density="exact")
@@ -317,13 +317,13 @@ def test_exact_density_in_a_users_compile(make, batch, request):
 
 
 def norm_sets():
-    """(name, gradient norms): smooth, on few points, on the grid's own edges, and both ends."""
+    """Gradient norms by name: smooth, on few points, on the grid's edges, at both ends, and a single one."""
     rng = torch.Generator().manual_seed(0)
     smooth = torch.rand(600, generator=rng, dtype=torch.float64) ** 4
-    few = torch.randint(0, 9, (600,), generator=rng).double() / 8
+    few_values = torch.randint(0, 9, (600,), generator=rng).double() / 8
     edges = torch.randint(0, 1281, (600,), generator=rng).double() / 1280
     ends = torch.cat([torch.zeros(50), torch.ones(50), torch.rand(20, generator=rng)]).double()
-    return {"smooth": smooth, "few": few, "edges": edges, "ends": ends, "one": torch.tensor([0.3]).double()}
+    return {"smooth": smooth, "few": few_values, "edges": edges, "ends": ends, "one": torch.tensor([0.3]).double()}
 
 
 @pytest.mark.parametrize("name", norm_sets())
@@ -333,12 +333,12 @@ def test_near_exact_density_is_within_its_bound(name, bins):
     e = 1 / bins
     h = e / 128
     distance = (g[:, None] - g).abs()
-    fewest, most = (distance <= e / 2 - h).sum(1), (distance <= e / 2 + h).sum(1)
+    min_count, max_count = (distance <= e / 2 - h).sum(1), (distance <= e / 2 + h).sum(1)
     length = (g + e / 2).clamp(max=1) - (g - e / 2).clamp(min=0)
     share = GHMC(bins, density="near_exact").shares(g[:, None])[:, 0]
     slack = 1 + 1e-6
-    assert (share <= (length + h / 2) / fewest * slack).all()
-    assert (share * slack >= (length - h / 2) / most).all()
+    assert (share <= (length + h / 2) / min_count * slack).all()
+    assert (share * slack >= (length - h / 2) / max_count).all()
 
 
 @pytest.mark.parametrize("make", [GHMC, GHMR])
@@ -358,12 +358,12 @@ def test_near_exact_ghm_c_sums_its_shares(cells):
 
 
 def released_loop(bins, momentum):
-    """The arithmetic of the released code in its own words: a loop over bins, sums from 0, one call per level."""
+    """The arithmetic of the released code, rewritten: a loop over bins, sums that start at 0, one call per level."""
     sums = [0.0] * bins
 
     def call(norms, values):
         edges = [j / bins for j in range(bins + 1)]
-        edges[-1] = 1e3  # the last bin takes all
+        edges[-1] = 1e3  # the last bin has no upper edge
         weights, non_empty = [0.0] * len(norms), 0
         for j in range(bins):
             inside = [i for i, g in enumerate(norms) if edges[j] <= g < edges[j + 1]]
@@ -378,7 +378,7 @@ def released_loop(bins, momentum):
     return call
 
 
-def test_released_is_the_released_arithmetic(cells, boxes, one_hot):
+def test_released_equals_the_arithmetic_of_the_released_code(cells, boxes, one_hot):
     class_loss, box_loss = GHMC.released(), GHMR.released()
     assert class_loss.scope == box_loss.scope == "level"
     class_loop, box_loop = released_loop(30, 0.75), released_loop(10, 0.7)
@@ -404,14 +404,14 @@ MODES = {
 def three_steps(batches, options):
     """Losses, gradients of the first input, and final state of GHMC and GHMR over (cells, boxes) batches."""
     class_loss, box_loss = GHMC(**options), GHMR(**options)
-    out = []
+    results = []
     for cell_batch, box_batch in batches:
         for loss, (x, *rest) in ((class_loss, cell_batch), (box_loss, box_batch)):
             x = x.clone().requires_grad_()
             value = loss(x, *rest)
             value.backward()
-            out.append((value.detach(), x.grad))
-    return out, [class_loss.state_dict(), box_loss.state_dict()]
+            results.append((value.detach(), x.grad))
+    return results, [class_loss.state_dict(), box_loss.state_dict()]
 
 
 def process(rank, folder):
@@ -424,51 +424,51 @@ def process(rank, folder):
 
 @pytest.fixture(scope="module")
 def two_processes(cells, boxes, tmp_path_factory):
-    """(batches of all, of process 0, of process 1), (results of process 0, of process 1) by mode."""
+    """The batches: joined, of process 0 and of process 1; and the results by mode of process 0 and of process 1."""
     folder = tmp_path_factory.mktemp("two")
-    joined = [(cells(seed=s), boxes(rows=20, seed=s)) for s in range(3)]
-    batches = [joined]
-    for rank, part in enumerate([slice(None, 12), slice(12, None)]):
+    joined_batches = [(cells(seed=s), boxes(rows=20, seed=s)) for s in range(3)]
+    batches = [joined_batches]
+    for rank, rows in enumerate([slice(None, 12), slice(12, None)]):
         # Process 0 has no box at all in the second step.
-        shares = [slice(None, 7), slice(None, 0), slice(None, 7)]
-        shares = shares if rank == 0 else [slice(s.stop, None) for s in shares]
-        own = [
-            ((*(t[part] for t in c[:3]), c[3]), (*(t[share] for t in b[:2]), b[2]))
-            for (c, b), share in zip(joined, shares)
+        box_slices = [slice(None, 7), slice(None, 0), slice(None, 7)]
+        box_slices = box_slices if rank == 0 else [slice(s.stop, None) for s in box_slices]
+        rank_batches = [
+            ((*(t[rows] for t in c[:3]), c[3]), (*(t[box_slice] for t in b[:2]), b[2]))
+            for (c, b), box_slice in zip(joined_batches, box_slices)
         ]
-        torch.save(own, folder / f"batches{rank}.pt")
-        batches.append(own)
+        torch.save(rank_batches, folder / f"batches{rank}.pt")
+        batches.append(rank_batches)
     torch.multiprocessing.spawn(process, args=(folder,), nprocs=2)
     return batches, [torch.load(folder / f"out{rank}.pt") for rank in range(2)]
 
 
 @pytest.mark.parametrize("mode", sorted(MODES.keys() - {"local"}))
 def test_two_processes_equal_one_on_the_joined_batch(mode, two_processes):
-    (joined, *_), results = two_processes
-    expected, state = three_steps(joined, MODES[mode])
+    (joined_batches, *_), results = two_processes
+    expected, state = three_steps(joined_batches, MODES[mode])
     (first, first_state), (second, second_state) = (result[mode] for result in results)
     for (value, grad), (value0, grad0), (value1, grad1) in zip(expected, first, second):
         torch.testing.assert_close(value0 + value1, value)
         torch.testing.assert_close(torch.cat([grad0, grad1]), grad)
-    for one, two, alone in zip(first_state, second_state, state):
-        for name in alone:
-            assert torch.equal(one[name], two[name]) and torch.equal(one[name], alone[name])
+    for state0, state1, expected_state in zip(first_state, second_state, state):
+        for name in expected_state:
+            assert torch.equal(state0[name], state1[name]) and torch.equal(state0[name], expected_state[name])
 
 
-def test_with_local_counts_two_processes_are_the_mean_of_two_on_their_own(two_processes):
+def test_with_local_counts_two_processes_give_the_mean_of_two_separate_ones(two_processes):
     (_, *batches), results = two_processes
-    for own, result in zip(batches, results):
-        expected, state = three_steps(own, MODES["local"])
-        for (value, grad), (alone, alone_grad) in zip(result["local"][0], expected):
-            torch.testing.assert_close(2 * value, alone)
-            torch.testing.assert_close(2 * grad, alone_grad)
-        for there, alone in zip(result["local"][1], state):
-            assert all(torch.equal(there[name], alone[name]) for name in alone)
+    for rank_batches, result in zip(batches, results):
+        expected, state = three_steps(rank_batches, MODES["local"])
+        for (value, grad), (reference, reference_grad) in zip(result["local"][0], expected):
+            torch.testing.assert_close(2 * value, reference)
+            torch.testing.assert_close(2 * grad, reference_grad)
+        for loss_state, reference in zip(result["local"][1], state):
+            assert all(torch.equal(loss_state[name], reference[name]) for name in reference)
 
 
-def test_sorting_is_torchs():
+def test_sort_equals_torchs():
     values = torch.rand(5000, generator=torch.Generator().manual_seed(0)).round(decimals=3)
     values[:3] = torch.tensor([0.0, 1e-40, 2.0])
-    ordered, order = sort(values)
-    assert torch.equal(ordered, values.sort().values)
-    assert torch.equal(values[order], ordered) and torch.equal(order.sort().values, torch.arange(5000))
+    sorted_values, order = sort(values)
+    assert torch.equal(sorted_values, values.sort().values)
+    assert torch.equal(values[order], sorted_values) and torch.equal(order.sort().values, torch.arange(5000))

@@ -27,7 +27,7 @@ def value_and_grad(loss, boxes, targets, num_pos=1):
 
 @pytest.mark.parametrize("make", PEERS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_is_torchvisions(make, dtype):
+def test_equals_torchvision(make, dtype):
     boxes, targets = random_boxes(300, seed=0, dtype=dtype)
     value, grad = value_and_grad(make(), boxes, targets, 7)
     theirs = boxes.double().requires_grad_()
@@ -52,7 +52,7 @@ def test_boxes_that_do_not_touch_are_pulled_together(make):
 
 
 @every
-def test_scale_and_place_do_not_matter(make):
+def test_scale_and_position_do_not_matter(make):
     boxes, targets = random_boxes(20, seed=2)
     torch.testing.assert_close(make()(boxes, targets, 1), make()(boxes * 7 + 100, targets * 7 + 100, 1))
 
@@ -73,7 +73,7 @@ def test_degenerate_boxes_give_finite_value_and_gradient(make):
 
 
 @every
-def test_no_boxes_is_zero_with_a_gradient(make):
+def test_no_boxes_give_zero_and_a_gradient(make):
     value, grad = value_and_grad(make(), torch.zeros(0, 4), torch.zeros(0, 4))
     assert value == 0 and grad.shape == (0, 4)
 
@@ -82,14 +82,14 @@ def test_no_boxes_is_zero_with_a_gradient(make):
 def test_gradcheck(make):
     boxes, targets = random_boxes(6, seed=4)
     loss = make()
-    if make is CIoU:  # its a is held constant: not the gradient of the value
+    if make is CIoU:  # it holds its weight a constant, so this is not the gradient of the value
         with pytest.raises(GradcheckError):
             torch.autograd.gradcheck(lambda x: loss(x, targets, 1), boxes.requires_grad_())
     else:
         assert torch.autograd.gradcheck(lambda x: loss(x, targets, 1), boxes.requires_grad_())
 
 
-def test_worked_by_hand():
+def test_values_by_hand():
     # Two 2 x 2 squares, centres 1 apart: intersection 2, union 6, enclosing box 3 x 2.
     boxes, targets = torch.tensor([[0.0, 0, 2, 2]]), torch.tensor([[1.0, 0, 3, 2]])
     assert GIoU()(boxes, targets, 1).item() == pytest.approx(1 - 1 / 3 + 0 / 6)

@@ -60,8 +60,8 @@ def test_every_class_loss_compiles_for_a_gpu():
     pytest.importorskip("triton.backends.compiler")
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(Path(__file__).parents[3])
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, encoding="utf-8"
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert {"ce", "focal", "ghm_c", "qfl", "varifocal", "ohem"} <= set(done.stdout.split())
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert {"ce", "focal", "ghm_c", "qfl", "varifocal", "ohem"} <= set(result.stdout.split())

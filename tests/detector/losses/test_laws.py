@@ -1,4 +1,4 @@
-"""What every class loss, and every box loss, must obey."""
+"""Laws that every class loss and every box loss must obey."""
 
 import inspect
 import re
@@ -19,7 +19,7 @@ def example():
     return names["GeneralizedCrossEntropy"]
 
 
-# Every loss of the menu passes through these laws, and settings of it that take another way.
+# Every loss that a config can name must obey these laws, and so must settings that run other code.
 CLASS_LOSSES = losses.CLASS_LOSSES | {
     "gce": example(),
     "ce_balanced": lambda: CrossEntropy(alpha=0.25),
@@ -39,8 +39,8 @@ BOX_LOSSES = {name: make for name, make in losses.BOX_LOSSES.items() if not geta
 }
 class_losses = pytest.mark.parametrize("make", CLASS_LOSSES.values(), ids=CLASS_LOSSES)
 box_losses = pytest.mark.parametrize("make", BOX_LOSSES.values(), ids=BOX_LOSSES)
-# A ranking needs both kinds of cells, its gradient is not that of its value, which is flat nearly everywhere, and to
-# compare positives with each other it must know how many there are.
+# A ranking loss needs both positives and negatives. Its value is flat nearly everywhere, so its gradient is not that of
+# its value. To compare positives with each other, it must know how many there are.
 RANKINGS = {"rank_sort"}
 not_rankings = pytest.mark.parametrize("name", sorted(CLASS_LOSSES.keys() - RANKINGS))
 halves = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -59,35 +59,37 @@ def value_and_grad(loss, x, *rest):
 @class_losses
 def test_ignored_rows_change_nothing(make, cells):
     logits, labels, valid, num_pos = cells()
-    dirty, strange = logits.clone(), labels.clone()
-    dirty[~valid] = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e4, 0.0], dtype=logits.dtype)
-    strange[~valid] = torch.tensor([-1, 0, 999]).repeat(len(labels))[: (~valid).sum()]
-    everything = torch.ones(int(valid.sum()), dtype=torch.bool)
+    dirty_logits, dirty_labels = logits.clone(), labels.clone()
+    dirty_logits[~valid] = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e4, 0.0], dtype=logits.dtype)
+    dirty_labels[~valid] = torch.tensor([-1, 0, 999]).repeat(len(labels))[: (~valid).sum()]
+    all_valid = torch.ones(int(valid.sum()), dtype=torch.bool)
 
     first, second = make(), make()
-    value, grad = value_and_grad(first, dirty, strange, valid, num_pos)
-    without, without_grad = value_and_grad(second, logits[valid], labels[valid], everything, num_pos)
+    value, grad = value_and_grad(first, dirty_logits, dirty_labels, valid, num_pos)
+    expected, expected_grad = value_and_grad(second, logits[valid], labels[valid], all_valid, num_pos)
 
-    torch.testing.assert_close(value, without)
-    torch.testing.assert_close(grad[valid], without_grad)
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(grad[valid], expected_grad)
     assert (grad[~valid] == 0).all()
     for name, buffer in first.state_dict().items():
         assert torch.equal(buffer, second.state_dict()[name]), name
 
 
 @pytest.mark.parametrize("make", [make for make in CLASS_LOSSES.values() if getattr(make(), "takes_quality", False)])
-def test_quality_is_read_on_positives_alone(make, cells):
+def test_quality_is_read_only_on_positives(make, cells):
     logits, labels, valid, num_pos = cells()
     quality = torch.rand(len(labels), generator=torch.Generator().manual_seed(0))
-    dirty = torch.where(valid & (labels < 5), quality, torch.tensor([torch.nan, torch.inf]).repeat(len(labels) // 2))
-    value, grad = value_and_grad(make(), logits, labels, valid, num_pos, dirty)
-    clean, clean_grad = value_and_grad(make(), logits, labels, valid, num_pos, quality)
-    assert torch.equal(value, clean) and torch.equal(grad, clean_grad)
+    dirty_quality = torch.where(
+        valid & (labels < 5), quality, torch.tensor([torch.nan, torch.inf]).repeat(len(labels) // 2)
+    )
+    value, grad = value_and_grad(make(), logits, labels, valid, num_pos, dirty_quality)
+    expected, expected_grad = value_and_grad(make(), logits, labels, valid, num_pos, quality)
+    assert torch.equal(value, expected) and torch.equal(grad, expected_grad)
 
 
 @class_losses
 @pytest.mark.parametrize("rows, share_valid", [(0, 1), (6, 0)], ids=["no rows", "all ignored"])
-def test_nothing_to_learn_from_is_zero_with_a_gradient(make, rows, share_valid):
+def test_no_valid_rows_give_zero_and_a_gradient(make, rows, share_valid):
     valid = torch.full((rows,), bool(share_valid))
     labels = torch.zeros(rows, dtype=torch.int64)
     value, grad = value_and_grad(make(), torch.randn(rows, 3), labels, valid, 1)
@@ -96,7 +98,7 @@ def test_nothing_to_learn_from_is_zero_with_a_gradient(make, rows, share_valid):
 
 
 @not_rankings
-def test_without_positives_negatives_still_teach(name, cells):
+def test_without_positives_negatives_still_get_a_gradient(name, cells):
     make = CLASS_LOSSES[name]
     logits, labels, valid, _ = cells()
     value, grad = value_and_grad(make(), logits, torch.full_like(labels, 5), valid, 1)
@@ -105,13 +107,13 @@ def test_without_positives_negatives_still_teach(name, cells):
 
 
 @class_losses
-def test_one_class(make, cells):
+def test_one_class_gives_a_loss_and_a_gradient(make, cells):
     value, grad = value_and_grad(make(), *cells(classes=1))
     assert value.isfinite() and value > 0 and (grad != 0).any()
 
 
 @class_losses
-def test_descent_direction_raises_the_truth(make, cells, one_hot):
+def test_descent_raises_true_classes_and_lowers_the_others(make, cells, one_hot):
     logits, labels, valid, num_pos = cells(spread=1.0)
     _, grad = value_and_grad(make(), logits, labels, valid, num_pos)
     positive = one_hot(labels, 5).bool() & valid[:, None]
@@ -119,7 +121,7 @@ def test_descent_direction_raises_the_truth(make, cells, one_hot):
     assert (grad[positive] < 0).any() and (grad[~positive] > 0).any()
 
 
-# Not of exact density: its beta moves with the logits, and is held constant.
+# Not for exact density: beta changes with the logits, but the gradient holds it constant.
 @pytest.mark.parametrize("name", sorted(CLASS_LOSSES.keys() - {"ghm_c_exact"} - RANKINGS))
 def test_gradcheck(name, cells):
     make = CLASS_LOSSES[name]
@@ -153,18 +155,18 @@ def test_half_precision_logits_give_the_float32_loss(make, cells, dtype):
 
 @class_losses
 @halves
-def test_half_precision_gradient_is_float64s_and_rounded_no_more_than_twice(make, cells, dtype):
+def test_half_precision_gradient_equals_float64s_up_to_two_roundings(make, cells, dtype):
     # 1 / 255 in bfloat16 is 0.39% too large.
     logits, labels, valid, _ = cells(rows=2000, spread=1.0)
     rounded = logits.to(dtype)
     _, grad = value_and_grad(make(), rounded, labels, valid, 255)
-    _, truth = value_and_grad(make(), rounded.double(), labels, valid, 255)
-    at_edge = (rounded.double().sigmoid() * 30).frac() < 1e-5  # of two of GHM's regions
-    grad, truth = grad.double().masked_fill(at_edge, 0), truth.masked_fill(at_edge, 0)
+    _, expected = value_and_grad(make(), rounded.double(), labels, valid, 255)
+    at_edge = (rounded.double().sigmoid() * 30).frac() < 1e-5  # between two of GHM's regions
+    grad, expected = grad.double().masked_fill(at_edge, 0), expected.masked_fill(at_edge, 0)
     rounding = torch.finfo(dtype)
-    torch.testing.assert_close(grad, truth, rtol=rounding.eps, atol=2 * float(rounding.smallest_normal))
-    # The sums themselves may be 0: what a ranking pulls up and what it pushes down are the same.
-    assert grad.abs().sum().item() == pytest.approx(truth.abs().sum().item(), rel=rounding.eps / 16)
+    torch.testing.assert_close(grad, expected, rtol=rounding.eps, atol=2 * float(rounding.smallest_normal))
+    # The plain sums may be 0: a ranking loss pulls up as much as it pushes down.
+    assert grad.abs().sum().item() == pytest.approx(expected.abs().sum().item(), rel=rounding.eps / 16)
 
 
 @pytest.mark.parametrize("name", sorted(CLASS_LOSSES.keys() - {"ohem_top_k", "ghm_c_prior"}))  # they count cells
@@ -179,20 +181,20 @@ def test_doubling_the_batch_changes_nothing(name, cells):
 @class_losses
 def test_order_of_rows_does_not_matter(make, cells):
     logits, labels, valid, num_pos = cells()
-    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(1))
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(1))
     value = make()(logits, labels, valid, num_pos)
-    other = make()(logits[shuffled], labels[shuffled], valid[shuffled], num_pos)
+    other = make()(logits[order], labels[order], valid[order], num_pos)
     torch.testing.assert_close(value, other)
 
 
 @class_losses
-def test_num_pos_may_be_a_number(make, cells):
+def test_num_pos_may_be_an_int(make, cells):
     logits, labels, valid, num_pos = cells()
     assert make()(logits, labels, valid, num_pos) == make()(logits, labels, valid, int(num_pos))
 
 
 @not_rankings
-def test_nothing_waits_for_the_device(name):
+def test_no_class_loss_waits_for_the_device(name):
     make = CLASS_LOSSES[name]
     # Meta tensors have no data: .item(), a branch on a value, nonzero and boolean-mask indexing raise on them.
     with torch.device("meta"):
@@ -206,7 +208,7 @@ def test_nothing_waits_for_the_device(name):
 
 
 @box_losses
-def test_no_boxes_is_zero_with_a_gradient(make):
+def test_no_boxes_give_zero_and_a_gradient(make):
     value, grad = value_and_grad(make(), torch.zeros(0, 4), torch.zeros(0, 4), 1)
     assert value == 0
     assert grad.shape == (0, 4)
@@ -276,16 +278,16 @@ def test_rows_that_are_not_valid_change_nothing(name, boxes):
     make = BOX_LOSSES[name]
     deltas, targets, num_pos = boxes()
     valid = torch.arange(len(deltas)) % 3 > 0
-    dirty, strange = deltas.clone(), targets.clone()
-    dirty[~valid] = torch.tensor([torch.nan, torch.inf, 1e30, 0.0], dtype=deltas.dtype)
-    strange[~valid] = torch.tensor([0.0, torch.inf, -torch.inf, torch.nan], dtype=deltas.dtype)
+    dirty_deltas, dirty_targets = deltas.clone(), targets.clone()
+    dirty_deltas[~valid] = torch.tensor([torch.nan, torch.inf, 1e30, 0.0], dtype=deltas.dtype)
+    dirty_targets[~valid] = torch.tensor([0.0, torch.inf, -torch.inf, torch.nan], dtype=deltas.dtype)
 
     first, second = make(), make()
-    value, grad = value_and_grad(first, dirty, strange, num_pos, valid)
-    without, without_grad = value_and_grad(second, deltas[valid], targets[valid], num_pos)
+    value, grad = value_and_grad(first, dirty_deltas, dirty_targets, num_pos, valid)
+    expected, expected_grad = value_and_grad(second, deltas[valid], targets[valid], num_pos)
 
-    torch.testing.assert_close(value, without)
-    torch.testing.assert_close(grad[valid], without_grad)
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(grad[valid], expected_grad)
     assert (grad[~valid] == 0).all()
     for key, buffer in first.state_dict().items():
         assert torch.equal(buffer, second.state_dict()[key]), key

@@ -34,17 +34,17 @@ def test_ties_share_the_places_exactly(loss, kept):
     labels = torch.where(torch.arange(100) < 10, labels, 4)
     loss(logits, labels, torch.ones(100, dtype=torch.bool), 1).backward()
     assert (2 * logits.grad).abs().sum().item() == pytest.approx(kept)  # each cell's slope is a half
-    assert len(logits.grad[10:].unique()) == 1  # no cell is kept for where it stands
+    assert len(logits.grad[10:].unique()) == 1  # position does not decide which cell is kept
     if loss.top_k is None:
-        assert (logits.grad[:10, 0] == -0.5).all()  # the ten positive cells are kept whole
+        assert (logits.grad[:10, 0] == -0.5).all()  # the ten positive cells keep their full gradient
 
 
 @pytest.mark.parametrize("loss", [OHEM(1e6), OHEM(top_k=10**9)], ids=["ratio", "top_k"])
-def test_asking_for_more_than_there_is_gives_cross_entropy(loss, cells):
+def test_more_places_than_cells_give_cross_entropy(loss, cells):
     torch.testing.assert_close(loss(*cells()), CrossEntropy()(*cells()))
 
 
-def test_without_positives_the_ratio_hardest_negatives_remain(cells):
+def test_without_positives_it_keeps_as_many_negatives_as_the_ratio(cells):
     logits, labels, valid, _ = cells()
     logits.requires_grad_()
     OHEM(3.0)(logits, torch.full_like(labels, 5), valid, 1).backward()

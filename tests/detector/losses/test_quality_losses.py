@@ -11,11 +11,11 @@ from detector.losses import QualityFocal, Varifocal
 def by_hand(cell, logits, labels, valid, quality):
     """Sum of cell(p, target, is_positive) over valid rows, one cell at a time."""
     total = 0.0
-    for row, label, counts, q in zip(logits.tolist(), labels.tolist(), valid.tolist(), quality.tolist()):
+    for row, label, is_valid, q in zip(logits.tolist(), labels.tolist(), valid.tolist(), quality.tolist()):
         for column, x in enumerate(row):
-            if counts:
-                positive = column == label
-                total += cell(1 / (1 + math.exp(-x)), q if positive else 0.0, positive)
+            if is_valid:
+                is_positive = column == label
+                total += cell(1 / (1 + math.exp(-x)), q if is_positive else 0.0, is_positive)
     return total
 
 
@@ -43,13 +43,13 @@ cases = pytest.mark.parametrize("loss, cell", CASES, ids=["qfl", "qfl 1.5", "var
 
 @pytest.fixture
 def quality():
-    """Of 40 rows, in [0, 1], some of them 0 and 1."""
+    """The quality of 40 rows, in [0, 1]; some are 0 and some are 1."""
     values = torch.rand(40, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 1.4 - 0.2
     return values.clamp(0, 1)
 
 
 @cases
-def test_is_the_formula(loss, cell, cells, quality):
+def test_equals_the_formula(loss, cell, cells, quality):
     logits, labels, valid, num_pos = cells()
     expected = by_hand(cell, logits, labels, valid, quality) / int(num_pos)
     assert loss(logits, labels, valid, num_pos, quality).item() == pytest.approx(expected, rel=1e-9)
@@ -58,8 +58,8 @@ def test_is_the_formula(loss, cell, cells, quality):
 @cases
 def test_without_quality_every_positive_is_perfect(loss, cell, cells):
     logits, labels, valid, num_pos = cells()
-    perfect = torch.ones(len(labels))
-    assert torch.equal(loss(logits, labels, valid, num_pos), loss(logits, labels, valid, num_pos, perfect))
+    perfect_quality = torch.ones(len(labels))
+    assert torch.equal(loss(logits, labels, valid, num_pos), loss(logits, labels, valid, num_pos, perfect_quality))
 
 
 @cases
@@ -74,16 +74,18 @@ def test_gradcheck_and_no_gradient_into_quality(loss, cell, cells, quality):
 @cases
 def test_quality_of_background_and_ignored_rows_is_not_read(loss, cell, cells, quality):
     logits, labels, valid, num_pos = cells()
-    strange = torch.where(valid & (labels < 5), quality, 7.0)
-    assert torch.equal(loss(logits, labels, valid, num_pos, quality), loss(logits, labels, valid, num_pos, strange))
+    dirty_quality = torch.where(valid & (labels < 5), quality, 7.0)
+    assert torch.equal(
+        loss(logits, labels, valid, num_pos, quality), loss(logits, labels, valid, num_pos, dirty_quality)
+    )
 
 
 @pytest.mark.parametrize("q", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("loss", [QualityFocal(), Varifocal()], ids=["qfl", "varifocal"])
-def test_a_positive_is_best_at_its_quality(loss, q):
+def test_the_gradient_of_a_positive_is_zero_at_its_quality(loss, q):
     logits = torch.tensor([[q]], dtype=torch.float64).logit().requires_grad_()
-    everything, label = torch.tensor([True]), torch.tensor([0])
-    loss(logits, label, everything, 1, torch.tensor([q])).backward()
+    valid, labels = torch.tensor([True]), torch.tensor([0])
+    loss(logits, labels, valid, 1, torch.tensor([q])).backward()
     assert logits.grad.item() == pytest.approx(0, abs=1e-7)
 
 

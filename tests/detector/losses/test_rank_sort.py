@@ -1,4 +1,4 @@
-"""Rank & sort loss against the paper's definitions, one pair of cells at a time; and what it promises."""
+"""Rank & sort loss against the paper's definitions, one pair of cells at a time; and its other laws."""
 
 from itertools import product
 
@@ -11,9 +11,9 @@ from detector.losses import RankSort, dispatch, rank_sort
 CLASSES = 5
 
 
-def higher(one, other):
-    """The smoothed step H: how much `one` counts as above `other`."""
-    return min(max((one - other) / (2 * 0.5) + 0.5, 0.0), 1.0)
+def higher(score, other):
+    """The smoothed step H: how much `score` counts as above `other`."""
+    return min(max((score - other) / (2 * 0.5) + 0.5, 0.0), 1.0)
 
 
 def by_hand(logits, labels, valid, quality):
@@ -34,15 +34,18 @@ def by_hand(logits, labels, valid, quality):
 
     for i in positives:
         above = {j: higher(x[j[0]][j[1]], x[i[0]][i[1]]) for j in cells}
-        false = {j: above[j] for j in negatives if above[j] > 0}
-        true = {j: above[j] for j in positives}
-        right = {j: h for j, h in true.items() if y[j[0]] >= y[i[0]]}
-        wrong = {j: h for j, h in true.items() if y[j[0]] < y[i[0]] and h > 0}
-        ranking = sum(false.values()) / sum(above.values())
-        current, target = (sum(h * (1 - y[j[0]]) for j, h in of.items()) / sum(of.values()) for of in (true, right))
-        total += (ranking + current - target) / len(positives)
-        share_out(ranking, i, false)
-        share_out(current - target, i, wrong)
+        negatives_above = {j: above[j] for j in negatives if above[j] > 0}
+        positives_above = {j: above[j] for j in positives}
+        rightly_above = {j: h for j, h in positives_above.items() if y[j[0]] >= y[i[0]]}
+        wrongly_above = {j: h for j, h in positives_above.items() if y[j[0]] < y[i[0]] and h > 0}
+        ranking_error = sum(negatives_above.values()) / sum(above.values())
+        current_error, target_error = (
+            sum(h * (1 - y[j[0]]) for j, h in group.items()) / sum(group.values())
+            for group in (positives_above, rightly_above)
+        )
+        total += (ranking_error + current_error - target_error) / len(positives)
+        share_out(ranking_error, i, negatives_above)
+        share_out(current_error - target_error, i, wrongly_above)
     return total, gradient
 
 
@@ -66,17 +69,17 @@ def case(cells):
 
 
 @pytest.mark.parametrize("spread", [0.05, 1.0, 8.0])
-@pytest.mark.parametrize("qualities", [None, 3, 1000])  # different ones; None: all are 1
-@pytest.mark.parametrize("grid", [0.0, 0.25])  # of the logits: with many ties, and on the edges of H
-def test_is_the_papers_value_and_gradient(case, spread, qualities, grid):
+@pytest.mark.parametrize("qualities", [None, 3, 1000])  # how many different ones; None: all are 1
+@pytest.mark.parametrize("grid", [0.0, 0.25])  # rounds the logits: many ties, and values on the edges of H
+def test_equals_the_papers_value_and_gradient(case, spread, qualities, grid):
     logits, labels, valid, num_pos, quality = case(spread=spread)
     if grid:
         logits = (logits / grid).round() * grid
     quality = None if qualities is None else (quality * qualities).round() / qualities
-    found = value_and_grad(logits, labels, valid, num_pos, *([] if quality is None else [quality]))
-    expected, gradient = by_hand(logits, labels, valid, torch.ones(len(labels)) if quality is None else quality)
-    assert found[0].item() == pytest.approx(expected, rel=1e-8)
-    torch.testing.assert_close(found[1], gradient, rtol=1e-7, atol=1e-9)
+    result = value_and_grad(logits, labels, valid, num_pos, *([] if quality is None else [quality]))
+    expected, expected_grad = by_hand(logits, labels, valid, torch.ones(len(labels)) if quality is None else quality)
+    assert result[0].item() == pytest.approx(expected, rel=1e-8)
+    torch.testing.assert_close(result[1], expected_grad, rtol=1e-7, atol=1e-9)
 
 
 def test_a_perfect_ranking_costs_nothing():
@@ -90,7 +93,7 @@ def test_a_perfect_ranking_costs_nothing():
     assert grad.count_nonzero() == 2
 
 
-def test_what_it_pulls_up_it_pushes_down(case):
+def test_it_pulls_up_as_much_as_it_pushes_down(case):
     logits, labels, valid, num_pos, quality = case()
     _, grad = value_and_grad(logits, labels, valid, num_pos, quality)
     positive = torch.zeros_like(grad, dtype=torch.bool)
@@ -106,12 +109,14 @@ def test_what_it_pulls_up_it_pushes_down(case):
 def test_negatives_below_every_positive_change_nothing(case):
     logits, labels, valid, num_pos, quality = case()
     value, grad = value_and_grad(logits, labels, valid, num_pos, quality)
-    easy = torch.full((5000, CLASSES), float(logits.min()) - 1)
-    background, more = torch.full((5000,), CLASSES), torch.ones(5000)
-    joined = [torch.cat(pair) for pair in ((logits, easy), (labels, background), (valid, more.bool()))]
-    again, all_grad = value_and_grad(*joined, num_pos, torch.cat([quality, more]))
-    assert torch.equal(value, again) and torch.equal(grad, all_grad[: len(grad)])
-    assert not all_grad[len(grad) :].any()
+    easy_logits = torch.full((5000, CLASSES), float(logits.min()) - 1)
+    background_labels, ones = torch.full((5000,), CLASSES), torch.ones(5000)
+    joined_inputs = [
+        torch.cat(pair) for pair in ((logits, easy_logits), (labels, background_labels), (valid, ones.bool()))
+    ]
+    joined_value, joined_grad = value_and_grad(*joined_inputs, num_pos, torch.cat([quality, ones]))
+    assert torch.equal(value, joined_value) and torch.equal(grad, joined_grad[: len(grad)])
+    assert not joined_grad[len(grad) :].any()
 
 
 def test_without_positives_it_is_zero_with_a_gradient(cells):
@@ -126,7 +131,7 @@ def test_following_the_gradient_ranks_and_sorts(case):
     for _ in range(300):
         (step,) = torch.autograd.grad(RankSort()(logits, labels, valid, num_pos, quality), logits)
         logits.data -= step
-    assert RankSort()(logits, labels, valid, num_pos, quality) < 0.05  # of about 1
+    assert RankSort()(logits, labels, valid, num_pos, quality) < 0.05  # it starts at about 1
     rows = (valid & (labels < CLASSES)).nonzero()[:, 0]
     best_first = rows[quality[rows].argsort(descending=True)]
     scores = logits[best_first, labels[best_first]]
@@ -135,24 +140,24 @@ def test_following_the_gradient_ranks_and_sorts(case):
 
 
 def test_pieces_change_nothing(case, monkeypatch):
-    found = [value_and_grad(*case(rows=60))]
+    results = [value_and_grad(*case(rows=60))]
     monkeypatch.setitem(dispatch.PIECE, "cpu", 3 * CLASSES)
-    found.append(value_and_grad(*case(rows=60)))
-    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+    results.append(value_and_grad(*case(rows=60)))
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
     monkeypatch.setattr(rank_sort, "PAIRS", 50)
-    torch.testing.assert_close(value_and_grad(*case(rows=60)), found[0], rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(value_and_grad(*case(rows=60)), results[0], rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize("size", [30.0, 1e4, float("inf")])
 def test_negatives_far_above_count_fully_and_no_more(case, size):
     logits, labels, valid, num_pos, quality = case(spread=1.0)
     row = int((valid & (labels == CLASSES)).nonzero()[0])
-    found = []
-    for far in (20.0, size):
-        logits[row, 0] = far
-        found.append(value_and_grad(logits, labels, valid, num_pos, quality))
-    torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-15)
-    assert found[1][1][row, 0] > 0
+    results = []
+    for logit in (20.0, size):
+        logits[row, 0] = logit
+        results.append(value_and_grad(logits, labels, valid, num_pos, quality))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-15)
+    assert results[1][1][row, 0] > 0
 
 
 def test_gradient_scales_and_adds_up(case):
@@ -166,13 +171,13 @@ def test_gradient_scales_and_adds_up(case):
     torch.testing.assert_close(x.grad, 4 * grad)
 
 
-def test_a_loss_scale_reaches_gradients_that_float16_does_not_hold(case):
+def test_a_loss_scale_saves_gradients_too_small_for_float16(case):
     logits, labels, valid, num_pos, quality = case()
-    half = logits.half()
-    _, truth = value_and_grad(half.double(), labels, valid, num_pos, quality)
-    x = half.requires_grad_()
+    half_logits = logits.half()
+    _, expected = value_and_grad(half_logits.double(), labels, valid, num_pos, quality)
+    x = half_logits.requires_grad_()
     (RankSort()(x, labels, valid, num_pos, quality) * 1e-6 * 2.0**20).backward()
-    torch.testing.assert_close(x.grad.double(), truth * 1e-6 * 2.0**20, rtol=1e-3, atol=1e-7)
+    torch.testing.assert_close(x.grad.double(), expected * 1e-6 * 2.0**20, rtol=1e-3, atol=1e-7)
 
 
 @pytest.mark.parametrize("what", ["positive", "negative"])
@@ -185,8 +190,8 @@ def test_nan_is_not_hidden(case, what):
 
 @pytest.mark.parametrize(("settings", "prior"), [([], 0.5), (["model.head.prior=0.2"], 0.2)])
 def test_scores_start_at_one_half_unless_the_config_says_otherwise(settings, prior):
-    """From RetinaNet's 0.01 most objects stay below the score threshold."""
-    values = {"data": {split: {"annotations": "a.json", "images": "a"} for split in ("train", "val")}}
-    ranking = resolve(values | {"class_loss": {"name": "rank_sort"}}, "test", settings)
-    assert ranking.model.head.prior == prior
-    assert resolve(values | {"class_loss": {"name": "focal"}}, "test", []).model.head.prior == 0.01
+    """If scores start at RetinaNet's 0.01, most objects stay below the score threshold."""
+    raw_config = {"data": {split: {"annotations": "a.json", "images": "a"} for split in ("train", "val")}}
+    cfg = resolve(raw_config | {"class_loss": {"name": "rank_sort"}}, "test", settings)
+    assert cfg.model.head.prior == prior
+    assert resolve(raw_config | {"class_loss": {"name": "focal"}}, "test", []).model.head.prior == 0.01

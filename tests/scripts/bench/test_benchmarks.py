@@ -1,4 +1,4 @@
-"""Every benchmark at a tiny size: that it runs, and that its table has its rows. What it says is not judged here."""
+"""Each benchmark runs at a tiny size and its table has all rows. These tests do not judge the numbers."""
 
 import importlib.util
 import os
@@ -20,9 +20,9 @@ TINY = {
 
 
 def run(*command: object) -> str:
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    process = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    return process.stdout
 
 
 def rows(text: str) -> dict[str, list[str]]:
@@ -33,45 +33,45 @@ def rows(text: str) -> dict[str, list[str]]:
 
 @pytest.mark.usefixtures("warm_starts")
 @pytest.mark.parametrize("script", TINY)
-def test_it_runs_and_prints_its_table(script):
+def test_each_benchmark_prints_its_table(script):
     arguments, expected = TINY[script]
-    text = run(f"scripts/bench/{script}", *arguments)
-    assert measure.environment().split(";")[1] in text
-    found = rows(text)
+    output = run(f"scripts/bench/{script}", *arguments)
+    assert measure.environment().split(";")[1] in output
+    table = rows(output)
     for name in expected:
-        assert float(found[name][0].replace(",", "")) >= 0, name
+        assert float(table[name][0].replace(",", "")) >= 0, name
 
 
 @pytest.mark.usefixtures("warm_starts")
-def test_the_assigner_of_both_is_the_same():
-    found = rows(run("scripts/bench/assigner.py", "--sides", "128", "256", "--boxes", "30", "--repeats", "1"))
-    assert [row[-1] for name, row in found.items() if "px" in name] == ["0", "0"]
+def test_both_assigners_give_the_same_matches():
+    table = rows(run("scripts/bench/assigner.py", "--sides", "128", "256", "--boxes", "30", "--repeats", "1"))
+    assert [row[-1] for name, row in table.items() if "px" in name] == ["0", "0"]
 
 
 @pytest.mark.usefixtures("warm_starts")
 def test_growth_draws_its_plot(tmp_path):
-    small = ["--batches", "1", "--sides", "64", "96", "--images", "10", "--repeats", "1"]
-    found = rows(run("scripts/bench/growth.py", *small, "--plot", tmp_path / "growth.png"))
-    assert {"1 x 512 px", "2 x 96 px", "100"} <= found.keys()
+    arguments = ["--batches", "1", "--sides", "64", "96", "--images", "10", "--repeats", "1"]
+    table = rows(run("scripts/bench/growth.py", *arguments, "--plot", tmp_path / "growth.png"))
+    assert {"1 x 512 px", "2 x 96 px", "100"} <= table.keys()
     assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.usefixtures("warm_starts")
-def test_start_is_timed_and_leaves_nothing(tiny, folder):
-    found = rows(run("scripts/bench/start.py", "--config", tiny(folder), "--repeats", "1"))
-    assert 0.5 < float(found["tiny"][0]) < 600
+def test_start_is_timed_and_leaves_no_run_folder(tiny, folder):
+    table = rows(run("scripts/bench/start.py", "--config", tiny(folder), "--repeats", "1"))
+    assert 0.5 < float(table["tiny"][0]) < 600
     assert not (folder / "runs").exists()
 
 
 @pytest.mark.usefixtures("warm_starts")
-def test_start_says_what_is_wrong(folder):
+def test_start_reports_a_missing_config(folder):
     command = [sys.executable, "scripts/bench/start.py", "--config", str(folder / "none.yaml"), "--repeats", "1"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and "no such config file" in done.stderr and "Traceback" not in done.stderr
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 1 and "no such config file" in process.stderr and "Traceback" not in process.stderr
 
 
 def test_the_page_keeps_its_other_sections_and_their_order(folder):
-    spec = importlib.util.spec_from_file_location("every", ROOT / "scripts/bench/all.py")  # `all` is Python's own
+    spec = importlib.util.spec_from_file_location("every", ROOT / "scripts/bench/all.py")  # `all` is a builtin
     every = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(every)
     page = folder / "page.md"
@@ -89,7 +89,7 @@ def test_the_page_keeps_its_other_sections_and_their_order(folder):
 
 @pytest.mark.usefixtures("warm_starts")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks its trainings")
-def test_a_struck_run_loses_nothing(folder):
-    text = run("scripts/bench/faults.py", "--faults", "1", "--steps", "2", "--seed", "3", "--folder", folder)
-    assert text.splitlines()[-1].endswith("1 runs; wrong: 0 lost, 0 exit, 0 left")
-    assert {"KILL a process", "TERM a process", "TERM the group"} <= rows(text).keys()
+def test_a_killed_run_loses_nothing(folder):
+    output = run("scripts/bench/faults.py", "--faults", "1", "--steps", "2", "--seed", "3", "--folder", folder)
+    assert output.splitlines()[-1].endswith("1 runs; wrong: 0 lost, 0 exit, 0 left")
+    assert {"KILL a process", "TERM a process", "TERM the group"} <= rows(output).keys()

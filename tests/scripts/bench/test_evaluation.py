@@ -10,9 +10,9 @@ SCRIPT = Path(__file__).resolve().parents[3] / "scripts/bench/evaluation.py"
 
 
 @pytest.mark.usefixtures("warm_starts")
-def test_table_and_equal_numbers():
+def test_the_benchmark_prints_its_table_and_both_ways_give_equal_numbers():
     command = [sys.executable, str(SCRIPT), "--images", "20", "--detections", "10", "--repeats", "1"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "| pycocotools |" in done.stdout and "| ours |" in done.stdout
-    assert "All 12 numbers are equal to the bit." in done.stdout
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert "| pycocotools |" in process.stdout and "| ours |" in process.stdout
+    assert "All 12 numbers are equal to the bit." in process.stdout

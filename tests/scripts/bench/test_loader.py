@@ -17,7 +17,7 @@ def test_the_benchmark_runs_and_prints_its_tables():
         assert [f"to {size}", "images/s", "ours", "cached", "MiB a batch"] in rows
         assert f"ours to {size} through the DataLoader" in result.stdout
     for name in ("v2, PIL", "v2, tensors", "v2, in the model", "ours", "ours, cached"):
-        (small, large) = [row for row in rows if row[0] == name]
-        assert all(float(value.rstrip("x")) > 0 for value in small[1:] + large[1:])
-        assert float(small[4]) == {"o": 4.5, "v": 18.0}[name[0]]  # a float is four bytes
+        (small_row, large_row) = [row for row in rows if row[0] == name]
+        assert all(float(value.rstrip("x")) > 0 for value in small_row[1:] + large_row[1:])
+        assert float(small_row[4]) == {"o": 4.5, "v": 18.0}[name[0]]  # a float is four bytes
     assert len([row for row in rows if row[0] == "read, decode"]) == 2

@@ -1,4 +1,4 @@
-"""Self-contained pages."""
+"""scripts/comparison/page.py: self-contained pages."""
 
 import io
 import warnings
@@ -27,43 +27,43 @@ def test_all_text_is_escaped(tmp_path):
 
 
 @pytest.mark.parametrize("width", [400, 1280])
-def test_it_can_be_read_on_any_width(tmp_path, in_browser, width):
+def test_a_page_can_be_read_at_any_width(tmp_path, in_browser, width):
     page.write(tmp_path / "page.html", "A title", sections())
-    seen = in_browser(tmp_path / "page.html", width)
-    assert seen["width"] == width and seen["wide"] <= width
-    assert seen["images"] == 3 and seen["broken"] == 0 and seen["remote"] == 0 and seen["overlaps"] == []
+    layout = in_browser(tmp_path / "page.html", width)
+    assert layout["width"] == width and layout["wide"] <= width
+    assert layout["images"] == 3 and layout["broken"] == 0 and layout["remote"] == 0 and layout["overlaps"] == []
 
 
-def test_a_row_of_another_length_is_our_mistake():
+def test_a_table_row_of_the_wrong_length_raises_an_error():
     with pytest.raises(ValueError):
         page.table(("a", "b"), [(1,)])
 
 
-def test_a_folder_is_no_place_for_it(tmp_path):
+def test_a_page_cannot_replace_a_folder(tmp_path):
     with pytest.raises(UserError, match="is a folder; give the name of a file"):
         page.write(tmp_path, "A title", [])
 
 
-def test_words_with_dollars_are_words():
+def test_dollar_signs_are_not_read_as_math():
     plot, axis = plt.subplots()
     axis.set_title(r"$\frac$ and $x")
     assert "<img" in page.figure(plot, "a caption")
 
 
 def ink(place, name):
-    """How many pixels are dark in a plot that has this name, and in one without."""
-    dark = []
-    for shown in (name, ""):
+    """How many more pixels are dark in a plot with this name than in one without."""
+    dark_pixels = []
+    for word in (name, ""):
         plot, axis = plt.subplots(figsize=page.FIGURE, layout="constrained")
-        axis.bar([shown if place == "tick" and shown else "i"], [0])  # its text is made when it is drawn
-        axis.set_title(shown if place == "title" else "")
-        axis.plot([0, 0], [0, 0], label=shown if place == "legend" and shown else "i")
+        axis.bar([word if place == "tick" and word else "i"], [0])  # matplotlib makes a tick's text when it draws it
+        axis.set_title(word if place == "title" else "")
+        axis.plot([0, 0], [0, 0], label=word if place == "legend" and word else "i")
         axis.legend()
-        drawn = io.BytesIO()
-        page.save(plot, drawn, format="rgba", dpi=100)
+        buffer = io.BytesIO()
+        page.save(plot, buffer, format="rgba", dpi=100)
         plt.close(plot)
-        dark.append(int((np.frombuffer(drawn.getvalue(), np.uint8).reshape(-1, 4)[:, 0] < 128).sum()))
-    return dark[0] - dark[1]
+        dark_pixels.append(int((np.frombuffer(buffer.getvalue(), np.uint8).reshape(-1, 4)[:, 0] < 128).sum()))
+    return dark_pixels[0] - dark_pixels[1]
 
 
 @pytest.mark.parametrize("place", ["tick", "title", "legend"])
@@ -71,10 +71,10 @@ def test_words_of_any_script_are_drawn(machine, font, capsys, place):
     machine()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        squares = ink(place, "细胞细胞")  # matplotlib's own warning of each letter would be dozens of lines
+        squares = ink(place, "细胞细胞")  # matplotlib would warn of each letter, in dozens of lines
     assert capsys.readouterr().err.count("\n") == 1
     machine(font("a", "细胞", advance=3000, name=f"Made for {place}"))
-    assert ink(place, "细胞细胞") > 1.2 * squares > 0  # solid ones, where those of DejaVu are outlines
+    assert ink(place, "细胞细胞") > 1.2 * squares > 0  # the new font draws solid squares, DejaVu draws outlines
     assert capsys.readouterr().err == ""
 
 
@@ -82,19 +82,19 @@ def test_a_name_that_begins_with_an_underscore_is_in_the_legend():
     plot, axis = plt.subplots()
     for name in ("_cell", "cell", "__"):
         axis.plot([0, 1], [0, 1], label=page.label(name))
-    assert [one.get_text().strip() for one in axis.legend().get_texts()] == ["_cell", "cell", "__"]
+    assert [entry.get_text().strip() for entry in axis.legend().get_texts()] == ["_cell", "cell", "__"]
     plt.close(plot)
 
 
-def test_where_it_cannot_be_written_is_said(tmp_path):
+def test_an_unwritable_page_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"page\.html: cannot be written"):
         page.write(tmp_path / "file" / "page.html", "A title", [])
 
 
-def test_a_full_disk_leaves_the_page_before(tmp_path, full_disk):
+def test_a_full_disk_keeps_the_previous_page(tmp_path, full_disk):
     page.write(tmp_path / "page.html", "A title", [])
-    before = (tmp_path / "page.html").read_text()
+    previous_page = (tmp_path / "page.html").read_text()
     with full_disk(5000), pytest.raises(UserError, match=r"page\.html: cannot be written"):
         page.write(tmp_path / "page.html", "Another", [("", [page.text("long " * 5000)])])
-    assert (tmp_path / "page.html").read_text() == before and len(list(tmp_path.iterdir())) == 1
+    assert (tmp_path / "page.html").read_text() == previous_page and len(list(tmp_path.iterdir())) == 1

@@ -1,4 +1,4 @@
-"""The page of a comparison: everything known of the runs is on it, and nothing breaks where something is not known."""
+"""The page of a comparison shows everything known of the runs, and unknown values do not break it."""
 
 import json
 import re
@@ -59,7 +59,7 @@ def words(page):
     return unescape(re.sub(r"<[^>]+>", " ", re.sub(r"data:image/[^\"]+", "", page.read_text())))
 
 
-def test_what_is_known_is_on_it(files, folder):
+def test_the_page_shows_all_known_values(files, folder):
     compare.main([*files, "--html", str(folder / "report.html")])
     printed = words(folder / "report.html")
     for expected in (
@@ -80,13 +80,13 @@ def test_what_is_known_is_on_it(files, folder):
     assert (folder / "report.html").read_text().count("<img") == 1 + 3 + 1 + 2  # differences, curves, IoU, gradients
 
 
-def test_mean_and_deviation():
+def test_spread_is_the_mean_and_the_sample_deviation():
     mean, deviation = report.spread([[1, 2], [3, 6]])
     assert mean.tolist() == [2, 4] and deviation == pytest.approx([2**0.5, 8**0.5])
     assert report.spread([[1, 2]])[1].tolist() == [0, 0]
 
 
-def test_a_search_is_shown_with_its_ranges_and_unequal_budgets_are_warned_of(folder, capsys):
+def test_a_search_is_shown_with_its_ranges_and_unequal_budgets_cause_a_warning(folder, capsys):
     values = {"class_loss.weight": 9.0, "box_loss.weight": 2.0}
     trials = [{"values": values, "AP": 0.123}, {"values": values, "AP": None}]
     search = {"keys": list(values), "trials": trials, "chosen": values, "extended": ["box_loss.weight"]}
@@ -107,33 +107,33 @@ def test_a_search_is_shown_with_its_ranges_and_unequal_budgets_are_warned_of(fol
     assert "not a fair comparison, tuning differs" in capsys.readouterr().out
 
 
-def test_pictures_are_of_the_run_and_not_of_another(learnt, folder, in_browser):
-    one = result.collect(learnt)
-    parts = report.pictures([Row("mine", [one], [])])
-    assert len(parts) == 1 + 2 and all(part.count("<img") == 2 for part in parts[1:])  # two images, with the truth each
-    other = {**one, "metrics": {**one["metrics"], "AP": 0.123}}
-    assert "holds another run" in " ".join(report.pictures([Row("mine", [other], [])]))
+def test_pictures_of_another_run_are_not_shown(learnt, folder, in_browser):
+    content = result.collect(learnt)
+    parts = report.pictures([Row("mine", [content], [])])
+    assert len(parts) == 1 + 2 and all(part.count("<img") == 2 for part in parts[1:])  # two images, each with its truth
+    other_content = {**content, "metrics": {**content["metrics"], "AP": 0.123}}
+    assert "holds another run" in " ".join(report.pictures([Row("mine", [other_content], [])]))
     compare.main([str(learnt), "--html", str(folder / "report.html")])
     for width in (400, 1280):
-        seen = in_browser(folder / "report.html", width)
-        assert seen["wide"] <= width and seen["broken"] == 0 and seen["remote"] == 0 and seen["overlaps"] == []
-        assert seen["images"] >= 4
+        layout = in_browser(folder / "report.html", width)
+        assert layout["wide"] <= width and layout["broken"] == 0 and layout["remote"] == 0 and layout["overlaps"] == []
+        assert layout["images"] >= 4
 
 
-def test_a_run_that_failed_and_one_of_little_is_known(folder):
-    failed = {"config": {**fabricated("ce", 0, 0.1)["config"]}, "failure": "the loss is nan", "variant": "ce"}
-    bare = fabricated("focal", 0, 0.2)
+def test_the_page_shows_a_failed_run_and_a_run_with_few_known_values(folder):
+    failed_run = {"config": {**fabricated("ce", 0, 0.1)["config"]}, "failure": "the loss is nan", "variant": "ce"}
+    sparse_run = fabricated("focal", 0, 0.2)
     for key in ("curve", "gradient", "resampled", "tuning", "machine", "calibration_error", "jobs"):
-        del bare[key]
-    bare["metrics"] = {key: bare["metrics"][key] for key in ("AP", "AP50")}
-    for name, content in (("a", failed), ("b", bare)):
+        del sparse_run[key]
+    sparse_run["metrics"] = {key: sparse_run["metrics"][key] for key in ("AP", "AP50")}
+    for name, content in (("a", failed_run), ("b", sparse_run)):
         (folder / f"{name}.json").write_text(json.dumps(content))
     compare.main([str(folder / "a.json"), str(folder / "b.json"), "--html", str(folder / "report.html")])
     printed = words(folder / "report.html")
     assert "the loss is nan" in printed and "focal" in printed
 
 
-def test_single_runs_get_no_verdict_there_either(folder):
+def test_single_runs_get_no_verdict_on_the_page(folder):
     for name, ap in (("ce", 0.2), ("focal", 0.4)):
         result.write(folder / f"{name}.json", fabricated(name, 0, ap) | {"jobs": 2})
     compare.main([str(folder / "ce.json"), str(folder / "focal.json"), "--html", str(folder / "report.html")])
@@ -142,17 +142,17 @@ def test_single_runs_get_no_verdict_there_either(folder):
     assert "not shown: runs shared the machine" in printed and "seconds a step" not in printed
 
 
-def test_where_it_cannot_be_written_is_said(files, command):
+def test_an_unwritable_page_is_reported_in_one_line(files, command):
     code, _, err = command(compare.main, *files, "--html", "/dev/null/report.html")
     assert code == 2 and "cannot be written" in err and err.count("\n") == 1
 
 
-def test_a_coco_row_has_its_published_number_beside_it(folder):
-    one = fabricated("focal", 0, 0.36)
+def test_a_coco_row_shows_the_published_ap(folder):
+    content = fabricated("focal", 0, 0.36)
     data = {"val": {"annotations": "a/instances_val2017.json"}}
-    one["config"] |= {"model": {"backbone": "resnet50"}, "assigner": {"name": "iou"}, "solver": {"epochs": 12}}
-    one["config"] |= {"data": data}
-    one["config"]["class_loss"]["gamma"] = 2.0
-    result.write(folder / "focal.json", one)
+    content["config"] |= {"model": {"backbone": "resnet50"}, "assigner": {"name": "iou"}, "solver": {"epochs": 12}}
+    content["config"] |= {"data": data}
+    content["config"]["class_loss"]["gamma"] = 2.0
+    result.write(folder / "focal.json", content)
     compare.main([str(folder / "focal.json"), "--html", str(folder / "report.html")])
     assert "AP 35.6" in words(folder / "report.html")

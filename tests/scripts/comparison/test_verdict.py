@@ -19,50 +19,50 @@ def runs(aps, draws=NO_IMAGES[:1], images=100):
     return Runs(aps, aps[:, None] + draws, images)
 
 
-def test_without_images_it_is_welch_s_test():
-    one, other = runs([41.0, 43.5, 42.2, 47.0], np.zeros((4, 50))), runs([39.0, 40.1, 42.0], NO_IMAGES)
-    found = verdict.difference(one, other)
-    peer = stats.ttest_ind(one.aps, other.aps, equal_var=False)
-    interval = peer.confidence_interval()
-    assert found.p == pytest.approx(peer.pvalue) and found.mean == one.aps.mean() - other.aps.mean()
-    assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
+def test_without_spread_over_images_the_test_is_welch_s():
+    row, baseline = runs([41.0, 43.5, 42.2, 47.0], np.zeros((4, 50))), runs([39.0, 40.1, 42.0], NO_IMAGES)
+    difference = verdict.difference(row, baseline)
+    welch = stats.ttest_ind(row.aps, baseline.aps, equal_var=False)
+    interval = welch.confidence_interval()
+    assert difference.p == pytest.approx(welch.pvalue) and difference.mean == row.aps.mean() - baseline.aps.mean()
+    assert (difference.low, difference.high) == pytest.approx((interval.low, interval.high))
 
 
-def test_without_seeds_it_is_student_s_test_of_images():
+def test_without_spread_over_seeds_the_test_is_student_s_over_images():
     luck = np.random.default_rng(0).normal(0, 0.7, 400)
-    one, other = runs([42.0] * 3, luck, 30), runs([40.5] * 3, NO_IMAGES[:, :1] + 0 * luck, 30)
-    found = verdict.difference(one, other)
+    row, baseline = runs([42.0] * 3, luck, 30), runs([40.5] * 3, NO_IMAGES[:, :1] + 0 * luck, 30)
+    difference = verdict.difference(row, baseline)
     error = luck.std(ddof=1)
-    assert found.high - found.mean == pytest.approx(stats.t.ppf(0.975, 29) * error)
-    assert found.p == pytest.approx(2 * stats.t.sf(1.5 / error, 29))
+    assert difference.high - difference.mean == pytest.approx(stats.t.ppf(0.975, 29) * error)
+    assert difference.p == pytest.approx(2 * stats.t.sf(1.5 / error, 29))
 
 
-def test_the_interval_leaves_out_zero_just_where_p_is_below_the_level():
+def test_the_interval_excludes_zero_exactly_where_p_is_below_the_level():
     rng = np.random.default_rng(1)
-    both = [0, 0]
+    counts = [0, 0]
     for _ in range(300):
-        one, other = (runs(rng.normal(mean, 1, 3), rng.normal(0, 0.5, (3, 60))) for mean in (2.0, 0.0))
-        found = verdict.difference(one, other)
-        assert (found.p < verdict.LEVEL) == (found.low > 0 or found.high < 0)
-        assert verdict.difference(other, one).p == pytest.approx(found.p)
-        both[found.p < verdict.LEVEL] += 1
-    assert min(both) > 30
+        row, baseline = (runs(rng.normal(mean, 1, 3), rng.normal(0, 0.5, (3, 60))) for mean in (2.0, 0.0))
+        difference = verdict.difference(row, baseline)
+        assert (difference.p < verdict.LEVEL) == (difference.low > 0 or difference.high < 0)
+        assert verdict.difference(baseline, row).p == pytest.approx(difference.p)
+        counts[difference.p < verdict.LEVEL] += 1
+    assert min(counts) > 30
 
 
 def test_luck_with_images_that_both_rows_share_is_no_difference():
     rng = np.random.default_rng(2)
     shared, aps = rng.normal(0, 5, 300), ([40.0, 41.0, 42.0], [43.0, 44.0, 45.0])
-    alone = verdict.difference(runs(aps[1], np.zeros(300)), runs(aps[0], np.zeros(300)))
-    assert verdict.difference(runs(aps[1], shared), runs(aps[0], shared)) == pytest.approx(alone)
-    apart = verdict.difference(runs(aps[1], shared), runs(aps[0], -shared))
-    assert apart.high - apart.low > 5 * (alone.high - alone.low)
+    without_luck = verdict.difference(runs(aps[1], np.zeros(300)), runs(aps[0], np.zeros(300)))
+    assert verdict.difference(runs(aps[1], shared), runs(aps[0], shared)) == pytest.approx(without_luck)
+    opposite_luck = verdict.difference(runs(aps[1], shared), runs(aps[0], -shared))
+    assert opposite_luck.high - opposite_luck.low > 5 * (without_luck.high - without_luck.low)
 
 
-def test_one_seed_gets_an_interval_of_the_images_and_no_verdict():
+def test_one_seed_gets_an_interval_over_images_and_no_verdict():
     luck = np.random.default_rng(0).normal(0, 0.7, 400)
-    for other in (runs([40.0], 0 * luck), runs([40.0, 40.5, 41.0], 0 * luck)):
-        found = verdict.difference(runs([45.0], luck), other)
-        assert found.p is None and found.high - found.mean == pytest.approx(1.984 * luck.std(ddof=1), rel=0.001)
+    for baseline in (runs([40.0], 0 * luck), runs([40.0, 40.5, 41.0], 0 * luck)):
+        gap = verdict.difference(runs([45.0], luck), baseline)
+        assert gap.p is None and gap.high - gap.mean == pytest.approx(1.984 * luck.std(ddof=1), rel=0.001)
 
 
 def test_equal_results_do_not_differ():
@@ -70,7 +70,7 @@ def test_equal_results_do_not_differ():
     assert verdict.difference(runs([41.0, 41.0]), runs([40.0, 40.0])).p == 0
 
 
-def test_correction_against_its_definition():
+def test_hochberg_s_correction_matches_its_definition():
     """Hochberg: reject the k smallest for the largest k whose p_(k) is at most level / (m - k + 1)."""
     rng = np.random.default_rng(0)
     for m in range(1, 7):
@@ -85,7 +85,7 @@ def test_correction_against_its_definition():
     assert verdict.hochberg([]) == [] and verdict.hochberg([0.03]) == [0.03]
 
 
-def test_holm_against_its_definition():
+def test_holm_s_correction_matches_its_definition():
     """Holm: reject from the smallest p on, until the first p_(k) above level / (m - k + 1)."""
     rng = np.random.default_rng(0)
     for m in range(1, 7):
@@ -102,12 +102,12 @@ def test_holm_against_its_definition():
     assert verdict.holm([]) == [] and verdict.holm([0.03]) == [0.03]
 
 
-def test_variances_are_found_again():
-    known = Variances(seed=2.0, image=0.5, both=0.8, images=500)
+def test_variances_of_simulated_studies_are_recovered():
+    true_variances = Variances(seed=2.0, image=0.5, both=0.8, images=500)
     rng = np.random.default_rng(0)
-    setting = verdicts.Setting("", known, [known.seed])
-    found = [verdict.variances(verdicts.draw(setting, 4, 6, rng)) for _ in range(200)]
-    assert np.mean(found, axis=0) == pytest.approx([2.0, 0.5, 0.8, 500], rel=0.1)
+    setting = verdicts.Setting("", true_variances, [true_variances.seed])
+    estimates = [verdict.variances(verdicts.draw(setting, 4, 6, rng)) for _ in range(200)]
+    assert np.mean(estimates, axis=0) == pytest.approx([2.0, 0.5, 0.8, 500], rel=0.1)
 
 
 def test_variances_need_two_rows_with_two_seeds():
@@ -116,83 +116,83 @@ def test_variances_need_two_rows_with_two_seeds():
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 5])
-def test_verdicts_err_no_more_often_than_they_say_where_those_of_before_did(seeds):
-    """Equal losses: 5% may be called different. 600 studies know that to 0.9%."""
+def test_verdicts_err_no_more_often_than_they_claim_unlike_the_bootstrap(seeds):
+    """The losses are equal, so 5% of verdicts may be wrong. 600 studies measure that share to 0.9%."""
     setting = verdicts.Setting("", SEEDS_VARY, [SEEDS_VARY.seed])
-    rng, false, family, before, studies = np.random.default_rng(seeds), 0, 0, 0, 600
+    rng, false_positives, family_errors, bootstrap_errors, studies = np.random.default_rng(seeds), 0, 0, 0, 600
     for _ in range(studies):
         base, *rows = verdicts.draw(setting, seeds, 4, rng)
-        found = [verdict.difference(row, base) for row in rows]
-        false += found[0].p <= verdict.LEVEL
-        family += min(verdict.hochberg([one.p for one in found])) <= verdict.LEVEL
-        before += verdicts.excludes_zero(*verdicts.bootstrap(rows[0].draws, base.draws, rng))
-    assert false / studies < 0.06 and family / studies < 0.06
-    assert before / studies > 0.1  # so the simulation can tell a bad method
+        differences = [verdict.difference(row, base) for row in rows]
+        false_positives += differences[0].p <= verdict.LEVEL
+        family_errors += min(verdict.hochberg([difference.p for difference in differences])) <= verdict.LEVEL
+        bootstrap_errors += verdicts.excludes_zero(*verdicts.bootstrap(rows[0].draws, base.draws, rng))
+    assert false_positives / studies < 0.06 and family_errors / studies < 0.06
+    assert bootstrap_errors / studies > 0.1  # so the simulation exposes a bad method
 
 
 @pytest.mark.parametrize("seeds, comparisons", [(2, 1), (3, 1), (3, 5), (8, 1)])
-def test_a_difference_that_is_said_to_be_seen_is(seeds, comparisons):
+def test_a_detectable_difference_is_detected_with_the_claimed_power(seeds, comparisons):
     gap = verdict.detectable(SEEDS_VARY, seeds, comparisons)
-    setting, rng, seen, studies = verdicts.Setting("", SEEDS_VARY, [SEEDS_VARY.seed]), np.random.default_rng(0), 0, 400
+    setting, rng, hits, studies = verdicts.Setting("", SEEDS_VARY, [SEEDS_VARY.seed]), np.random.default_rng(0), 0, 400
     for _ in range(studies):
-        one, other = verdicts.draw(setting, seeds, 2, rng)
-        seen += verdict.difference(runs(one.aps + gap, one.draws - one.aps[:, None]), other).p <= 0.05 / comparisons
-    assert seen / studies == pytest.approx(verdict.POWER, abs=0.06)
+        row, base = verdicts.draw(setting, seeds, 2, rng)
+        hits += verdict.difference(runs(row.aps + gap, row.draws - row.aps[:, None]), base).p <= 0.05 / comparisons
+    assert hits / studies == pytest.approx(verdict.POWER, abs=0.06)
 
 
-def test_more_seeds_see_smaller_differences_and_so_many_are_asked_for():
+def test_more_seeds_detect_smaller_differences_and_seeds_needed_is_the_smallest_count():
     sizes = [verdict.detectable(SEEDS_VARY, seeds) for seeds in (2, 3, 5, 10, 100)]
     assert all(more < fewer for fewer, more in itertools.pairwise(sizes))
     needed = verdict.seeds_needed(SEEDS_VARY, 4.0)
     assert verdict.detectable(SEEDS_VARY, needed) <= 4.0 < verdict.detectable(SEEDS_VARY, needed - 1)
     # Two normal means with a known spread of 0.15: 2 (1.96 + 0.84)^2 (0.15 / 0.2)^2 = 8.8 a side, one more for t.
     assert verdict.seeds_needed(Variances(0.15**2, 0.0, 0.0, 5000), 0.2) in (9, 10, 11)
-    # However many seeds: 2 x 0.12 of variance is 1.37 points; it takes (1.37 / 1)^2 x 150 images to see one point.
+    # With any number of seeds, a variance of 2 x 0.12 is 1.37 points. One point takes (1.37 / 1)^2 x 150 images.
     assert verdict.seeds_needed(SEEDS_VARY, 1.0) is None
     assert verdict.images_needed(SEEDS_VARY, 1.0) == pytest.approx(150 * 1.3725**2, rel=0.01)
 
 
-def test_the_mean_of_sets_without_images_is_welch_s_for_all_their_rows():
+def test_the_mean_over_sets_without_spread_over_images_has_welch_s_test():
     """Equal variances of rows with S seeds: Student's t with the degrees of freedom of all rows, in closed form."""
     aps = np.array([40.0, 41.0, 42.5])
     rows = [(runs(aps + shift, NO_IMAGES), runs(aps, NO_IMAGES)) for shift in (4.0, -1.0)]
-    found = verdict.mean_difference(rows)
+    difference = verdict.mean_difference(rows)
     error = np.sqrt(4 * aps.var(ddof=1) / 3) / 2  # four rows; a mean of two sets
-    assert found.mean == pytest.approx(1.5)
-    assert found.high - found.mean == pytest.approx(stats.t.ppf(0.975, 4 * 2) * error)
-    assert found.p == pytest.approx(2 * stats.t.sf(1.5 / error, 4 * 2))
+    assert difference.mean == pytest.approx(1.5)
+    assert difference.high - difference.mean == pytest.approx(stats.t.ppf(0.975, 4 * 2) * error)
+    assert difference.p == pytest.approx(2 * stats.t.sf(1.5 / error, 4 * 2))
 
 
-def test_the_mean_of_sets_without_seeds_adds_the_variances_of_their_images():
+def test_the_mean_over_sets_without_spread_over_seeds_adds_the_variances_over_images():
     rng, flat = np.random.default_rng(0), NO_IMAGES[:, :1]
     rows = []
     for images, spread in ((30, 0.7), (80, 0.2)):
         luck = rng.normal(0, spread, 400)
         rows.append((runs([42.0] * 3, luck, images), runs([40.5] * 3, flat + 0 * luck, images)))
-    of_images = [one.draws[0].var(ddof=1) for one, _ in rows]
-    df = sum(of_images) ** 2 / (of_images[0] ** 2 / 29 + of_images[1] ** 2 / 79)
-    found = verdict.mean_difference(rows)
-    assert found.high - found.mean == pytest.approx(stats.t.ppf(0.975, df) * np.sqrt(sum(of_images)) / 2)
+    variances = [row.draws[0].var(ddof=1) for row, _ in rows]
+    df = sum(variances) ** 2 / (variances[0] ** 2 / 29 + variances[1] ** 2 / 79)
+    difference = verdict.mean_difference(rows)
+    assert difference.high - difference.mean == pytest.approx(stats.t.ppf(0.975, df) * np.sqrt(sum(variances)) / 2)
 
 
-def test_one_seed_in_one_of_the_sets_gets_no_verdict():
-    whole, single = (runs([40.0, 41.0]), runs([42.0, 43.5])), (runs([40.0]), runs([42.0, 43.0]))
-    found = verdict.mean_difference([whole, single])
-    assert found.p is None and found.mean == pytest.approx(-2.375)
+def test_one_seed_in_one_set_allows_no_verdict():
+    several_seeds, one_seed = (runs([40.0, 41.0]), runs([42.0, 43.5])), (runs([40.0]), runs([42.0, 43.0]))
+    difference = verdict.mean_difference([several_seeds, one_seed])
+    assert difference.p is None and difference.mean == pytest.approx(-2.375)
 
 
 @pytest.mark.parametrize("seeds", [(2, 2), (3, 5)])
-def test_verdicts_over_sets_err_no_more_often_than_they_say(seeds):
-    """Losses that are equal in the mean, 3 better on one set and 3 worse on the other, and losses that are not."""
-    settings = [verdicts.Setting("", known, [known.seed]) for known in (SEEDS_VARY, Variances(0.5, 0.6, 0.3, 70))]
-    rng, false, seen, studies = np.random.default_rng(seeds), 0, 0, 1000
+def test_verdicts_over_sets_err_no_more_often_than_they_claim(seeds):
+    """One pair of losses has equal means, 3 better on one set and 3 worse on the other. The other pair differs."""
+    settings = [verdicts.Setting("", spread, [spread.seed]) for spread in (SEEDS_VARY, Variances(0.5, 0.6, 0.3, 70))]
+    rng, false_positives, detected, studies = np.random.default_rng(seeds), 0, 0, 1000
     for _ in range(studies):
-        drawn = [verdicts.draw(setting, count, 2, rng) for setting, count in zip(settings, seeds)]
+        pairs = [verdicts.draw(setting, count, 2, rng) for setting, count in zip(settings, seeds)]
         gaps = [
-            [(Runs(one.aps + gap, one.draws + gap, one.images), other) for (one, other), gap in zip(drawn, by_set)]
+            [(Runs(row.aps + gap, row.draws + gap, row.images), base) for (row, base), gap in zip(pairs, by_set)]
             for by_set in ((3.0, -3.0), (8.0, 6.0))
         ]
-        found = [verdict.mean_difference(rows).p <= verdict.LEVEL for rows in gaps]
-        false += found[0]
-        seen += found[1]
-    assert 0.005 < false / studies < 0.065 and seen / studies > 0.6
+        significant = [verdict.mean_difference(rows).p <= verdict.LEVEL for rows in gaps]
+        false_positives += significant[0]
+        detected += significant[1]
+    assert 0.005 < false_positives / studies < 0.065 and detected / studies > 0.6
