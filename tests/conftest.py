@@ -214,6 +214,13 @@ def overfit(rectangles):
     return run
 
 
+@pytest.fixture(scope="session")
+def learnt(overfit, tmp_path_factory):
+    """The folder of a run that knows two images of three classes by heart. Many tests read it: do not change it."""
+    run, _ = overfit(tmp_path_factory.mktemp("learnt"), 3, solver={"ema": 0.5}, precision="float32")
+    return run
+
+
 @pytest.fixture
 def command(monkeypatch, capsys):
     """Calls an entry point as the shell would: its exit code, standard output and standard error."""

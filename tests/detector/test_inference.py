@@ -20,9 +20,9 @@ from detector.inference import UNKNOWN_THRESHOLD
 
 
 @pytest.fixture(scope="module")
-def learnt(overfit, tmp_path_factory):
-    folder, _ = overfit(tmp_path_factory.mktemp("inference"), 3, precision="float32")
-    return folder / "best.pt"
+def learnt(learnt):
+    """The checkpoint of that run."""
+    return learnt / "best.pt"
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from html import unescape
 from pathlib import Path
 
@@ -10,14 +9,6 @@ import pytest
 
 from data import analysis
 from scripts import errors
-
-
-@pytest.fixture(scope="module")
-def learnt(overfit, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("errors")
-    run, _ = overfit(folder, 3, solver={"ema": 0.5})
-    yield run
-    shutil.rmtree(folder)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from copy import deepcopy
@@ -23,11 +22,9 @@ TO_ONNX, GRAPHS = export.to_onnx, {}
 
 
 @pytest.fixture(scope="module")
-def learnt(overfit, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("export")
-    run, _ = overfit(folder, 3, solver={"ema": 0.5})
-    yield run / "best.pt"
-    shutil.rmtree(folder)
+def learnt(learnt):
+    """The checkpoint of that run."""
+    return learnt / "best.pt"
 
 
 def exported(learnt, preprocessing, nms):

@@ -17,12 +17,9 @@ from scripts import predict
 
 
 @pytest.fixture(scope="module")
-def learnt(overfit, tmp_path_factory):
-    """The checkpoint of a run that overfits three classes, and the folder of its two images."""
-    folder = tmp_path_factory.mktemp("predict")
-    run, _ = overfit(folder, 3, solver={"ema": 0.5}, precision="float32")
-    yield run / "best.pt", folder / "val" / "images"
-    shutil.rmtree(folder)
+def learnt(learnt):
+    """The checkpoint of that run, and the folder of its two images."""
+    return learnt / "best.pt", learnt.parent.parent / "val" / "images"
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from html import unescape
 from pathlib import Path
 
@@ -13,14 +12,6 @@ from scripts.comparison import report, result
 from scripts.comparison.rows import Row
 
 METRICS = ("AP", "AP50", "AP75", "AP80", "AP90", "APs", "APm", "APl")
-
-
-@pytest.fixture(scope="module")
-def learnt(overfit, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("report")
-    run, _ = overfit(folder, 3, solver={"ema": 0.5})
-    yield run
-    shutil.rmtree(folder)
 
 
 def fabricated(name: str, seed: int, ap: float) -> dict:
