@@ -8,6 +8,7 @@ import pytest
 
 from data.annotations import load_annotations, parse_annotations
 from detector.errors import UserError
+from tests.data.helpers import one_line
 
 GOOD = {
     "info": {"year": 2017, "of": [{"a": "}, {"}]},
@@ -33,13 +34,6 @@ def write(folder, document):
     path = folder / "annotations.json"
     path.write_text(document if isinstance(document, str) else json.dumps(document))
     return path
-
-
-def one_line(excinfo, *parts):
-    message = str(excinfo.value)
-    assert "\n" not in message
-    for part in parts:
-        assert part in message
 
 
 def same(annotations, expected, changed_columns=()):

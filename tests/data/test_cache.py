@@ -18,6 +18,7 @@ from data.loader import eval_loader, train_loader
 from data.transforms import EvalTransform, TrainTransform
 from detector.configure import configure
 from detector.errors import UserError
+from tests.data.helpers import one_line
 
 PLAIN = {
     "eval": EvalTransform(48, 80),
@@ -58,13 +59,6 @@ def assert_same(sample, expected):
     (image, target, *rest), (image2, target2, *rest2) = sample, expected
     assert torch.equal(image, image2) and rest == rest2
     assert torch.equal(target.boxes, target2.boxes) and torch.equal(target.labels, target2.labels)
-
-
-def one_line(excinfo, *parts):
-    message = str(excinfo.value)
-    assert "\n" not in message
-    for part in parts:
-        assert part in message
 
 
 # ------------------------------------------------------------------------------------------------- samples

@@ -10,6 +10,7 @@ from data.coco import CocoDataset
 from data.images import read_image
 from data.transforms import EvalTransform
 from detector.errors import UserError
+from tests.data.helpers import one_line
 
 REAL = Path(__file__).parents[2].parent / "shared" / "data"
 
@@ -56,13 +57,6 @@ def write(folder, document):
 
 def dataset(folder, **options):
     return CocoDataset(folder / "annotations.json", folder / "images", keep, **options)
-
-
-def one_line(excinfo, *parts):
-    message = str(excinfo.value)
-    assert "\n" not in message
-    for part in parts:
-        assert part in message
 
 
 # ------------------------------------------------------------------------------------------------- samples

@@ -19,6 +19,7 @@ from data.annotations import parse_annotations
 from data.tables import explain_missing, metrics_table
 from detector.errors import UserError
 from detector.structures import Detections
+from tests.data.helpers import NOTHING, detections_of, file_of
 
 STATS = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
 OVERALL = [*STATS, "AP80", "AP90"]
@@ -33,29 +34,6 @@ def score(request):
 
 def score_by(document, *rest, engine=None) -> dict:
     return coco_eval.score(parse_annotations(document), *rest, engine=engine)
-
-
-def detections_of(boxes, scores, labels) -> Detections:
-    return Detections(
-        torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
-        torch.tensor(scores, dtype=torch.float32),
-        torch.tensor(labels, dtype=torch.int64),
-    )
-
-
-NOTHING = detections_of([], [], [])
-
-
-def file_of(boxes, image_ids=(1,), categories=((1, "cat"),)) -> dict:
-    """A file without `info`, `licenses`, `area` and `iscrowd`; boxes are (image, category, xywh)."""
-    return {
-        "images": [{"id": i, "width": 640, "height": 480, "file_name": f"{i}.jpg"} for i in image_ids],
-        "categories": [{"id": i, "name": name} for i, name in categories],
-        "annotations": [
-            {"id": n, "image_id": image, "category_id": category, "bbox": list(xywh)}
-            for n, (image, category, xywh) in enumerate(boxes, start=1)
-        ],
-    }
 
 
 def random_case(seed: int) -> tuple[dict, dict[int, Detections], list[int]]:

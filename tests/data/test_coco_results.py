@@ -7,15 +7,7 @@ import torch
 
 from data.coco_results import coco_results, from_coco_results, write_results
 from detector.errors import UserError
-from detector.structures import Detections
-
-
-def detections_of(boxes, scores, labels) -> Detections:
-    return Detections(
-        torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
-        torch.tensor(scores, dtype=torch.float32),
-        torch.tensor(labels, dtype=torch.int64),
-    )
+from tests.data.helpers import detections_of
 
 
 def test_results_follow_the_format_of_coco():

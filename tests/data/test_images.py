@@ -12,17 +12,9 @@ from PIL import Image, ImageFile, ImageOps, PngImagePlugin
 
 from data.images import MAX_PIXELS, OTHER_PICTURES, UPRIGHT, image_size, read_image, suffixes
 from detector.errors import UserError
+from tests.data.helpers import one_line
 
 ROOT = Path(__file__).parents[2]
-
-
-def one_line(excinfo, *parts):
-    message = str(excinfo.value)
-    assert "\n" not in message
-    for part in parts:
-        assert part in message
-
-
 RGB = np.random.default_rng(1).integers(0, 256, (24, 36, 3), dtype=np.uint8)
 WIDE = np.random.default_rng(2).integers(0, 65536, (24, 36, 3), dtype=np.uint16)
 ALPHA = np.dstack([RGB, RGB[:, :, :1]])
