@@ -46,7 +46,7 @@ from scripts.comparison.differences import (
     named,
 )
 from scripts.comparison.rows import AP, METRICS, Costs, Result, Row, costs, numbers, read_sets
-from scripts.comparison.tuning import budget, described, tuned_keys
+from scripts.comparison.tuning import aps, budget, described, tuned_keys
 
 HEADER = ("run", "class loss", "box loss", *AP, "ECE", "s/step", "GB")
 LEFT = 3  # the first columns are text, aligned to the left
@@ -191,6 +191,9 @@ def warn(rows: list[Row]) -> list[str]:
     for row in rows:
         if row.runs and "tuning" in row.runs[0]:
             warnings.append(f"- {row.name} was tuned: {described(row.runs[0]['tuning'])}")
+    if too_short := [row.name for row in rows if _short_trials(row)]:
+        remark = "no trial reached two thirds of the runs' AP, so longer ones may choose other values (--tune-set)"
+        warnings.append(f"- {', '.join(too_short)}: {remark}")
     settings = []
     for row in rows:
         for run in row.runs:
@@ -213,6 +216,14 @@ def warn(rows: list[Row]) -> list[str]:
             about = f"{key} was tuned" if key in tuned else f"warning: not a fair comparison, {key} differs"
             warnings.append(f"- {about}: {values}")
     return warnings
+
+
+def _short_trials(row: Row) -> bool:
+    """Whether a row was tuned by trials so short that they may rank values unlike whole runs do."""
+    if not row.runs or "tuning" not in row.runs[0]:
+        return False
+    best = max(ap or 0 for ap in aps(row.runs[0]["tuning"]).values())
+    return best < 2 / 3 * statistics.fmean(run["metrics"]["AP"] for run in row.runs)
 
 
 def published(rows: list[Row]) -> list[str]:

@@ -111,7 +111,7 @@ def described(tuning: dict[str, Any]) -> str:
     if failed:
         words.append(f"{failed} of {len(tuning['trials'])} trials failed")
     best = max(trial["AP"] or 0 for trial in tuning["trials"])
-    if best > 0:  # far below the AP of whole runs, trials may rank weights differently than whole runs do
+    if best > 0:
         words.append(f"best trial {100 * best:.1f} AP")
     else:
         words.append("no trial scored above 0, so these are the variant's own values; give longer trials (--tune-set)")
