@@ -39,7 +39,7 @@ from detector.errors import SIGNALS, run_main
 
 gc.freeze()  # visiting what the imports made takes 2 to 5% of the tests' time
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, and so would the processes that tests start
-os.fsync = lambda file: None  # no test cuts the power, and a short run waits for the disk a twelfth of its time
+os.fsync = lambda file: None  # no test cuts the power, and a short run waits for the disk 8% of its time
 COLOURS = ((255, 60, 60), (60, 255, 60), (90, 90, 255))
 
 

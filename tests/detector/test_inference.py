@@ -21,7 +21,7 @@ from detector.inference import UNKNOWN_THRESHOLD
 
 @pytest.fixture(scope="module")
 def learnt(learnt):
-    """The checkpoint of that run."""
+    """best.pt of the run that conftest.py trains."""
     return learnt / "best.pt"
 
 

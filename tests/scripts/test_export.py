@@ -23,7 +23,7 @@ TO_ONNX, GRAPHS = export.to_onnx, {}
 
 @pytest.fixture(scope="module")
 def learnt(learnt):
-    """The checkpoint of that run."""
+    """best.pt of the run that conftest.py trains."""
     return learnt / "best.pt"
 
 

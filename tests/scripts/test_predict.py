@@ -18,7 +18,7 @@ from scripts import predict
 
 @pytest.fixture(scope="module")
 def learnt(learnt):
-    """The checkpoint of that run, and the folder of its two images."""
+    """best.pt of the run that conftest.py trains, and the folder of its two images."""
     return learnt / "best.pt", learnt.parent.parent / "val" / "images"
 
 
