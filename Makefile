@@ -16,7 +16,7 @@ export NO_ALBUMENTATIONS_UPDATE := 1
 
 # Train CE, Focal, GHM-C and GHM-C + GHM-R on the demo set and compare them.
 demo: .venv/user
-	$(BIN)/python -m data.demo --quick --train-images 640 --val-images 100 --out datasets/demo_quick
+	$(BIN)/python -m data.demo --quick
 	@mkdir -p runs
 	@echo "training ce, focal, ghm_c and ghm, two at a time, one or two minutes each; progress is in runs/demo_*.log"
 	@printf '%s\n' ce focal ghm_c ghm | OMP_NUM_THREADS=1 xargs -n 1 -P 2 sh -c '\

@@ -71,9 +71,10 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False, accept_cha
     criterion = assemble.build_criterion(cfg).to(device)
     solver = assemble.build_solver(cfg, model, steps_per_epoch=len(batches))
     speed_up(model, compiled=cfg.compile)
-    run = Run(cfg, solver, criterion, train_set.category_ids, train_set.class_names, steps_per_epoch=len(batches))
+    data = {"data.train": train_set.fingerprint(), "data.val": val_set.fingerprint()}
+    run = Run(cfg, solver, criterion, train_set.category_ids, train_set.class_names, len(batches), data)
     remarks = run.resume(saved, accept_changes=accept_changes) if saved else []
-    run.refuse_differences({"data.train": train_set.fingerprint(), "data.val": val_set.fingerprint()})
+    run.refuse_differences()
     run.open_folder()
 
     board = cfg.tensorboard
@@ -96,8 +97,7 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False, accept_cha
             if run.evaluation_due:
                 metrics = evaluate(run, val_set, val_batches, stop, logger, device)
     odd_images = remark_lines(*distributed.gather(train_set.image_remarks), *distributed.gather(val_set.image_remarks))
-    files = f"in {cfg.folder}: last.pt, best.pt, metrics.json, detections.json, detections.png"
-    logger.say("\n".join([*odd_images, metrics_table(metrics), f"{files}; tensorboard --logdir {cfg.output}"]))
+    logger.say("\n".join([*odd_images, metrics_table(metrics), run.describe_files()]))
     return metrics
 
 

@@ -345,19 +345,22 @@ def main() -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--out", type=Path, default=Path("datasets/demo"), help="folder to write")
-    add("--train-images", type=int, default=750, metavar="N", help="scenes to train on")
-    add("--val-images", type=int, default=150, metavar="N", help="scenes to evaluate on, always clean")
+    given: dict[str, Any] = dict(default=argparse.SUPPRESS)
+    add("--out", type=Path, **given, help="folder to write (default: datasets/demo; --quick: datasets/demo_quick)")
+    add("--train-images", type=int, **given, metavar="N", help="scenes to train on (default: 750; --quick: 640)")
+    add("--val-images", type=int, **given, metavar="N", help="scenes to score, clean (default: 150; --quick: 100)")
     add("--seed", type=int, default=0, help="the same seed gives the same bytes")
     add("--wrong-labels", type=float, default=0.0, metavar="SHARE", help="of the train boxes, 0..1")
     add("--shifted-boxes", type=float, default=0.0, metavar="SHARE", help="of the train boxes, 0..1")
     add("--quick", action="store_true", help="small scenes of the digits 0 to 4, learnt in a minute or two")
-    pair: dict[str, Any] = dict(nargs=2, type=int, default=argparse.SUPPRESS)
+    pair: dict[str, Any] = dict(nargs=2, type=int, **given)
     add("--size", **pair, metavar=("WIDTH", "HEIGHT"), help="px of each scene (default: some 160 x 128; --quick: 96)")
     add("--objects", **pair, metavar=("FEWEST", "MOST"), help="digits in a scene, fewer where there is no room")
     add("--digit-size", **pair, metavar=("SMALLEST", "LARGEST"), help="px of the digits' longer side")
     add("--force", action="store_true", help="replace the data set in the folder")
     options = vars(parser.parse_args())
+    defaults = dict(out=Path("datasets/demo_quick"), train_images=640, val_images=100) if options["quick"] else {}
+    options = {"out": Path("datasets/demo"), **defaults, **options}
     folder = options.pop("out")
     try:
         write_demo(folder, **options)

@@ -39,6 +39,7 @@ class RunState(TypedDict):
     best: float
     seconds_per_step: float | None
     peak_memory: int
+    data: NotRequired[dict[str, str]]  # digests of the annotations; not in older checkpoints
 
 
 class Content(TypedDict):

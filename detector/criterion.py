@@ -85,10 +85,8 @@ class Criterion(nn.Module):
         On a GPU, call this before the model runs, so the number of positives arrives before the losses need it.
         """
         anchors = grid.anchors
-        # Padded to equal length and to at least one box, because anchors that learn no box have an index too.
-        no_objects = Target(anchors.new_zeros(1, 4), anchors.new_zeros(1, dtype=torch.int64))
-        boxes, labels = (pad_sequence(list(values), batch_first=True) for values in zip(*targets, no_objects))
-        parts = split_boxes(anchors, boxes[:-1], [len(target.labels) for target in targets])
+        boxes, labels = (pad_sequence(list(values), batch_first=True) for values in zip(*targets))
+        parts = split_boxes(anchors, boxes, [len(target.labels) for target in targets])
         assignments = [self.assigner(anchors, part, grid.levels, grid.per_position) for part in parts]
         return Matches(anchors, boxes, labels, Assignment(*(torch.cat(values) for values in zip(*assignments))))
 

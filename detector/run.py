@@ -43,6 +43,7 @@ class Run:
     category_ids: list[int]
     class_names: list[str]
     steps_per_epoch: int
+    data: dict[str, str]  # of data.train and data.val, a digest of the annotations
     evaluated: int = 0  # step of the last evaluation
     best: float = float("-inf")  # highest AP so far
     score_thresholds: list[float] = field(default_factory=list)  # of each class, where its F1 was best; -1: unknown
@@ -124,14 +125,15 @@ class Run:
                 "best": float(self.best),
                 "seconds_per_step": self.seconds_per_step,
                 "peak_memory": self.peak_memory,
+                "data": dict(self.data),
             },
         }
 
     def resume(self, saved: Saved, *, accept_changes: bool = False) -> list[str]:
-        """Continue from a checkpoint; returns remarks on damaged files and on changes in the config.
+        """Continue from a checkpoint; returns remarks on damaged files and on changes in config and data.
 
-        Raises UserError if a change in the config or the classes would change the result, unless `accept_changes`. A
-        run may become longer or shorter.
+        Raises UserError if a change in the config or the data would change the result, unless `accept_changes`. A run
+        may become longer or shorter.
         """
         path, content = saved.path, saved.content
         if "run" not in content:
@@ -164,18 +166,20 @@ class Run:
     def _changes_since(self, content: checkpoint.Content) -> list[str]:
         before, now = flat_values(content["config"]), config.flat(self.cfg.model_dump(mode="json"))
         before["the classes"], now["the classes"] = content["category_ids"], self.category_ids
+        before |= {f"{name} has": digest for name, digest in content["run"].get("data", self.data).items()}
+        now |= {f"{name} has": digest for name, digest in self.data.items()}
         return [
             f"{key} {before.get(key)}, now {now.get(key)}"
             for key in dict.fromkeys([*now, *before])
             if before.get(key) != now.get(key) and not key.startswith(MAY_CHANGE)
         ]
 
-    def refuse_differences(self, data: dict[str, str]) -> None:
-        """Raise UserError if processes differ in config, checkpoint or `data`, except for paths of results and data."""
+    def refuse_differences(self) -> None:
+        """Raise UserError if processes differ in config, checkpoint or data, except for paths of results and data."""
         options = config.flat(self.cfg.model_dump(mode="json"))
         places = ("output", "data.train", "data.val")
         shared = {key: value for key, value in options.items() if not key.startswith(places)}
-        distributed.same_everywhere(shared | data | {"the checkpoint's step": self.step})
+        distributed.same_everywhere(shared | self.data | {"the checkpoint's step": self.step})
 
     def open_folder(self) -> None:
         """Make the run's folder and write its config."""
@@ -187,6 +191,12 @@ class Run:
                     (folder / "config.yaml").write_text(config.dump(self.cfg), encoding="utf-8")
                 except OSError as error:
                     raise UserError(f"output: the run folder {folder} cannot be written ({error.strerror})") from None
+
+    def describe_files(self) -> str:
+        """Where the results are, in one line."""
+        names = [LAST, BEST, "metrics.json", "detections.json", "detections.png"]
+        text = f"in {self.cfg.folder}: {', '.join(name for name in names if (self.cfg.folder / name).exists())}"
+        return text + (f"; tensorboard --logdir {self.cfg.output}" if self.cfg.tensorboard.enabled else "")
 
     def save_batch(self, batch: Batch) -> str:
         """Save this process's images of a step whose loss is not finite; returns a text: where, and what to do."""

@@ -153,8 +153,11 @@ class Solver:
         self.step_count, self.skipped = state["step"], state["skipped"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        if self.averaged is not None and state["averaged"] is not None:
-            self.averaged.load_state_dict(state["averaged"])
+        if self.averaged is not None:
+            if state["averaged"] is not None:
+                self.averaged.load_state_dict(state["averaged"])
+            else:  # `ema` is new: the average begins with the trained weights, which are loaded by now
+                self.averaged.module.load_state_dict(self.model.state_dict())
 
     @torch.no_grad()
     def _average(self, averages: Tensors, currents: Tensors, _: Tensor | int) -> None:

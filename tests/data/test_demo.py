@@ -25,6 +25,7 @@ from data.demo import (
     split_digits,
     write_demo,
 )
+from detector.configure import configure
 from detector.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -273,6 +274,14 @@ def test_the_command_writes_what_its_options_say(tmp_path, command):
     files = [path.relative_to(tmp_path / "b") for path in (tmp_path / "b").rglob("*") if path.is_file()]
     assert len(files) == 7
     assert all((tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes() for file in files)
+
+
+@pytest.mark.parametrize("option, config", [([], "demo_long"), (["--quick"], "demo")])
+def test_without_out_the_set_lies_where_its_config_reads_it(option, config, tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = command(demo.main, *option, "--train-images", 1, "--val-images", 1)
+    paths = configure(ROOT / f"configs/{config}/base.yaml").data
+    assert code == 0 and all(Path(split.annotations).is_file() for split in (paths.train, paths.val)), err
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path, command):

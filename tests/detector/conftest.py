@@ -22,7 +22,8 @@ def make_run(classes=3, **sections) -> Run:
     cfg = complete(cfg, "test")
     net = assemble.build_model(cfg, classes)
     solver = assemble.build_solver(cfg, net, steps_per_epoch=5)
-    return Run(cfg, solver, assemble.build_criterion(cfg), IDS[:classes], NAMES[:classes], steps_per_epoch=5)
+    data = {"data.train": "some boxes", "data.val": "others"}
+    return Run(cfg, solver, assemble.build_criterion(cfg), IDS[:classes], NAMES[:classes], steps_per_epoch=5, data=data)
 
 
 @pytest.fixture(scope="session", name="make_run")

@@ -61,6 +61,7 @@ def test_a_checkpoint_has_the_keys_of_format_3(saved):
     assert set(content) == {"format", "config", "category_ids", "class_names", "score_thresholds", "model", "run"}
     assert set(content["run"]) == {
         "model", "solver", "criterion", "rng", "epoch", "evaluated", "best", "seconds_per_step", "peak_memory",
+        "data",
     }  # fmt: skip
 
 
@@ -157,6 +158,33 @@ def test_other_classes_are_refused_and_a_longer_run_is_not(make_run, saved):
     run.category_ids = [*run.category_ids[:-1], 999]
     with pytest.raises(UserError, match="was trained with the classes"):
         run.resume(read(saved[0]))
+
+
+def test_other_annotations_under_the_same_path_are_refused(make_run, saved):
+    run = make_run(class_loss={"name": "ghm_c"})
+    run.data = {**run.data, "data.train": "more boxes"}
+    with pytest.raises(UserError, match=r"was trained with data\.train has some boxes, now more boxes: go on"):
+        run.resume(read(saved[0]))
+    assert run.resume(read(saved[0]), accept_changes=True) == ["changed: data.train has some boxes, now more boxes"]
+    older = read(saved[0])
+    del older.content["run"]["data"]  # a checkpoint from before this was saved
+    assert run.resume(older) == []
+
+
+def test_averaging_that_begins_on_resuming_begins_with_the_trained_weights(make_run, saved, same):
+    run = make_run(class_loss={"name": "ghm_c"}, solver={"ema": 0.9})
+    run.resume(read(saved[0]), accept_changes=True)
+    assert same(dict(run.solver.evaluated_model.state_dict()), dict(saved[1].solver.model.state_dict()))
+
+
+def test_only_files_that_exist_are_named(make_run, folder):
+    run = make_run(output=str(folder), run="x", tensorboard={"enabled": False})
+    run.cfg.folder.mkdir()
+    (run.cfg.folder / "last.pt").touch()
+    assert run.describe_files() == f"in {folder}/x: last.pt"
+    run = make_run(output=str(folder), run="x")
+    (run.cfg.folder / "detections.png").touch()
+    assert run.describe_files() == f"in {folder}/x: last.pt, detections.png; tensorboard --logdir {folder}"
 
 
 def test_an_option_that_is_newer_than_the_run_has_its_default(make_run, saved):
