@@ -73,7 +73,7 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False, accept_cha
     speed_up(model, compiled=cfg.compile)
     run = Run(cfg, solver, criterion, train_set.category_ids, train_set.class_names, steps_per_epoch=len(batches))
     remarks = run.resume(saved, accept_changes=accept_changes) if saved else []
-    run.refuse_differences({"data.train": train_set.fingerprint(), "data.val": val_set.fingerprint()})
+    run.refuse_unequal_processes({"data.train": train_set.fingerprint(), "data.val": val_set.fingerprint()})
     run.open_folder()
 
     board = cfg.tensorboard
