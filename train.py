@@ -79,7 +79,7 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False, accept_cha
     board = cfg.tensorboard
     logger = Logger(cfg.folder if board.enabled else None, board.every, run.step, run.seconds_per_step, board.gradients)
     with contextlib.closing(logger), Stop() as stop:  # closed on errors too: no message may land in the progress line
-        logger.curves.config(config.dump(cfg), config.flat(cfg.model_dump(mode="json")))
+        logger.tensorboard.config(config.dump(cfg), config.flat(cfg.model_dump(mode="json")))
         details = (", channels_last" if cfg.channels_last else "") + (f", from step {run.step}" if saved else "")
         lines = [f"run: {cfg.folder} on {device}, {precision} ({reason}){details}, data.workers {batches.num_workers}"]
         lines += [*remarks, f"train: {train_set.summary()}", f"val: {val_set.summary()}"]
@@ -140,9 +140,9 @@ def report(run: Run, metrics: Metrics, val_set: CocoDataset, detections: dict[in
     """Report an evaluation: print a line; write metrics.json, detections.json, TensorBoard and detections.png."""
     write_results(run.cfg.folder, metrics, coco_results(detections, val_set.category_ids))
     logger.say(f"epoch {run.epoch}, step {run.step}: {metrics_line(metrics)}")
-    logger.curves.metrics(metrics, run.step)
+    logger.tensorboard.metrics(metrics, run.step)
     if pictures := list(validation_pictures(val_set, detections, run.cfg.tensorboard.images)):
-        logger.curves.images("validation", pictures, run.step)
+        logger.tensorboard.images("validation", pictures, run.step)
         write_contact_sheet(run.cfg.folder / "detections.png", pictures)
 
 
