@@ -61,8 +61,8 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False, accept_cha
     del train_set.annotations  # 60 MB of COCO's, which only scoring needs
     keep_freed_memory(device)  # only from here on, so memory that reading freed goes back to the system
     loading = assemble.loader_options(cfg, device)
-    batches = train_loader(train_set, assemble.images_per_process(cfg), **loading, seed=cfg.seed)
-    val_batches = eval_loader(val_set, assemble.evaluation_batch(cfg), **loading)
+    batches = train_loader(train_set, assemble.train_batch_size(cfg), **loading, seed=cfg.seed)
+    val_batches = eval_loader(val_set, assemble.eval_batch_size(cfg), **loading)
 
     saved = checkpoint_to_resume(cfg, resume=resume)
     model = assemble.build_model(cfg, num_classes=len(train_set.category_ids))
