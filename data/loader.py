@@ -67,10 +67,10 @@ def _collate_with_remarks(dataset: CocoDataset, pad_to: int, samples: Sequence[S
     return collate(samples, pad_to), remarks
 
 
-def _loader(dataset: CocoDataset, sampler: Sampler, workers: int, pad_to: int, pin_memory: bool) -> BatchLoader:
+def _loader(dataset: CocoDataset, batch_sampler: Sampler, workers: int, pad_to: int, pin_memory: bool) -> BatchLoader:
     return BatchLoader(
         dataset,
-        batch_sampler=sampler,
+        batch_sampler=batch_sampler,
         num_workers=workers,
         collate_fn=partial(_collate_with_remarks, dataset, pad_to),
         pin_memory=pin_memory,
