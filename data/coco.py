@@ -20,7 +20,7 @@ from data.cache import Cache
 from data.image_folder import ImageFolder, elsewhere, find_folder
 from data.images import Remarks, add_remarks, image_size, read_image
 from data.plausibility import suspicion
-from data.transforms import scale_boxes
+from data.transforms import Augmented, scale_boxes
 from detector.errors import UserError
 from detector.structures import Target
 
@@ -31,13 +31,11 @@ Sample = tuple[Tensor, Target, int, tuple[int, int]]  # see CocoDataset.__getite
 
 
 class Transform(Protocol):
-    def __call__(
-        self, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, seed: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def __call__(self, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, seed: int) -> Augmented:
         """Image (h, w, 3) uint8 RGB, boxes (G, 4) float32, labels (G,) int64 -> the same, changed."""
 
-    def largest(self, height: int, width: int) -> tuple[int, int]:
-        """The largest (height, width) to which it resizes an image of this size."""
+    def cache_size(self, height: int, width: int) -> tuple[int, int]:
+        """The (height, width) in which the image cache keeps an image of this size."""
 
 
 class CocoDataset(Dataset):
@@ -86,20 +84,20 @@ class CocoDataset(Dataset):
         self.cache = None
         if cache:
             files = [self.folder / name for name in self.file_names]
-            self.cache = Cache(cache, files, self.sizes, [transform.largest(*size) for size in self.sizes])
+            self.cache = Cache(cache, files, self.sizes, [transform.cache_size(*size) for size in self.sizes])
             add_remarks(self.image_remarks, self.cache.remarks)
 
     def _complete_sizes(self) -> None:
         """Read sizes that the annotation file lacks from the images."""
         sizes = self.annotations.sizes
-        unsaid = np.flatnonzero((sizes == 0).any(axis=1))
-        if len(unsaid):
+        missing = np.flatnonzero((sizes == 0).any(axis=1))
+        if len(missing):
             with ThreadPoolExecutor() as pool:
-                files = [self.folder / self.file_names[place] for place in unsaid]
-                sizes[unsaid] = list(pool.map(image_size, files))
+                files = [self.folder / self.file_names[index] for index in missing]
+                sizes[missing] = list(pool.map(image_size, files))
             self.remarks.append(
-                f"{len(unsaid):,} images without width and height, which are read from the image "
-                f"(the first is image id {self.image_ids[unsaid[0]]})"
+                f"{len(missing):,} images without width and height, which are read from the image "
+                f"(the first is image id {self.image_ids[missing[0]]})"
             )
 
     def _name_classes(self, category_ids: Sequence[int] | None, class_names: Sequence[str] | None) -> None:
@@ -200,7 +198,7 @@ class CocoDataset(Dataset):
         # For a worker process that is not forked. It does not need the annotations: _boxes has them.
         return {**self.__dict__, "annotations": None}
 
-    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Target, int, tuple[int, int]]:
+    def __getitem__(self, key: int | tuple[int, int]) -> Sample:
         """Image (3, h, w) uint8 RGB, its target, its id, and its (height, width) on disk.
 
         The key is an index, or an index and the seed of the augmentation, which depends on nothing else.

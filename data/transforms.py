@@ -2,7 +2,7 @@
 
 A transform takes an image (h, w, 3) uint8 RGB, boxes (G, 4) float32 xyxy in pixels, labels (G,) and a seed, and
 returns the first three; G may be 0. The same seed gives the same result, whatever was transformed before.
-`largest(height, width)` is the size in which a cache may keep an image of that size: see cache.py.
+`cache_size(height, width)` is the size in which the image cache keeps an image of that size: see cache.py.
 """
 
 import os
@@ -27,10 +27,11 @@ class EvalTransform:
         self.short_side, self.long_side = short_side, long_side
 
     def __call__(self, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, seed: int = 0) -> Augmented:
-        height, width = self.largest(*image.shape[:2])
+        old_height, old_width = image.shape[:2]
+        height, width = target_size(old_height, old_width, self.short_side, self.long_side)
         return *resize(image, boxes, height, width), labels
 
-    def largest(self, height: int, width: int) -> tuple[int, int]:
+    def cache_size(self, height: int, width: int) -> tuple[int, int]:
         return target_size(height, width, self.short_side, self.long_side)
 
 
@@ -77,7 +78,7 @@ class TrainTransform:
         # Flip last: images from the cache are resized already and must give the same pixels.
         return *flip(image, boxes, *(draw.random(2) < self.flips)), labels
 
-    def largest(self, height: int, width: int) -> tuple[int, int]:
+    def cache_size(self, height: int, width: int) -> tuple[int, int]:
         low, high = self.scale_jitter
         size = target_size(height, width, self.short_side * high, self.long_side * high)
         # If each sample is resized anyway, an enlarged image would only take more room in the cache.
