@@ -49,8 +49,8 @@ class Head(nn.Module):
 
     def forward(self, levels: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Pyramid levels (B, channels, h, w) -> logits (B, A, C), deltas (B, A, 4)."""
-        logits = [_by_anchor(self.logits(level), self.num_classes) for level in _climb(self.class_tower, levels)]
-        deltas = [_by_anchor(self.deltas(level), 4) for level in _climb(self.box_tower, levels)]
+        logits = [_by_anchor(self.logits(level), self.num_classes) for level in _run_tower(self.class_tower, levels)]
+        deltas = [_by_anchor(self.deltas(level), 4) for level in _run_tower(self.box_tower, levels)]
         return torch.cat(logits, dim=1), torch.cat(deltas, dim=1)
 
 
@@ -66,7 +66,7 @@ def _tower(channels: int, depth: int, width: int, norm: str) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def _climb(tower: nn.Sequential, levels: list[Tensor]) -> list[Tensor]:
+def _run_tower(tower: nn.Sequential, levels: list[Tensor]) -> list[Tensor]:
     for layer in tower:
         levels = layer(levels) if isinstance(layer, ConvReLU) else [layer(level) for level in levels]
     return levels
