@@ -101,11 +101,11 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False, accept_cha
     return metrics
 
 
-def advance(run: Run, model: torch.nn.Module, batches: Iterator[Batch], logger: Logger, device: torch.device) -> None:
+def advance(run: Run, replica: torch.nn.Module, batches: Iterator[Batch], logger: Logger, device: torch.device) -> None:
     """Train to the next pause and save. An interruption loses no step. If a loss is not finite, save its batch."""
     interruption: UserError | Stopped | None = None
     try:
-        train_until(model, run.criterion, batches, run.solver, logger, device, until_step=run.next_pause)
+        train_until(replica, run.criterion, batches, run.solver, logger, device, until_step=run.next_pause)
     except NonFiniteLoss as error:
         raise FloatingPointError(f"{error}; {run.save_batch(error.batch)}") from None
     except Stopped as error:
