@@ -112,7 +112,7 @@ class Data(Options):
 class HeadOptions(Options):
     depth: int = Field(4, ge=0, le=64)  # 3x3 convolutions of each tower
     width: int = Field(256, ge=32, le=2**14, multiple_of=32)  # their channels
-    norm: Literal["none", "gn"] = "none"  # behind each of them
+    norm: Literal["none", "gn"] = "none"  # after each of them
     prior: float | None = Field(None, gt=0, lt=1)  # probability of each class at the start; null: as class_loss asks
 
 

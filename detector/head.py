@@ -14,10 +14,10 @@ class Head(nn.Module):
 
     Args:
         channels: channels of the pyramid
-        anchors_per_position: shapes on each cell
+        anchors_per_position: anchors at each position
         num_classes: C; there is no output for background, whatever the loss
         depth, width: convolutions in each tower, and their channels
-        norm: "gn" puts a GroupNorm behind each convolution of the towers
+        norm: "gn" puts a GroupNorm after each convolution of the towers
         prior: probability of every class from an untrained head. If it is low, the many background cells do not
             dominate the first steps (Lin et al., Focal Loss, 2017, section 3.3)
     """
