@@ -1,7 +1,8 @@
-"""From a COCO annotation file and a folder of images to samples: the border where formats are converted.
+"""From a COCO annotation file and a folder of images to samples.
 
-Outside: boxes x, y, width, height; category ids with gaps. Inside: boxes x1, y1, x2, y2; labels 0..C-1.
-Every error in the file is found here and reported in one line.
+COCO's format is converted here: from boxes x, y, width, height and category ids with gaps to boxes x1, y1, x2, y2 and
+labels 0..C-1. Detections are converted back in coco_results.py. An error in the file raises a one-line UserError when
+the data set is built.
 """
 
 import hashlib
@@ -44,11 +45,11 @@ class CocoDataset(Dataset):
     Without `images`, it looks for their folder where common exporters put it. Give a validation set the training set's
     `category_ids`, so that a label means the same class in both; with `class_names` it also compares the names. `cache`
     is a folder to keep the images in, decoded and resized for the transform, or empty. If the transform neither jitters
-    nor distorts, a cache does not change a bit of a sample. With `trust`, boxes that look like another format are taken
-    as they stand.
+    nor distorts, a cache does not change a bit of a sample. With `trust`, boxes are accepted even if they look like
+    another format.
 
-    Raises UserError at once for an error in the annotation file or its boxes and for a missing image. Reading an image
-    raises it if the image cannot be decoded or its size differs from its record; a cache reads all images at once.
+    Raises UserError for an error in the annotation file or its boxes and for a missing image. Images are checked when
+    read (all at once with a cache): UserError if one cannot be decoded or its size differs from its record.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class CocoDataset(Dataset):
             add_remarks(self.image_remarks, self.cache.remarks)
 
     def _complete_sizes(self) -> None:
-        """Read sizes that the annotation file lacks from the images."""
+        """Read from the images the sizes that the annotation file lacks."""
         sizes = self.annotations.sizes
         missing = np.flatnonzero((sizes == 0).any(axis=1))
         if len(missing):
@@ -120,7 +121,7 @@ class CocoDataset(Dataset):
                 )
         if extra := [name for category, name in names.items() if category not in known]:
             self.remarks.append(
-                f"{len(extra):,} categories that training does not have, without boxes (the first is {extra[0]!r})"
+                f"{len(extra):,} categories unknown to training, none with a box (the first is {extra[0]!r})"
             )
         names = {**names, **expected}
         self.class_names: list[str] = [names.get(category, f"category {category}") for category in self.category_ids]

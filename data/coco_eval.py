@@ -18,7 +18,7 @@ from detector.errors import UserError
 from detector.metrics import ClassMetrics, Metrics
 from detector.structures import Detections
 
-IOUS = {"50": 0, "75": 5, "80": 6, "90": 8}  # places among COCOeval's thresholds 0.50, 0.55 ... 0.95
+IOUS = {"50": 0, "75": 5, "80": 6, "90": 8}  # indices among COCOeval's thresholds 0.50, 0.55 ... 0.95
 SIZES = ("s", "m", "l")  # COCOeval's areaRng after "all"
 
 
@@ -103,8 +103,8 @@ def _best_threshold(precision: np.ndarray, at_recalls: np.ndarray, scores: np.nd
     """The score threshold with the best F1; -1 if no object was found.
 
     precision, at_recalls (R,): precision and score at R recalls; scores: all scores of the class.
-    The threshold lies halfway to the next lower score: the last digits of a score differ with batch, precision and
-    machine, and the lowest score that counts must still reach it.
+    Halfway between the lowest score that counts and the next lower one, so rounding by batch, precision or machine does
+    not drop it.
     """
     recall = np.linspace(0, 1, len(precision))
     f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-9)

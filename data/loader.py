@@ -62,7 +62,7 @@ def collate(samples: Sequence[Sample], pad_to: int = STRIDE) -> Batch:
 
 
 def _collate_with_remarks(dataset: CocoDataset, pad_to: int, samples: Sequence[Sample]) -> tuple[Batch, Remarks]:
-    """A batch, and this process's remarks on its images, which are then cleared."""
+    """A batch and the remarks this process has on its images; clears the remarks."""
     remarks, dataset.image_remarks = dataset.image_remarks, {}
     return collate(samples, pad_to), remarks
 

@@ -20,7 +20,7 @@ Augmented = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 class EvalTransform:
-    """Resizing alone: short side `short_side`, unless the long side would pass `long_side`."""
+    """Only resizes: short side to `short_side`, or less if the long side would exceed `long_side`."""
 
     def __init__(self, short_side: int, long_side: int):
         _check_sides(short_side, long_side)
@@ -39,7 +39,7 @@ class TrainTransform:
     """Augmentation, and resizing as in evaluation.
 
     horizontal_flip, vertical_flip: probabilities. scale_jitter: both sides are multiplied by a factor drawn
-    log-uniformly from this range. strong: first shift, zoom, turn, crop and change colours, all mildly.
+    log-uniformly from this range. strong: before that, mild shifts, zooms, rotations, crops and colour changes.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class TrainTransform:
 
     def __call__(self, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, seed: int) -> Augmented:
         if self.distort is not None:
-            # Not set_random_seed: it gives every step the same seed, so all steps would apply to the same images.
+            # Not set_random_seed: it seeds every step alike, so all steps would apply to the same images.
             self.distort.set_random_state(np.random.default_rng(seed), random.Random(seed))
             result = self.distort(image=image, bboxes=boxes, rows=np.arange(len(boxes)))
             image = result["image"]
@@ -118,7 +118,7 @@ def _distortion():
 
     steps = [
         A.Affine(scale=(0.9, 1.1), translate_percent=(-0.06, 0.06), rotate=(-5, 5), balanced_scale=True, p=0.5),
-        # Not one of the crops that follow boxes: those enlarge a single small object without limit.
+        # Not albumentations' box-aware crops: they zoom in on a single small object without limit.
         A.RandomCropFromBorders(crop_left=0.2, crop_right=0.2, crop_top=0.2, crop_bottom=0.2, p=0.5),
         A.ColorJitter(brightness=(0.7, 1.3), contrast=(0.7, 1.3), saturation=(0.7, 1.3), hue=(-0.03, 0.03), p=0.8),
     ]
