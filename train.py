@@ -89,7 +89,7 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False, accept_cha
         # One stream over all epochs: batches of the next are loaded while an epoch ends and during evaluation.
         batches.batch_sampler.set_position(*run.position, until=cfg.solver.epochs)
         upcoming = stop.between(copied_ahead(batches, device))
-        if run.evaluation_due:  # the run stopped before it saved this evaluation, or it was finished: evaluate again
+        if run.evaluation_due:  # an evaluation was due when the run stopped, or the run is finished
             metrics = evaluate(run, val_set, val_batches, stop, logger, device)
         while not solver.done:
             advance(run, replica, upcoming, logger, device)
@@ -102,7 +102,7 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False, accept_cha
 
 
 def advance(run: Run, replica: torch.nn.Module, batches: Iterator[Batch], logger: Logger, device: torch.device) -> None:
-    """Train to the next pause and save. An interruption loses no step. If a loss is not finite, save its batch."""
+    """Train to the next pause or interruption, and save a checkpoint; if a loss is not finite, its batch instead."""
     interruption: UserError | Stopped | None = None
     try:
         train_until(replica, run.criterion, batches, run.solver, logger, device, until_step=run.next_pause)

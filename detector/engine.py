@@ -107,8 +107,9 @@ def compute_gradients(
     size = len(batch.images) // solver.accumulate
     parts = [Batch._make(values[i * size : (i + 1) * size] for values in batch) for i in range(solver.accumulate)]
     if len(parts) > 1:
-        # The loss needs the whole batch, because its normaliser and GHM's density count all images. So predict each
-        # part without a graph, compute the gradient of these predictions, and send it back through a second forward.
+        # The loss needs the whole batch, because its normaliser and GHM's density count all images. So predict all
+        # parts without a graph, take the loss's gradient with respect to the predictions, then run each part again and
+        # backpropagate its share.
         buffers = [buffer.clone() for buffer in replica.buffers()]
         with torch.no_grad():
             predicted = [forward(part) for part in parts]
@@ -143,8 +144,8 @@ def predict(
 
     Each process predicts its own batches; every process returns all detections. `watch` gets the seconds by stage.
 
-    All processes raise a UserError or Stopped of the batches, and FloatingPointError, with the images' ids, if the
-    model's output is not finite.
+    If loading raises UserError or Stopped, every process raises it. If an output is not finite, all raise
+    FloatingPointError with the image ids.
     """
     model.eval()
     watch = watch or Stopwatch()
@@ -157,7 +158,8 @@ def predict(
             with watch("postprocessing"):
                 try:
                     detections = postprocess(predictions, batch.sizes)
-                except NonFiniteOutput as error:  # raised below: here the other processes would wait for this one
+                except NonFiniteOutput as error:
+                    # Raised after the loop: raised here, it would leave the other processes waiting.
                     not_finite = [batch.image_ids[index] for index in error.images]
                     break
                 rows = zip(batch.image_ids, detections, batch.sizes, batch.original_sizes)
@@ -172,7 +174,7 @@ def predict(
 
 
 def _not_finite(values: dict[str, float], terms: Iterable[str], solver: Solver) -> dict[str, float]:
-    # In float16 a gradient may overflow: the scaler then skips the step and halves its scale. Below 1 that is no use.
+    # In float16 an overflow is normal: GradScaler skips the step and halves its scale. Below 1 halving no longer helps.
     watched = [*terms] if solver.scaler.is_enabled() else [*terms, "gradient_norm"]
     bad = {name: values[name] for name in watched if not abs(values[name]) < float("inf")}
     if solver.scaler.get_scale() < 1:
