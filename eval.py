@@ -103,7 +103,7 @@ def detect(
 ) -> dict[int, Detections]:
     """Detections of every image of a data set, by image id."""
     place(model, device, channels_last=cfg.channels_last)
-    batches = eval_loader(dataset, assemble.evaluation_batch(cfg), **assemble.loader_options(cfg, device))
+    batches = eval_loader(dataset, assemble.eval_batch_size(cfg), **assemble.loader_options(cfg, device))
     precision = PRECISIONS[pick_precision(cfg.precision, device)[0]]
     return predict(model, batches, assemble.build_postprocess(cfg), device, precision, watch)
 

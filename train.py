@@ -61,8 +61,8 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False, accept_cha
     del train_set.annotations  # 60 MB of COCO's, which only scoring needs
     keep_freed_memory(device)  # only from here on, so memory that reading freed goes back to the system
     loading = assemble.loader_options(cfg, device)
-    batches = train_loader(train_set, assemble.images_per_process(cfg), **loading, seed=cfg.seed)
-    val_batches = eval_loader(val_set, assemble.evaluation_batch(cfg), **loading)
+    batches = train_loader(train_set, assemble.train_batch_size(cfg), **loading, seed=cfg.seed)
+    val_batches = eval_loader(val_set, assemble.eval_batch_size(cfg), **loading)
 
     saved = checkpoint_to_resume(cfg, resume=resume)
     model = assemble.build_model(cfg, num_classes=len(train_set.category_ids))
@@ -74,13 +74,13 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False, accept_cha
     data = {"data.train": train_set.fingerprint(), "data.val": val_set.fingerprint()}
     run = Run(cfg, solver, criterion, train_set.category_ids, train_set.class_names, len(batches), data)
     remarks = run.resume(saved, accept_changes=accept_changes) if saved else []
-    run.refuse_differences()
+    run.refuse_unequal_processes()
     run.open_folder()
 
     board = cfg.tensorboard
     logger = Logger(cfg.folder if board.enabled else None, board.every, run.step, run.seconds_per_step, board.gradients)
     with contextlib.closing(logger), Stop() as stop:  # closed on errors too: no message may land in the progress line
-        logger.curves.config(config.dump(cfg), config.flat(cfg.model_dump(mode="json")))
+        logger.tensorboard.config(config.dump(cfg), config.flat(cfg.model_dump(mode="json")))
         details = (", channels_last" if cfg.channels_last else "") + (f", from step {run.step}" if saved else "")
         lines = [f"run: {cfg.folder} on {device}, {precision} ({reason}){details}, data.workers {batches.num_workers}"]
         lines += [*remarks, f"train: {train_set.summary()}", f"val: {val_set.summary()}"]
@@ -90,7 +90,7 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False, accept_cha
         # One stream over all epochs: batches of the next are loaded while an epoch ends and during evaluation.
         batches.batch_sampler.set_position(*run.position, until=cfg.solver.epochs)
         upcoming = stop.between(copied_ahead(batches, device))
-        if run.evaluation_due:  # the run stopped before it saved this evaluation, or it was finished: evaluate again
+        if run.evaluation_due:  # an evaluation was due when the run stopped, or the run is finished
             metrics = evaluate(run, val_set, val_batches, stop, logger, device)
         while not solver.done:
             advance(run, replica, upcoming, logger, device)
@@ -101,11 +101,11 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False, accept_cha
     return metrics
 
 
-def advance(run: Run, model: torch.nn.Module, batches: Iterator[Batch], logger: Logger, device: torch.device) -> None:
-    """Train to the next pause and save. An interruption loses no step. If a loss is not finite, save its batch."""
+def advance(run: Run, replica: torch.nn.Module, batches: Iterator[Batch], logger: Logger, device: torch.device) -> None:
+    """Train to the next pause or interruption, and save a checkpoint; if a loss is not finite, its batch instead."""
     interruption: UserError | Stopped | None = None
     try:
-        train_until(model, run.criterion, batches, run.solver, logger, device, until_step=run.next_pause)
+        train_until(replica, run.criterion, batches, run.solver, logger, device, until_step=run.next_pause)
     except NonFiniteLoss as error:
         raise FloatingPointError(f"{error}; {run.save_batch(error.batch)}") from None
     except Stopped as error:
@@ -140,9 +140,9 @@ def report(run: Run, metrics: Metrics, val_set: CocoDataset, detections: dict[in
     """Report an evaluation: print a line; write metrics.json, detections.json, TensorBoard and detections.png."""
     write_results(run.cfg.folder, metrics, coco_results(detections, val_set.category_ids))
     logger.say(f"epoch {run.epoch}, step {run.step}: {metrics_line(metrics)}")
-    logger.curves.metrics(metrics, run.step)
+    logger.tensorboard.metrics(metrics, run.step)
     if pictures := list(validation_pictures(val_set, detections, run.cfg.tensorboard.images)):
-        logger.curves.images("validation", pictures, run.step)
+        logger.tensorboard.images("validation", pictures, run.step)
         write_contact_sheet(run.cfg.folder / "detections.png", pictures)
 
 

@@ -206,9 +206,9 @@ class _Reader:
 
         there = ~np.isnan(boxes[:, 0])
         full = np.maximum(boxes[:, 2], 0) * np.maximum(boxes[:, 3], 0)
-        unsaid = np.isnan(areas) | (areas <= 0) & (full > 0)
-        areas = np.where(unsaid, full, areas)
-        self.note("boxes without an area, which is taken as width x height", unsaid & (full > 0), ids)
+        missing = np.isnan(areas) | (areas <= 0) & (full > 0)
+        areas = np.where(missing, full, areas)
+        self.note("boxes without an area, which is taken as width x height", missing & (full > 0), ids)
         self.note("annotations with neither bbox nor segmentation left out", ~there, ids)
         records = (ids, places, kinds, boxes, areas, crowds > 0)
         if not there.all():

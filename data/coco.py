@@ -1,7 +1,8 @@
-"""From a COCO annotation file and a folder of images to samples: the border where formats are converted.
+"""From a COCO annotation file and a folder of images to samples.
 
-Outside: boxes x, y, width, height; category ids with gaps. Inside: boxes x1, y1, x2, y2; labels 0..C-1.
-Every error in the file is found here and reported in one line.
+COCO's format is converted here: from boxes x, y, width, height and category ids with gaps to boxes x1, y1, x2, y2 and
+labels 0..C-1. Detections are converted back in coco_results.py. An error in the file raises a one-line UserError when
+the data set is built.
 """
 
 import hashlib
@@ -20,7 +21,7 @@ from data.cache import Cache
 from data.image_folder import ImageFolder, elsewhere, find_folder
 from data.images import Remarks, add_remarks, image_size, read_image
 from data.plausibility import suspicion
-from data.transforms import scale_boxes
+from data.transforms import Augmented, scale_boxes
 from detector.errors import UserError
 from detector.structures import Target
 
@@ -31,13 +32,11 @@ Sample = tuple[Tensor, Target, int, tuple[int, int]]  # see CocoDataset.__getite
 
 
 class Transform(Protocol):
-    def __call__(
-        self, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, seed: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def __call__(self, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, seed: int) -> Augmented:
         """Image (h, w, 3) uint8 RGB, boxes (G, 4) float32, labels (G,) int64 -> the same, changed."""
 
-    def largest(self, height: int, width: int) -> tuple[int, int]:
-        """The largest (height, width) to which it resizes an image of this size."""
+    def cache_size(self, height: int, width: int) -> tuple[int, int]:
+        """The (height, width) in which the image cache keeps an image of this size."""
 
 
 class CocoDataset(Dataset):
@@ -46,11 +45,11 @@ class CocoDataset(Dataset):
     Without `images`, it looks for their folder where common exporters put it. Give a validation set the training set's
     `category_ids`, so that a label means the same class in both; with `class_names` it also compares the names. `cache`
     is a folder to keep the images in, decoded and resized for the transform, or empty. If the transform neither jitters
-    nor distorts, a cache does not change a bit of a sample. With `trust`, boxes that look like another format are taken
-    as they stand.
+    nor distorts, a cache does not change a bit of a sample. With `trust`, boxes are accepted even if they look like
+    another format.
 
-    Raises UserError at once for an error in the annotation file or its boxes and for a missing image. Reading an image
-    raises it if the image cannot be decoded or its size differs from its record; a cache reads all images at once.
+    Raises UserError for an error in the annotation file or its boxes and for a missing image. Images are checked when
+    read (all at once with a cache): UserError if one cannot be decoded or its size differs from its record.
     """
 
     def __init__(
@@ -86,20 +85,20 @@ class CocoDataset(Dataset):
         self.cache = None
         if cache:
             files = [self.folder / name for name in self.file_names]
-            self.cache = Cache(cache, files, self.sizes, [transform.largest(*size) for size in self.sizes])
+            self.cache = Cache(cache, files, self.sizes, [transform.cache_size(*size) for size in self.sizes])
             add_remarks(self.image_remarks, self.cache.remarks)
 
     def _complete_sizes(self) -> None:
-        """Read sizes that the annotation file lacks from the images."""
+        """Read from the images the sizes that the annotation file lacks."""
         sizes = self.annotations.sizes
-        unsaid = np.flatnonzero((sizes == 0).any(axis=1))
-        if len(unsaid):
+        missing = np.flatnonzero((sizes == 0).any(axis=1))
+        if len(missing):
             with ThreadPoolExecutor() as pool:
-                files = [self.folder / self.file_names[place] for place in unsaid]
-                sizes[unsaid] = list(pool.map(image_size, files))
+                files = [self.folder / self.file_names[index] for index in missing]
+                sizes[missing] = list(pool.map(image_size, files))
             self.remarks.append(
-                f"{len(unsaid):,} images without width and height, which are read from the image "
-                f"(the first is image id {self.image_ids[unsaid[0]]})"
+                f"{len(missing):,} images without width and height, which are read from the image "
+                f"(the first is image id {self.image_ids[missing[0]]})"
             )
 
     def _name_classes(self, category_ids: Sequence[int] | None, class_names: Sequence[str] | None) -> None:
@@ -122,7 +121,7 @@ class CocoDataset(Dataset):
                 )
         if extra := [name for category, name in names.items() if category not in known]:
             self.remarks.append(
-                f"{len(extra):,} categories that training does not have, without boxes (the first is {extra[0]!r})"
+                f"{len(extra):,} categories unknown to training, none with a box (the first is {extra[0]!r})"
             )
         names = {**names, **expected}
         self.class_names: list[str] = [names.get(category, f"category {category}") for category in self.category_ids]
@@ -200,7 +199,7 @@ class CocoDataset(Dataset):
         # For a worker process that is not forked. It does not need the annotations: _boxes has them.
         return {**self.__dict__, "annotations": None}
 
-    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Target, int, tuple[int, int]]:
+    def __getitem__(self, key: int | tuple[int, int]) -> Sample:
         """Image (3, h, w) uint8 RGB, its target, its id, and its (height, width) on disk.
 
         The key is an index, or an index and the seed of the augmentation, which depends on nothing else.

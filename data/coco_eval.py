@@ -18,7 +18,7 @@ from detector.errors import UserError
 from detector.metrics import ClassMetrics, Metrics
 from detector.structures import Detections
 
-IOUS = {"50": 0, "75": 5, "80": 6, "90": 8}  # places among COCOeval's thresholds 0.50, 0.55 ... 0.95
+IOUS = {"50": 0, "75": 5, "80": 6, "90": 8}  # indices among COCOeval's thresholds 0.50, 0.55 ... 0.95
 SIZES = ("s", "m", "l")  # COCOeval's areaRng after "all"
 
 
@@ -42,19 +42,19 @@ def score(
             f"{unknown[0]}: score with the file that the images were listed from"
         )
     names = annotations.names
-    place = {category_id: k for k, category_id in enumerate(sorted(names))}
+    index = {category_id: k for k, category_id in enumerate(sorted(names))}
     truth = _ground_truth(annotations, sorted(detections), sorted(names))
     images, boxes, scores, labels = columns(detections)
-    categories = np.array([place.get(category_id, -1) for category_id in category_ids], np.int64)[labels]
+    categories = np.array([index.get(category_id, -1) for category_id in category_ids], np.int64)[labels]
     # COCO.loadRes takes an array of floats, which hold indices exactly, but not every id.
     results = np.column_stack([images, boxes, scores, categories])[categories >= 0]  # (N, 7)
 
     engine = engine or next(iter(ENGINES))
-    precision, recall, at_recalls = ENGINES[engine](truth, results, len(detections), len(place))
-    counts = np.bincount(truth.categories[~truth.crowds], minlength=len(place)).tolist()
+    precision, recall, at_recalls = ENGINES[engine](truth, results, len(detections), len(index))
+    counts = np.bincount(truth.categories[~truth.crowds], minlength=len(index)).tolist()
     per_class: dict[str, ClassMetrics] = {}
     for category_id, name in names.items():
-        k = place[category_id]
+        k = index[category_id]
         curves = precision[:, :, k, 0, -1]  # (T, R)
         scores_of_class = results[results[:, 6] == k, 5]
         per_class[name] = {
@@ -103,8 +103,8 @@ def _best_threshold(precision: np.ndarray, at_recalls: np.ndarray, scores: np.nd
     """The score threshold with the best F1; -1 if no object was found.
 
     precision, at_recalls (R,): precision and score at R recalls; scores: all scores of the class.
-    The threshold lies halfway to the next lower score: the last digits of a score differ with batch, precision and
-    machine, and the lowest score that counts must still reach it.
+    Halfway between the lowest score that counts and the next lower one, so rounding by batch, precision or machine does
+    not drop it.
     """
     recall = np.linspace(0, 1, len(precision))
     f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-9)

@@ -62,15 +62,15 @@ def collate(samples: Sequence[Sample], pad_to: int = STRIDE) -> Batch:
 
 
 def _collate_with_remarks(dataset: CocoDataset, pad_to: int, samples: Sequence[Sample]) -> tuple[Batch, Remarks]:
-    """A batch, and this process's remarks on its images, which are then cleared."""
+    """A batch and the remarks this process has on its images; clears the remarks."""
     remarks, dataset.image_remarks = dataset.image_remarks, {}
     return collate(samples, pad_to), remarks
 
 
-def _loader(dataset: CocoDataset, sampler: Sampler, workers: int, pad_to: int, pin_memory: bool) -> BatchLoader:
+def _loader(dataset: CocoDataset, batch_sampler: Sampler, workers: int, pad_to: int, pin_memory: bool) -> BatchLoader:
     return BatchLoader(
         dataset,
-        batch_sampler=sampler,
+        batch_sampler=batch_sampler,
         num_workers=workers,
         collate_fn=partial(_collate_with_remarks, dataset, pad_to),
         pin_memory=pin_memory,

@@ -2,7 +2,7 @@
 
 A transform takes an image (h, w, 3) uint8 RGB, boxes (G, 4) float32 xyxy in pixels, labels (G,) and a seed, and
 returns the first three; G may be 0. The same seed gives the same result, whatever was transformed before.
-`largest(height, width)` is the size in which a cache may keep an image of that size: see cache.py.
+`cache_size(height, width)` is the size in which the image cache keeps an image of that size: see cache.py.
 """
 
 import os
@@ -20,17 +20,18 @@ Augmented = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 class EvalTransform:
-    """Resizing alone: short side `short_side`, unless the long side would pass `long_side`."""
+    """Only resizes: short side to `short_side`, or less if the long side would exceed `long_side`."""
 
     def __init__(self, short_side: int, long_side: int):
         _check_sides(short_side, long_side)
         self.short_side, self.long_side = short_side, long_side
 
     def __call__(self, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, seed: int = 0) -> Augmented:
-        height, width = self.largest(*image.shape[:2])
+        old_height, old_width = image.shape[:2]
+        height, width = target_size(old_height, old_width, self.short_side, self.long_side)
         return *resize(image, boxes, height, width), labels
 
-    def largest(self, height: int, width: int) -> tuple[int, int]:
+    def cache_size(self, height: int, width: int) -> tuple[int, int]:
         return target_size(height, width, self.short_side, self.long_side)
 
 
@@ -38,7 +39,7 @@ class TrainTransform:
     """Augmentation, and resizing as in evaluation.
 
     horizontal_flip, vertical_flip: probabilities. scale_jitter: both sides are multiplied by a factor drawn
-    log-uniformly from this range. strong: first shift, zoom, turn, crop and change colours, all mildly.
+    log-uniformly from this range. strong: before that, mild shifts, zooms, rotations, crops and colour changes.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class TrainTransform:
 
     def __call__(self, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, seed: int) -> Augmented:
         if self.distort is not None:
-            # Not set_random_seed: it gives every step the same seed, so all steps would apply to the same images.
+            # Not set_random_seed: it seeds every step alike, so all steps would apply to the same images.
             self.distort.set_random_state(np.random.default_rng(seed), random.Random(seed))
             result = self.distort(image=image, bboxes=boxes, rows=np.arange(len(boxes)))
             image = result["image"]
@@ -77,7 +78,7 @@ class TrainTransform:
         # Flip last: images from the cache are resized already and must give the same pixels.
         return *flip(image, boxes, *(draw.random(2) < self.flips)), labels
 
-    def largest(self, height: int, width: int) -> tuple[int, int]:
+    def cache_size(self, height: int, width: int) -> tuple[int, int]:
         low, high = self.scale_jitter
         size = target_size(height, width, self.short_side * high, self.long_side * high)
         # If each sample is resized anyway, an enlarged image would only take more room in the cache.
@@ -117,7 +118,7 @@ def _distortion():
 
     steps = [
         A.Affine(scale=(0.9, 1.1), translate_percent=(-0.06, 0.06), rotate=(-5, 5), balanced_scale=True, p=0.5),
-        # Not one of the crops that follow boxes: those enlarge a single small object without limit.
+        # Not albumentations' box-aware crops: they zoom in on a single small object without limit.
         A.RandomCropFromBorders(crop_left=0.2, crop_right=0.2, crop_top=0.2, crop_bottom=0.2, p=0.5),
         A.ColorJitter(brightness=(0.7, 1.3), contrast=(0.7, 1.3), saturation=(0.7, 1.3), hue=(-0.03, 0.03), p=0.8),
     ]

@@ -54,7 +54,7 @@ def build_solver(cfg: Config, model: RetinaNet, steps_per_epoch: int) -> Solver:
     )
 
 
-def images_per_process(cfg: Config) -> int:
+def train_batch_size(cfg: Config) -> int:
     """Images of a step that one process computes, in `solver.accumulate` parts."""
     processes, parts = distributed.world_size(), cfg.solver.accumulate
     if cfg.solver.batch_size % (processes * parts):
@@ -65,7 +65,7 @@ def images_per_process(cfg: Config) -> int:
     return cfg.solver.batch_size // processes
 
 
-def evaluation_batch(cfg: Config) -> int:
+def eval_batch_size(cfg: Config) -> int:
     """Images that one process evaluates at once: by default the same for any number of processes."""
     return cfg.evaluation.batch_size or min(8, cfg.solver.batch_size // cfg.solver.accumulate)
 

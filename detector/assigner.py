@@ -16,10 +16,10 @@ MIN_BLOCK = 4096  # anchors
 class IoUAssigner:
     """RetinaNet's rule: an anchor belongs to the box it overlaps most.
 
-    An anchor is positive if that IoU >= `fg_iou`, background if it is < `bg_iou`, and ignored between. The anchors that
-    reach a box's best IoU are positive too, if this IoU is above 0 and at least `min_iou`; such an anchor still learns
-    the box that *it* overlaps most. Without this rule, boxes far from all anchor shapes are never learnt.
-    `min_iou` = `fg_iou` switches the rule off.
+    An anchor is positive if that IoU >= `fg_iou`, background if it is < `bg_iou`, and ignored between. Each box's best
+    anchors are positive too, if their IoU is above 0 and at least `min_iou`; such an anchor still learns the box it
+    overlaps most. Without this rule, boxes far from all anchor shapes are never learnt. `min_iou` = `fg_iou` switches
+    the rule off.
 
     Source: Lin et al., Focal Loss, 2017, section 4; the low-quality matches are Faster R-CNN's (Ren et al.,
     2015, section 3.1.2). Same result as torchvision's Matcher, except for a box that overlaps no anchor:
@@ -63,8 +63,8 @@ class IoUAssigner:
 def split_boxes(anchors: Tensor, gt_boxes: Tensor, counts: list[int]) -> list[Tensor] | tuple[Tensor, ...]:
     """A batch's boxes (B, G, 4) in parts (b, g, 4) for an assigner. Image i has counts[i] boxes, then zeros.
 
-    On a CPU each image is a part, so _blocks can select its boxes alone. Elsewhere a part has as many images as memory
-    allows, for few kernel launches. Boxes of zeros overlap no anchor.
+    On a CPU each image is a part, so _blocks can skip boxes far from a run of anchors. Elsewhere a part has as many
+    images as memory allows, for few kernel launches. Boxes of zeros overlap no anchor.
     """
     if anchors.device.type == "cpu":
         return [boxes[None, :count] for boxes, count in zip(gt_boxes, counts)]
@@ -72,10 +72,11 @@ def split_boxes(anchors: Tensor, gt_boxes: Tensor, counts: list[int]) -> list[Te
 
 
 def _blocks(anchors: Tensor, gt_boxes: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Runs of anchors, each with the indices (k,) of the boxes that may overlap it, so that (G, A) is never computed.
+    """Runs of anchors, each with the indices (k,) of the boxes that may overlap it.
 
     On a CPU a run is short: its pairs fit the cache, and most boxes of a crowd do not reach its part of the image.
-    Elsewhere it is as long as memory allows and gets all boxes, because selecting some would wait for the device.
+    Elsewhere it is as long as memory allows, often all anchors, and gets all boxes: selecting some would wait for the
+    device.
     """
     on_cpu = anchors.device.type == "cpu"
     length = max((CACHED_PAIRS if on_cpu else MAX_PAIRS) // max(gt_boxes.shape[:-1].numel(), 1), MIN_BLOCK)

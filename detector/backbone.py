@@ -28,19 +28,24 @@ NORMS: dict[str, Callable[[nn.BatchNorm2d], nn.Module]] = {  # each in place of 
 
 
 def set_norm(network: nn.Module, norm: str) -> None:
-    """Replace each BatchNorm by the key `norm` of `NORMS`; a frozen one is folded into the convolution before it."""
+    """Replace each BatchNorm by what `NORMS[norm]` makes.
+
+    A frozen one is folded into the convolution before it. In a ResNet these convolutions also apply the ReLUs after
+    them, and the last one of a block adds the shortcut (`Residual`).
+    """
     for parent in list(network.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.BatchNorm2d):
                 setattr(parent, name, NORMS[norm](child))
-        for (name, conv), (_, behind) in list(pairwise(parent.named_children())):
-            if isinstance(conv, nn.Conv2d) and isinstance(behind, FrozenBatchNorm):
-                setattr(parent, name, FoldedConv(conv, behind))
+        for (name, conv), (_, after) in list(pairwise(parent.named_children())):
+            if isinstance(conv, nn.Conv2d) and isinstance(after, FrozenBatchNorm):
+                setattr(parent, name, FoldedConv(conv, after))
     for parent in list(network.modules()) if norm == "frozen_bn" else []:
         for name, child in list(parent.named_children()):
             if isinstance(child, BasicBlock | Bottleneck):
                 setattr(parent, name, Residual(child))
         if isinstance(parent, ResNet):
+            # The stem's convolution now applies the ReLU. Identity keeps its place: BACKBONES counts the layers.
             parent.conv1.relu, parent.relu = True, nn.Identity()  # type: ignore[assignment]
 
 

@@ -87,7 +87,8 @@ class Data(Options):
     horizontal_flip: float = Field(0.5, ge=0, le=1)  # probability
     vertical_flip: float = Field(0.0, ge=0, le=1)  # probability
     scale_jitter: tuple[float, float] = (1.0, 1.0)  # training images are resized by a factor drawn from this range
-    strong: bool = False  # also colour, crops that keep boxes, affine maps
+    # also mild shifts, zooms, rotations, crops and colour changes; drops boxes that are less than 25% visible then
+    strong: bool = False
     cache: FilePath = ""  # a folder for the decoded and resized images, where its disk has room for them
     trust: bool = False  # accept boxes that look like another format, and training without any box
 
@@ -112,7 +113,7 @@ class Data(Options):
 class HeadOptions(Options):
     depth: int = Field(4, ge=0, le=64)  # 3x3 convolutions of each tower
     width: int = Field(256, ge=32, le=2**14, multiple_of=32)  # their channels
-    norm: Literal["none", "gn"] = "none"  # behind each of them
+    norm: Literal["none", "gn"] = "none"  # after each of them
     prior: float | None = Field(None, gt=0, lt=1)  # probability of each class at the start; null: as class_loss asks
 
 

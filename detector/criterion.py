@@ -41,23 +41,24 @@ class Criterion(nn.Module):
     def forward(self, predictions: Predictions, targets: list[Target], matches: "Matches | None" = None) -> Losses:
         """Targets on the predictions' device, one for each image. `matches`: from `match`, if called before."""
         matches = matches or self.match(predictions, targets)
-        deltas = predictions.deltas.flatten(0, 1)[matches.rows].float()
+        positive_deltas = predictions.deltas.flatten(0, 1)[matches.rows].float()
         return Losses(
             terms={
-                "class": self.class_weight * self._class_loss(predictions, matches, deltas.detach()),
-                "box": self.box_weight * self._box_loss(predictions, matches, deltas),
+                "class": self.class_weight * self._class_loss(predictions, matches, positive_deltas.detach()),
+                "box": self.box_weight * self._box_loss(predictions, matches, positive_deltas),
             },
             diagnostics={
                 "true_class_probability": _true_class_probability(predictions.logits, matches),
-                "positives_per_image": matches.positive.sum() / len(targets),
+                "positives_per_image": matches.count / len(targets),
             },
         )
 
-    def _class_loss(self, predictions: Predictions, matches: "Matches", deltas: Tensor) -> Tensor:
+    def _class_loss(self, predictions: Predictions, matches: "Matches", positive_deltas: Tensor) -> Tensor:
         cells = [predictions.logits, matches.anchor_labels(predictions.logits.shape[-1]), matches.valid]
         if getattr(self.class_loss, "takes_quality", False):
-            quality = deltas.new_zeros(matches.valid.numel())
-            quality[matches.rows] = box_ops.iou_of_pairs(self.coder.decode(deltas, matches.anchors), matches.boxes)
+            quality = positive_deltas.new_zeros(matches.valid.numel())
+            decoded = self.coder.decode(positive_deltas, matches.anchors)
+            quality[matches.rows] = box_ops.iou_of_pairs(decoded, matches.boxes)
             cells.append(quality.view_as(matches.valid))
         parts = predictions.levels if _by_level(self.class_loss) else (sum(predictions.levels),)
         return sum(
@@ -67,11 +68,11 @@ class Criterion(nn.Module):
             for part in zip(*(value.split(parts, dim=1) for value in cells))
         )
 
-    def _box_loss(self, predictions: Predictions, matches: "Matches", deltas: Tensor) -> Tensor:
+    def _box_loss(self, predictions: Predictions, matches: "Matches", positive_deltas: Tensor) -> Tensor:
         if getattr(self.box_loss, "takes_boxes", False):
-            predicted, truth = self.coder.decode(deltas, matches.anchors), matches.boxes
+            predicted, truth = self.coder.decode(positive_deltas, matches.anchors), matches.boxes
         else:
-            predicted, truth = deltas, self.coder.encode(matches.boxes, matches.anchors)
+            predicted, truth = positive_deltas, self.coder.encode(matches.boxes, matches.anchors)
         if not (_by_level(self.box_loss) and getattr(self.box_loss, "takes_valid", False)):
             return self.box_loss(predicted, truth, matches.num_pos)
         anchor = matches.rows % sum(predictions.levels)
@@ -80,9 +81,9 @@ class Criterion(nn.Module):
         return sum(self.box_loss(predicted, truth, matches.num_pos, mask) for mask in of_level)
 
     def match(self, grid: Grid | Predictions, targets: list[Target]) -> "Matches":
-        """Which box each anchor of each image learns.
+        """The box that each anchor learns.
 
-        On a GPU, call this before the model runs, so the number of positives arrives before the losses need it.
+        On a GPU call it before the model, so the count of positives reaches the CPU before the losses need it.
         """
         anchors = grid.anchors
         boxes, labels = (pad_sequence(list(values), batch_first=True) for values in zip(*targets))
@@ -94,22 +95,23 @@ class Criterion(nn.Module):
 class Matches:
     """The anchors of a batch, and the class and box that each learns.
 
-    `valid` (not ignored) and `positive`: (B, A) bool; `num_pos`: positive anchors of all processes, at least 1.
-    For the P positives of this process: `rows` (P,) among B x A, `labels` (P,), `boxes` and `anchors` (P, 4).
+    `valid` (not ignored) and `positive`: (B, A) bool. `num_pos`: positive anchors of all processes, at least 1.
+    `count`: P, the positive anchors of this process, a tensor. Of these P: `rows` (P,) among B x A, `labels` (P,),
+    `boxes` and `anchors` (P, 4).
     """
 
     def __init__(self, anchors: Tensor, boxes: Tensor, classes: Tensor, assignment: Assignment):
         self.positive, self.valid = assignment.positive, ~assignment.ignored
-        count = self.positive.sum()
-        self.num_pos = distributed.all_sum(count).clamp(min=1)
-        self._count = PendingCopy(count)
+        self.count = self.positive.sum()
+        self.num_pos = distributed.all_sum(self.count).clamp(min=1)
+        self._count_on_cpu = PendingCopy(self.count)
         self._anchors, self._boxes, self._classes, self._gt_index = anchors, boxes, classes, assignment.gt_index
 
     @cached_property
     def rows(self) -> Tensor:
         positive = self.positive.flatten()
         if positive.is_cuda:
-            return torch.nonzero_static(positive, size=int(self._count.get())).squeeze(1)
+            return torch.nonzero_static(positive, size=int(self._count_on_cpu.get())).squeeze(1)
         return positive.nonzero().squeeze(1)
 
     @cached_property
@@ -142,6 +144,6 @@ def _by_level(loss: nn.Module) -> bool:
 
 @torch.no_grad()
 def _true_class_probability(logits: Tensor, matches: Matches) -> Tensor:
-    """This process's share of the mean over all positives: the average of the shares over processes is the mean."""
+    """Mean over the positives of all processes, as a share that the average over processes restores."""
     logit = logits.flatten(0, 1)[matches.rows].gather(1, matches.labels[:, None])
     return logit.float().sigmoid().sum() / matches.num_pos * distributed.world_size()

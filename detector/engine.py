@@ -31,7 +31,7 @@ class NonFiniteLoss(FloatingPointError):
 
 
 def train_until(
-    model: nn.Module,
+    replica: nn.Module,
     criterion: Criterion,
     batches: Iterable[Batch],
     solver: Solver,
@@ -42,10 +42,12 @@ def train_until(
 ) -> None:
     """Train to step `until_step`, to the solver's last step or to the last batch. The batches are on the device.
 
+    `replica` is the solver's model as `distributed.replicate` returns it.
+
     Raises NonFiniteLoss, without updating the weights, if loss or gradient is not finite and the solver may not skip
     the step. If the batches raise UserError or Stopped, all processes raise it after the same step.
     """
-    model.train()
+    replica.train()
     criterion.train()
     last = min(until_step, solver.total_steps)
     if solver.step_count >= last:
@@ -53,8 +55,8 @@ def train_until(
     logger.start(solver.step_count, solver.total_steps)
     stream = distributed.padded_alike(batches, device)
 
-    def fetch(unread: PendingCopy | None = None) -> tuple[Batch, Matches] | None:
-        batch = logger.clock.next_batch(stream, unread)
+    def fetch(pending_losses: PendingCopy | None = None) -> tuple[Batch, Matches] | None:
+        batch = logger.clock.next_batch(stream, pending_losses)
         # Matching needs the images' size and the targets, but no prediction, so it comes before the model.
         return batch and (batch, criterion.match(cast("RetinaNet", solver.model).grid(batch.images), batch.targets))
 
@@ -62,7 +64,7 @@ def train_until(
     while upcoming is not None:
         (batch, matches), upcoming, number = upcoming, None, solver.step_count + 1
         observing = logger.wants_gradients(number)
-        losses, observation = compute_gradients(model, criterion, batch, matches, solver, observing)
+        losses, observation = compute_gradients(replica, criterion, batch, matches, solver, observing)
         if observation is not None:
             logger.gradients(observation, number)
         scalars = {name: value.detach() for name, value in (losses.terms | losses.diagnostics).items()}
@@ -94,23 +96,24 @@ def _update(solver: Solver, values: dict[str, float], terms: Iterable[str], batc
 
 
 def compute_gradients(
-    model: nn.Module, criterion: Criterion, batch: Batch, matches: Matches, solver: Solver, observing: bool = False
+    replica: nn.Module, criterion: Criterion, batch: Batch, matches: Matches, solver: Solver, observing: bool = False
 ) -> tuple[Losses, Observation | None]:
     """Run model and losses, and add to the parameters' `grad`. If `observing`, measure the gradient by region too."""
 
     def forward(part: Batch) -> Predictions:
         with autocast(part.images.device, solver.precision):
-            return model(part.images, part.sizes)
+            return replica(part.images, part.sizes)
 
     size = len(batch.images) // solver.accumulate
     parts = [Batch._make(values[i * size : (i + 1) * size] for values in batch) for i in range(solver.accumulate)]
     if len(parts) > 1:
-        # The loss needs the whole batch, because its normaliser and GHM's density count all images. So predict each
-        # part without a graph, compute the gradient of these predictions, and send it back through a second forward.
-        buffers = [buffer.clone() for buffer in model.buffers()]
+        # The loss needs the whole batch, because its normaliser and GHM's density count all images. So predict all
+        # parts without a graph, take the loss's gradient with respect to the predictions, then run each part again and
+        # backpropagate its share.
+        buffers = [buffer.clone() for buffer in replica.buffers()]
         with torch.no_grad():
             predicted = [forward(part) for part in parts]
-            for buffer, before in zip(model.buffers(), buffers):  # BatchNorm must not count the images twice
+            for buffer, before in zip(replica.buffers(), buffers):  # BatchNorm must not count the images twice
                 buffer.copy_(before)
         logits, deltas = (torch.cat(values).requires_grad_() for values in list(zip(*predicted))[:2])
         predictions = predicted[0]._replace(logits=logits, deltas=deltas)
@@ -141,8 +144,8 @@ def predict(
 
     Each process predicts its own batches; every process returns all detections. `watch` gets the seconds by stage.
 
-    All processes raise a UserError or Stopped of the batches, and FloatingPointError, with the images' ids, if the
-    model's output is not finite.
+    If loading raises UserError or Stopped, every process raises it. If an output is not finite, all raise
+    FloatingPointError with the image ids.
     """
     model.eval()
     watch = watch or Stopwatch()
@@ -155,7 +158,8 @@ def predict(
             with watch("postprocessing"):
                 try:
                     detections = postprocess(predictions, batch.sizes)
-                except NonFiniteOutput as error:  # raised below: here the other processes would wait for this one
+                except NonFiniteOutput as error:
+                    # Raised after the loop: raised here, it would leave the other processes waiting.
                     not_finite = [batch.image_ids[index] for index in error.images]
                     break
                 rows = zip(batch.image_ids, detections, batch.sizes, batch.original_sizes)
@@ -170,7 +174,7 @@ def predict(
 
 
 def _not_finite(values: dict[str, float], terms: Iterable[str], solver: Solver) -> dict[str, float]:
-    # In float16 a gradient may overflow: the scaler then skips the step and halves its scale. Below 1 that is no use.
+    # In float16 an overflow is normal: GradScaler skips the step and halves its scale. Below 1 halving no longer helps.
     watched = [*terms] if solver.scaler.is_enabled() else [*terms, "gradient_norm"]
     bad = {name: values[name] for name in watched if not abs(values[name]) < float("inf")}
     if solver.scaler.get_scale() < 1:

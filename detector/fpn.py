@@ -8,10 +8,10 @@ from torch.nn import functional as F
 
 
 class FPN(nn.Module):
-    """Feature pyramid with two coarser levels on top, all of `channels` wide.
+    """A feature pyramid with two coarser levels; every level has `channels` channels.
 
     P6 is a stride-2 convolution on C5 (the Focal Loss paper) or on P5 (torchvision's first RetinaNet and most
-    later ones; fewer weights, same AP); P7 one on relu(P6).
+    later ones; fewer weights, same AP). P7 is another stride-2 convolution, on relu(P6).
 
     Source: Lin et al., Feature Pyramid Networks, 2017; Focal Loss, 2017, section 4, footnote 2.
     """

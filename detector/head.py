@@ -14,10 +14,10 @@ class Head(nn.Module):
 
     Args:
         channels: channels of the pyramid
-        anchors_per_position: shapes on each cell
+        anchors_per_position: anchors at each position
         num_classes: C; there is no output for background, whatever the loss
         depth, width: convolutions in each tower, and their channels
-        norm: "gn" puts a GroupNorm behind each convolution of the towers
+        norm: "gn" puts a GroupNorm after each convolution of the towers
         prior: probability of every class from an untrained head. If it is low, the many background cells do not
             dominate the first steps (Lin et al., Focal Loss, 2017, section 3.3)
     """
@@ -49,8 +49,8 @@ class Head(nn.Module):
 
     def forward(self, levels: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Pyramid levels (B, channels, h, w) -> logits (B, A, C), deltas (B, A, 4)."""
-        logits = [_by_anchor(self.logits(level), self.num_classes) for level in _climb(self.class_tower, levels)]
-        deltas = [_by_anchor(self.deltas(level), 4) for level in _climb(self.box_tower, levels)]
+        logits = [_by_anchor(self.logits(level), self.num_classes) for level in _run_tower(self.class_tower, levels)]
+        deltas = [_by_anchor(self.deltas(level), 4) for level in _run_tower(self.box_tower, levels)]
         return torch.cat(logits, dim=1), torch.cat(deltas, dim=1)
 
 
@@ -66,7 +66,7 @@ def _tower(channels: int, depth: int, width: int, norm: str) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def _climb(tower: nn.Sequential, levels: list[Tensor]) -> list[Tensor]:
+def _run_tower(tower: nn.Sequential, levels: list[Tensor]) -> list[Tensor]:
     for layer in tower:
         levels = layer(levels) if isinstance(layer, ConvReLU) else [layer(level) for level in levels]
     return levels

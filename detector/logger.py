@@ -7,13 +7,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from detector import distributed
-from detector.curves import Curves
 from detector.gradients import Observation
 from detector.step_clock import StepClock
+from detector.tensorboard_writer import TensorBoardWriter
 
 
 class Logger:
-    """Shows a training: `clock` times its steps, and `curves` are TensorBoard's.
+    """Shows a training: `clock` times its steps, and `tensorboard` writes the files for TensorBoard.
 
     The training loop calls `start`, and `step` after each step that was not skipped.
 
@@ -35,7 +35,7 @@ class Logger:
     ):
         self.every = every
         self.gradients_every = gradients_every if folder is not None else 0
-        self.curves = Curves(folder, first_step)
+        self.tensorboard = TensorBoardWriter(folder, first_step)
         self.clock = StepClock(seconds_per_step)
         self._line: tqdm | None = None
 
@@ -79,16 +79,16 @@ class Logger:
         terms = set(terms)
         for name, value in values.items():
             scalars[f"loss/{name}" if name in terms else f"diagnostics/{name}"] = value
-        self.curves.scalars(scalars, step)
+        self.tensorboard.scalars(scalars, step)
 
     def wants_gradients(self, step: int) -> bool:
         """Whether to observe the gradients of this step (counted from 1); the same on all processes."""
         return self.gradients_every > 0 and step % self.gradients_every == 0
 
     def gradients(self, observation: Observation, step: int) -> None:
-        self.curves.gradients(observation, step)
+        self.tensorboard.gradients(observation, step)
 
     def close(self) -> None:
         if self._line is not None:
             self._line.close()
-        self.curves.close()
+        self.tensorboard.close()

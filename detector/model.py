@@ -53,9 +53,9 @@ class RetinaNet(nn.Module):
     def grid(self, images: Tensor) -> Grid:
         """The anchors of images of this size, on their device."""
         height, width = images.shape[-2:]
-        cells = [(-(-height // 2**level), -(-width // 2**level)) for level in range(3, 8)]
-        counts = tuple(rows * columns * self.anchors.per_position for rows, columns in cells)
-        return Grid(self.anchors(cells, (height, width), images.device), counts, self.anchors.per_position)
+        map_sizes = [(-(-height // 2**level), -(-width // 2**level)) for level in range(3, 8)]
+        counts = tuple(rows * columns * self.anchors.per_position for rows, columns in map_sizes)
+        return Grid(self.anchors(map_sizes, (height, width), images.device), counts, self.anchors.per_position)
 
     def describe(self) -> str:
         trained = sum(p.numel() for p in self.parameters() if p.requires_grad)

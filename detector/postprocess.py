@@ -30,7 +30,7 @@ class Postprocess:
     Args:
         score_threshold: cells that do not exceed it are dropped before anything is sorted or decoded
         top_k: best cells kept of each pyramid level of an image, before NMS
-        nms_iou: of two boxes of one class that overlap more than this, the better stays
+        nms_iou: if two boxes of a class overlap more than this, only the one with the higher score is kept
         max_detections: kept for an image
     """
 
@@ -48,10 +48,10 @@ class Postprocess:
 
     @torch.no_grad()
     def __call__(self, predictions: Predictions, sizes: list[tuple[int, int]]) -> list[Detections]:
-        """Sizes: (height, width) of each image inside its padding -> Detections of each, in input pixels.
+        """Sizes: (height, width) of each image inside its padding -> its Detections, in pixels of the resized image.
 
-        Raises NonFiniteOutput if a logit or delta is NaN or infinite. NaN passes no threshold, so without this check a
-        diverged model would find nothing and print no message.
+        Raises NonFiniteOutput if a logit or delta is NaN or infinite. Without this check a diverged model would
+        silently find nothing, because NaN passes no threshold.
         """
         logits = predictions.logits.float()
         num_images, num_anchors, num_classes = logits.shape

@@ -44,8 +44,8 @@ class Run:
     class_names: list[str]
     steps_per_epoch: int
     data: dict[str, str]  # of data.train and data.val, a digest of the annotations
-    evaluated: int = 0  # step of the last evaluation
-    best: float = float("-inf")  # highest AP so far
+    evaluated_step: int = 0  # of the last evaluation
+    best_ap: float = float("-inf")  # so far
     score_thresholds: list[float] = field(default_factory=list)  # of each class, where its F1 was best; -1: unknown
     seconds_per_step: float | None = None  # median
     peak_memory: int = 0  # bytes
@@ -82,7 +82,7 @@ class Run:
         """True at the end of the training, and after every `evaluation.every` epochs unless that is done."""
         epoch, batch = self.position
         after_epoch = batch == 0 and epoch > 0 and epoch % self.cfg.evaluation.every == 0
-        return self.solver.done or (after_epoch and self.evaluated != self.step)
+        return self.solver.done or (after_epoch and self.evaluated_step != self.step)
 
     @property
     def next_pause(self) -> int:
@@ -92,11 +92,11 @@ class Run:
 
     def record_and_save(self, metrics: Metrics) -> None:
         """Record an evaluation of the current weights and save them; as best.pt too, if AP is the highest so far."""
-        self.evaluated = self.step
+        self.evaluated_step = self.step
         by_class = metrics["per_class"]
         self.score_thresholds = [by_class[name]["threshold"] if name in by_class else -1.0 for name in self.class_names]
-        if metrics["AP"] > self.best:
-            self.best = metrics["AP"]
+        if metrics["AP"] > self.best_ap:
+            self.best_ap = metrics["AP"]
             # Before last.pt: after an interruption between the two, last.pt would know this AP and never save best.pt.
             self.save(BEST)
         self.save(LAST)
@@ -121,8 +121,8 @@ class Run:
                 "criterion": self.criterion.state_dict(),
                 "rng": random_states(),
                 "epoch": self.epoch,
-                "evaluated": self.evaluated,
-                "best": float(self.best),
+                "evaluated": self.evaluated_step,
+                "best": float(self.best_ap),
                 "seconds_per_step": self.seconds_per_step,
                 "peak_memory": self.peak_memory,
                 "data": dict(self.data),
@@ -158,7 +158,7 @@ class Run:
             detail = str(error).strip().splitlines()[-1].strip()
             raise UserError(f"{path}: is of another model, loss or optimizer than the config says ({detail})") from None
         set_random_states(state["rng"])
-        self.evaluated, self.best = state["evaluated"], state["best"]
+        self.evaluated_step, self.best_ap = state["evaluated"], state["best"]
         self.seconds_per_step, self.peak_memory = state["seconds_per_step"], state["peak_memory"]
         self.score_thresholds = checkpoint.score_thresholds(content)
         return [*saved.damaged, *(f"changed: {change}" for change in changes)]
@@ -174,8 +174,8 @@ class Run:
             if before.get(key) != now.get(key) and not key.startswith(MAY_CHANGE)
         ]
 
-    def refuse_differences(self) -> None:
-        """Raise UserError if processes differ in config, checkpoint or data, except for paths of results and data."""
+    def refuse_unequal_processes(self) -> None:
+        """Raise UserError if config, checkpoint or data differ between processes. Paths of results and data may."""
         options = config.flat(self.cfg.model_dump(mode="json"))
         places = ("output", "data.train", "data.val")
         shared = {key: value for key, value in options.items() if not key.startswith(places)}

@@ -15,8 +15,8 @@ class Solver:
     """One optimizer step at a time, and the state that goes with it.
 
     `lr` is meant for batches of `lr_batch_size` and scaled to `batch_size`: in proportion for SGD (Goyal et
-    al., 2017), by the square root for AdamW (Malladi et al., 2022). Warm-up steps scale the other way, so
-    that warm-up covers the same number of images. The schedule spans `total_steps`.
+    al., 2017), by the square root for AdamW (Malladi et al., 2022). Warm-up steps scale inversely, so that
+    warm-up covers the same number of images. The schedule spans `total_steps`.
 
     Weight decay applies to tensors of two or more dimensions: the weights of convolutions and linear layers. It leaves
     out norms and biases, which have one.
@@ -70,7 +70,7 @@ class Solver:
         self.scaler = torch.amp.GradScaler(self.parameters[0].device.type, enabled=precision == "float16")
         self.model = model
         self.step_count = 0  # steps done, including skipped ones
-        self.skipped, self.may_skip = 0, skip_nonfinite  # steps whose gradient was not finite
+        self.skipped, self.may_skip = 0, skip_nonfinite  # steps that `skip` left out, and how many may be
         self.averaged = AveragedModel(model, multi_avg_fn=self._average, use_buffers=True) if ema else None
         self.ema = ema
 
@@ -110,7 +110,10 @@ class Solver:
         self.scaler.scale(loss).backward()
 
     def clip_gradients(self) -> Tensor:
-        """Scale the gradients down to `clip_norm`; returns their norm before that. Call once a step, before `step`."""
+        """Unscale the gradients, clip them if `clip_norm` is set; returns their norm before clipping.
+
+        Call it once a step, before `step`.
+        """
         self.scaler.unscale_(self.optimizer)
         return nn.utils.clip_grad_norm_(self.parameters, self.clip_norm or math.inf)
 
@@ -128,7 +131,8 @@ class Solver:
     def skip(self) -> None:
         """Count a step, and leave the weights as they are."""
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.update(self.scaler.get_scale())  # resets the scaler, which has seen this step's gradients
+        # Clears the scaler's record of this step; otherwise the next unscale_ would raise.
+        self.scaler.update(self.scaler.get_scale())
         self.step_count += 1
         self.skipped += 1
 
@@ -138,6 +142,7 @@ class Solver:
         return self.averaged.module if self.averaged is not None else self.model
 
     def state_dict(self) -> dict[str, Any]:
+        """All but the trained weights, which run.py saves beside it."""
         return {
             "step": self.step_count,
             "skipped": self.skipped,
@@ -165,7 +170,7 @@ class Solver:
 
         The decay grows as (1 + n) / (10 + n) up to `ema`, so the start does not dominate the average of a short run.
         """
-        n = self.step_count - 1  # steps averaged so far; reading AveragedModel's own count would wait for the device
+        n = self.step_count - 1  # earlier steps, skipped ones too; AveragedModel's own count would wait for the device
         weight = 1 - min(self.ema or 0.0, (1 + n) / (10 + n))
         if averages[0].is_floating_point():
             torch._foreach_lerp_(averages, currents, weight)

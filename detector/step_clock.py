@@ -30,12 +30,12 @@ class StepClock:
         """Let a step begin now."""
         self._step_began, self._waits = time.perf_counter(), []
 
-    def next_batch(self, batches: Iterator[Batch], unread: PendingCopy | None = None) -> Batch | None:
-        """The next batch; None after the last. On a GPU, only the time after `unread` arrives counts as a wait."""
+    def next_batch(self, batches: Iterator[Batch], pending_losses: PendingCopy | None = None) -> Batch | None:
+        """The next batch; None after the last. On a GPU, a wait begins only when `pending_losses` arrive."""
         began = time.perf_counter()
         batch = next(batches, None)
         seconds = time.perf_counter() - began
-        self._waits.append((unread and unread.idle()) or (lambda: seconds))
+        self._waits.append((pending_losses and pending_losses.idle()) or (lambda: seconds))
         return batch
 
     def step_done(self) -> None:

@@ -40,11 +40,11 @@ class Batch(NamedTuple):
         """The batch on the device, in three transfers. The transfer of pinned images to a GPU is asynchronous."""
         if device.type == self.images.device.type:
             return self
-        wait_free = device.type == "cuda"  # to the CPU, the values could be read before they arrive
+        non_blocking = device.type == "cuda"  # a non-blocking copy to the CPU could be read before it has arrived
         counts = [len(target.labels) for target in self.targets]
-        joined = (torch.cat(values).to(device, non_blocking=wait_free) for values in zip(*self.targets))
+        joined = (torch.cat(values).to(device, non_blocking=non_blocking) for values in zip(*self.targets))
         targets = [Target(*values) for values in zip(*(values.split(counts) for values in joined))]
-        return self._replace(images=self.images.to(device, non_blocking=wait_free), targets=targets)
+        return self._replace(images=self.images.to(device, non_blocking=non_blocking), targets=targets)
 
 
 class Grid(NamedTuple):

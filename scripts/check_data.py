@@ -173,10 +173,10 @@ def best_iou(anchors: Anchors, boxes: np.ndarray, sizes: list[tuple[int, int]]) 
         centres = (of_size[:, :2] + of_size[:, 2:]) / 2
         of_level = []
         for level, shapes in enumerate(anchors.shapes):
-            grid = tuple(-(-side // anchors.strides[level]) for side in size)
-            steps = torch.tensor(anchors.steps(grid, level, size)[::-1])  # x first
-            cells = (centres / steps).round().clamp(min=torch.zeros(2), max=torch.tensor(grid[::-1]) - 1)
-            placed = (cells * steps).repeat(1, 2)[:, None] + shapes  # (n, shapes, 4)
+            map_size = tuple(-(-side // anchors.strides[level]) for side in size)
+            steps = torch.tensor(anchors.steps(map_size, level, size)[::-1])  # x first
+            positions = (centres / steps).round().clamp(min=torch.zeros(2), max=torch.tensor(map_size[::-1]) - 1)
+            placed = (positions * steps).repeat(1, 2)[:, None] + shapes  # (n, shapes, 4)
             repeated = of_size[:, None].expand_as(placed)
             iou = box_ops.iou_of_pairs(placed.flatten(0, 1), repeated.flatten(0, 1)).view(len(of_size), -1)
             of_level.append(iou.amax(dim=1))
@@ -191,10 +191,10 @@ def balance(cfg: Config, anchors: Anchors, train: Seen) -> str:
     positives = negatives = 0
     for index in chosen:
         size = tuple(-(-side // cfg.data.pad_to) * cfg.data.pad_to for side in train.sizes[index])
-        grids = [tuple(-(-side // stride) for side in size) for stride in anchors.strides]
-        levels = [height * width * anchors.per_position for height, width in grids]
+        map_sizes = [tuple(-(-side // stride) for side in size) for stride in anchors.strides]
+        levels = [height * width * anchors.per_position for height, width in map_sizes]
         boxes = torch.from_numpy(train.boxes[train.image == index])
-        assignment = assigner(anchors(grids, size, torch.device("cpu")), boxes, levels, anchors.per_position)
+        assignment = assigner(anchors(map_sizes, size, torch.device("cpu")), boxes, levels, anchors.per_position)
         positives += int(assignment.positive.sum())
         negatives += int((~assignment.positive & ~assignment.ignored).sum())
     if not positives:

@@ -222,9 +222,9 @@ class Exported(nn.Module):
         """Like RetinaNet.forward, but for normalised images and with the anchors inside the graph."""
         levels = self.model.fpn(self.model.backbone(images))
         logits, deltas = self.model.head(levels)
-        grids = [(level.shape[-2], level.shape[-1]) for level in levels]
-        anchors = self.model.anchors.build(grids, (images.shape[-2], images.shape[-1]))
-        counts = tuple(height * width * self.model.anchors.per_position for height, width in grids)
+        map_sizes = [(level.shape[-2], level.shape[-1]) for level in levels]
+        anchors = self.model.anchors.build(map_sizes, (images.shape[-2], images.shape[-1]))
+        counts = tuple(height * width * self.model.anchors.per_position for height, width in map_sizes)
         return Predictions(logits, deltas, anchors.to(deltas.device), counts)
 
     def best_of(self, scores: Tensor) -> Tensor:

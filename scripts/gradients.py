@@ -79,7 +79,7 @@ def measure(source: str, data: list[str] | None, count: int) -> tuple[Regions, R
     plain = {"class_loss": LossPart(name="ce"), "box_loss": LossPart(name="asl1", mu=MU)}
     criterion = assemble.build_criterion(complete(cfg.model_copy(update=plain), source)).to(device)
     total: list[Regions] = []
-    loader = eval_loader(dataset, assemble.evaluation_batch(cfg), **assemble.loader_options(cfg, device))
+    loader = eval_loader(dataset, assemble.eval_batch_size(cfg), **assemble.loader_options(cfg, device))
     seen = 0
     with torch.no_grad(), tqdm(total=min(count, len(dataset)), unit="image") as progress:
         for batch in loader:

@@ -30,7 +30,7 @@ def test_a_config_builds(path):
         assemble.build_solver(cfg, model, steps_per_epoch=100)
     assemble.build_criterion(cfg)
     assemble.build_postprocess(cfg)
-    assert assemble.images_per_process(cfg) == cfg.solver.batch_size
+    assert assemble.train_batch_size(cfg) == cfg.solver.batch_size
     EvalTransform(cfg.data.short_side, cfg.data.long_side)
     flips = {"horizontal_flip": cfg.data.horizontal_flip, "vertical_flip": cfg.data.vertical_flip}
     size = (cfg.data.short_side, cfg.data.long_side)

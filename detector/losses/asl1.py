@@ -22,7 +22,7 @@ class ASL1(nn.Module):
     def __init__(self, mu: float = 0.02) -> None:
         super().__init__()
         if not 0 < mu < float("inf"):
-            raise ValueError(f"ASL1: mu is {mu}; it must be positive (for mu 0 use L1)")
+            raise ValueError(f"ASL1: mu is {mu}; it must be positive and finite (for mu 0 use L1)")
         self.mu = mu
 
     def forward(self, deltas: Tensor, targets: Tensor, num_pos: Tensor | float) -> Tensor:

@@ -29,7 +29,7 @@ class BalancedL1(nn.Module):
         super().__init__()
         for name, value in {"alpha": alpha, "gamma": gamma, "beta": beta}.items():
             if not 0 < value < float("inf"):
-                raise ValueError(f"BalancedL1: {name} is {value}; it must be positive")
+                raise ValueError(f"BalancedL1: {name} is {value}; it must be positive and finite")
         if gamma / alpha > 50:  # float32 holds no more than e^88
             raise ValueError(f"BalancedL1: gamma / alpha is {gamma / alpha:g}; it must be at most 50")
         self.alpha, self.gamma, self.beta = alpha, gamma, beta

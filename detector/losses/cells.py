@@ -1,12 +1,16 @@
-"""Every (anchor, class) cell is one binary example; this file turns logits into cells.
+"""Every (anchor, class) cell is one binary example, with a logit x, p = sigmoid(x) and a target p* in {0, 1}.
 
-With p = sigmoid(x) and target p* in {0, 1}, everything a class loss needs depends on one number a cell:
+Most class losses need one number a cell, z. Those with `takes_quality` also need the quality of the cell's box.
 
     z = x where p* = 0, -x where p* = 1         how strongly the logit speaks against the truth
 
     cross entropy   -[p* log p + (1-p*) log(1-p)] = softplus(z)
     gradient norm   |p - p*|                      = sigmoid(z)
     prob. of truth  p_t                           = sigmoid(-z)
+
+Focal loss and its sum in fused.py use `sigmoid_softplus`, `power` and `accumulator`. The other functions are for
+losses that count or sort cells: GHM (`logits_against_truth`, `region_of`, `lookup`, `sum_cells`) and OHEM
+(`logits_against_truth`, `lookup`, `ordered_bits`).
 """
 
 import torch

@@ -38,5 +38,5 @@ class CrossEntropy(nn.Module):
 
 
 def _curve(z: Tensor, is_positive: Tensor | None) -> tuple[Tensor, Tensor]:
-    p, softplus = sigmoid_softplus(z)
-    return softplus, p
+    norm, softplus = sigmoid_softplus(z)
+    return softplus, norm

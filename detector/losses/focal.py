@@ -46,7 +46,7 @@ class Focal(nn.Module):
 
 
 def _curve(z: Tensor, is_positive: Tensor | None, gamma: float) -> tuple[Tensor, Tensor]:
-    """p^gamma softplus(z) and its derivative, with p = sigmoid(z) = 1 - p_t."""
-    p, softplus = sigmoid_softplus(z)
-    modulator = power(p, gamma, z - softplus)
-    return modulator * softplus, modulator * (gamma * (1 - p) * softplus + p)
+    """norm^gamma softplus(z) and its derivative; norm, the gradient norm of cells.py, is sigmoid(z) = 1 - p_t."""
+    norm, softplus = sigmoid_softplus(z)
+    modulator = power(norm, gamma, z - softplus)
+    return modulator * softplus, modulator * (gamma * (1 - norm) * softplus + norm)

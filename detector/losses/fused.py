@@ -77,8 +77,8 @@ class _CellSum(torch.autograd.Function):
         if (kernels := dispatch.triton_for(logits)) is not None:
             kernels.scale_(gradient, upstream)
         elif upstream.device.type != "cpu" or upstream != 1:  # elsewhere the comparison would wait for the device
-            # In bfloat16 `upstream` may be 0.4% off, and so would the gradient. A GPU rounds a scalar tensor to the
-            # gradient's type, but not a tensor with a dimension. A CPU rounds neither.
+            # Multiply in float32: `upstream` rounded to bfloat16 would be up to 0.4% off. A GPU rounds a 0-d tensor to
+            # the gradient's type, not a 1-d one; a CPU rounds neither.
             gradient.mul_(upstream if upstream.device.type == "cpu" else upstream[None])
         return gradient.to(logits.dtype), *[None] * 6
 
@@ -138,7 +138,7 @@ def _sweep(
     scales: tuple[Tensor, Tensor],
     params: tuple,
 ) -> tuple[Tensor, Tensor]:
-    """Sum () over the `counted` rows, and its gradient (N, C). Without labels, all cells are background."""
+    """The sum over the `counted` rows, a scalar, and its gradient (N, C). Without labels, all cells are background."""
     negative, positive = scales
     z = logits.to(accumulator(logits))
     if labels is None:

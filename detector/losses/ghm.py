@@ -50,9 +50,9 @@ class GHMC(GradientDensity):
 
 
 def _curve(z: Tensor, is_positive: Tensor | None, share: Tensor, bins: int) -> tuple[Tensor, Tensor]:
-    p, softplus = sigmoid_softplus(z)
-    weight = lookup(share, region_of(p, bins))
-    return weight * softplus, weight * p
+    norm, softplus = sigmoid_softplus(z)
+    weight = lookup(share, region_of(norm, bins))
+    return weight * softplus, weight * norm
 
 
 def _without_gaps(share: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ class GHMR(GradientDensity):
             max_weight=max_weight,
         )
         if not 0 < mu < float("inf"):
-            raise ValueError(f"GHMR: mu is {mu}; it must be positive")
+            raise ValueError(f"GHMR: mu is {mu}; it must be positive and finite")
         self.mu = mu
 
     @classmethod

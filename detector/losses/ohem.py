@@ -33,7 +33,9 @@ class OHEM(nn.Module):
     def __init__(self, ratio: float = 3.0, *, top_k: int | None = None) -> None:
         super().__init__()
         if not 0 < ratio < float("inf"):
-            raise ValueError(f"OHEM: ratio is {ratio}; it must be positive: negatives kept for each positive cell")
+            raise ValueError(
+                f"OHEM: ratio is {ratio}; it must be positive and finite: negatives kept for each positive cell"
+            )
         if top_k is not None and top_k < 1:
             raise ValueError(f"OHEM: top_k is {top_k}; it must be at least 1, or None to use ratio")
         self.ratio = ratio
@@ -54,11 +56,11 @@ class OHEM(nn.Module):
 
 
 def _curve(z: Tensor, is_positive: Tensor | None, limits: Tensor, keep_positives: bool) -> tuple[Tensor, Tensor]:
-    p, softplus = sigmoid_softplus(z)
+    norm, softplus = sigmoid_softplus(z)
     weight = torch.where(z == lookup(limits, 0), lookup(limits, 1), torch.where(z > lookup(limits, 0), 1.0, 0.0))
     if is_positive is not None and keep_positives:
         weight = torch.where(is_positive, 1.0, weight)
-    return weight * softplus, weight * p
+    return weight * softplus, weight * norm
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ class SmoothL1(nn.Module):
     def __init__(self, beta: float = 1 / 9) -> None:
         super().__init__()
         if not 0 < beta < float("inf"):
-            raise ValueError(f"SmoothL1: beta is {beta}; it must be positive (for beta 0 use L1)")
+            raise ValueError(f"SmoothL1: beta is {beta}; it must be positive and finite (for beta 0 use L1)")
         self.beta = beta
 
     def forward(self, deltas: Tensor, targets: Tensor, num_pos: Tensor | float) -> Tensor:

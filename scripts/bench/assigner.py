@@ -53,8 +53,8 @@ def case(side: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
     rng = torch.Generator().manual_seed(0)
     sides = side * (1 / 32 + torch.rand(count, 2, generator=rng).square() / 2)  # more small boxes than large ones
     corners = torch.rand(count, 2, generator=rng) * (side - sides)
-    grids = [(-(-side // stride),) * 2 for stride in (8, 16, 32, 64, 128)]
-    return Anchors()(grids, (side, side), device), torch.cat([corners, corners + sides], dim=1).to(device)
+    map_sizes = [(-(-side // stride),) * 2 for stride in (8, 16, 32, 64, 128)]
+    return Anchors()(map_sizes, (side, side), device), torch.cat([corners, corners + sides], dim=1).to(device)
 
 
 def theirs(anchors: Tensor, boxes: Tensor) -> Tensor:

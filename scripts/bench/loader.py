@@ -82,7 +82,7 @@ def stages(dataset: CocoDataset, repeats: int) -> str:
     """Where our time goes, in milliseconds an image."""
     files = [dataset.folder / name for name in dataset.file_names[:BATCH]]
     images = [read_image(file) for file in files]
-    none, asked = np.zeros((0, 4), np.float32), dataset.transform.largest(HEIGHT, WIDTH)
+    none, asked = np.zeros((0, 4), np.float32), dataset.transform.cache_size(HEIGHT, WIDTH)
     resized = [resize(image, none, *asked)[0] for image in images]
     samples = [dataset[index] for index in range(len(files))]
     calls: dict[str, Callable[[], object]] = {

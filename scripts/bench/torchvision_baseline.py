@@ -56,7 +56,7 @@ def main() -> None:
     train_set, val_set = build_datasets(cfg)
     options = assemble.loader_options(cfg, device)
     batches = train_loader(train_set, cfg.solver.batch_size, **options, seed=cfg.seed)
-    val_batches = eval_loader(val_set, assemble.evaluation_batch(cfg), **options)
+    val_batches = eval_loader(val_set, assemble.eval_batch_size(cfg), **options)
     model = build(cfg, len(train_set.category_ids))
     place(model, device, channels_last=True)
     solver = assemble.build_solver(cfg, model, len(batches))

@@ -114,7 +114,7 @@ def test_validation_may_have_an_extra_class_only_without_boxes(folder):
     write(folder, document)
     data = dataset(folder, category_ids=[5, 90], class_names=["cat", "dog"])
     assert data[1][1].labels.tolist() == [1, 0] and data.class_names == ["cat", "dog"]
-    assert "1 categories that training does not have, without boxes (the first is 'bird')" in data.summary()
+    assert "1 categories unknown to training, none with a box (the first is 'bird')" in data.summary()
     document["annotations"][0]["category_id"] = 6
     write(folder, document)
     with pytest.raises(UserError) as excinfo:

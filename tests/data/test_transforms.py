@@ -66,21 +66,21 @@ def test_an_image_of_the_right_size_is_returned_itself():
     assert EvalTransform(48, 64)(image, *NO_BOXES)[0] is image
 
 
-def test_the_largest_size_is_that_of_the_largest_sample_or_of_the_image():
-    assert EvalTransform(800, 1333).largest(480, 640) == (800, 1067)
-    assert TrainTransform(800, 1333).largest(480, 640) == (800, 1067)
+def test_the_cache_keeps_an_image_at_the_size_of_its_largest_sample_or_its_own():
+    assert EvalTransform(800, 1333).cache_size(480, 640) == (800, 1067)
+    assert TrainTransform(800, 1333).cache_size(480, 640) == (800, 1067)
     for strong, jitter in ((False, (0.5, 1.5)), (True, (1.0, 1.0))):
         transform = TrainTransform(100, 1000, scale_jitter=jitter, strong=strong)
         # Never enlarged, since each sample is resized anyway.
-        assert transform.largest(90, 120) == (90, 120)
-        assert transform.largest(300, 600) == (100 * jitter[1], 200 * jitter[1])
-    assert TrainTransform(100, 1000, scale_jitter=(1.5, 1.5)).largest(90, 120) == (150, 200)
+        assert transform.cache_size(90, 120) == (90, 120)
+        assert transform.cache_size(300, 600) == (100 * jitter[1], 200 * jitter[1])
+    assert TrainTransform(100, 1000, scale_jitter=(1.5, 1.5)).cache_size(90, 120) == (150, 200)
 
 
 @pytest.mark.parametrize("transform", [EvalTransform(60, 100), TrainTransform(60, 100, **PLAIN)], ids=["eval", "train"])
-def test_an_image_of_the_largest_size_is_not_resized(transform):
+def test_an_image_of_the_cache_size_is_not_resized(transform):
     for height, width in np.random.default_rng(0).integers(1, 300, (200, 2)).tolist():
-        image = noise(*transform.largest(height, width))
+        image = noise(*transform.cache_size(height, width))
         assert transform(image, *NO_BOXES, 0)[0] is image
 
 

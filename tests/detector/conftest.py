@@ -39,7 +39,7 @@ def saved(tmp_path_factory):
     torch.manual_seed(3)
     run = make_run(class_loss={"name": "ghm_c"})
     run.criterion.class_loss.average += torch.arange(30.0)
-    run.evaluated, run.best, run.score_thresholds = 4, 0.5, THRESHOLDS
+    run.evaluated_step, run.best_ap, run.score_thresholds = 4, 0.5, THRESHOLDS
     checkpoint.save(folder / "last.pt", run.content())
     yield folder / "last.pt", run
     (folder / "last.pt").unlink()

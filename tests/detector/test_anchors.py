@@ -12,8 +12,8 @@ CPU = torch.device("cpu")
 STRIDES = (8, 16, 32, 64, 128)
 
 
-def grids_of(height, width):
-    """The grid of each level. Padded stride-2 convolutions round it up."""
+def map_sizes_of(height, width):
+    """(Height, width) of each level's map. Padded stride-2 convolutions round it up."""
     return [(math.ceil(height / stride), math.ceil(width / stride)) for stride in STRIDES]
 
 
@@ -22,7 +22,7 @@ def torchvision_anchors(height, width):
     sizes = tuple((x, int(x * 2 ** (1 / 3)), int(x * 2 ** (2 / 3))) for x in (32, 64, 128, 256, 512))
     generator = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 5)
     images = ImageList(torch.empty(1, 3, height, width, device="meta"), [(height, width)])
-    return generator(images, [torch.empty(1, 1, *grid) for grid in grids_of(height, width)])[0]
+    return generator(images, [torch.empty(1, 1, *map_size) for map_size in map_sizes_of(height, width)])[0]
 
 
 def test_one_shape_on_a_tiny_grid_by_hand():
@@ -34,12 +34,12 @@ def test_one_shape_on_a_tiny_grid_by_hand():
 
 
 def test_order_is_level_row_column_shape():
-    grids = grids_of(96, 160)
-    anchors = Anchors()(grids, (96, 160), CPU)
+    map_sizes = map_sizes_of(96, 160)
+    anchors = Anchors()(map_sizes, (96, 160), CPU)
     centres = (anchors[:, :2] + anchors[:, 2:]) / 2
     sides = anchors[:, 2:] - anchors[:, :2]
     position = 0
-    for level, (height, width) in enumerate(grids):
+    for level, (height, width) in enumerate(map_sizes):
         for row in range(height):
             for column in range(width):
                 for ratio in (0.5, 1, 2):
@@ -64,13 +64,13 @@ def test_every_ratio_keeps_the_area():
 
 def test_number_of_anchors():
     anchors = Anchors(octaves=2, ratios=(1.0, 2.0))
-    grids = grids_of(96, 224)
-    assert len(anchors(grids, (96, 224), CPU)) == anchors.per_position * sum(h * w for h, w in grids)
+    map_sizes = map_sizes_of(96, 224)
+    assert len(anchors(map_sizes, (96, 224), CPU)) == anchors.per_position * sum(h * w for h, w in map_sizes)
 
 
 @pytest.mark.parametrize("size", [(800, 1344), (320, 448), (96, 160), (32, 32), (608, 992), (128, 256)])
 def test_torchvision_anchors_equal_torchvision(size):
-    ours = TorchvisionAnchors()(grids_of(*size), size, CPU)
+    ours = TorchvisionAnchors()(map_sizes_of(*size), size, CPU)
     theirs = torchvision_anchors(*size)
     assert ours.dtype == torch.float32
     assert torch.equal(ours, theirs)
@@ -78,32 +78,32 @@ def test_torchvision_anchors_equal_torchvision(size):
 
 def test_both_kinds_agree_if_strides_divide_the_size_and_sides_are_integers():
     size, options = (256, 384), {"octaves": 1, "ratios": (0.25, 1.0, 4.0)}
-    ours = Anchors(**options)(grids_of(*size), size, CPU)
-    assert torch.equal(ours, TorchvisionAnchors(**options)(grids_of(*size), size, CPU))
+    ours = Anchors(**options)(map_sizes_of(*size), size, CPU)
+    assert torch.equal(ours, TorchvisionAnchors(**options)(map_sizes_of(*size), size, CPU))
 
 
-def test_both_kinds_differ_where_a_grid_is_rounded_up():
+def test_both_kinds_differ_where_a_map_is_rounded_up():
     size, options = (800, 1344), {"octaves": 1, "ratios": (1.0,)}
-    grids = grids_of(*size)
-    ours, theirs = Anchors(**options)(grids, size, CPU), TorchvisionAnchors(**options)(grids, size, CPU)
-    p7 = slice(-grids[-1][0] * grids[-1][1], None)
+    map_sizes = map_sizes_of(*size)
+    ours, theirs = Anchors(**options)(map_sizes, size, CPU), TorchvisionAnchors(**options)(map_sizes, size, CPU)
+    p7 = slice(-map_sizes[-1][0] * map_sizes[-1][1], None)
     assert ours[p7][-1, 1] + 256 == 6 * 128
     assert theirs[p7][-1, 1] + 256 == 6 * (800 // 7)
 
 
 def test_calls_with_other_sizes_change_nothing():
     anchors = Anchors()
-    first = anchors(grids_of(96, 160), (96, 160), CPU).clone()
-    other = anchors(grids_of(64, 64), (64, 64), CPU).clone()
-    assert torch.equal(anchors(grids_of(96, 160), (96, 160), CPU), first)
-    assert torch.equal(anchors(grids_of(64, 64), (64, 64), CPU), other)
-    assert torch.equal(Anchors()(grids_of(96, 160), (96, 160), CPU), first)
+    first = anchors(map_sizes_of(96, 160), (96, 160), CPU).clone()
+    other = anchors(map_sizes_of(64, 64), (64, 64), CPU).clone()
+    assert torch.equal(anchors(map_sizes_of(96, 160), (96, 160), CPU), first)
+    assert torch.equal(anchors(map_sizes_of(64, 64), (64, 64), CPU), other)
+    assert torch.equal(Anchors()(map_sizes_of(96, 160), (96, 160), CPU), first)
 
 
 def test_the_cache_depends_on_the_image_size():
     anchors = TorchvisionAnchors()
-    grids = [(13, 13), (7, 7), (4, 4), (2, 2), (1, 1)]
-    narrow, wide = (anchors(grids, (100, width), CPU) for width in (97, 104))
+    map_sizes = [(13, 13), (7, 7), (4, 4), (2, 2), (1, 1)]
+    narrow, wide = (anchors(map_sizes, (100, width), CPU) for width in (97, 104))
     assert not torch.equal(narrow, wide)
 
 

@@ -114,9 +114,9 @@ def test_any_class_loss_works_with_any_box_loss(predictions, class_loss, box_los
 
 def test_the_batch_must_split_evenly_over_processes(monkeypatch):
     cfg = Config(solver={"batch_size": 6, "accumulate": 2})
-    assert assemble.images_per_process(cfg) == 6
+    assert assemble.train_batch_size(cfg) == 6
     monkeypatch.setattr(assemble.distributed, "world_size", lambda: 3)
-    assert assemble.images_per_process(cfg) == 2
+    assert assemble.train_batch_size(cfg) == 2
     monkeypatch.setattr(assemble.distributed, "world_size", lambda: 2)
     with pytest.raises(UserError, match="multiple of 4"):
-        assemble.images_per_process(cfg)
+        assemble.train_batch_size(cfg)

@@ -10,16 +10,17 @@ from torchvision.ops import box_iou
 from detector.anchors import Anchors
 from detector.assigner import ATSSAssigner
 
-GRIDS = [(16, 16), (8, 8), (4, 4), (2, 2), (1, 1)]
+MAP_SIZES = [(16, 16), (8, 8), (4, 4), (2, 2), (1, 1)]
 
 
 def anchors_and_boxes(seed, count, octaves=1, ratios=(1.0,)):
     anchor_generator = Anchors(octaves=octaves, ratios=list(ratios))
-    anchors = anchor_generator(GRIDS, (128, 128), torch.device("cpu"))
+    anchors = anchor_generator(MAP_SIZES, (128, 128), torch.device("cpu"))
     rng = torch.Generator().manual_seed(seed)
     corner = torch.rand(count, 2, generator=rng) * 80
     boxes = torch.cat([corner, corner + 6 + torch.rand(count, 2, generator=rng) * 60], dim=1)
-    return anchors, boxes, tuple(h * w * anchor_generator.per_position for h, w in GRIDS), anchor_generator.per_position
+    levels = tuple(h * w * anchor_generator.per_position for h, w in MAP_SIZES)
+    return anchors, boxes, levels, anchor_generator.per_position
 
 
 def by_hand(anchors, boxes, levels, per_position, cells):
@@ -44,7 +45,7 @@ def by_hand(anchors, boxes, levels, per_position, cells):
     return owner
 
 
-@pytest.mark.parametrize("shapes", [{}, {"octaves": 3, "ratios": (0.5, 1.0, 2.0)}], ids=["1 a cell", "9 a cell"])
+@pytest.mark.parametrize("shapes", [{}, {"octaves": 3, "ratios": (0.5, 1.0, 2.0)}], ids=["1 shape", "9 shapes"])
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("cells", [1, 9])
 def test_equals_plain_loops(seed, cells, shapes):

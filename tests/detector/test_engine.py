@@ -30,7 +30,7 @@ class Recorder:
     def start(self, step, total_steps):
         self.calls.append(f"start {step} of {total_steps}")
 
-    def next_batch(self, batches, unread=None):
+    def next_batch(self, batches, pending_losses=None):
         self.calls.append("next")
         return next(batches, None)
 

@@ -19,7 +19,7 @@ def features(height, width, batch=2):
 def test_shapes_of_all_levels(p6_from, size):
     levels = FPN(CHANNELS, 8, p6_from)(features(*size))
     expected = [(-(-size[0] // stride), -(-size[1] // stride)) for stride in (8, 16, 32, 64, 128)]
-    assert [tuple(level.shape) for level in levels] == [(2, 8, *grid) for grid in expected]
+    assert [tuple(level.shape) for level in levels] == [(2, 8, *map_size) for map_size in expected]
 
 
 @pytest.mark.parametrize("p6_from", ["c5", "p5"])

@@ -6,7 +6,7 @@ from detector.anchors import Anchors
 from detector.conv import ConvReLU
 from detector.head import Head
 
-GRIDS = [(12, 20), (6, 10), (3, 5), (2, 3), (1, 2)]
+MAP_SIZES = [(12, 20), (6, 10), (3, 5), (2, 3), (1, 2)]
 STRIDES = (8, 16, 32, 64, 128)
 
 
@@ -15,7 +15,7 @@ def marked_output(layer, level, row, column, channel):
     nn.init.zeros_(layer.bias)
     nn.init.zeros_(layer.weight)
     layer.weight.data[channel, 0, 1, 1] = 1
-    levels = [torch.zeros(1, 1, *grid) for grid in GRIDS]
+    levels = [torch.zeros(1, 1, *map_size) for map_size in MAP_SIZES]
     levels[level][0, 0, row, column] = 1
     return levels
 
@@ -23,7 +23,7 @@ def marked_output(layer, level, row, column, channel):
 def marked_anchor(values):
     """The only anchor where `values` (1, A, K) are not 0, and the index of that value."""
     (index,) = values[0].nonzero().tolist()
-    anchor = Anchors()(GRIDS, (96, 160), torch.device("cpu"))[index[0]]
+    anchor = Anchors()(MAP_SIZES, (96, 160), torch.device("cpu"))[index[0]]
     return anchor, index[1]
 
 
@@ -63,8 +63,8 @@ def test_a_marked_box_cell_marks_its_anchor(cell):
 @pytest.mark.parametrize("depth", [0, 1, 4])
 def test_shapes_and_layers(norm, depth):
     head = Head(channels=8, anchors_per_position=3, num_classes=5, depth=depth, width=32, norm=norm)
-    logits, deltas = head([torch.randn(2, 8, *grid) for grid in GRIDS])
-    count = 3 * sum(height * width for height, width in GRIDS)
+    logits, deltas = head([torch.randn(2, 8, *map_size) for map_size in MAP_SIZES])
+    count = 3 * sum(height * width for height, width in MAP_SIZES)
     assert logits.shape == (2, count, 5) and deltas.shape == (2, count, 4)
     layer_types = [nn.Conv2d, nn.GroupNorm, nn.ReLU] if norm == "gn" else [ConvReLU, nn.Identity]
     for tower in (head.class_tower, head.box_tower):
@@ -73,14 +73,14 @@ def test_shapes_and_layers(norm, depth):
 
 def test_an_untrained_head_predicts_the_prior_everywhere():
     head = Head(channels=8, anchors_per_position=3, num_classes=5, depth=1, width=32, prior=0.03)
-    logits, deltas = head([torch.zeros(1, 8, *grid) for grid in GRIDS])
+    logits, deltas = head([torch.zeros(1, 8, *map_size) for map_size in MAP_SIZES])
     torch.testing.assert_close(logits.sigmoid(), torch.full_like(logits, 0.03))
     assert not deltas.any()
 
 
 def test_levels_share_the_towers_and_do_not_mix():
     head = Head(channels=8, anchors_per_position=3, num_classes=5, depth=2, width=32).eval()
-    levels = [torch.randn(1, 8, 4, 4) for _ in GRIDS]
+    levels = [torch.randn(1, 8, 4, 4) for _ in MAP_SIZES]
     joined_logits, _ = head(levels)
     separate_logits = torch.cat([head([level])[0] for level in levels], dim=1)
     torch.testing.assert_close(joined_logits, separate_logits)

@@ -42,7 +42,7 @@ def test_curves_have_the_first_step_and_every_nth(tmp_path):
 def test_undefined_metrics_are_left_out(tmp_path):
     logger = Logger(tmp_path, every=1)
     metrics = {"AP": 0.25, "APs": -1.0, "AR100": 0.5, "images": 4, "engine": "x", "step": 3}
-    logger.curves.metrics({**metrics, "per_class": {"cat": {"AP": 0.25}, "dog": {"AP": -1.0}}}, 3)
+    logger.tensorboard.metrics({**metrics, "per_class": {"cat": {"AP": 0.25}, "dog": {"AP": -1.0}}}, 3)
     logger.close()
     assert set(read(tmp_path).Tags()["scalars"]) == {"eval/AP", "eval/AR100", "eval_per_class/cat"}
     assert scalars(tmp_path, "eval/AP") == {3: 0.25}
@@ -62,8 +62,8 @@ def test_a_resumed_run_hides_earlier_points_past_its_start(tmp_path):
 
 def test_images_config_and_hyperparameters_are_written(tmp_path):
     logger = Logger(tmp_path, every=1)
-    logger.curves.images("validation", [torch.zeros(3, 8, 6, dtype=torch.uint8)], 1)
-    logger.curves.config("run: x", {"solver.lr": 0.1, "run": "x", "flag": True})
+    logger.tensorboard.images("validation", [torch.zeros(3, 8, 6, dtype=torch.uint8)], 1)
+    logger.tensorboard.config("run: x", {"solver.lr": 0.1, "run": "x", "flag": True})
     logger.close()
     tags = read(tmp_path).Tags()
     assert tags["images"] == ["validation/0"]
@@ -77,10 +77,10 @@ def test_the_other_processes_are_silent(tmp_path, monkeypatch, capsys):
     logger = Logger(tmp_path, every=1)
     log(logger, [1])
     logger.say("hello")
-    logger.curves.scalars({"x": 1.0}, 1)
-    logger.curves.images("x", [torch.zeros(3, 2, 2, dtype=torch.uint8)], 1)
-    logger.curves.config("", {})
-    logger.curves.metrics({"AP": 1.0, "per_class": {}}, 1)
+    logger.tensorboard.scalars({"x": 1.0}, 1)
+    logger.tensorboard.images("x", [torch.zeros(3, 2, 2, dtype=torch.uint8)], 1)
+    logger.tensorboard.config("", {})
+    logger.tensorboard.metrics({"AP": 1.0, "per_class": {}}, 1)
     logger.close()
     assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr() == ("", "")
@@ -129,7 +129,7 @@ def test_say_goes_to_standard_output(tmp_path, capsys):
 @pytest.mark.parametrize("name", ["a/b", "ü b", "x (id 3)"])
 def test_class_names_of_any_kind_are_accepted(tmp_path, name):
     logger = Logger(tmp_path, every=1)
-    logger.curves.metrics({"AP": 0.5, "per_class": {name: {"AP": 0.5}}}, 1)
+    logger.tensorboard.metrics({"AP": 0.5, "per_class": {name: {"AP": 0.5}}}, 1)
     logger.close()
     assert len(read(tmp_path).Tags()["scalars"]) == 2
 
@@ -172,7 +172,7 @@ def test_a_disk_that_fills_up_ends_the_curves_and_not_the_run(tmp_path, capsys, 
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(logger.curves._writer, "add_scalar", full)
+    monkeypatch.setattr(logger.tensorboard._writer, "add_scalar", full)
     log(logger, range(2, 5))
     logger.close()
     assert capsys.readouterr().out.count("No space left on device") == 1

@@ -42,7 +42,7 @@ def test_a_run_pauses_at_the_end_of_each_epoch_and_before_each_save(every_second
     [(0, 0, False), (5, 0, False), (9, 0, False), (10, 0, True), (10, 10, False), (20, 10, True), (20, 20, True)],
 )
 def test_evaluation_is_due_after_its_epochs_and_always_at_the_end(every_second_epoch, step, evaluated, due):
-    assert at(every_second_epoch, step, evaluated=evaluated).evaluation_due is due
+    assert at(every_second_epoch, step, evaluated_step=evaluated).evaluation_due is due
 
 
 def test_the_best_evaluation_is_saved_as_best(make_run, monkeypatch):
@@ -51,7 +51,7 @@ def test_the_best_evaluation_is_saved_as_best(make_run, monkeypatch):
     for step, ap in ((5, 0.2), (10, 0.1), (15, 0.3)):
         per_class = {"cat": {"threshold": ap}, "cow": {"threshold": 0.9}}
         at(run, step).record_and_save({"AP": ap, "per_class": per_class})
-        assert run.evaluated == step and run.score_thresholds == [ap, -1.0, 0.9]
+        assert run.evaluated_step == step and run.score_thresholds == [ap, -1.0, 0.9]
     assert saves == [("best.pt", 0.2), ("last.pt", 0.2), ("last.pt", 0.2), ("best.pt", 0.3), ("last.pt", 0.3)]
 
 

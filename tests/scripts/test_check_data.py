@@ -34,8 +34,8 @@ def brute(anchors, boxes, sizes):
     best_ious = []
     for box, size in zip(boxes.astype(np.float64), sizes):
         padded = tuple(-(-side // 32) * 32 for side in size)
-        grids = [tuple(-(-side // stride) for side in padded) for stride in (8, 16, 32, 64, 128)]
-        grid = anchors.build(grids, padded).double().numpy()
+        map_sizes = [tuple(-(-side // stride) for side in padded) for stride in (8, 16, 32, 64, 128)]
+        grid = anchors.build(map_sizes, padded).double().numpy()
         low, high = np.maximum(grid[:, :2], box[:2]), np.minimum(grid[:, 2:], box[2:])
         overlap = np.clip(high - low, 0, None).prod(axis=1)
         areas = (grid[:, 2:] - grid[:, :2]).prod(axis=1) + (box[2:] - box[:2]).prod()

@@ -61,10 +61,10 @@ def test_small_errors_get_more_gradient_than_with_smooth_l1_and_a_smaller_alpha_
 @pytest.mark.parametrize(
     "options, named",
     [
-        ({"alpha": 0.0}, "alpha"),
+        ({"alpha": 0.0}, "alpha is 0.0; it must be positive and finite"),
         ({"gamma": -1.0}, "gamma"),
         ({"beta": float("nan")}, "beta"),
-        ({"beta": float("inf")}, "beta"),
+        ({"beta": float("inf")}, "beta is inf; it must be positive and finite"),
         ({"alpha": 0.01}, "at most 50"),
     ],
 )

@@ -248,8 +248,9 @@ def test_refuses_impossible_settings(options):
     for make in (GHMC, GHMR):
         with pytest.raises(ValueError, match=rf"{make.__name__}: {next(iter(options))}"):
             make(**options)
-    with pytest.raises(ValueError, match="mu"):
-        GHMR(mu=0.0)
+    for mu in (0.0, float("inf")):
+        with pytest.raises(ValueError, match=r"mu is .*must be positive and finite"):
+            GHMR(mu=mu)
     for bad_options in ({"prior_count": -1.0}, {"prior_count": float("nan")}, {"prior_count": 1.0, "density": "exact"}):
         with pytest.raises(ValueError, match="GHMC: prior_count"):
             GHMC(**bad_options)

@@ -41,7 +41,7 @@ COMPARED = {
 }
 
 
-class Curves:
+class TensorBoardWriter:
     """Writes TensorBoard's files into a folder, in the first process only.
 
     If they cannot be written, training continues without them, and a line says so.
