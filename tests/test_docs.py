@@ -12,6 +12,8 @@ import train
 from detector.configure import PARTS, configure
 from detector.losses import CrossEntropy
 from scripts import compare, compare_conditions, summarize, write_config_docs
+from scripts.compare_conditions import aps, mean_and_spread
+from scripts.comparison.rows import read_rows
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
@@ -137,3 +139,13 @@ def test_the_table_of_sparse_regions_comes_from_the_results():
     files = [ROOT / "results/regions" / name / "batch_regions.md" for name in ("bccd", "bccd_large")]
     written = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     assert len(rows) > 5 and set(rows) <= set(written)
+
+
+def test_the_table_of_short_and_long_tuning_is_current():
+    text = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    folders = [ROOT / "results" / name for name in ("cards_short", "cards")]
+    tables = [read_rows(sorted(map(str, folder.glob("*.json")))) for folder in folders]
+    assert [len(rows) for rows in tables] == [4, 4]
+    for short, long in zip(*tables):
+        cells = [mean_and_spread(aps(row)) for row in (short, long)]
+        assert short.name == long.name and f"| {short.name} | {' | '.join(cells)} |" in text
