@@ -166,8 +166,8 @@ class Run:
     def _changes_since(self, content: checkpoint.Content) -> list[str]:
         before, now = flat_values(content["config"]), config.flat(self.cfg.model_dump(mode="json"))
         before["the classes"], now["the classes"] = content["category_ids"], self.category_ids
-        before |= {f"{name} has": digest for name, digest in content["run"].get("data", self.data).items()}
-        now |= {f"{name} has": digest for name, digest in self.data.items()}
+        before |= {f"{name}:": digest for name, digest in content["run"].get("data", self.data).items()}
+        now |= {f"{name}:": digest for name, digest in self.data.items()}
         return [
             f"{key} {before.get(key)}, now {now.get(key)}"
             for key in dict.fromkeys([*now, *before])

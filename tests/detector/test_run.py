@@ -163,9 +163,9 @@ def test_other_classes_are_refused_and_a_longer_run_is_not(make_run, saved):
 def test_other_annotations_under_the_same_path_are_refused(make_run, saved):
     run = make_run(class_loss={"name": "ghm_c"})
     run.data = {**run.data, "data.train": "more boxes"}
-    with pytest.raises(UserError, match=r"was trained with data\.train has some boxes, now more boxes: go on"):
+    with pytest.raises(UserError, match=r"was trained with data\.train: some boxes, now more boxes: go on"):
         run.resume(read(saved[0]))
-    assert run.resume(read(saved[0]), accept_changes=True) == ["changed: data.train has some boxes, now more boxes"]
+    assert run.resume(read(saved[0]), accept_changes=True) == ["changed: data.train: some boxes, now more boxes"]
     older = read(saved[0])
     del older.content["run"]["data"]  # a checkpoint from before this was saved
     assert run.resume(older) == []
