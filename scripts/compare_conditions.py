@@ -1,12 +1,12 @@
 """Compare losses under several conditions, such as shares of wrong labels: AP by condition, one line for each loss.
 
-    python scripts/compare_conditions.py results/noise --condition "wrong training labels, percent"
+    python scripts/compare_conditions.py results/wrong_labels --condition "wrong training labels, percent"
     python scripts/compare_conditions.py results/imbalance --condition "negative anchors for each positive" --log
 
 FOLDER holds a folder of result files (scripts/ablate.py) for each condition, whose name is the condition's number:
-results/noise/0, 10, 20. Prints the mean and standard deviation of AP over seeds, and each row's difference from the
-first row (or --baseline) in each condition, with its 95% interval (scripts/comparison/verdict.py); p and verdict are
-corrected for all of these together.
+results/wrong_labels/0, 20, 40. Prints the mean and standard deviation of AP over seeds, and each row's difference from
+the first row (or --baseline) in each condition, with its 95% interval (scripts/comparison/verdict.py); p and verdict
+are corrected for all of these together.
 
 If all conditions are scored on the same images, it also prints how much AP each row loses from the first condition to
 the last, whether that is more than the baseline loses, and how many seeds it takes to tell.
