@@ -19,7 +19,7 @@ done
 python scripts/ablate.py --config configs/laptop/base.yaml --seeds 3 --jobs "$jobs" --results results/cards \
     --output runs/cards --variants "${four[@]}" \
     --set "${common[@]}" "${cards[@]}" data.horizontal_flip=0 solver.epochs=20 evaluation.every=5 \
-    --tune 8 --tune-set evaluation.every=20 # tuning runs are as long as whole ones; scripts/studies/short_tuning.sh says why
+    --tune 8 --tune-set evaluation.every=20 # as many epochs as whole runs; short_tuning.sh says why
 
 python scripts/ablate.py --config configs/bccd/base.yaml --seeds 3 --jobs "$jobs" --results results/scratch \
     --output runs/scratch --variants "${four[@]}" \
