@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML with what differs from the defaults")
     parser.add_argument("--set", nargs="+", action="extend", metavar="KEY=VALUE", help="override the file's options")
     parser.add_argument("--resume", action="store_true", help="continue from the newest undamaged checkpoint, if any")
-    parser.add_argument("--accept-changes", action="store_true", help="with --resume: although the config has changed")
+    parser.add_argument("--accept-changes", action="store_true", help="with --resume: even if config or data differ")
     args = parser.parse_args()
     cfg = configure(args.config, args.set)
     with distributed.group(pick_device(cfg.device)) as device:
@@ -73,8 +73,8 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False, accept_cha
     speed_up(model, compiled=cfg.compile)
     data = {"data.train": train_set.fingerprint(), "data.val": val_set.fingerprint()}
     run = Run(cfg, solver, criterion, train_set.category_ids, train_set.class_names, len(batches), data)
+    run.refuse_unequal_processes(saved)
     remarks = run.resume(saved, accept_changes=accept_changes) if saved else []
-    run.refuse_unequal_processes()
     run.open_folder()
 
     board = cfg.tensorboard

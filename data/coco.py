@@ -81,6 +81,7 @@ class CocoDataset(Dataset):
             cure = "to take them as they stand, set data.trust=true (convert.py: --trust)"
             raise UserError(f"{self.path}: {flaw}; {cure}")
         self._collect_boxes()
+        self._digest = self._digest_of_contents()
         self.image_remarks: Remarks = {}  # on the images read so far; the loader adds those of its processes
         self.cache = None
         if cache:
@@ -182,11 +183,16 @@ class CocoDataset(Dataset):
 
     def fingerprint(self) -> str:
         """A digest that must be equal in all processes of a run, wherever the files are."""
-        digest = hashlib.sha256(repr((self.image_ids, self.sizes, self.category_ids)).encode())
-        digest.update(self._boxes.tobytes())
-        digest.update(self._labels.tobytes())
         counts = f"{len(self)} images, {self.num_boxes} boxes, {len(self.category_ids)} classes"
-        return f"{counts}, sha256 {digest.hexdigest()[:12]}"
+        return f"{counts}, sha256 {self._digest}"
+
+    def _digest_of_contents(self) -> str:
+        """Of all that training and scoring read from the annotation file."""
+        digest = hashlib.sha256(repr((self.image_ids, self.file_names, self.sizes, self.category_ids)).encode())
+        for values in (self.annotations.images, self.annotations.categories, self.annotations.boxes):
+            digest.update(np.ascontiguousarray(values).tobytes())
+        digest.update(np.ascontiguousarray(self.annotations.crowds).tobytes())
+        return digest.hexdigest()[:12]
 
     @property
     def num_boxes(self) -> int:

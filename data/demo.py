@@ -359,8 +359,10 @@ def main() -> None:
     add("--digit-size", **pair, metavar=("SMALLEST", "LARGEST"), help="px of the digits' longer side")
     add("--force", action="store_true", help="replace the data set in the folder")
     options = vars(parser.parse_args())
-    defaults = dict(out=Path("datasets/demo_quick"), train_images=640, val_images=100) if options["quick"] else {}
-    options = {"out": Path("datasets/demo"), **defaults, **options}
+    defaults: dict[str, Any] = dict(out=Path("datasets/demo"), train_images=750, val_images=150)
+    if options["quick"]:
+        defaults = dict(out=Path("datasets/demo_quick"), train_images=640, val_images=100)
+    options = defaults | options
     folder = options.pop("out")
     try:
         write_demo(folder, **options)

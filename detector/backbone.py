@@ -45,7 +45,7 @@ def set_norm(network: nn.Module, norm: str) -> None:
             if isinstance(child, BasicBlock | Bottleneck):
                 setattr(parent, name, Residual(child))
         if isinstance(parent, ResNet):
-            # The stem's convolution now applies the ReLU. Identity keeps its place: BACKBONES counts the layers.
+            # The stem's convolution applies the ReLU. An Identity takes its place, because BACKBONES counts the layers.
             parent.conv1.relu, parent.relu = True, nn.Identity()  # type: ignore[assignment]
 
 

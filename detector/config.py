@@ -87,7 +87,7 @@ class Data(Options):
     horizontal_flip: float = Field(0.5, ge=0, le=1)  # probability
     vertical_flip: float = Field(0.0, ge=0, le=1)  # probability
     scale_jitter: tuple[float, float] = (1.0, 1.0)  # training images are resized by a factor drawn from this range
-    # also mild shifts, zooms, rotations, crops and colour changes; drops boxes that are less than 25% visible then
+    # also mild shifts, zooms, rotations, crops and colour changes; boxes left less than 25% visible are dropped
     strong: bool = False
     cache: FilePath = ""  # a folder for the decoded and resized images, where its disk has room for them
     trust: bool = False  # accept boxes that look like another format, and training without any box

@@ -96,8 +96,8 @@ class Matches:
     """The anchors of a batch, and the class and box that each learns.
 
     `valid` (not ignored) and `positive`: (B, A) bool. `num_pos`: positive anchors of all processes, at least 1.
-    `count`: P, the positive anchors of this process, a tensor. Of these P: `rows` (P,) among B x A, `labels` (P,),
-    `boxes` and `anchors` (P, 4).
+    `count`: P, the number of this process's positive anchors, as a tensor. Of these P: `rows` (P,) among B x A,
+    `labels` (P,), `boxes` and `anchors` (P, 4).
     """
 
     def __init__(self, anchors: Tensor, boxes: Tensor, classes: Tensor, assignment: Assignment):
@@ -144,6 +144,6 @@ def _by_level(loss: nn.Module) -> bool:
 
 @torch.no_grad()
 def _true_class_probability(logits: Tensor, matches: Matches) -> Tensor:
-    """Mean over the positives of all processes, as a share that the average over processes restores."""
+    """This process's part of the mean over all positives, so that averaging over processes gives the mean."""
     logit = logits.flatten(0, 1)[matches.rows].gather(1, matches.labels[:, None])
     return logit.float().sigmoid().sum() / matches.num_pos * distributed.world_size()

@@ -40,7 +40,7 @@ class FPN(nn.Module):
 
 
 def _coarser(convolution: nn.Conv2d, finer: Tensor) -> Tensor:
-    """The next level. If the map has width 1, in float32: its bfloat16 gradient is wrong on a CPU (torch 2.14)."""
+    """The next level; in float32 for a map of width 1, whose bfloat16 gradient is wrong on a CPU (torch 2.14)."""
     if not torch.is_autocast_enabled(finer.device.type) or finer.shape[-1] > 1:
         return convolution(finer)
     with torch.autocast(finer.device.type, enabled=False):

@@ -43,9 +43,9 @@ class Run:
     category_ids: list[int]
     class_names: list[str]
     steps_per_epoch: int
-    data: dict[str, str]  # of data.train and data.val, a digest of the annotations
+    data: dict[str, str]  # a digest of the annotations of data.train and of data.val
     evaluated_step: int = 0  # of the last evaluation
-    best_ap: float = float("-inf")  # so far
+    best_ap: float = float("-inf")  # the highest so far
     score_thresholds: list[float] = field(default_factory=list)  # of each class, where its F1 was best; -1: unknown
     seconds_per_step: float | None = None  # median
     peak_memory: int = 0  # bytes
@@ -158,7 +158,8 @@ class Run:
             detail = str(error).strip().splitlines()[-1].strip()
             raise UserError(f"{path}: is of another model, loss or optimizer than the config says ({detail})") from None
         set_random_states(state["rng"])
-        self.evaluated_step, self.best_ap = state["evaluated"], state["best"]
+        if not any(change.startswith("data.val") for change in changes):  # AP of other images does not compare
+            self.evaluated_step, self.best_ap = state["evaluated"], state["best"]
         self.seconds_per_step, self.peak_memory = state["seconds_per_step"], state["peak_memory"]
         self.score_thresholds = checkpoint.score_thresholds(content)
         return [*saved.damaged, *(f"changed: {change}" for change in changes)]
@@ -174,12 +175,16 @@ class Run:
             if before.get(key) != now.get(key) and not key.startswith(MAY_CHANGE)
         ]
 
-    def refuse_unequal_processes(self) -> None:
-        """Raise UserError if config, checkpoint or data differ between processes. Paths of results and data may."""
+    def refuse_unequal_processes(self, saved: Saved | None) -> None:
+        """Raise UserError if config, data or checkpoint differ between processes. Paths of results and data may differ.
+
+        Call it before `resume`, which could raise in one process alone.
+        """
         options = config.flat(self.cfg.model_dump(mode="json"))
         places = ("output", "data.train", "data.val")
         shared = {key: value for key, value in options.items() if not key.startswith(places)}
-        distributed.same_everywhere(shared | self.data | {"the checkpoint's step": self.step})
+        step = saved.content.get("run", {}).get("solver", {}).get("step") if saved else 0
+        distributed.same_everywhere(shared | self.data | {"the checkpoint's step": step})
 
     def open_folder(self) -> None:
         """Make the run's folder and write its config."""
@@ -194,9 +199,10 @@ class Run:
 
     def describe_files(self) -> str:
         """Where the results are, in one line."""
-        names = [LAST, BEST, "metrics.json", "detections.json", "detections.png"]
-        text = f"in {self.cfg.folder}: {', '.join(name for name in names if (self.cfg.folder / name).exists())}"
-        return text + (f"; tensorboard --logdir {self.cfg.output}" if self.cfg.tensorboard.enabled else "")
+        folder, pictures = self.cfg.folder, ["detections.png"] * (self.cfg.tensorboard.images > 0)
+        names = [LAST, BEST, "metrics.json", "detections.json", *pictures]
+        text = f"in {folder}: {', '.join(name for name in names if (folder / name).exists())}"
+        return text + (f"; tensorboard --logdir {self.cfg.output}" if any(folder.glob("events.out.*")) else "")
 
     def save_batch(self, batch: Batch) -> str:
         """Save this process's images of a step whose loss is not finite; returns a text: where, and what to do."""

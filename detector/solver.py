@@ -110,7 +110,7 @@ class Solver:
         self.scaler.scale(loss).backward()
 
     def clip_gradients(self) -> Tensor:
-        """Unscale the gradients, clip them if `clip_norm` is set; returns their norm before clipping.
+        """Unscale the gradients and clip them if `clip_norm` is set; returns their norm before clipping.
 
         Call it once a step, before `step`.
         """
@@ -152,7 +152,10 @@ class Solver:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ValueError for another optimizer's state, because torch would accept it and fail at the next step."""
+        """Load the model's weights before this. Raises ValueError for another optimizer's state.
+
+        torch would accept such a state and fail at the next step.
+        """
         if state["optimizer"]["param_groups"][0].keys() != self.optimizer.state_dict()["param_groups"][0].keys():
             raise ValueError("the optimizer is another")
         self.step_count, self.skipped = state["step"], state["skipped"]

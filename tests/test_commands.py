@@ -230,7 +230,7 @@ def test_make_demo(place, demo, command):
     """The trainings of the Makefile, made small, and its comparison run."""
     printed = subprocess.run(["make", "--dry-run", "demo"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     (losses,) = re.findall(r"printf '%s\\n' ([a-z_ ]+) .*xargs", printed)
-    assert "train.py --config configs/demo/$0.yaml --resume" in printed
+    assert "train.py --config configs/demo/$0.yaml --resume" in printed and "-m data.demo --quick\n" in printed
     for loss in losses.split():
         code, _, err = command(
             module(ROOT / "train.py").main, "--config", f"configs/demo/{loss}.yaml", "--resume", "--set", *CHEAP

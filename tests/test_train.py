@@ -19,7 +19,7 @@ import train
 from data.assemble import build_datasets
 from data.coco import CocoDataset
 from data.samplers import TrainSampler
-from detector import checkpoint
+from detector import checkpoint, distributed
 from detector.configure import configure
 from detector.errors import Stopped, UserError
 from detector.solver import Solver
@@ -191,6 +191,17 @@ def test_a_run_does_not_resume_with_another_loss(tiny, trained, command):
     code, _, err = command(train.main, "--config", path, "--resume", "--set", "class_loss.name=focal")
     assert code == 2 and one_line(err) and "class_loss" in err
     assert (trained[0] / "config.yaml").read_text() == before
+
+
+def test_a_run_does_not_resume_on_changed_annotations(tiny, trained, command, monkeypatch):
+    path = tiny(trained[0].parent.parent, **GHM)
+    monkeypatch.setattr(CocoDataset, "fingerprint", lambda dataset: "fewer boxes")
+    code, _, err = command(train.main, "--config", path, "--resume")
+    assert code == 2 and one_line(err) and "data.train: " in err and ", now fewer boxes; data.val: " in err
+    # With several processes they are compared first: one alone must not refuse while the others wait for it.
+    monkeypatch.setattr(distributed, "gather", lambda values: [values, {**values, "data.train": "more boxes"}])
+    code, _, err = command(train.main, "--config", path, "--resume")
+    assert code == 2 and one_line(err) and "data.train differs between processes" in err
 
 
 @pytest.mark.parametrize("interrupted_at", ["last.pt", "best.pt"])

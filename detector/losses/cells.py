@@ -8,9 +8,8 @@ Most class losses need one number a cell, z. Those with `takes_quality` also nee
     gradient norm   |p - p*|                      = sigmoid(z)
     prob. of truth  p_t                           = sigmoid(-z)
 
-Focal loss and its sum in fused.py use `sigmoid_softplus`, `power` and `accumulator`. The other functions are for
-losses that count or sort cells: GHM (`logits_against_truth`, `region_of`, `lookup`, `sum_cells`) and OHEM
-(`logits_against_truth`, `lookup`, `ordered_bits`).
+The curves of the losses use `sigmoid_softplus`, Focal's also `power`. The other functions are mostly for losses that
+count or sort cells: GHM, OHEM, rank & sort.
 """
 
 import torch

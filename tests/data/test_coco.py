@@ -122,6 +122,28 @@ def test_validation_may_have_an_extra_class_only_without_boxes(folder):
     one_line(excinfo, "category 6 ('bird') is unknown to the model")
 
 
+def test_the_fingerprint_tells_what_training_and_scoring_read(folder):
+    changes = {
+        "a label": lambda document: document["annotations"][0].update(category_id=5),
+        "a box": lambda document: document["annotations"][0]["bbox"].__setitem__(2, 5),
+        "the image of a box": lambda document: document["annotations"][0].update(image_id=9),
+        "a crowd": lambda document: document["annotations"][0].update(iscrowd=1),
+        "two files": lambda document: swap(document["images"], "file_name"),
+    }
+    fingerprints = [dataset(folder).fingerprint()]
+    assert dataset(folder).fingerprint() == fingerprints[0]
+    for change in changes.values():
+        document = copy.deepcopy(GOOD)
+        change(document)
+        write(folder, document)
+        fingerprints.append(dataset(folder).fingerprint())
+    assert len(set(fingerprints)) == len(fingerprints)
+
+
+def swap(records, key):
+    records[0][key], records[1][key] = records[1][key], records[0][key]
+
+
 @pytest.mark.parametrize("sides", [{}, {"width": 0, "height": 0}, {"width": None, "height": None}, {"width": 16}])
 def test_missing_sizes_are_read_from_the_images(folder, sides):
     document, expected = copy.deepcopy(GOOD), dataset(folder)

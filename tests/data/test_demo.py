@@ -276,6 +276,17 @@ def test_the_command_writes_what_its_options_say(tmp_path, command):
     assert all((tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes() for file in files)
 
 
+@pytest.mark.parametrize(
+    "option, counts", [([], (750, 150)), (["--quick"], (640, 100)), (["--val-images", 9], (750, 9))]
+)
+def test_the_numbers_of_scenes_are_those_of_the_help_text(option, counts, command, monkeypatch):
+    given = {}
+    monkeypatch.setattr(demo, "write_demo", lambda folder, **options: given.update(options))
+    page = " ".join(command(demo.main, "--help")[1].split())
+    assert "(default: 750; --quick: 640)" in page and "(default: 150; --quick: 100)" in page
+    assert command(demo.main, *option)[0] == 0 and (given["train_images"], given["val_images"]) == counts
+
+
 @pytest.mark.parametrize("option, config", [([], "demo_long"), (["--quick"], "demo")])
 def test_without_out_the_set_lies_where_its_config_reads_it(option, config, tmp_path, monkeypatch, command):
     monkeypatch.chdir(tmp_path)

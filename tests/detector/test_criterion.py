@@ -364,7 +364,8 @@ def test_images_matched_together_get_the_matches_of_each_alone(assigner, monkeyp
 
 @pytest.mark.parametrize(("class_loss", "box_loss"), [pair for pair in PAIRS if RankSort not in pair])  # RankSort waits
 @pytest.mark.parametrize("assigner", [IoUAssigner, ATSSAssigner])
-def test_on_a_gpu_no_step_depends_on_data(class_loss, box_loss, assigner, monkeypatch):
+@pytest.mark.parametrize("boxes", [6, 0])  # of the first image; the second has none
+def test_on_a_gpu_no_step_depends_on_data(class_loss, box_loss, assigner, boxes, monkeypatch):
     """With tensors that have no values, any step that needs one raises. No numbers are copied from the host."""
     monkeypatch.setattr(dispatch, "compiles", lambda logits: False)
     monkeypatch.setattr(dispatch, "triton_for", lambda logits: None)  # it would run on these tensors' values
@@ -378,8 +379,8 @@ def test_on_a_gpu_no_step_depends_on_data(class_loss, box_loss, assigner, monkey
             torch.rand(ANCHORS, 4, device=cuda),
             (25, 10, 5),
         )
-        labels = torch.zeros(6, dtype=torch.int64, device=cuda)
-        targets = [Target(torch.rand(6, 4, device=cuda), labels), Target(predictions.anchors[:0], labels[:0])]
+        labels = torch.zeros(boxes, dtype=torch.int64, device=cuda)
+        targets = [Target(torch.rand(boxes, 4, device=cuda), labels), Target(predictions.anchors[:0], labels[:0])]
         with torch.device(cuda):  # the losses' own state
             criterion = build(class_loss=class_loss(), box_loss=box_loss())
         criterion.assigner = assigner()

@@ -353,7 +353,7 @@ def test_only_the_model_runs_in_bfloat16():
         return losses
 
     criterion.forward = spied
-    # Not 64 pixels: if P6 has one cell, torch 2.15 reads stray memory for P7's bfloat16 weight gradient on a CPU.
+    # Not 64 pixels: if P6 has one position, torch 2.15 reads stray memory for P7's bfloat16 weight gradient on a CPU.
     train(model, criterion, [batch(size=(96, 96))], solver, Recorder(), CPU)
     assert dtypes == [(torch.bfloat16, torch.float32, {torch.float32})]
     assert {p.dtype for p in model.parameters()} == {torch.float32}

@@ -166,9 +166,17 @@ def test_other_annotations_under_the_same_path_are_refused(make_run, saved):
     with pytest.raises(UserError, match=r"was trained with data\.train: some boxes, now more boxes: go on"):
         run.resume(read(saved[0]))
     assert run.resume(read(saved[0]), accept_changes=True) == ["changed: data.train: some boxes, now more boxes"]
+    assert (run.evaluated_step, run.best_ap) == (4, 0.5)
     older = read(saved[0])
     del older.content["run"]["data"]  # a checkpoint from before this was saved
     assert run.resume(older) == []
+
+
+def test_the_best_ap_on_other_validation_images_is_forgotten(make_run, saved):
+    run = make_run(class_loss={"name": "ghm_c"})
+    run.data = {**run.data, "data.val": "harder ones"}
+    run.resume(read(saved[0]), accept_changes=True)
+    assert (run.evaluated_step, run.best_ap) == (0, float("-inf"))
 
 
 def test_averaging_that_begins_on_resuming_begins_with_the_trained_weights(make_run, saved, same):
@@ -178,12 +186,13 @@ def test_averaging_that_begins_on_resuming_begins_with_the_trained_weights(make_
 
 
 def test_only_files_that_exist_are_named(make_run, folder):
-    run = make_run(output=str(folder), run="x", tensorboard={"enabled": False})
+    run = make_run(output=str(folder), run="x", tensorboard={"images": 0})
     run.cfg.folder.mkdir()
-    (run.cfg.folder / "last.pt").touch()
+    for name in ("last.pt", "detections.png"):  # the pictures are of an earlier training, which drew some
+        (run.cfg.folder / name).touch()
     assert run.describe_files() == f"in {folder}/x: last.pt"
     run = make_run(output=str(folder), run="x")
-    (run.cfg.folder / "detections.png").touch()
+    (run.cfg.folder / "events.out.tfevents.1").touch()
     assert run.describe_files() == f"in {folder}/x: last.pt, detections.png; tensorboard --logdir {folder}"
 
 
