@@ -334,7 +334,7 @@ def check_untransformed(dataset, data):
 
 
 def try_config(folder, data, arguments=()):
-    """Configure as train.py does; "accepted" or "refused". What is accepted can be written and read again."""
+    """Configure as train.py does; "accepted" or "refused". An accepted config can be written and read again."""
     path = folder / "x.yaml"
     path.write_bytes(data)
     try:

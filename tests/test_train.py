@@ -431,7 +431,7 @@ def test_resuming_a_finished_run_evaluates_and_changes_nothing(trained, tiny, co
     assert same(before, after)
 
 
-# ------------------------------------------------------------------------------------------ that it learns
+# ------------------------------------------------------------------------------------------ learning
 
 
 @pytest.mark.parametrize("classes", [1, 2])  # and 3 in test_eval.py

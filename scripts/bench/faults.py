@@ -167,7 +167,7 @@ def strike(life: Life, how: str, phase: str, lasts: dict[str, float], rng: rando
 
 
 def complaints_about(life: Life, how: str, hit: str, done: bool, before: int, after: int) -> list[str]:
-    """What is wrong with the end of an interrupted life."""
+    """The mistakes at the end of an interrupted life."""
     log, codes = life.log.read_text(encoding="utf-8"), set(life.codes.values())
     complaints = []
     if "Traceback" in log or (how.startswith("TERM") and "memory" in log):

@@ -91,7 +91,7 @@ def aps(tuning: dict[str, Any]) -> dict[str, float | None]:
 
 
 def budget(tuning: dict[str, Any]) -> str:
-    """What is equal in equal tuning."""
+    """The tuned options and the number of trials, which must be the same for all variants."""
     return f"{', '.join(tuned_keys(tuning))} in {len(aps(tuning))} trials"
 
 

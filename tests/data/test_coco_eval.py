@@ -277,7 +277,7 @@ def test_boxes_are_not_rounded_to_float32(score):
 
 @pytest.mark.parametrize("height, ap, ap80, ap90", [(78, 0.6, 0, 0), (82, 0.7, 1, 0), (87, 0.8, 1, 0), (92, 0.9, 1, 1)])
 def test_one_box_by_hand(score, height, ap, ap80, ap90):
-    # IoU is height / 100; AP is the share of the thresholds 0.50, 0.55 ... 0.95 that it reaches.
+    # IoU is height / 100; AP is the share of the thresholds 0.50, 0.55 ... 0.95 up to this IoU.
     annotations = file_of([(1, 1, (20, 30, 100, 100))])
     metrics = score(annotations, {1: detections_of([[20, 30, 120, 30 + height]], [0.5], [0])}, [1])
     assert (metrics["AP80"], metrics["AP90"]) == pytest.approx((ap80, ap90))

@@ -93,7 +93,7 @@ def test_a_caption_stays_within_the_picture():
     red, lime = ((pixels == colour).all(axis=2) for colour in ((255, 0, 0), (0, 255, 0)))
     assert (
         red[1:14, 130].any() and red[1:14, 199].any() and not red[1:14, 60].any()
-    )  # moved to the left, so that it ends at the edge of the picture
+    )  # moved to the left, to end at the edge of the picture
     assert lime[48:58, 0].any() and not lime[48:58, 150].any()
 
 

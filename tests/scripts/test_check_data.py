@@ -56,7 +56,7 @@ def test_best_iou_is_the_maximum_over_all_anchors(kind):
 def noise(folder, names, size=96):
     rng = np.random.default_rng(0)
     for name in names:
-        low_resolution = rng.integers(0, 256, (8, 8, 3), np.uint8)  # a smooth image, so that it has a hash
+        low_resolution = rng.integers(0, 256, (8, 8, 3), np.uint8)  # a smooth image, or it would have no hash
         Image.fromarray(low_resolution).resize((size, size), Image.BICUBIC).save(folder / name)
 
 
