@@ -1,5 +1,5 @@
 #!/bin/bash
-# Focal, GHM-C and GHM-C with a limit in batches of 4, 16 and 64 images, and forms of GHM-C in batches of 4.
+# Focal, GHM-C and GHM-C with a limit in batches of 4, 16 and 64 images, and forms and weights of GHM-C in batches of 4.
 # Each run sees 9,000 images, in parts of 4, so that BatchNorm sees the same; lr grows with the root of the batch, as is
 # usual for AdamW. GHM-C counts the whole batch, however it is split. Stop it at any time; the same command continues.
 # Arguments: runs at once (1), seeds (3), and the only batch to train with (all).
@@ -20,7 +20,7 @@ while read -r batch parts lr warmup; do
     "${train[@]}" --results "results/batches/$batch" --variants focal </dev/null
     "${train[@]}" --results "results/batches/$batch" --variants ghm_c --grid class_loss.max_weight=null,30 </dev/null
     if [ "$batch" = 4 ]; then
-        for form in momentum=0,0.99 bins=10 prior_count=100,1000; do
+        for form in momentum=0,0.99 weight=0.4,1.3 bins=10 prior_count=100,1000; do
             "${train[@]}" --results results/forms --variants ghm_c --grid class_loss.max_weight=null \
                 --grid "class_loss.$form" </dev/null
         done
