@@ -135,7 +135,7 @@ def test_the_table_of_wrong_labels_is_current(tmp_path, monkeypatch, capsys):
 
 def test_the_table_of_sparse_regions_comes_from_the_results():
     section = (ROOT / "docs/results.md").read_text(encoding="utf-8").partition("## Why GHM-C needs a limit")[2]
-    rows = [line for line in section.partition("\n## ")[0].splitlines() if line.startswith("|")]
+    rows = [line for line in section.partition("\n##")[0].splitlines() if line.startswith("|")]
     files = [ROOT / "results/regions" / name / "batch_regions.md" for name in ("bccd", "bccd_large")]
     written = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     assert len(rows) > 5 and set(rows) <= set(written)
@@ -149,3 +149,10 @@ def test_the_table_of_short_and_long_tuning_is_current():
     for short, long in zip(*tables):
         cells = [mean_and_spread(aps(row)) for row in (short, long)]
         assert short.name == long.name and f"| {short.name} | {' | '.join(cells)} |" in text
+
+
+def test_the_table_of_batches_is_current(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    compare_conditions.main(["results/batches", "--baseline", "focal", "--output", str(tmp_path / "batches.png")])
+    table = "\n".join(line for line in capsys.readouterr().out.splitlines() if line.startswith("|"))
+    assert table.count("\n") == 4 and table in (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
