@@ -187,11 +187,11 @@ class CocoDataset(Dataset):
         return f"{counts}, sha256 {self._digest}"
 
     def _digest_of_contents(self) -> str:
-        """Of all that training and scoring read from the annotation file."""
-        digest = hashlib.sha256(repr((self.image_ids, self.file_names, self.sizes, self.category_ids)).encode())
-        for values in (self.annotations.images, self.annotations.categories, self.annotations.boxes):
-            digest.update(np.ascontiguousarray(values).tobytes())
-        digest.update(np.ascontiguousarray(self.annotations.crowds).tobytes())
+        """A digest of everything in the annotation file that training and scoring use; wherever the images are."""
+        known = self.annotations
+        digest = hashlib.sha256(repr((self.image_ids, known.file_names, self.sizes, self.category_ids)).encode())
+        for values in (known.images, known.categories, known.boxes, known.crowds):
+            digest.update(values.tobytes())
         return digest.hexdigest()[:12]
 
     @property
