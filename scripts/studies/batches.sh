@@ -21,7 +21,7 @@ while read -r batch parts lr warmup; do
     "${train[@]}" --results "results/batches/$batch" --variants ghm_c --grid class_loss.max_weight=null,30 </dev/null
     if [ "$batch" = 4 ]; then
         for form in momentum=0,0.99 weight=0.4,1.3 bins=10 prior_count=100,1000; do
-            "${train[@]}" --results results/forms --variants ghm_c --grid class_loss.max_weight=null \
+            "${train[@]}" --results results/forms/demo --variants ghm_c --grid class_loss.max_weight=null \
                 --grid "class_loss.$form" </dev/null
         done
     fi
@@ -33,4 +33,4 @@ END
 [ -z "$only" ] || exit 0 # a picture needs all conditions
 python scripts/compare_conditions.py results/batches --condition "images a batch" --log --baseline focal \
     --output docs/batches.png
-python scripts/compare.py results/batches/4/*.json results/forms/*.json --baseline "ghm_c[max_weight=null]"
+python scripts/compare.py results/batches/4/*.json results/forms/demo/*.json --baseline "ghm_c[max_weight=null]"
