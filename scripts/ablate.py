@@ -55,8 +55,10 @@ Values = dict[str, Any]  # the nested values of a config
 def main() -> None:
     args = parse_arguments()
     jobs = args.jobs or max(1, torch.cuda.device_count() // args.processes)
-    study = Study(args.config, args.set, args.output, args.results, args.processes)
-    variants = read_variants(study.base, args.variants, args.grid)
+    of_losses = [setting for setting in args.set if setting.startswith(("class_loss.", "box_loss."))]
+    common = [setting for setting in args.set if setting not in of_losses]
+    study = Study(args.config, common, args.output, args.results, args.processes)
+    variants = read_variants(study.base, args.variants, of_losses, args.grid)
     runs = study.runs(variants, args.seeds)
     short = f", {args.tune} short runs of each" if args.tune else ""
     print(f"{len(runs)} runs of {len(variants)} variants{short}; they differ in {differences(runs)}")
@@ -85,7 +87,12 @@ def parse_arguments() -> argparse.Namespace:
         "--seeds", type=int, default=3, metavar="N", help="runs of each variant, with seeds 0 to N - 1 (default: 3)"
     )
     parser.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="options for all runs"
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="options for all runs, also those of a loss: class_loss.weight=2",
     )
     parser.add_argument(
         "--grid", action="append", default=[], metavar="KEY=A,B", help="train each variant with each of these values"
@@ -122,6 +129,11 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if min(args.seeds, args.processes, 1 if args.jobs is None else args.jobs) < 1:
         raise UserError("--seeds, --jobs and --processes: give at least 1")
+    for setting in args.set:
+        if setting.partition("=")[0] in ("class_loss", "class_loss.name", "box_loss", "box_loss.name"):
+            raise UserError(
+                f"--set {setting}: --variants names the losses; --set changes an option, such as their weight"
+            )
     if args.tune is not None:
         check_tuning(args.tune, args.tune_keys, args.tune_set)
     return args
@@ -266,9 +278,12 @@ def add_timing(runs: list[Run]) -> None:
         print(f"{name}: {timing['seconds']:.3f} s/step")
 
 
-def read_variants(base: Path, names: list[str], grids: list[str]) -> dict[str, Values]:
-    """What each variant changes in the config `base`, by name; with grids, each variant with each of their values."""
-    variants = {name: read_variant(base, name) for name in names}
+def read_variants(base: Path, names: list[str], settings: list[str], grids: list[str]) -> dict[str, Values]:
+    """What each variant changes in the config `base`, by name, with settings ("class_loss.weight=2") on top.
+
+    With grids, each variant with each of their values.
+    """
+    variants = {name: config_files.with_settings(read_variant(base, name), settings) for name in names}
     for grid in grids:
         key, values = parse_choice("--grid", grid)
         short = key.rpartition(".")[2]

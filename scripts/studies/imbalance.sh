@@ -1,12 +1,22 @@
 #!/bin/bash
 # AP of CE, Focal and GHM-C against the ratio of positives to negatives, on digits of one size.
-# Each line below: negative anchors for each positive one (scripts/check_data.py), scene, digits in a scene. Each run has
-# 750 steps of 4 images. Class and box weights of each loss are tuned at a ratio of 350 with runs of that length, and the
-# other ratios take the same. Stop it at any time; the same command continues. Arguments: runs at once (1), seeds (3), and
-# the only ratio to train for (all; 350 comes first).
+# Each line of RATIOS: negative anchors for each positive one (scripts/check_data.py), scene, digits in a scene. Each run
+# has 750 steps of 4 images. At a ratio of 350, each loss's class and box weight is tuned, with runs of that many epochs;
+# the other ratios take these weights (WEIGHTS). Stop it at any time; the same command continues. Arguments: runs at once
+# (1), seeds (3), and the only ratio to train for (all).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 jobs=${1:-1} seeds=${2:-3} only=${3:-}
+
+RATIOS="350 160 128 6 12
+70 160 128 36 52
+1600 160 128 1 3
+11000 224 160 0 1
+46000 448 320 0 1"
+WEIGHTS="ce - 0.682 2.76
+focal - 1.02 0.514
+ghm_c null 0.4 6.48
+ghm_c 30 0.4 0.0316" # variant, limit, class weight, box weight
 
 while read -r ratio width height fewest most; do
     [[ $ratio == "${only:-$ratio}" ]] || continue
@@ -23,10 +33,13 @@ while read -r ratio width height fewest most; do
         "${train[@]}" --variants ghm_c --grid class_loss.max_weight=null,30 --tune 8 </dev/null
         continue
     fi
-done <<END
-350 160 128 6 12
-70 160 128 36 52
-1600 160 128 1 3
-11000 224 160 0 1
-46000 448 320 0 1
-END
+    while read -r variant limit class_weight box_weight; do
+        grid=()
+        [ "$limit" = - ] || grid=(--grid "class_loss.max_weight=$limit")
+        "${train[@]}" "class_loss.weight=$class_weight" "box_loss.weight=$box_weight" --variants "$variant" "${grid[@]}" \
+            </dev/null
+    done <<<"$WEIGHTS"
+done <<<"$RATIOS"
+[ -z "$only" ] || exit 0 # a picture needs all conditions
+python scripts/compare_conditions.py results/imbalance --condition "negative anchors for each positive one" --log \
+    --output docs/imbalance.png

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from detector import config
+from detector.configure import configure
 from detector.errors import UserError
 from scripts import ablate, compare
 from scripts.comparison import result, supervise, timing
@@ -53,6 +54,7 @@ def test_a_variant_that_changes_more_than_the_loss_is_refused(base):
     [
         (("--variants", "none"), r"none\.yaml: no such file"),
         (("--variants", "focal", "--seeds", "0"), "give at least 1"),
+        (("--variants", "focal", "--set", "class_loss.name=ce"), "--variants names the losses"),
         (("--variants", "focal", "--grid", "class_loss.gamma"), "write it as KEY=A,B,C"),
         (("--variants", "focal", "--tune", "1"), "give at least 2"),
         (("--variants", "focal", "--tune", "8", "--tune-set", "box_loss.weight=1"), "leave it out here or in --tune-k"),
@@ -335,6 +337,17 @@ def test_a_grid_makes_a_variant_for_each_value(base, tmp_path, command):
         ablate.main, *arguments, "--grid", "class_loss.weight=1,4", "--output", tmp_path, "--dry-run"
     )
     assert code == 0 and "12 runs of 6 variants" in out and "focal[gamma=2][weight=4]-s1" in out, err
+
+
+def test_a_loss_s_option_holds_for_every_variant(base, tmp_path, command):
+    """Whatever the base file and the variants' own files say."""
+    options = ["--set", "class_loss.weight=3", "box_loss.weight=5", "solver.lr=0.001"]
+    arguments = ["--config", base, "--variants", "focal", "ghm_r", "--seeds", 1, *options]
+    code, _, err = command(ablate.main, *arguments, "--output", tmp_path / "out", "--dry-run")
+    assert code == 0, err
+    for name in ("focal", "ghm_r"):
+        cfg = configure(str(tmp_path / "out" / "configs" / f"{name}-s0.yaml"))
+        assert (cfg.class_loss.weight, cfg.box_loss.weight, cfg.solver.lr) == (3, 5, 0.001)
 
 
 def test_a_study_stopped_by_a_signal_saves_and_continues(base, tmp_path):
