@@ -86,6 +86,7 @@ def test_the_example_of_a_new_loss_trains(tiny, tmp_path, monkeypatch):
             ["laptop/ce-s*", "laptop/ghm_c-s*", "laptop/ghm_c_limited-s*", "forms/bccd/*"],
             "ghm_c",
         ),
+        ("docs/results.md", ["imbalance/350/*"], "ce"),
         ("docs/results.md", ["switches/*"], "ghm_c[scope=batch]"),
         ("docs/results.md", ["counts/*"], "ghm_c[local_counts=false]"),
         ("docs/results.md", ["scope/*"], "ghm_c[scope=batch][weight=4]"),
