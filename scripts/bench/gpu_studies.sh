@@ -16,7 +16,7 @@ study() { # NAME CONDITIONS...
     local name=$1
     shift
     for condition in "$@"; do
-        timeout "$limit" bash "scripts/studies/$name.sh" 2 3 "$condition" > "$logs/$name-$condition.log" 2>&1 &
+        timeout "$limit" bash "scripts/studies/$name.sh" 2 "" "$condition" > "$logs/$name-$condition.log" 2>&1 &
     done
 }
 study batches 4 16 64
