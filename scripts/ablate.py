@@ -55,10 +55,11 @@ Values = dict[str, Any]  # the nested values of a config
 def main() -> None:
     args = parse_arguments()
     jobs = args.jobs or max(1, torch.cuda.device_count() // args.processes)
-    of_losses = [setting for setting in args.set if setting.startswith(("class_loss.", "box_loss."))]
-    common = [setting for setting in args.set if setting not in of_losses]
+    # What a variant's file may set goes on top of it, or the file would win.
+    on_variants = [setting for setting in args.set if setting.startswith(VARIANT_KEYS)]
+    common = [setting for setting in args.set if setting not in on_variants]
     study = Study(args.config, common, args.output, args.results, args.processes)
-    variants = read_variants(study.base, args.variants, of_losses, args.grid)
+    variants = read_variants(study.base, args.variants, on_variants, args.grid)
     runs = study.runs(variants, args.seeds)
     short = f", {args.tune} short runs of each" if args.tune else ""
     print(f"{len(runs)} runs of {len(variants)} variants{short}; they differ in {differences(runs)}")

@@ -339,15 +339,17 @@ def test_a_grid_makes_a_variant_for_each_value(base, tmp_path, command):
     assert code == 0 and "12 runs of 6 variants" in out and "focal[gamma=2][weight=4]-s1" in out, err
 
 
-def test_a_loss_s_option_holds_for_every_variant(base, tmp_path, command):
+def test_a_set_option_holds_for_every_variant(base, tmp_path, command):
     """Whatever the base file and the variants' own files say."""
-    options = ["--set", "class_loss.weight=3", "box_loss.weight=5", "solver.lr=0.001"]
+    with (base.parent / "ghm_r.yaml").open("a") as file:
+        file.write("model: {head: {prior: 0.5}}\n")
+    options = ["--set", "class_loss.weight=3", "box_loss.weight=5", "model.head.prior=0.02", "solver.lr=0.001"]
     arguments = ["--config", base, "--variants", "focal", "ghm_r", "--seeds", 1, *options]
     code, _, err = command(ablate.main, *arguments, "--output", tmp_path / "out", "--dry-run")
     assert code == 0, err
     for name in ("focal", "ghm_r"):
         cfg = configure(str(tmp_path / "out" / "configs" / f"{name}-s0.yaml"))
-        assert (cfg.class_loss.weight, cfg.box_loss.weight, cfg.solver.lr) == (3, 5, 0.001)
+        assert (cfg.class_loss.weight, cfg.box_loss.weight, cfg.model.head.prior, cfg.solver.lr) == (3, 5, 0.02, 0.001)
 
 
 def test_a_study_stopped_by_a_signal_saves_and_continues(base, tmp_path):
