@@ -7,7 +7,7 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from detector.conv import FoldedConv, FrozenBatchNorm, Residual
+from detector.conv import Conv, FoldedConv, FrozenBatchNorm, Residual
 
 # torchvision's names, and the number of layers up to C2, C3, C4 and C5: a ResNet's children, a MobileNet's features.
 # The 1x1 convolution after a MobileNet's C5 is left out: it widens C5 for the classifier; the pyramid would narrow it.
@@ -40,6 +40,8 @@ def set_norm(network: nn.Module, norm: str) -> None:
         for (name, conv), (_, after) in list(pairwise(parent.named_children())):
             if isinstance(conv, nn.Conv2d) and isinstance(after, FrozenBatchNorm):
                 setattr(parent, name, FoldedConv(conv, after))
+            elif isinstance(conv, nn.Conv2d) and conv.groups > 1:
+                setattr(parent, name, Conv(conv))
     for parent in list(network.modules()) if norm == "frozen_bn" else []:
         for name, child in list(parent.named_children()):
             if isinstance(child, BasicBlock | Bottleneck):

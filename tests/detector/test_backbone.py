@@ -139,3 +139,25 @@ def test_evaluation_mode_reaches_every_stage():
 def test_frozen_stages_survive_a_copy():
     backbone = copy.deepcopy(Backbone("resnet18", "bn", 1)).train()
     assert not backbone.bn1.training and backbone.layer2[0].bn1.training
+
+
+@pytest.mark.parametrize("norm", ["bn", "frozen_bn"])
+@pytest.mark.parametrize("name", ["mobilenet_v2", "mobilenet_v3_large"])
+def test_depthwise_convolutions_train_in_float32_where_bfloat16_is_slow(name, norm):
+    backbone = Backbone(name, norm, 0)
+    depthwise = [m for m in backbone.modules() if isinstance(m, nn.Conv2d) and m.groups == m.in_channels]
+    slow = [conv for conv in depthwise if conv.kernel_size == (5, 5) or conv.stride == (2, 2)]
+    assert len(depthwise) > len(slow) > 3
+    for conv in slow:
+        x = torch.randn(1, conv.in_channels, 8, 6).bfloat16().requires_grad_()
+        options = conv.stride, conv.padding, conv.dilation, conv.groups
+        with torch.autocast("cpu", torch.bfloat16):
+            trained = conv(x)
+            with torch.no_grad():
+                evaluated = conv(x)
+        weight, bias = conv.folded() if norm == "frozen_bn" else (conv.weight, None)
+        assert torch.equal(trained, nn.functional.conv2d(x.float(), weight, bias, *options).bfloat16())  # rounded once
+        in_bfloat16 = nn.functional.conv2d(x, weight.bfloat16(), None if bias is None else bias.bfloat16(), *options)
+        assert torch.equal(evaluated, in_bfloat16)
+        trained.sum().backward()
+        assert x.grad.dtype == torch.bfloat16 and conv.weight.grad.dtype == torch.float32
