@@ -43,7 +43,9 @@ def main() -> None:
         help="score on these instead of the run's own validation set; torchvision's checkpoints need them",
     )
     parser.add_argument(
-        "--output", metavar="FOLDER", help="for the results (default: the run's, whose own are replaced)"
+        "--output",
+        metavar="FOLDER",
+        help="for the results (default: the run's, whose own are replaced; with --data, a new one in it)",
     )
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="other options")
     parser.add_argument("--benchmark", action="store_true", help="print the images per second of each stage")

@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML with what differs from the defaults")
     parser.add_argument("--set", nargs="+", action="extend", metavar="KEY=VALUE", help="override the file's options")
     parser.add_argument("--resume", action="store_true", help="continue from the newest undamaged checkpoint, if any")
-    parser.add_argument("--accept-changes", action="store_true", help="with --resume: even if config or data differ")
+    parser.add_argument("--accept-changes", action="store_true", help="with --resume: although config or data changed")
     args = parser.parse_args()
     cfg = configure(args.config, args.set)
     with distributed.group(pick_device(cfg.device)) as device:
@@ -105,13 +105,13 @@ def advance(run: Run, replica: torch.nn.Module, batches: Iterator[Batch], logger
     """Train to the next pause or interruption, and save a checkpoint; if a loss is not finite, its batch instead."""
     interruption: UserError | Stopped | None = None
     try:
-        train_until(replica, run.criterion, batches, run.solver, logger, device, until_step=run.next_pause)
+        train_until(replica, run.criterion, batches, run.solver, logger, until_step=run.next_pause)
     except NonFiniteLoss as error:
         raise FloatingPointError(f"{error}; {run.save_batch(error.batch)}") from None
     except Stopped as error:
         interruption = error
     except UserError as error:  # an image that cannot be read, a loading process that died
-        interruption = UserError(f"{error}; go on with --resume")
+        interruption = UserError(f"{error}; continue with --resume")
     run.seconds_per_step = logger.clock.seconds_per_step
     run.peak_memory = max(run.peak_memory, peak_memory(device))
     run.save(checkpoint.LAST)
@@ -147,4 +147,4 @@ def report(run: Run, metrics: Metrics, val_set: CocoDataset, detections: dict[in
 
 
 if __name__ == "__main__":
-    run_main(main, after_stop="; go on with the same command and --resume")
+    run_main(main, after_stop="; continue with the same command and --resume")

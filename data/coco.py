@@ -78,7 +78,7 @@ class CocoDataset(Dataset):
         self.aspects: list[float] = [width / height for height, width in self.sizes]
         self._name_classes(category_ids, class_names)
         if not trust and (flaw := suspicion(self.annotations)):
-            cure = "to take them as they stand, set data.trust=true (convert.py: --trust)"
+            cure = "to use them unchanged, set data.trust=true (convert.py: --trust)"
             raise UserError(f"{self.path}: {flaw}; {cure}")
         self._collect_boxes()
         self._digest = self._digest_of_contents()
@@ -165,7 +165,7 @@ class CocoDataset(Dataset):
             raise UserError(
                 f"{self.path}: no box to learn from: {self.num_crowd:,} boxes are crowds (iscrowd 1), "
                 f"{len(self.dropped_ids):,} have no area inside their image{left_out}; correct the file, or set "
-                "data.trust=true to train all the same"
+                "data.trust=true to train anyway"
             )
 
     def summary(self) -> str:

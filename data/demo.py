@@ -1,8 +1,8 @@
-"""The embedded demo set: real handwritten digits composed over photo crops, in COCO format, with no download.
+"""The built-in demo set: real handwritten digits composed over photo crops, in COCO format, with no download.
 
 Digits: the 1,797 of `sklearn.datasets.load_digits` (UCI Optical Recognition of Handwritten Digits, 8x8).
 Photos: china.jpg (danielbuechele) and flower.jpg (vultilion), CC BY 2.0, as shipped in scikit-learn.
-What makes it worth detecting: a long tail of classes, sizes from 14 to 56 px, crowded scenes, empty scenes
+What makes it a realistic test: a long tail of classes, sizes from 14 to 56 px, crowded scenes, empty scenes
 and, on request, the outliers that GHM is about: training annotations with a wrong label or a shifted box.
 """
 
@@ -346,7 +346,7 @@ def main() -> None:
     )
     add = parser.add_argument
     given: dict[str, Any] = dict(default=argparse.SUPPRESS)
-    add("--out", type=Path, **given, help="folder to write (default: datasets/demo; --quick: datasets/demo_quick)")
+    add("--output", type=Path, **given, help="folder to write (default: datasets/demo; --quick: datasets/demo_quick)")
     add("--train-images", type=int, **given, metavar="N", help="scenes to train on (default: 750; --quick: 640)")
     add("--val-images", type=int, **given, metavar="N", help="scenes to score, clean (default: 150; --quick: 100)")
     add("--seed", type=int, default=0, help="the same seed gives the same bytes")
@@ -354,20 +354,25 @@ def main() -> None:
     add("--shifted-boxes", type=float, default=0.0, metavar="SHARE", help="of the train boxes, 0..1")
     add("--quick", action="store_true", help="small scenes of the digits 0 to 4, learnt in a minute or two")
     pair: dict[str, Any] = dict(nargs=2, type=int, **given)
-    add("--size", **pair, metavar=("WIDTH", "HEIGHT"), help="px of each scene (default: some 160 x 128; --quick: 96)")
+    add(
+        "--size",
+        **pair,
+        metavar=("WIDTH", "HEIGHT"),
+        help="px of each scene (default: 160 x 128 or 128 x 160; --quick: 96 x 96)",
+    )
     add("--objects", **pair, metavar=("FEWEST", "MOST"), help="digits in a scene, fewer where there is no room")
     add("--digit-size", **pair, metavar=("SMALLEST", "LARGEST"), help="px of the digits' longer side")
     add("--force", action="store_true", help="replace the data set in the folder")
     options = vars(parser.parse_args())
-    defaults: dict[str, Any] = dict(out=Path("datasets/demo"), train_images=750, val_images=150)
+    defaults: dict[str, Any] = dict(output=Path("datasets/demo"), train_images=750, val_images=150)
     if options["quick"]:
-        defaults = dict(out=Path("datasets/demo_quick"), train_images=640, val_images=100)
+        defaults = dict(output=Path("datasets/demo_quick"), train_images=640, val_images=100)
     options = defaults | options
-    folder = options.pop("out")
+    folder = options.pop("output")
     try:
         write_demo(folder, **options)
     except OSError as error:
-        raise UserError(f"--out: {folder} cannot be written ({error.strerror}); choose another folder") from None
+        raise UserError(f"--output: {folder} cannot be written ({error.strerror}); choose another folder") from None
 
 
 if __name__ == "__main__":

@@ -124,7 +124,7 @@ def _check_header(path: str | Path, seen: tuple[int, int], size: tuple[int, int]
 def _other_size(path: str | Path, seen: tuple[int, int], size: tuple[int, int]) -> UserError:
     return UserError(
         f"{path}: the image is {seen[1]} x {seen[0]} pixels, its record says {size[1]} x {size[0]}; correct "
-        "the record or put the image there that was annotated"
+        "the record or replace the file by the image that was annotated"
     )
 
 
@@ -142,7 +142,7 @@ def _decode(file: Image.Image, data: bytes) -> tuple[np.ndarray, list[str]]:
         if file.format != "JPEG" or not _is_nearly_whole(data):
             raise
         file, whole = Image.open(io.BytesIO(data + END_MARK["JPEG"])), False
-    odd = [] if whole else ["their last bytes missing, which are read as far as they go"]
+    odd = [] if whole else ["their last bytes missing (read as far as possible)"]
     # PIL has scaled a PPM to 16 bits from the range that the file declares, and would clip other formats at 255.
     if file.mode.startswith("I;16") or (file.mode == "I" and file.format == "PPM"):
         bits, pixels = _declared_bits(file), np.asarray(file)

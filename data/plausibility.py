@@ -32,7 +32,7 @@ def suspicion(annotations: Annotations) -> str | None:
     for looks, fits, cure in (
         ("corners x1, y1, x2, y2", ordered & (extent <= image + 1), "write x1, y1, x2 - x1, y2 - y1"),
         ("corners y1, x1, y2, x2", ordered & (extent <= turned + 1), "write x1, y1, x2 - x1, y2 - y1"),
-        ("a centre with width and height", inside, "take half of the width from x and half of the height from y"),
+        ("a centre with width and height", inside, "subtract half of the width from x and half of the height from y"),
     ):
         if fits.all(axis=1).mean() > 0.99:
             return (

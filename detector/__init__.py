@@ -1,4 +1,4 @@
-"""Everything between a batch and a number. In a notebook: `from detector import load`."""
+"""Model, losses, training step and checkpoints. In a notebook: `from detector import load`."""
 
 from typing import TYPE_CHECKING
 

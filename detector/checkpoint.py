@@ -78,7 +78,8 @@ def save(path: Path, content: Content) -> None:
         free = shutil.disk_usage(path.parent).free / 1e6
         raise UserError(
             f"{path}: cannot be written ({str(error).splitlines()[0][:100]}): it takes {size:.0f} MB, "
-            f"{free:.0f} MB are free; the run's earlier checkpoints are untouched: make room and go on with --resume"
+            f"{free:.0f} MB are free; the run's earlier checkpoints are untouched: free some space and continue with "
+            "--resume"
         ) from None
 
 

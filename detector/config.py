@@ -78,9 +78,11 @@ class Files(Options):
 class Data(Options):
     train: Files = Files()
     val: Files = Files()
-    short_side: int = Field(800, ge=32, le=2**14)  # pixels, unless the long side would pass long_side
+    short_side: int = Field(800, ge=32, le=2**14)  # pixels; smaller if the long side would exceed long_side
     long_side: int = Field(1333, ge=32, le=2**14)  # pixels, at most
-    pad_to: int = Field(32, ge=32, le=1024, multiple_of=32)  # of padded sides; 128 keeps the sizes few, for compile
+    pad_to: int = Field(
+        32, ge=32, le=1024, multiple_of=32
+    )  # padded sides are multiples; 128 keeps them few, for compile
     # loading processes; 0: load in the training process. auto on a GPU: its share of the cores minus one, at most 16.
     # auto on a CPU: 1, or 0 on a single core
     workers: Workers = "auto"
@@ -89,7 +91,7 @@ class Data(Options):
     scale_jitter: tuple[float, float] = (1.0, 1.0)  # training images are resized by a factor drawn from this range
     # also mild shifts, zooms, rotations, crops and colour changes; boxes left less than 25% visible are dropped
     strong: bool = False
-    cache: FilePath = ""  # a folder for the decoded and resized images, where its disk has room for them
+    cache: FilePath = ""  # a folder for the decoded and resized images; its disk must have room for all
     trust: bool = False  # accept boxes that look like another format, and training without any box
 
     @field_validator("workers", mode="wrap")
@@ -155,7 +157,7 @@ class BoxCoding(Options):
 
 
 class Solver(Options):
-    optimizer: Literal["sgd", "adamw"] = "sgd"  # the second goes with a far smaller lr, such as 1e-4
+    optimizer: Literal["sgd", "adamw"] = "sgd"  # adamw needs a far smaller lr, such as 1e-4
     lr: float = Field(0.01, gt=0)  # for batches of lr_batch_size; scaled in proportion, or by the root for adamw
     lr_batch_size: int | None = Field(16, ge=1)  # lr scales from here to batch_size; null: lr is as given
     batch_size: int = Field(16, ge=1, le=2**20)  # images a step, over all processes and accumulated parts
@@ -164,15 +166,15 @@ class Solver(Options):
     accumulate: int = Field(1, ge=1)
     epochs: int = Field(12, ge=1)  # how often each image is seen
     max_steps: int | None = Field(None, ge=1)  # ends the training, and its schedule, earlier
-    momentum: float = Field(0.9, ge=0, lt=1)  # of sgd
+    momentum: float = Field(0.9, ge=0, lt=1)  # of SGD
     weight_decay: float = Field(1e-4, ge=0)  # not of norms and biases
     warmup_steps: int = Field(
         500, ge=0
     )  # at lr_batch_size; smaller batches take proportionally more, at most half of all
-    warmup_factor: float = Field(0.001, gt=0, le=1)  # of lr, at the first step
-    schedule: Literal["step", "cosine"] = "step"  # of lr
+    warmup_factor: float = Field(0.001, gt=0, le=1)  # of the learning rate, at the first step
+    schedule: Literal["step", "cosine"] = "step"  # of the learning rate
     decay_at: list[float] = [8 / 12, 11 / 12]  # shares of the training after which lr drops (step)
-    decay_factor: float = Field(0.1, gt=0, lt=1)  # of lr, each time
+    decay_factor: float = Field(0.1, gt=0, lt=1)  # of the learning rate, each time
     clip_norm: float | None = Field(None, gt=0)  # largest norm of the gradient
     ema: float | None = Field(None, gt=0, lt=1)  # decay of the averaged weights; evaluation then uses them
     skip_nonfinite: int = Field(0, ge=0)  # steps of a run that may be skipped where loss or gradient is not finite
@@ -197,7 +199,7 @@ class Evaluation(Options):
     every: int = Field(1, ge=1)  # epochs; the last is always evaluated
     batch_size: int | None = Field(
         None, ge=1
-    )  # images that each process evaluates at once; default: the training batch, at most 8
+    )  # images that each process evaluates at once; default: those of a training pass, at most 8
 
 
 class Saving(Options):

@@ -60,7 +60,7 @@ def setup(device: torch.device) -> torch.device:
     before = listen(signal.SIG_DFL, *SIGNALS)  # Python runs no handler during the wait below: let signals end it
     store, rank, world_size = next(rendezvous("env://"))
     store = _unused(store, rank, world_size)
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -200,7 +200,10 @@ def replicate(model: nn.Module, device: torch.device) -> nn.Module:
             "use bn or gn, or start one process"
         )
     ids = [device.index] if device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(model, device_ids=ids)
+    # Each process keeps its BatchNorm statistics: `share_buffers` copies the first one's before an evaluation.
+    replica = nn.parallel.DistributedDataParallel(model, device_ids=ids)
+    replica.broadcast_buffers = False
+    return replica
 
 
 def _by_rank(values: list[Any]) -> str:
@@ -220,7 +223,7 @@ def _by_rank(values: list[Any]) -> str:
     return ", ".join(parts)
 
 
-def padded_alike(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+def padded_alike(batches: Iterable[Batch]) -> Iterator[Batch]:
     """The batches, padded to the largest image of all processes: padding is background, which the losses count.
 
     If a process cannot load its next batch (UserError, Stopped), all processes raise its error.
@@ -237,7 +240,8 @@ def padded_alike(batches: Iterable[Batch], device: torch.device) -> Iterator[Bat
         except (UserError, Stopped) as raised:
             error = raised
         shape = batch.images.shape[-2:] if batch else (0, 0)
-        height, width, failed = all_max(torch.tensor([*shape, error is not None], device=device)).tolist()
+        # On the CPU: processes with a GPU must not wait here for the steps that it still computes.
+        height, width, failed = all_max(torch.tensor([*shape, error is not None])).tolist()
         if failed:
             with together():
                 if error is not None:

@@ -36,7 +36,6 @@ def train_until(
     batches: Iterable[Batch],
     solver: Solver,
     logger: "Logger",
-    device: torch.device,
     *,
     until_step: int,
 ) -> None:
@@ -53,7 +52,7 @@ def train_until(
     if solver.step_count >= last:
         return
     logger.start(solver.step_count, solver.total_steps)
-    stream = distributed.padded_alike(batches, device)
+    stream = distributed.padded_alike(batches)
 
     def fetch(pending_losses: PendingCopy | None = None) -> tuple[Batch, Matches] | None:
         batch = logger.clock.next_batch(stream, pending_losses)

@@ -115,7 +115,7 @@ def run_main(main: Callable[[], None], *, after_stop: str = "") -> None:
 
     Called only by the scripts that a user starts. A user's error, and a fault that we foresaw (a loss or a model's
     output that is not finite), end in one line; anything else keeps its traceback, because it is a bug. `after_stop`
-    says how to go on after a signal.
+    says how to continue after a signal.
 
     Printing never ends a command: a character that the terminal or log file cannot encode is printed as \\u7ec6, and
     output without a reader (`| head -1`) is dropped while the work goes on. A `~` at the start of an argument, or of a

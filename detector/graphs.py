@@ -56,6 +56,7 @@ class Graphs:
         self.parameters: tuple[Tensor, ...] = parameters
         self.works = True
         self.pool: Any = None
+        self.stream: Any = None  # of all recordings: memory is shared only within one stream
         self.kept: dict[tuple, Tensor] = {}  # inputs, outputs and gradients, of all sizes
         self.seen: dict[tuple, int] = {}
         self.recorded: dict[tuple, _Recorded] = {}
@@ -77,9 +78,9 @@ class Graphs:
         if key not in self.recorded:
             buffers = [buffer.clone() for buffer in self.module.buffers()]
             try:
-                with torch.cuda.stream(
-                    torch.cuda.current_stream(images.device)
-                ):  # a failure must not leave training on another stream
+                self.stream = self.stream or torch.cuda.Stream(images.device)
+                # A failure must not leave training on another stream.
+                with torch.cuda.stream(torch.cuda.current_stream(images.device)):
                     self.recorded[key] = _Recorded(self, images, sizes)
             except RuntimeError as error:
                 self.works = False
@@ -139,7 +140,7 @@ class _Recorded:
         self.images, self.sizes = owner.shared("inputs", [images, sizes])
         self.images.copy_(images)
         self.sizes.copy_(sizes)
-        stream = torch.cuda.Stream(images.device)
+        stream = owner.stream
         stream.wait_stream(torch.cuda.current_stream(images.device))
         with torch.cuda.stream(stream):  # a first run, in which the libraries allocate their own memory
             leaves = owner.leaves()

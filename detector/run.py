@@ -35,7 +35,7 @@ MAY_CHANGE = (
 
 @dataclass
 class Run:
-    """The state of a training run, from which it can go on as if it had not stopped."""
+    """The state of a training run, from which it can continue as if it had not stopped."""
 
     cfg: Config
     solver: Solver  # with the model, and the number of steps done
@@ -146,7 +146,7 @@ class Run:
         changes = self._changes_since(content)
         if changes and not accept_changes:
             raise UserError(
-                f"{path}: was trained with {'; '.join(changes)}: go on with the same, start another run by "
+                f"{path}: was trained with {'; '.join(changes)}: continue with the same, start another run by "
                 "--set run=NAME, or --accept-changes"
             )
         state = content["run"]
@@ -212,7 +212,7 @@ class Run:
         except (OSError, RuntimeError):
             return f"they could not be saved in {path}"
         return (
-            f"they are in {path} for a look; lower solver.lr or set solver.clip_norm, and go on with --resume "
+            f"they are in {path} for a look; lower solver.lr or set solver.clip_norm, and continue with --resume "
             "--accept-changes"
         )
 
@@ -220,5 +220,5 @@ class Run:
 def checkpoint_to_resume(cfg: Config, *, resume: bool) -> Saved | None:
     """The checkpoint to continue from, if any. UserError if the folder holds a run and `resume` is false."""
     if not resume and any((cfg.folder / name).exists() for name in (LAST, PREVIOUS)):
-        raise UserError(f"{cfg.folder} already holds a run: go on with --resume, or name another by --set run=NAME")
+        raise UserError(f"{cfg.folder} already holds a run: continue with --resume, or name another by --set run=NAME")
     return checkpoint.newest(cfg.folder)

@@ -1,13 +1,13 @@
 """From gradients to new weights: optimizer, warm-up and schedule, clipping, averaged weights."""
 
 import math
+from itertools import compress
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-Tensors = tuple[Tensor, ...] | list[Tensor]
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -71,7 +71,7 @@ class Solver:
         self.model = model
         self.step_count = 0  # steps done, including skipped ones
         self.skipped, self.may_skip = 0, skip_nonfinite  # steps that `skip` left out, and how many may be
-        self.averaged = AveragedModel(model, multi_avg_fn=self._average, use_buffers=True) if ema else None
+        self.averaged = AveragedModel(model) if ema else None
         self.ema = ema
 
     @property
@@ -125,8 +125,7 @@ class Solver:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.step_count += 1
-        if self.averaged is not None:
-            self.averaged.update_parameters(self.model)
+        self._average()
 
     def skip(self) -> None:
         """Count a step, and leave the weights as they are."""
@@ -168,14 +167,20 @@ class Solver:
                 self.averaged.module.load_state_dict(self.model.state_dict())
 
     @torch.no_grad()
-    def _average(self, averages: Tensors, currents: Tensors, _: Tensor | int) -> None:
-        """Update the exponential moving average of weights and statistics; AveragedModel calls it from step 2 on.
+    def _average(self) -> None:
+        """Update the exponential moving average of weights and statistics; the first step copies them.
 
         The decay grows as (1 + n) / (10 + n) up to `ema`, so the start does not dominate the average of a short run.
         """
-        n = self.step_count - 1  # earlier steps, skipped ones too; AveragedModel's own count would wait for the device
-        weight = 1 - min(self.ema or 0.0, (1 + n) / (10 + n))
-        if averages[0].is_floating_point():
-            torch._foreach_lerp_(averages, currents, weight)
-        else:
-            torch._foreach_copy_(averages, currents)
+        if self.averaged is None:
+            return
+        n = self.step_count - 1  # earlier steps, skipped ones too
+        weight = 1 - min(self.ema or 0.0, (1 + n) / (10 + n)) if self.averaged.n_averaged else 1.0
+        self.averaged.n_averaged += 1
+        # Not by AveragedModel.update_parameters, which waits for the device.
+        averages, currents = ([*m.parameters(), *m.buffers()] for m in (self.averaged.module, self.model))
+        floats = [tensor.is_floating_point() for tensor in averages]
+        torch._foreach_lerp_(list(compress(averages, floats)), list(compress(currents, floats)), weight)
+        counters = [not is_float for is_float in floats]  # of BatchNorm
+        if any(counters):
+            torch._foreach_copy_(list(compress(averages, counters)), list(compress(currents, counters)))

@@ -20,6 +20,7 @@ compare.py shows these seconds.
 The folder --output holds
 
     VARIANT-sSEED/     the run folder of train.py, with best.pt
+    tune-VARIANT-N/    the folders of the short runs, and tune_train.json, tune_val.json with their images
     results/*.json     a small file for each run, all that scripts/compare.py needs
     configs/           the config and log of each run
 """

@@ -1,4 +1,4 @@
-"""How many cells each region of GHM-C holds in batches of several sizes, and what its weights then do.
+"""The cells in each region of GHM-C for batches of several sizes, and the gradient from regions with few cells.
 
     python scripts/batch_regions.py --checkpoints runs/step100/last.pt runs/step564/last.pt [--batches 2 4 16 64]
 

@@ -9,10 +9,11 @@ scores, GB the peak memory. In AP, AP50, AP75, AP80 and AP90 the highest value i
 row beyond chance.
 
 Below are the differences in AP (--metric) from the first row (or --baseline), each with its 95% interval over other
-seeds and other validation images, for the weights that a row has, however they were chosen. "better" and "worse" are
-corrected for the number of rows: at most one list in 20 has any false one. A row with one seed gets no verdict. The
-last line says how large a difference these runs can detect, and how many seeds a smaller one takes. --pairs prints
-which of all pairs of rows differ, without any baseline. The formulas are in scripts/comparison/verdict.py.
+seeds and other validation images. They hold for these loss weights; chance in tuning is not in them. "better" and
+"worse" are corrected for the number of rows: at most one list in 20 has any false one. A row with one seed gets no
+verdict. The line below says how large a difference these runs can detect, and how many seeds a smaller one takes.
+--pairs prints which of all pairs of rows differ, without any baseline. The formulas are in
+scripts/comparison/verdict.py.
 
 Runs of several validation sets, such as results/laptop/*.json results/cards/*.json, get a table for each set and then
 the mean over the sets of each difference, with its interval and verdict, for the rows that have runs in each set.
@@ -46,7 +47,7 @@ from scripts.comparison.differences import (
     named,
 )
 from scripts.comparison.rows import AP, METRICS, Costs, Result, Row, costs, numbers, read_sets
-from scripts.comparison.tuning import aps, budget, described, tuned_keys
+from scripts.comparison.tuning import budget, described
 
 HEADER = ("run", "class loss", "box loss", *AP, "ECE", "s/step", "GB")
 LEFT = 3  # the first columns are text, aligned to the left
@@ -83,7 +84,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--pairs", action="store_true", help="also print which of all pairs of rows differ")
     parser.add_argument("--markdown", metavar="FILE", help="also write the tables as Markdown")
-    parser.add_argument("--html", metavar="FILE", help="also write a page with curves and, for run folders, pictures")
+    parser.add_argument(
+        "--html", metavar="FILE", help="also write a page with curves and, where run folders exist, pictures"
+    )
     parser.add_argument("--csv", metavar="FILE", help="also write the numbers, one line for each run")
     args = parser.parse_args(argv)
 
@@ -150,9 +153,7 @@ def over_sets(compared: list[Compared], baseline: str, metric: str) -> list[str]
 
 def changed(runs: list[Result], name: str) -> list[str]:
     """A warning for each option of a row's losses that differs between sets, without those that were tuned."""
-    tuned = (
-        {key for run in runs for key in tuned_keys(run["tuning"])} if all("tuning" in run for run in runs) else set()
-    )
+    tuned = {key for run in runs for key in run["tuning"]["keys"]} if all("tuning" in run for run in runs) else set()
     configs = [flat(run["config"]) for run in runs]
     keys = dict.fromkeys(key for config in configs for key in config if key.startswith(LOSS) and key not in tuned)
     values = {key: list(dict.fromkeys(str(config.get(key)) for config in configs)) for key in keys}
@@ -204,7 +205,7 @@ def warn(rows: list[Row]) -> list[str]:
             of_run["processes"] = run.get("processes", 1)
             of_run["tuning"] = budget(run["tuning"]) if "tuning" in run else None
             settings.append((row.name if len(row.runs) == 1 else f"{row.name} seed {run['config']['seed']}", of_run))
-    keys = [set(tuned_keys(run["tuning"])) if "tuning" in run else set() for row in rows for run in row.runs]
+    keys = [set(run["tuning"]["keys"]) if "tuning" in run else set() for row in rows for run in row.runs]
     tuned = set.intersection(*keys) if keys else set()
     for key in dict.fromkeys(key for _, of_run in settings for key in of_run):
         runs_by_value: dict[str, list[str]] = {}
@@ -222,7 +223,7 @@ def _short_trials(row: Row) -> bool:
     """Whether a row was tuned by trials so short that they may rank values unlike whole runs do."""
     if not row.runs or "tuning" not in row.runs[0]:
         return False
-    best = max(ap or 0 for ap in aps(row.runs[0]["tuning"]).values())
+    best = max(trial["AP"] or 0 for trial in row.runs[0]["tuning"]["trials"])
     return best < 2 / 3 * statistics.fmean(run["metrics"]["AP"] for run in row.runs)
 
 

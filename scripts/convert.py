@@ -68,10 +68,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("format", choices=(*LABELS, "coco"))
     parser.add_argument("sources", type=Path, metavar="SRC", nargs="+", help="a folder or file; coco takes several")
     parser.add_argument("target", type=Path, metavar="DST")
-    parser.add_argument("--split", choices=("own", "random"), default="own", help="SRC's own where it has one (own)")
-    parser.add_argument("--val", type=float, default=0.2, metavar="SHARE", help="of the images, to score on (0.2)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="the same seed gives the same split (0)")
-    parser.add_argument("--trust", action="store_true", help="take boxes that look like another format as they stand")
+    parser.add_argument(
+        "--split", choices=("own", "random"), default="own", help="SRC's own where it has one (default: own)"
+    )
+    parser.add_argument(
+        "--val", type=float, default=0.2, metavar="SHARE", help="of the images, for validation (default: 0.2)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="the same seed gives the same split (default: 0)"
+    )
+    parser.add_argument("--trust", action="store_true", help="use boxes that look like another format unchanged")
     args = parser.parse_args(argv)
     if not 0 < args.val < 1:
         raise UserError(f"--val {args.val}: give a share between 0 and 1")
@@ -178,7 +184,9 @@ def whole_or_not(target: Path) -> Iterator[Path]:
         yield beside
         os.replace(beside, place)
     except OSError as error:
-        raise UserError(f"{target}: cannot be written ({error.strerror}); nothing was, make room for it") from None
+        raise UserError(
+            f"{target}: cannot be written ({error.strerror}); nothing was written. Free space or choose another folder"
+        ) from None
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
@@ -205,7 +213,7 @@ def write(
         try:
             CocoDataset(beside / f"{split}.json", beside / "images", EvalTransform(800, 1333), trust=trust)
         except UserError as error:
-            raise UserError(f"what would be written is not right: {str(error).replace(f'{beside}/', '')}") from None
+            raise UserError(f"the converted data set would be wrong: {str(error).replace(f'{beside}/', '')}") from None
     remarks = "".join(
         f"{kind}: {len(where)}\n" + "".join(f"    {place}\n" for place in where) for kind, where in notes.items()
     )

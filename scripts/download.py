@@ -284,7 +284,9 @@ def is_within(name: str, places) -> bool:
 
 
 def fail(error: OSError, where: Path) -> NoReturn:
-    advice = "make room and run the same command again" if error.errno == errno.ENOSPC else "give another --output"
+    advice = (
+        "free some space and run the same command again" if error.errno == errno.ENOSPC else "give another --output"
+    )
     raise UserError(f"{where}: cannot be written ({error.strerror}); {advice}") from None
 
 

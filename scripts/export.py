@@ -3,8 +3,8 @@
     python scripts/export.py --checkpoint runs/mine/best.pt --format onnx [--output mine.onnx]
     python scripts/run_onnx.py mine.onnx photo.jpg        runs it without torch
 
-The model takes a batch of images that all have one size; any size works. Resize them first: the rule is in the file's
-metadata, and takes two lines in scripts/run_onnx.py. You choose what the graph does:
+The model takes a batch of images that all have one size; any size works. Resize them first: the sizes of short and
+long side are in the file's metadata, and scripts/run_onnx.py does it in two lines. You choose what the graph does:
 
     --preprocessing  inside: images (B, H, W, 3) uint8 RGB, normalised and padded in the graph
                      outside: images (B, 3, H, W) float32, normalised by the metadata's mean and std, H and W multiples
@@ -13,8 +13,9 @@ metadata, and takes two lines in scripts/run_onnx.py. You choose what the graph 
                      image (D,), the index of its image; best first, as in evaluation
                      outside: boxes (B, A, 4) and scores (B, A, C) of all anchors
 
-The check runs PyTorch and onnxruntime, both in float32, on --images real images (20) of the checkpoint's validation
-set or of --data. Boxes must agree within 0.05 pixels and scores within 0.0001, otherwise the file is not kept.
+The check runs PyTorch and onnxruntime, both in float32, on --images real images (20) of the checkpoint's validation set
+or of --data. Boxes must agree within 0.05 pixels and scores within 0.0001, otherwise the file is not kept. Up to 2% of
+the boxes may differ where NMS kept the other of two boxes with equal scores.
 """
 
 import argparse

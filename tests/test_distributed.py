@@ -148,7 +148,7 @@ def test_a_signal_to_all_processes_saves_and_ends_the_run(runs):
     os.killpg(process.pid, signal.SIGTERM)
     _, err = process.communicate(timeout=120)
     assert process.returncode != 0
-    assert err.count("stopped by SIGTERM; go on with the same command and --resume") == 2, err
+    assert err.count("stopped by SIGTERM; continue with the same command and --resume") == 2, err
     assert 'train.py", line' not in err  # the only traceback is that of torchrun
     assert checkpoint.read(last)["run"]["solver"]["step"] > 0
 
@@ -159,7 +159,7 @@ def test_an_image_that_one_process_cannot_read_saves_and_ends_the_run(runs, rect
     process = begin("run=broken", f"data.train.annotations={annotations}", f"data.train.images={images}", folder=runs)
     _, err = process.communicate(timeout=120)
     assert process.returncode != 0
-    assert err.count("7.png: cannot read the image") == 2 and err.count("go on with --resume") == 2, err
+    assert err.count("7.png: cannot read the image") == 2 and err.count("continue with --resume") == 2, err
     assert 'train.py", line' not in err
     assert checkpoint.read(runs / "broken" / "last.pt")["run"]["solver"]["step"] in (0, 1, 2)
 

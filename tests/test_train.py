@@ -308,7 +308,7 @@ def test_a_stopped_process_says_how_to_continue(tiny, folder):
     os.killpg(process.pid, signal.SIGTERM)  # and its loading processes, as scancel and timeout do
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, err
-    assert err.splitlines()[-1] == "stopped by SIGTERM; go on with the same command and --resume"
+    assert err.splitlines()[-1] == "stopped by SIGTERM; continue with the same command and --resume"
     assert "Traceback" not in err
 
 

@@ -1,4 +1,4 @@
-"""Run every benchmark and write docs/benchmarks.md: python scripts/bench/all.py [--only step loader ...] [--out FILE]
+"""Run every benchmark, write docs/benchmarks.md: python scripts/bench/all.py [--only step loader ...] [--output FILE]
 
 Takes about half an hour on two otherwise idle cores. --only runs some sections and keeps the others.
 """
@@ -36,13 +36,13 @@ first lines of each script say what it measures and how. Written by `python scri
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="NAME")
-    parser.add_argument("--out", type=Path, default=PAGE, metavar="FILE")
+    parser.add_argument("--output", type=Path, default=PAGE, metavar="FILE")
     args = parser.parse_args()
     for name in args.only:
         start = time.perf_counter()
         print(f"{name} ...", end=" ", flush=True)
         section = run(*SECTIONS[name])
-        write(args.out, section)
+        write(args.output, section)
         print(f"{time.perf_counter() - start:.0f} s", flush=True)
 
 

@@ -1,12 +1,11 @@
 """Time and memory on a data set of COCO's size: start, reading, an epoch's order, scoring, a checkpoint.
 
-    python scripts/bench/coco_size.py [--images 118287] [--boxes 860001] [--repeats 3] [--beside CHECKOUT]
+    python scripts/bench/coco_size.py [--images 118287] [--boxes 860001] [--repeats 3]
 
 Writes annotation files into a temporary folder (473 MB with polygons, and 5,000 images for validation). The images are
 hard links to a few pictures. Each row runs in its own process: seconds, CPU seconds (which other work on the machine
 hardly changes), peak memory, and how much of that is the process's own. The rest is the code of PyTorch and other
-libraries, which is in memory once for all processes. `--beside` also measures another checkout of this project, taking
-turns.
+libraries, which is in memory once for all processes.
 """
 
 import argparse
@@ -46,13 +45,11 @@ def tell(begin):
 PROGRAMS = {
     "start to the first step": """
 import train
-# An older checkout calls it otherwise; the last argument is the step to train to.
-name = "train_until" if hasattr(train, "train_until") else "train_one_epoch"
-train_until = getattr(train, name)
-def first_step(*args, **last):
+train_until = train.train_until
+def first_step(*args, **last):  # the last argument is the step to train to
     train_until(*args, **dict.fromkeys(last, 1))
     tell((float(os.environ["STARTED"]), 0))
-setattr(train, name, first_step)
+train.train_until = first_step
 train.main()
 """,
     "check_data.py and eval.py: reading train": """
@@ -96,7 +93,7 @@ def saved(path, *args, **options):
     begin = clock()
     save(path, *args, **options)
     tell(begin)
-train.train_until = train.train_one_epoch = lambda *args, **options: None  # the second in an older checkout
+train.train_until = lambda *args, **options: None
 train.checkpoint.save = saved
 train.main()
 """,
@@ -108,11 +105,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=118_287)
     parser.add_argument("--boxes", type=int, default=860_001)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument(
-        "--beside", type=Path, metavar="CHECKOUT", help="another checkout of this project, such as an older one"
-    )
     args = parser.parse_args()
-    checkouts = {"": ROOT} | ({" before": args.beside} if args.beside else {})
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_set(folder, args.images, args.boxes)
@@ -121,17 +114,14 @@ def main() -> None:
         print(f"{args.images:,} images, {args.boxes:,} boxes, annotation file of {megabytes:,.0f} MB\n")
         rows = []
         for what, program in PROGRAMS.items():
-            figures: dict[str, list[list[float]]] = {key: [] for key in checkouts}
-            for _ in range(args.repeats):
-                for key, root in checkouts.items():
-                    figures[key].append(run(program, root, folder, args.images))
-            medians = [statistics.median(values) for repeats in figures.values() for values in zip(*repeats)]
+            figures = [run(program, folder, args.images) for _ in range(args.repeats)]
+            medians = [statistics.median(values) for values in zip(*figures)]
             rows.append([what, *(f"{median:.2f}" for median in medians)])
-    print(measure.table(["", *(f"{unit}{key}" for key in checkouts for unit in ("s", "CPU s", "GB", "own GB"))], rows))
+    print(measure.table(["", "s", "CPU s", "GB", "own GB"], rows))
 
 
-def run(program: str, root: Path, folder: Path, images: int) -> list[float]:
-    """The seconds, CPU seconds and GB that a program of PROGRAMS prints when it runs in a checkout."""
+def run(program: str, folder: Path, images: int) -> list[float]:
+    """The seconds, CPU seconds and GB that a program of PROGRAMS prints."""
     with tempfile.TemporaryDirectory(dir=folder) as output:
         settings = ["run=t", f"output={output}", "device=cpu", "tensorboard.enabled=false", "data.workers=0"]
         settings += [
@@ -144,15 +134,15 @@ def run(program: str, root: Path, folder: Path, images: int) -> list[float]:
         for split in ("train", "val"):
             settings += [f"data.{split}.annotations={folder / split}.json", f"data.{split}.images={folder / 'images'}"]
         command = [sys.executable, "-c", HEAD + program]
-        command += ["--config", str(root / "configs/coco/focal.yaml"), "--set", *settings]
+        command += ["--config", str(ROOT / "configs/coco/focal.yaml"), "--set", *settings]
         files = {"TRAIN": str(folder / "train.json"), "VAL": str(folder / "val.json"), "COUNT": str(images)}
         shell = 'STARTED=$(date +%s.%N) exec "$@"'  # the clock starts before Python does
-        environment = os.environ | files | {"IMAGES": str(folder / "images"), "PYTHONPATH": str(root)}
+        environment = os.environ | files | {"IMAGES": str(folder / "images"), "PYTHONPATH": str(ROOT)}
         words = ["bash", "-c", shell, "bash", *command]
-        done = subprocess.run(words, cwd=root, env=environment, capture_output=True, text=True, encoding="utf-8")
+        done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, encoding="utf-8")
     lines = [line for line in done.stdout.splitlines() if line.startswith("FIGURES ")]
     if not lines:
-        sys.exit(f"{root}: {(done.stderr.strip() or 'it printed no figures').splitlines()[-1]}")
+        sys.exit((done.stderr.strip() or "it printed no figures").splitlines()[-1])
     return json.loads(lines[-1].removeprefix("FIGURES "))
 
 

@@ -2,9 +2,10 @@
 
     python scripts/bench/faults.py [--faults 200] [--steps 12] [--seed 0] [--folder FOLDER]
 
-A run has one process or two, and several lives. Each life has 0 or 2 loading processes for each process. It gets one
-signal (SIGKILL or SIGTERM to one process, or SIGTERM to the whole group with its loading processes) while it starts,
-trains, evaluates or writes a checkpoint. The next life continues with --resume. Counted as wrong:
+A run has one process or two. It is started several times; a life is the time from a start to its end. Each life has 0
+or 2 loading processes for each process. It gets one signal (SIGKILL or SIGTERM to one process, or SIGTERM to the whole
+group with its loading processes) while it starts, trains, evaluates or writes a checkpoint. The next life continues
+with --resume. Counted as wrong:
 
 - lost: last.pt of a finished run differs from that of the uninterrupted run, or SIGTERM did not save the last step;
 - exit: SIGTERM must end all processes with 143 and one line, SIGKILL the others with 1 and one line; no traceback;

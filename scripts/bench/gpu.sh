@@ -36,6 +36,7 @@ printf '## On a GPU\n\n%s, %s\n' "$(date -u +%Y-%m-%d)" \
     "$($python -c 'from scripts.bench import measure; print(measure.environment())')" > "$page"
 part "Tests that need a GPU" 60 $python -m pytest -q -p no:cacheprovider -k "cuda or gpu or graphs or conv" \
     tests/detector/test_graphs.py tests/detector/test_conv.py tests/detector/test_transfer.py tests/detector/losses/test_laws.py
+part "Tests of the losses' kernels" 90 $python -m pytest -q -p no:cacheprovider -k triton tests/detector/losses/test_fused.py
 part "Training step, batch 16" 100 $python scripts/bench/step.py --work $step --repeats 5
 part "Training step, batch 2" 60 $python scripts/bench/step.py --work $small --repeats 5
 part "Training step, batch 16, losses" 60 $python scripts/bench/step.py --work $step --repeats 7 --ours \
@@ -44,8 +45,8 @@ part "Training step, batch 16, losses" 60 $python scripts/bench/step.py --work $
 part "Class losses" 60 $python scripts/bench/losses.py --rows $cells --dtype $type --repeats 5
 if [ -z "$data" ]; then
     data=$out/demo
-    $python -m data.demo --out "$data" --train-images 500 --val-images 40 > /dev/null
-    mkdir "$data/images" && mv "$data/train" "$data/val" "$data/images"
+    $python -m data.demo --output "$data" --train-images 500 --val-images 40 > /dev/null
+    mkdir -p "$data/images" && mv "$data"/train/* "$data"/val/* "$data/images"
 fi
 part "A real training" 110 $python scripts/bench/real_training.py "$data" --output "$out/runs" --short-side $short
 part "Inference" 50 $python scripts/bench/inference.py --work $inference --repeats 5

@@ -10,7 +10,7 @@ cd "$(dirname "$0")/../.."
 logs=${1:-runs/logs} limit=${2:-540}
 mkdir -p "$logs"
 export NO_ALBUMENTATIONS_UPDATE=1 OMP_NUM_THREADS=1
-python -m data.demo --quick --out datasets/batches --train-images 750 --val-images 150 || exit # three conditions share it
+python -m data.demo --quick --output datasets/batches --train-images 750 --val-images 150 || exit # three conditions share it
 
 study() { # NAME CONDITIONS...
     local name=$1

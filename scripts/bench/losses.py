@@ -8,7 +8,7 @@ and as its RetinaNet head calls it; cross entropy on dense targets; a sort with 
 on the GPU where there is one. All alternate in one process, so a slow moment of the machine affects all of them.
 Times are medians, with freed memory kept by the process; memory is the peak of one call beyond the memory in use before
 it, as a multiple of the logits' size.
-"Gradient error": Focal's, relative, against float64 where background is confident, beside torchvision's.
+"Focal's gradient against float64": its relative error where background is confident, beside torchvision's.
 --step: a whole training step, ResNet-18 at 512 px, 2 images, GHM-C + GHM-R beside CE + smooth L1.
 """
 

@@ -228,19 +228,18 @@ def tuned(rows: list[Row]) -> list[str]:
     tunings = {row.name: run["tuning"] for row in rows for run in row.runs[:1] if "tuning" in run}
     if not tunings:
         return []
-    columns = dict.fromkeys(label for of_row in tunings.values() for label in tuning.aps(of_row))
+    count = max(len(of_row["trials"]) for of_row in tunings.values())
     lines = []
     for name, of_row in tunings.items():
-        aps = [tuning.aps(of_row).get(label) for label in columns]
-        cells = (f"{100 * ap:.1f}" if ap is not None else "-" for ap in aps)
-        lines.append([name, ", ".join(tuning.tuned_keys(of_row)), *cells, tuning.described(of_row)])
+        aps = [trial["AP"] for trial in of_row["trials"]]
+        cells = (f"{100 * ap:.1f}" if ap is not None else "-" for ap in aps + [None] * (count - len(aps)))
+        lines.append([name, ", ".join(of_row["keys"]), *cells, tuning.described(of_row)])
     words = (
         "AP of short runs, trained on three quarters of the training images and scored on the rest. If the best value "
-        "is at an end of the range, a wider range may hold a better one."
+        "is at an end of the range, a wider range may hold a better one. Trial 1 has the values of the variant's file."
     )
-    if all("trials" in of_row for of_row in tunings.values()):
-        words += " Trial 1 has the values of the variant's file."
-    return [page.text(words), page.table(("run", "option", *columns, "chosen"), lines, left=2)]
+    numbers = map(str, range(1, count + 1))
+    return [page.text(words), page.table(("run", "option", *numbers, "chosen"), lines, left=2)]
 
 
 def pictures(rows: list[Row]) -> list[str]:

@@ -1,7 +1,7 @@
 """The time of a training step of several losses, which take turns in one process.
 
-Separate trainings do not compare, whether they run one after another or at the same time: on two cores the same loss
-was once 18% slower than itself. Here all losses share the same minutes, images and model.
+Separate trainings do not compare, whether they run one after another or at the same time: on two cores the steps of
+two trainings with the same loss once differed by 18%. Here all losses share the same minutes, images and model.
 """
 
 import statistics

@@ -80,27 +80,13 @@ def summary(trials: Sequence[Trial]) -> dict[str, Any]:
     }
 
 
-# Results of an earlier version have one key and its values: {"key": KEY, "AP": {"x1": 0.4, "x2": 0.5}, "chosen": "x2"}.
-def tuned_keys(tuning: dict[str, Any]) -> list[str]:
-    return [tuning["key"]] if "key" in tuning else tuning["keys"]
-
-
-def aps(tuning: dict[str, Any]) -> dict[str, float | None]:
-    """AP by the trial's number, or by its value in an earlier version."""
-    return tuning["AP"] if "key" in tuning else {str(i): trial["AP"] for i, trial in enumerate(tuning["trials"], 1)}
-
-
 def budget(tuning: dict[str, Any]) -> str:
     """The tuned options and the number of trials, which must be the same for all variants."""
-    return f"{', '.join(tuned_keys(tuning))} in {len(aps(tuning))} trials"
+    return f"{', '.join(tuning['keys'])} in {len(tuning['trials'])} trials"
 
 
 def described(tuning: dict[str, Any]) -> str:
     """The chosen values of a summary with their ranges, and a remark if they may not be the best."""
-    if "key" in tuning:
-        tried = list(tuning["AP"])
-        end = ", an end" if len(tried) > 1 and tuning["chosen"] in (tried[0], tried[-1]) else ""
-        return f"{tuning['key']} {tuning['chosen']}{end}"
     words = []
     for key, value in tuning["chosen"].items():
         low, high = tuning["range"][key]

@@ -7,8 +7,8 @@ varies with the seed and with the images that are scored. The 95% interval of a 
 
     s     standard deviation of AP over the S seeds of a row
     t_s   quantile of Student's t for the degrees of freedom that Welch's test gives the seeds
-    V     variance, over the draws of images, of the difference of the seed means; minus the part that s already
-          includes, because the seeds of a row react differently to other images
+    V     variance, over the draws of images, of the difference of the seed means; minus the part that s^2
+          already contains, because seeds react differently to the images
     t_v   quantile of Student's t for images - 1 degrees of freedom
 
 p is the level at which the interval just reaches 0. Each part has its own t (as in Graybill and Wang, "Confidence

@@ -137,7 +137,7 @@ def place_of(file_name: str, document: str, pool: dict[str, Path], index: Index,
     hits = index.find(file_name, document)
     if len(hits) == 1:
         return hits[0]
-    kind = "left out: images of which several have the name" if hits else "left out: images that are not there"
+    kind = "left out: names that fit several images" if hits else "left out: images that are not there"
     notes[kind].append(f"{document}: {file_name}")
     return None
 

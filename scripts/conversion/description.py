@@ -84,7 +84,9 @@ def classes_of(source: Path, files: dict[str, Path], described: Described | None
     if keypoints is not None and not (
         isinstance(keypoints, list) and len(keypoints) == 2 and all(type(n) is int and n > 0 for n in keypoints)
     ):
-        raise UserError(f"{files[described.name]}: kpt_shape is {keypoints}; give how many and 2 or 3, as [17, 3]")
+        raise UserError(
+            f"{files[described.name]}: kpt_shape is {keypoints}; give [number of keypoints, 2 or 3], such as [17, 3]"
+        )
     return Classes(list(map(str, named)), tuple(keypoints) if keypoints else None)
 
 
@@ -99,7 +101,9 @@ def from_lists(source: Path, files: dict[str, Path]) -> list[str]:
     for name, names in lists.items():
         if names != longest[: len(names)]:
             other = next(path for path in lists if lists[path] is longest)
-            raise UserError(f"{source}: {name} and {other} number the classes differently; convert their folders apart")
+            raise UserError(
+                f"{source}: {name} and {other} number the classes differently; convert these folders separately"
+            )
     return longest
 
 
@@ -112,7 +116,7 @@ def in_order(named: dict, file: Path) -> list:
     try:
         by_number = {int(number): name for number, name in named.items()}
     except (TypeError, ValueError):
-        raise UserError(f"{file}: names: each is to have its number, as in 0: cat") from None
+        raise UserError(f"{file}: names: each name needs a number, such as 0: cat") from None
     if by_number and not 0 <= min(by_number) <= max(by_number) < MOST_CLASSES:
-        raise UserError(f"{file}: names: numbers go from 0 to {MOST_CLASSES}")
+        raise UserError(f"{file}: names: numbers go from 0 to {MOST_CLASSES - 1}")
     return [by_number.get(number, f"class {number}") for number in range(max(by_number, default=-1) + 1)]

@@ -50,7 +50,7 @@ def list_files(root: Path, notes: Notes) -> dict[str, Path]:
             elif name.startswith("."):  # also ._photo.jpg, which a Mac puts into its archives
                 notes["left out: hidden files"].append(key)
             elif not path.is_file():
-                notes["left out: links that lead nowhere, and other things that are no files"].append(key)
+                notes["left out: broken links and special files"].append(key)
             else:
                 files[key] = path
     if links:
@@ -65,7 +65,7 @@ def drop_stores(root: Path, files: dict[str, Path], notes: Notes) -> None:
     linked = {place for key, place in real.items() if os.path.join(top, key) != place}
     for key, place in real.items():
         if place in linked and os.path.join(top, key) == place:
-            notes["left out: files that are used by way of a link to them"].append(key)
+            notes["left out: files that are used through a link"].append(key)
             del files[key]
 
 

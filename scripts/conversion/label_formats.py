@@ -64,7 +64,7 @@ def read_yolo(file: Path, classes: Classes, notes: Notes) -> Labels:
                 )
             continue
         if classes.keypoints is None and len(numbers) > 5 and has_keypoints(numbers):
-            notes["lines read as a box with keypoints, by their 0, 1, 2 for hidden and visible"].append(
+            notes["lines read as box and keypoints, because every third number is a visibility of 0, 1 or 2"].append(
                 f"{file}:{number}"
             )
         label = int(label)

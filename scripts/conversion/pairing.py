@@ -91,7 +91,7 @@ def by_inside(
             flaws.append(f"{label} has the name of {images_of[label][0]}, and inside it is {image}")
     if flaws:
         raise UserError(
-            f"{len(flaws)} label files are named as one image and say inside that they are of another, the first: "
+            f"{len(flaws)} label files have the name of one image but name another image inside, the first: "
             f"{flaws[0]}; correct either name"
         )
 

@@ -38,7 +38,7 @@ def own_split(source: Source, notes: Notes) -> Split:
     test, _ = finder.named("test")
     if not test:
         test = (source.parts.get("test") or finder.by_folder("test")) - train
-    left_out = dict.fromkeys(sorted(test - val), "images to test on, which are neither to train nor to choose by")
+    left_out = dict.fromkeys(sorted(test - val), "images of the test part, which are not used")
     if listed:
         rest = sorted(source.images.keys() - train - val - test)
         left_out |= dict.fromkeys(rest, "images that are in no part of the set's own split")
@@ -46,10 +46,10 @@ def own_split(source: Source, notes: Notes) -> Split:
     if not used:
         raise UserError(f"all {len(source.images)} images are in the test part; to draw from them, --split random")
     if val and not used - val:
-        notes["the images to train on and to score on are the same, so that the latter are drawn from them"].append(how)
+        notes["training and validation part are the same, so validation images are drawn at random"].append(how)
         return Split(set(), left_out, "")
     for name in sorted(val & train):
-        notes["images in the parts to train and to score on, kept to score on"].append(name)
+        notes["images in both training and validation part, used for validation only"].append(name)
     return Split(val, left_out, how)
 
 
@@ -85,9 +85,9 @@ class Finder:
             if part != "test":
                 raise UserError(
                     f"{where}: no image of its part {part} is found ({what}); complete the set or correct the file, or "
-                    "give --split random to draw the images to score on"
+                    "give --split random to draw validation images"
                 )
-            self.notes[f"{where}: its part to test on is not there"].append(what)
+            self.notes[f"{where}: its test part is not there"].append(what)
         return hits, f"that of {where}"
 
     def by_folder(self, part: str) -> set[str]:

@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 jobs=${1:-1} seeds=${2:-3} only=${3:-}
 
-python -m data.demo --quick --out datasets/batches --train-images 750 --val-images 150
+python -m data.demo --quick --output datasets/batches --train-images 750 --val-images 150
 data=()
 for part in train val; do
     data+=("data.$part.annotations=datasets/batches/$part.json" "data.$part.images=datasets/batches/$part")

@@ -11,7 +11,7 @@ jobs=${1:-1} seeds=${2:-3} only=${3:-}
 while read -r ratio width height fewest most; do
     [[ $ratio == "${only:-$ratio}" ]] || continue
     data=datasets/imbalance/$ratio
-    python -m data.demo --quick --out "$data" --train-images 1500 --val-images 400 \
+    python -m data.demo --quick --output "$data" --train-images 1500 --val-images 400 \
         --size "$width" "$height" --objects "$fewest" "$most" --digit-size 10 12
     train=(python scripts/ablate.py --config configs/demo/base.yaml --seeds "$seeds" --jobs "$jobs" --tune 8
         --output "runs/imbalance/$ratio" --results "results/imbalance/$ratio"

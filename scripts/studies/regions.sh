@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 config=${1:-configs/demo_long/ghm_c.yaml} steps=${2:-30 100 300 564}
 name=$(basename "$(dirname "$config")")
-[ $# -gt 0 ] || python -m data.demo --out datasets/demo
+[ $# -gt 0 ] || python -m data.demo --output datasets/demo
 
 for step in $steps; do
     python train.py --config "$config" --resume --set class_loss.max_weight=null "${@:3}" run="regions/$step/$name" \

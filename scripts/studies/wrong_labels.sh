@@ -8,7 +8,7 @@ jobs=${1:-1} seeds=${2:-5}
 
 for share in ${3:-0 20 40}; do
     data=datasets/demo$share
-    python -m data.demo --out "$data" --wrong-labels "$(printf 0.%02d "$share")"
+    python -m data.demo --output "$data" --wrong-labels "$(printf 0.%02d "$share")"
     python scripts/ablate.py --config configs/demo_long/base.yaml --variants ce focal ghm_c --seeds "$seeds" \
         --jobs "$jobs" --output "runs/wrong_labels/$share" --results "results/wrong_labels/$share" \
         --set "data.train.annotations=$data/train.json" "data.train.images=$data/train" \

@@ -209,7 +209,7 @@ OTHER_FORMATS = {
     "corners in 0..1": (lambda x1, y1, x2, y2, w, h: (x1 / w, y1 / h, x2 / w, y2 / h), ["all lie in 0..1"]),
     "centres": (
         lambda x1, y1, x2, y2, w, h: ((x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1),
-        ["as a centre with width and height", "take half"],
+        ["as a centre with width and height", "subtract half"],
     ),
 }
 

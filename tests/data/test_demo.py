@@ -269,7 +269,7 @@ def test_the_error_names_the_wrong_option(tmp_path, mistake):
 
 def test_the_command_writes_what_its_options_say(tmp_path, command):
     options = ["--train-images", 3, "--val-images", 2, "--seed", 5, "--wrong-labels", 0.5, "--objects", 2, 4]
-    assert command(demo.main, "--out", tmp_path / "a", *options)[0] == 0
+    assert command(demo.main, "--output", tmp_path / "a", *options)[0] == 0
     write_demo(tmp_path / "b", train_images=3, val_images=2, seed=5, wrong_labels=0.5, objects=(2, 4))
     files = [path.relative_to(tmp_path / "b") for path in (tmp_path / "b").rglob("*") if path.is_file()]
     assert len(files) == 7
@@ -297,13 +297,13 @@ def test_without_out_the_set_lies_where_its_config_reads_it(option, config, tmp_
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path, command):
     (tmp_path / "file").touch()
-    code, _, err = command(demo.main, "--out", tmp_path / "file" / "set", "--train-images", 1, "--val-images", 1)
-    assert code == 2 and err.startswith(f"error: --out: {tmp_path / 'file' / 'set'} cannot be written")
+    code, _, err = command(demo.main, "--output", tmp_path / "file" / "set", "--train-images", 1, "--val-images", 1)
+    assert code == 2 and err.startswith(f"error: --output: {tmp_path / 'file' / 'set'} cannot be written")
 
 
 @pytest.mark.usefixtures("warm_starts")
 def test_a_mistake_on_the_command_line_ends_in_one_line(tmp_path):
-    command = [sys.executable, "-m", "data.demo", "--out", str(tmp_path), "--wrong-labels", "2"]
+    command = [sys.executable, "-m", "data.demo", "--output", str(tmp_path), "--wrong-labels", "2"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stderr == "error: wrong_labels: 2.0, a share must lie in 0..1\n"

@@ -144,7 +144,7 @@ def test_a_broken_file_is_reported_in_one_line(tmp_path, name):
     one_line(excinfo, name)
 
 
-MISSING = "their last bytes missing, which are read as far as they go"
+MISSING = "their last bytes missing (read as far as possible)"
 SMOOTH = cv2.resize(np.random.default_rng(3).integers(0, 256, (9, 12, 3), np.uint8), (360, 240))
 
 

@@ -177,7 +177,7 @@ def ended_together(rank):
     def seen(error):
         shapes = []
         try:
-            for batch in distributed.padded_alike(batches(error), torch.device("cpu")):
+            for batch in distributed.padded_alike(batches(error)):
                 shapes.append(batch.images.shape)
         except Stopped as stopped:
             shapes.append(stopped.number)

@@ -62,8 +62,8 @@ def make(norm="gn", steps=10, precision="float32", class_loss=None, box_loss=Non
     return net, assemble.build_criterion(cfg), assemble.build_solver(cfg, net, steps_per_epoch=steps)
 
 
-def train(model, criterion, batches, solver, logger, device):
-    train_until(model, criterion, batches, solver, logger, device, until_step=solver.total_steps)
+def train(model, criterion, batches, solver, logger):
+    train_until(model, criterion, batches, solver, logger, until_step=solver.total_steps)
 
 
 def batch(ids=(1, 2), seed=0, size=(64, 64)) -> Batch:
@@ -77,7 +77,7 @@ def test_a_step_moves_the_weights_and_is_logged():
     model, criterion, solver = make(steps=3)
     before = copy.deepcopy(model.state_dict())
     logger = Recorder()
-    train(model, criterion, [batch()] * 2, solver, logger, CPU)
+    train(model, criterion, [batch()] * 2, solver, logger)
     assert any(not torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert [step for *_, step in logger.steps] == [1, 2] and solver.step_count == 2
     values, terms, lr, images, _ = logger.steps[0]
@@ -91,7 +91,7 @@ def test_a_step_moves_the_weights_and_is_logged():
 def test_training_ends_when_the_solver_is_done():
     model, criterion, solver = make(steps=2)
     logger = Recorder()
-    train_until(model, criterion, [batch()] * 5, solver, logger, CPU, until_step=4)
+    train_until(model, criterion, [batch()] * 5, solver, logger, until_step=4)
     assert len(logger.steps) == 2 and solver.done
     assert logger.calls == ["start 0 of 2", "next", "next", "done", "done"]
 
@@ -105,7 +105,7 @@ def test_an_error_in_place_of_a_batch_is_raised_after_the_step_before(error):
     model, criterion, solver = make()
     logger = Recorder()
     with pytest.raises(type(error)):
-        train(model, criterion, stream(), solver, logger, CPU)
+        train(model, criterion, stream(), solver, logger)
     assert solver.step_count == len(logger.steps) == 1
 
 
@@ -114,7 +114,7 @@ def test_gradients_are_observed_on_request_and_change_nothing():
     for observe in ((), (2,)):
         model, criterion, solver = make(steps=3)
         logger = Recorder(observe)
-        train(model, criterion, [batch(seed=i) for i in range(3)], solver, logger, CPU)
+        train(model, criterion, [batch(seed=i) for i in range(3)], solver, logger)
         states.append([*model.state_dict().values(), *criterion.state_dict().values()])
         assert all(observation is not None for observation in logger.observed.values())
     assert all(torch.equal(a, b) for a, b in zip(*states))
@@ -133,7 +133,7 @@ def test_a_loss_that_is_not_finite_stops_training_before_the_update(value):
     criterion.forward = poisoned
     before = copy.deepcopy({key: value for key, value in model.named_parameters()})
     with pytest.raises(FloatingPointError) as error:
-        train(model, criterion, [batch(ids=(17, 39))], solver, Recorder(), CPU)
+        train(model, criterion, [batch(ids=(17, 39))], solver, Recorder())
     message = str(error.value)
     assert "box = " in message and "step 7" in message and "[17, 39]" in message and "\n" not in message
     assert "class = " not in message
@@ -145,7 +145,7 @@ def test_a_gradient_that_is_not_finite_stops_training():
     model, criterion, solver = make()
     model.head.deltas.bias.register_hook(lambda gradient: gradient * float("inf"))
     with pytest.raises(FloatingPointError, match=r"gradient_norm = (inf|nan) at step 1"):
-        train(model, criterion, [batch()], solver, Recorder(), CPU)
+        train(model, criterion, [batch()], solver, Recorder())
 
 
 def test_nan_weights_stop_training():
@@ -153,7 +153,7 @@ def test_nan_weights_stop_training():
     with torch.no_grad():
         model.head.logits.weight[0, 0, 0, 0] = float("nan")
     with pytest.raises(FloatingPointError, match="class = nan"):
-        train(model, criterion, [batch()], solver, Recorder(), CPU)
+        train(model, criterion, [batch()], solver, Recorder())
 
 
 def test_accumulation_visits_every_image_once_in_order():
@@ -167,7 +167,7 @@ def test_accumulation_visits_every_image_once_in_order():
     model.forward = spied
     full_batch = batch(ids=(1, 2, 3, 4))
     logger = Recorder()
-    train(model, criterion, [full_batch], solver, logger, CPU)
+    train(model, criterion, [full_batch], solver, logger)
     assert [len(images) for images in parts] == [2, 2, 2, 2]  # once for the outputs, once for the gradient
     assert torch.equal(torch.cat(parts[:2]), full_batch.images) and torch.equal(torch.cat(parts[2:]), full_batch.images)
     assert solver.step_count == 1 and len(logger.steps) == 1 and logger.steps[0][3] == 4
@@ -193,7 +193,7 @@ def test_accumulated_parts_equal_the_whole_batch(class_loss, box_loss):
         for step in range(2):
             full_batch = batch(ids=range(6), seed=step, size=(32, 32))
             full_batch = full_batch._replace(images=full_batch.images.double())
-            train(model, criterion, [full_batch], solver, logger, CPU)
+            train(model, criterion, [full_batch], solver, logger)
         weight_change = torch.cat([(p.detach() - b).flatten() for p, b in zip(model.parameters(), before)])
         results.append((weight_change, [values for values, *_ in logger.steps], criterion.state_dict()))
     (weight_change, values, state), (weight_change_in_parts, values_in_parts, state_in_parts) = results
@@ -208,7 +208,7 @@ def test_accumulation_updates_batchnorm_statistics_once_for_each_part():
     batch_counts = []
     for accumulate in (1, 2):
         model, criterion, solver = make(norm="bn", batch_size=4, accumulate=accumulate)
-        train(model, criterion, [batch(ids=range(4))], solver, Recorder(), CPU)
+        train(model, criterion, [batch(ids=range(4))], solver, Recorder())
         batch_counts.append(int(model.backbone.bn1.num_batches_tracked))
     assert batch_counts == [1, 2]  # each part once
 
@@ -218,20 +218,20 @@ def test_a_step_that_is_not_finite_may_be_skipped():
     hook = model.head.deltas.bias.register_hook(lambda gradient: gradient * float("inf"))
     before = copy.deepcopy({key: value for key, value in model.named_parameters()})
     logger = Recorder()
-    train(model, criterion, [batch()], solver, logger, CPU)
+    train(model, criterion, [batch()], solver, logger)
     assert solver.step_count == solver.skipped == 1 and "skipped, 0 more" in logger.said[0]
     assert all(torch.equal(before[key], value) for key, value in model.named_parameters())
     with pytest.raises(FloatingPointError, match="at step 2"):
-        train(model, criterion, [batch()], solver, logger, CPU)
+        train(model, criterion, [batch()], solver, logger)
     hook.remove()
     solver.optimizer.zero_grad()
-    train(model, criterion, [batch()], solver, logger, CPU)
+    train(model, criterion, [batch()], solver, logger)
     assert solver.step_count == 2 and any(not torch.equal(before[k], v) for k, v in model.named_parameters())
 
 
 def test_training_ends_at_the_given_step_and_after_a_signal():
     model, criterion, solver = make()
-    train_until(model, criterion, [batch()] * 5, solver, Recorder(), CPU, until_step=2)
+    train_until(model, criterion, [batch()] * 5, solver, Recorder(), until_step=2)
     assert solver.step_count == 2
     backward = solver.backward
 
@@ -241,7 +241,7 @@ def test_training_ends_at_the_given_step_and_after_a_signal():
 
     solver.backward = ask
     with Stop() as stop, pytest.raises(Stopped):
-        train(model, criterion, stop.between([batch()] * 5), solver, Recorder(), CPU)
+        train(model, criterion, stop.between([batch()] * 5), solver, Recorder())
     assert solver.step_count == 3
 
 
@@ -252,7 +252,7 @@ def test_a_stream_continues_where_the_last_call_ended():
     batches = [batch(seed=seed) for seed in range(4)]
     stream = (loaded_batch for loaded_batch in batches)
     for step in (1, 3, 4):
-        train_until(model, criterion, stream, solver, Recorder(), CPU, until_step=step)
+        train_until(model, criterion, stream, solver, Recorder(), until_step=step)
     assert all(images is loaded_batch.images for images, loaded_batch in zip(seen_images, batches, strict=True))
 
 
@@ -322,7 +322,7 @@ def test_predict_stops_at_an_output_that_is_not_finite_and_every_process_names_t
 
 def test_evaluation_leaves_statistics_and_the_losses_state_unchanged(same):
     model, criterion, solver = make(norm="bn")
-    train(model, criterion, [batch()], solver, Recorder(), CPU)
+    train(model, criterion, [batch()], solver, Recorder())
     before = copy.deepcopy((model.state_dict(), criterion.state_dict(), solver.state_dict()))
     postprocess = assemble.build_postprocess(Config(postprocess={"score_threshold": 0}))
     detections = predict(model, [batch(ids=(1, 2)), batch(ids=(3,), seed=1)], postprocess, CPU)
@@ -354,7 +354,7 @@ def test_only_the_model_runs_in_bfloat16():
 
     criterion.forward = spied
     # Not 64 pixels: if P6 has one position, torch 2.15 reads stray memory for P7's bfloat16 weight gradient on a CPU.
-    train(model, criterion, [batch(size=(96, 96))], solver, Recorder(), CPU)
+    train(model, criterion, [batch(size=(96, 96))], solver, Recorder())
     assert dtypes == [(torch.bfloat16, torch.float32, {torch.float32})]
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     detections = predict(model, [batch()], assemble.build_postprocess(Config(postprocess={"score_threshold": 0})), CPU,

@@ -1,5 +1,6 @@
 """CUDA graphs of training steps: they do what the model does without them."""
 
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -37,7 +38,7 @@ def gradients_of_steps(graphed, norm, precision, sizes=((64, 96), (96, 64)), rou
 
 
 @needs_gpu
-@pytest.mark.parametrize("norm", ["bn", "gn"])
+@pytest.mark.parametrize("norm", ["frozen_bn", "bn", "gn"])
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_graphs_do_not_change_gradients_and_statistics(norm, precision):
     expected, expected_state, _ = gradients_of_steps(False, norm, precision)
@@ -65,6 +66,23 @@ def test_large_batches_and_passes_without_gradient_use_no_graph(monkeypatch):
 
 
 @needs_gpu
+def test_graphs_of_several_sizes_share_their_memory():
+    model, *_ = make(norm="gn")
+    place(model, CUDA, channels_last=True)
+    model.train()
+    model_graphs = graphs.Graphs(model)
+    reserved = [torch.cuda.memory_reserved()]
+    for size in ((512, 768), (768, 512), (640, 576)):
+        outputs = model_graphs(torch.rand(2, 3, *size, device=CUDA), torch.tensor([size] * 2, device=CUDA))
+        sum(output.float().sum() for output in outputs).backward()
+        del outputs
+        torch.cuda.empty_cache()
+        reserved.append(torch.cuda.memory_reserved())
+    assert len(model_graphs.recorded) == 3
+    assert reserved[3] - reserved[1] < (reserved[1] - reserved[0]) / 2
+
+
+@needs_gpu
 def test_no_step_waits_for_the_device():
     """Except for the number of positives, which was requested before the model ran."""
     for class_loss, box_loss in (("focal", "giou"), ("ghm_c", "ghm_r"), ("ohem", "smooth_l1"), ("qfl", "ciou")):
@@ -89,6 +107,49 @@ class Graph:
 
     def __init__(self, replay):
         self.replay = replay
+
+
+def test_all_sizes_are_recorded_on_one_stream_in_one_pool_and_change_no_statistics(monkeypatch):
+    """CUDA shares memory between graphs of one pool only if one stream recorded them. A CPU emulates the recording."""
+    recordings, pools = [], iter(["first pool", "another", "a third", "a fourth"])
+
+    class Stream:
+        def __init__(self, device=None):
+            pass
+
+        def wait_stream(self, other):
+            pass
+
+    class CUDAGraph(Graph):
+        def __init__(self):
+            super().__init__(lambda: None)
+            self.own_pool = next(pools)
+
+        def pool(self):
+            return self.own_pool
+
+    @contextmanager
+    def record(graph, pool, stream, capture_error_mode):
+        recordings.append((pool, stream))
+        graph.own_pool = pool or graph.own_pool
+        yield
+
+    for name, stand_in in (("Stream", Stream), ("CUDAGraph", CUDAGraph), ("graph", record),
+                           ("current_stream", Stream), ("stream", nullcontext)):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    model, *_ = make(norm="bn")
+    model.train()
+    before = [buffer.clone() for buffer in model.buffers()]
+    model_graphs = graphs.Graphs(model)
+    for size in ((64, 96), (96, 64)):
+        images, sizes = torch.rand(2, 3, *size), torch.tensor([size] * 2)
+        outputs = [output.detach().clone() for output in model_graphs(images, sizes)]
+        torch.testing.assert_close(list(model.buffers()), before, rtol=0, atol=0)
+        torch.testing.assert_close(outputs, [output.detach() for output in model.outputs(images, sizes)])
+        for buffer, value in zip(model.buffers(), before):
+            buffer.copy_(value)
+    assert [pool for pool, _ in recordings] == [None, *["first pool"] * 3]
+    assert len({stream for _, stream in recordings}) == 1
 
 
 def test_gradients_of_several_parts_add_up():

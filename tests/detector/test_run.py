@@ -70,7 +70,7 @@ def test_a_new_run_overwrites_no_other_run(make_run, folder, saved):
     assert checkpoint_to_resume(cfg, resume=False) is None and checkpoint_to_resume(cfg, resume=True) is None
     cfg.folder.mkdir()
     (cfg.folder / "previous.pt").write_bytes(saved[0].read_bytes())
-    with pytest.raises(UserError, match="already holds a run: go on with --resume"):
+    with pytest.raises(UserError, match="already holds a run: continue with --resume"):
         checkpoint_to_resume(cfg, resume=False)
     assert checkpoint_to_resume(cfg, resume=True).path == cfg.folder / "previous.pt"
 
@@ -163,7 +163,7 @@ def test_other_classes_are_refused_and_a_longer_run_is_not(make_run, saved):
 def test_other_annotations_under_the_same_path_are_refused(make_run, saved):
     run = make_run(class_loss={"name": "ghm_c"})
     run.data = {**run.data, "data.train": "more boxes"}
-    with pytest.raises(UserError, match=r"was trained with data\.train: some boxes, now more boxes: go on"):
+    with pytest.raises(UserError, match=r"was trained with data\.train: some boxes, now more boxes: continue"):
         run.resume(read(saved[0]))
     assert run.resume(read(saved[0]), accept_changes=True) == ["changed: data.train: some boxes, now more boxes"]
     assert (run.evaluated_step, run.best_ap) == (4, 0.5)

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from detector import assemble
 from detector.config import Config
@@ -186,6 +187,29 @@ def test_the_average_equals_a_plain_loop_and_includes_buffers():
                 assert average[key] == model.state_dict()[key]
     assert decays[0] < 0.2 and decays[-1] == decay  # it grew up to the decay
     assert not torch.equal(average["1.running_mean"], model[1].running_mean)
+
+
+class Copies(TorchDispatchMode):
+    """Counts the copies from the CPU to another device, which wait for it if it is a GPU."""
+
+    found = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and args[0].device.type == "cpu":
+            self.found += result.device.type != "cpu"
+        return result
+
+
+def test_no_average_waits_for_the_device():
+    solver = Solver(small_model().to("meta"), total_steps=3, ema=0.9, precision="float16")
+    with Copies() as copies:
+        for _ in range(3):
+            solver.step_count += 1
+            solver._average()
+        assert copies.found == 0
+        torch.zeros(()).to("meta")
+        assert copies.found == 1  # proof that such a copy counts
 
 
 def test_without_average_the_model_itself_is_evaluated():

@@ -177,7 +177,7 @@ def test_flaws_that_are_accepted_are_counted(folder, call):
     assert code == 0, err
     for line in (
         "Accepted: 4 numbers in quotes (the first in annotations[0]).",
-        "images with their last bytes missing, which are read as far as they go: 2 (such as ",
+        "images with their last bytes missing (read as far as possible): 2 (such as ",
         "images with 16 bits of which only the lower 12 are used, which look dark; scale them to the full range: 2",
     ):
         assert line in out and line in printed

@@ -167,7 +167,7 @@ def test_test_images_are_in_neither_split(known, folder, command, how):
     assert code == 0, err
     converted, splits = read(folder / "dst")
     assert {Path(name).name for name in converted} == set(known) - test_images and splits["train"] and splits["val"]
-    assert re.search(r"images to test on.*: 2 ", out)
+    assert re.search(r"images of the test part.*: 2 ", out)
 
 
 def test_a_list_may_hold_paths_and_names_with_spaces(known, folder, command):
@@ -200,8 +200,8 @@ def test_shared_and_second_label_files_are_reported(known, folder, command):
     ("names", "expected"),
     [
         ({"2": "größe", "0": "cat", "1": "dog & <co>"}, None),
-        ({"a": "cat"}, "each is to have its number"),
-        ({99999999: "cat"}, "numbers go from 0 to"),
+        ({"a": "cat"}, "each name needs a number"),
+        ({99999999: "cat"}, "numbers go from 0 to 99999"),
         (["cat", "two\nlines"], "is called 'two\\nlines'"),
         (["cat", ""], "is called ''"),
     ],

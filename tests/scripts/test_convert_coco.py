@@ -168,7 +168,7 @@ def test_the_split_of_the_files_is_kept(run, folder, layout, whole):
         if layout != "files":
             expected["same.jpg"] = boxes(20 + parts[part][0])
         assert {Path(name).name: members for name, members in splits[split].items()} == expected
-    assert "images to test on" in out and "the split is that of its files" in out
+    assert "images of the test part" in out and "the split is that of its files" in out
 
 
 def test_the_part_folders_of_one_file_are_kept_unless_the_split_is_random(run, folder):
@@ -194,7 +194,7 @@ def test_an_image_in_two_files_appears_once_and_in_val_if_one_file_says_so(run, 
     assert splits["val"].keys() == {"4.jpg"} and sorted(splits["val"]["4.jpg"]) == sorted(
         [*boxes(4), ("cat", 1, 1, 4, 4)]
     )
-    assert "listed more than once, and their boxes joined: 6" in out and "kept to score on: 1" in out
+    assert "listed more than once, and their boxes joined: 6" in out and "used for validation only: 1" in out
 
 
 def test_unused_files_are_reported(run, folder):
@@ -208,7 +208,7 @@ def test_unused_files_are_reported(run, folder):
     assert len(splits["train"]) + len(splits["val"]) == 4
     for line in (
         "images that are not there: 1 (a.json: gone.jpg)",
-        "of which several have the name: 1 (a.json: twice.jpg)",
+        "names that fit several images: 1 (a.json: twice.jpg)",
         "images that no annotation file names: 3",
         "not used: .json files: 1 (captions.json)",
         ".heic pictures, which cannot be read here",

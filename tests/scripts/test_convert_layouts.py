@@ -160,7 +160,9 @@ def test_label_files_that_name_another_image_are_refused_unless_all_name_the_sam
     for n in range(6):
         text(folder / "src" / f"{n}.xml", label_of("voc", n, inside=f"{(n + 1) % 6}.jpg"))
     code, _, err, _ = run("voc")
-    assert code == 2 and "6 label files are named as one image and say inside" in err and "0.xml" in err
+    assert (
+        code == 2 and "6 label files have the name of one image but name another image inside" in err and "0.xml" in err
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -297,7 +299,7 @@ def test_links_are_followed(run, folder, how):
     right(splits, 6)
     assert all(name.startswith("images/train/") for name in splits["train"])
     assert not any(path.is_symlink() for path in (folder / "dst").rglob("*"))
-    assert ("lead back" if how == "folder" else "lead nowhere") in out
+    assert ("lead back" if how == "folder" else "broken links") in out
 
 
 # ------------------------------------------------------------------------------------------------ the split of the set
@@ -470,7 +472,7 @@ def test_no_validation_image_is_trained_on(run, folder):
     code, out, err, splits = run("yolo")
     assert code == 0, err
     assert names(splits["val"]) == {"6.jpg", "7.jpg"} and len(splits["train"]) == 6
-    assert "kept to score on: 2" in out
+    assert "used for validation only: 2" in out
 
 
 def test_the_same_images_in_both_parts_are_split_at_random(run, folder):
@@ -495,7 +497,7 @@ def test_two_voc_sets_below_one_folder_keep_their_lists(run, folder):
     code, out, err, splits = run("voc")
     assert code == 0, err
     assert set(splits["val"]) == {f"{year}/JPEGImages/2.jpg" for year in ("VOC2007", "VOC2012")}
-    assert len(splits["train"]) == 4 and "images to test on" in out
+    assert len(splits["train"]) == 4 and "images of the test part" in out
 
 
 # ------------------------------------------------------------------------------------------------- describing the set

@@ -231,7 +231,7 @@ def test_a_full_disk_keeps_the_downloaded_bytes(server, get, folder, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(download, "write", full)
         code, _, err = get()
-    assert code == 2 and "make room" in one_line(err)
+    assert code == 2 and "free some space" in one_line(err)
     assert (folder / "coco" / "val2017.zip.part").stat().st_size == 1000
     assert get()[0] == 0 and contents(folder / "coco") == PHOTOS | LABELS
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._pytree import tree_map_only
 
 from detector.losses import GHMC, OHEM, CrossEntropy, Focal, QualityFocal, Varifocal, dispatch, ohem, regions
 from detector.losses.fused import SlopeByAutograd, cell_sum
@@ -63,7 +64,6 @@ LOSSES = {
 every = pytest.mark.parametrize("name", LOSSES)
 ROOT = Path(__file__).resolve().parents[3]
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 
 
 def batch(rows=300, classes=20, seed=0, spread=2.0, dtype=torch.float32):
@@ -130,10 +130,30 @@ def way(request, monkeypatch):
     assert not dispatch._without_triton, "it fell back to the form without Triton"
 
 
+class OnGPU:
+    """The kernels for tensors of the CPU: each call computes on a GPU."""
+
+    def __init__(self, kernels, device="cuda"):
+        self.kernels, self.device = kernels, device
+
+    def __getattr__(self, name):
+        def call(*arguments):
+            moved = tree_map_only(torch.Tensor, lambda tensor: tensor.to(self.device, copy=True), arguments)
+            result = getattr(self.kernels, name)(*moved)
+            if name == "scale_":  # it writes into its first argument
+                arguments[0].copy_(moved[0])
+            return tree_map_only(torch.Tensor, torch.Tensor.cpu, result)
+
+        return call
+
+
 def use_triton(monkeypatch):
-    """Without a GPU, Triton's interpreter runs the kernels on the CPU's tensors (tests/conftest.py)."""
-    pytest.importorskip("triton", "3.7", reason="the interpreter of older ones fails with NumPy 2.4")
+    """Without a GPU, Triton's interpreter runs the kernels on the CPU (tests/conftest.py)."""
+    interpreted = "TRITON_INTERPRET" in os.environ
+    if interpreted:
+        pytest.importorskip("triton", "3.7", reason="the interpreter of older ones fails with NumPy 2.4")
     kernels = pytest.importorskip("detector.losses.kernels")
+    kernels = kernels if interpreted else OnGPU(kernels)
     monkeypatch.setattr(
         dispatch, "triton_for", lambda logits: kernels if logits.numel() and logits.dtype != torch.float64 else None
     )

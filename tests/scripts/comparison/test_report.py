@@ -31,7 +31,17 @@ def fabricated(name: str, seed: int, ap: float) -> dict:
         "jobs": 1,
         "calibration_error": 0.1,
         "variant": name,
-        "tuning": {"key": "box_loss.weight", "AP": {"x1": ap, "x2": None}, "chosen": "x1"},
+        "tuning": {
+            "keys": ["box_loss.weight"],
+            "trials": [
+                {"values": {"box_loss.weight": 1.0}, "AP": ap},
+                {"values": {"box_loss.weight": 5.0}, "AP": None},
+            ],
+            "range": {"box_loss.weight": [0.1, 10]},
+            "extended": [],
+            "chosen": {"box_loss.weight": 1.0},
+            "at_an_end": [],
+        },
         "machine": {"device": "2 cores of a machine", "torch": "2.15"},
     }
 
@@ -64,7 +74,7 @@ def test_the_page_shows_all_known_values(files, folder):
         "cat <b>",
         "+16.4%",  # seconds a step, 0.71 over 0.61
         "box_loss.weight",
-        "x1, an end",
+        "box_loss.weight 1 (range 0.1 to 10), 1 of 2 trials failed",
         "its run folder is missing",
     ):
         assert expected in printed, expected

@@ -101,10 +101,3 @@ def test_every_variant_starts_with_the_same_multiples():
     trials, scaled_trials = (search(lambda _: 0.5, 3, [Trial(weights, 0.5)]) for weights in (OWN, scaled))
     for trial, scaled_trial in zip(trials, scaled_trials, strict=True):
         assert [scaled_trial.values[key] / trial.values[key] for key in OWN] == pytest.approx([10, 10], rel=0.01)
-
-
-def test_tuning_results_of_an_earlier_version_are_read():
-    old_tuning = {"key": "box_loss.weight", "AP": {"x0.5": 0.3, "x1": 0.4, "x2": None}, "chosen": "x1"}
-    assert tuning.described(old_tuning) == "box_loss.weight x1"
-    assert tuning.described(old_tuning | {"chosen": "x2"}) == "box_loss.weight x2, an end"
-    assert tuning.aps(old_tuning) == old_tuning["AP"] and tuning.budget(old_tuning) == "box_loss.weight in 3 trials"
