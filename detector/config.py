@@ -221,7 +221,9 @@ class Config(Options):
     # Of the model; the criterion is always float32. auto: bfloat16 where that is faster
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     channels_last: bool = True  # the memory format of images and activations: the fastest for convolutions
-    compile: bool = False  # torch.compile: faster after slow first steps, once for each padded size (data.pad_to)
+    compile: bool = (
+        False  # torch.compile for training steps: faster after slow first ones, once for each padded size (data.pad_to)
+    )
     data: Data = Data()
     model: Model = Model()
     anchors: Part = Part(name="grid")

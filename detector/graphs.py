@@ -68,7 +68,11 @@ class Graphs:
             return False
         if key in self.recorded:
             return True
-        if images.numel() > 3 * MAX_PIXELS or len(self.recorded) >= MAX_SIZES:
+        if images.numel() > 3 * MAX_PIXELS:
+            return False
+        if len(self.recorded) >= MAX_SIZES:
+            advice = "data.pad_to=128 makes fewer sizes"
+            warnings.warn(f"only {MAX_SIZES} image sizes run as CUDA graphs, others are slower: {advice}", stacklevel=2)
             return False
         self.seen[key] = self.seen.get(key, 0) + 1
         return self.seen[key] == SEEN and _has_room(images.device)  # asked once: the answer takes time

@@ -15,9 +15,12 @@ cd "$(dirname "$0")/../.." && out=$(realpath "$out")
 export NO_ALBUMENTATIONS_UPDATE=1
 
 part() { # TITLE SECONDS COMMAND...
-    local title=$1 seconds=$2 start=$SECONDS
+    local title=$1 seconds=$2 start=$SECONDS word words=
     shift 2
-    printf '\n### %s\n\n    %s\n\n' "$title" "$*" | tee -a "$page"
+    for word; do
+        [[ $word == *' '* ]] && words+=" \"$word\"" || words+=" $word"
+    done
+    printf '\n### %s\n\n   %s\n\n' "$title" "$words" | tee -a "$page"
     timeout "$seconds" "$@" 2> "$out/stderr.txt" | tee -a "$page"
     local code=${PIPESTATUS[0]}
     if [ "$code" != 0 ]; then
@@ -43,13 +46,13 @@ part "Training step, batch 16, losses" 60 $python scripts/bench/step.py --work $
     --also "class_loss.name=ce" "class_loss.name=ghm_c box_loss.name=ghm_r" "class_loss.name=ohem" \
     "box_loss.name=giou" "box_loss.name=giou assigner.name=atss"
 part "Class losses" 60 $python scripts/bench/losses.py --rows $cells --dtype $type --repeats 5
-if [ -z "$data" ]; then
-    data=$out/demo
+[ -n "$data" ] || data=$out/demo
+if [ ! -d "$data" ]; then
     $python -m data.demo --output "$data" --train-images 500 --val-images 40 > /dev/null
     mkdir -p "$data/images" && mv "$data"/train/* "$data"/val/* "$data/images"
 fi
 part "A real training" 110 $python scripts/bench/real_training.py "$data" --output "$out/runs" --short-side $short
 part "Inference" 50 $python scripts/bench/inference.py --work $inference --repeats 5
 part "Assignment" 30 $python scripts/bench/assigner.py --sides $sides --repeats 5
-part "Training step, batch 16, with torch.compile" 120 $python scripts/bench/step.py --work $step --repeats 5 --compile
+part "Training step, batch 16, with torch.compile" 120 $python scripts/bench/step.py --work $step --repeats 5 --ours --compile
 echo "written: $page" >&2

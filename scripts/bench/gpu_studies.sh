@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The studies of batches, imbalance and wrong labels on one GPU, all conditions at once.
+# The studies of batches, imbalance and wrong labels on one GPU, all conditions at once. Imbalance also tunes: call it
+# again until all are finished.
 #
 #     bash scripts/bench/gpu_studies.sh [LOGS] [SECONDS]
 #
@@ -10,6 +11,7 @@ cd "$(dirname "$0")/../.."
 logs=${1:-runs/logs} limit=${2:-540}
 mkdir -p "$logs"
 export NO_ALBUMENTATIONS_UPDATE=1 OMP_NUM_THREADS=1
+export PYTHON_CPU_COUNT=2 # for data.workers: 11 conditions share the cores, with two runs each
 python -m data.demo --quick --output datasets/batches --train-images 750 --val-images 150 || exit # three conditions share it
 
 study() { # NAME CONDITIONS...

@@ -38,6 +38,11 @@ if [ -n "${QUICK:-}" ]; then
 fi
 wide="data.short_side=480 data.long_side=672"
 study laptop bccd laptop 5 8 "$eight" "$wide model.weights=$weights solver.epochs=12" "solver.epochs=4 evaluation.every=4"
-study cards playing_cards laptop 3 8 "$four" "$wide model.weights=$weights solver.epochs=30 evaluation.every=10" \
+forms="ghm_c --grid class_loss."
+for form in momentum=0 prior_count=1000,6000; do
+    study forms/bccd bccd laptop 5 8 "$forms$form" "$wide model.weights=$weights solver.epochs=12" "solver.epochs=4 evaluation.every=4"
+done
+study cards playing_cards laptop 3 8 "$four" \
+    "$wide model.weights=$weights data.horizontal_flip=0 solver.epochs=30 evaluation.every=10" \
     "evaluation.every=30" # shorter ones end before the model tells the cards apart
 study bccd bccd bccd 3 8 "$four" "$wide solver.epochs=16" "solver.epochs=5 evaluation.every=5"

@@ -30,7 +30,7 @@ def main() -> None:
     state = step.backbone_weights(args.backbone)
 
     def seconds(batch: int, side: int) -> float:
-        ours = step.our_step(args.backbone, state, *step.work(side, batch, 10, pick_device("auto")))
+        ours, _ = step.our_step(args.backbone, state, *step.work(side, batch, 10, pick_device("auto")))
         return measure.medians(measure.alternate({"ours": ours}, args.repeats))["ours"] / 1000
 
     by_batch = [(batch, batch * 512**2 / 1e6, seconds(batch, 512)) for batch in args.batches]

@@ -190,10 +190,10 @@ def whole_step(repeats: int, side: int = 512, images: int = 2) -> None:
     given = ("resnet18", training.backbone_weights("resnet18"), *training.work(side, images, 10, pick_device("auto")))
     pairs = {"CE + smooth L1": ("ce", "smooth_l1"), "GHM-C + GHM-R": ("ghm_c", "ghm_r")}
     steps = {
-        label: training.our_step(*given, [f"class_loss.name={class_loss}", f"box_loss.name={box_loss}"])
+        label: training.our_step(*given, [f"class_loss.name={class_loss}", f"box_loss.name={box_loss}"])[0]
         for label, (class_loss, box_loss) in pairs.items()
     }
-    times = measure.alternate(steps, 4 * repeats, warmup=2)
+    times = measure.alternate(steps, 4 * repeats, warmup=4)
     ratio = 1 / measure.ratio(times, *pairs)
     rows = [[label, f"{ms:,.0f}"] for label, ms in measure.medians(times).items()]
     print(f"\nTraining step, resnet18, {images} x {side} x {side} px; ratio {ratio:.3f}\n")

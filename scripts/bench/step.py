@@ -87,12 +87,16 @@ def compare(builders: dict[str, Callable], name: str, side: int, batch: int, box
             stack.callback(process.kill)
             pipes[label] = pipe
         memory = {label: pipe.recv() for label, pipe in pipes.items()}  # they start at the same time
-        calls = {label: lambda pipe=pipe: (pipe.send(True), pipe.recv()) for label, pipe in pipes.items()}
+        as_in_training = {}  # whether a row, in its last step, used all that train.py would
+        calls = {
+            label: lambda label=label, pipe=pipe: (pipe.send(True), as_in_training.update({label: pipe.recv()}))
+            for label, pipe in pipes.items()
+        }
         warmup = 4 if torch.cuda.is_available() else 1  # a graph is recorded at the third
         times = measure.alternate(calls, repeats, warmup)
     rows = [
         [
-            label,
+            label if as_in_training[label] else f"{label} (no room for a graph)",
             f"{median:,.0f}",
             f"{1000 * batch / median:.2f}",
             f"{measure.ratio(times, peer, label):.2f}",
@@ -107,7 +111,8 @@ def compare(builders: dict[str, Callable], name: str, side: int, batch: int, box
 def serve(pipe: Connection, build: Callable, kept: bool, name: str, side: int, batch: int, boxes: int) -> None:
     """Run in a separate process: send the peak memory of a step, then do a step for each message."""
     device = pick_device("auto")
-    step = build(name, backbone_weights(name), *work(side, batch, boxes, device))
+    step, model = build(name, backbone_weights(name), *work(side, batch, boxes, device))
+    graphs = getattr(model, "graphs", None)
     step()
     pipe.send(measure.peak(step))
     if kept and device.type == "cpu":
@@ -115,7 +120,7 @@ def serve(pipe: Connection, build: Callable, kept: bool, name: str, side: int, b
     while pipe.recv():
         step()
         measure.wait()
-        pipe.send(True)
+        pipe.send(graphs is None or bool(graphs.recorded))
 
 
 def work(side: int, batch: int, boxes: int, device: torch.device) -> tuple[Tensor, list[Target]]:
@@ -157,14 +162,14 @@ def our_step(
     targets: list[Target],
     settings: Sequence[str] = (),
     compiled: bool = False,
-) -> Callable[[], object]:
+) -> tuple[Callable[[], object], RetinaNet]:
     cfg, model = our_model(name, state, f"solver.batch_size={len(images)}", *settings)
     criterion = assemble.build_criterion(cfg).to(images.device).train()
     solver = assemble.build_solver(cfg, model.train(), steps_per_epoch=1_000_000)
     sizes = [tuple(images.shape[-2:])] * len(images)
     speed_up(model, compiled=compiled)
     batch = Batch(images, targets, list(range(len(images))), sizes, sizes)
-    return partial(training_step(model, criterion, solver), batch)
+    return partial(training_step(model, criterion, solver), batch), model
 
 
 def torchvision_model(name: str, state: dict[str, Tensor], side: int, **options: object) -> nn.Module:
@@ -183,7 +188,7 @@ def torchvision_model(name: str, state: dict[str, Tensor], side: int, **options:
 
 def torchvision_step(
     name: str, state: dict[str, Tensor], images: Tensor, targets: list[Target], tuned: bool = False
-) -> Callable[[], object]:
+) -> tuple[Callable[[], object], nn.Module]:
     model = torchvision_model(name, state, images.shape[-1]).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=1e-5, momentum=0.9, weight_decay=1e-4)
@@ -202,7 +207,7 @@ def torchvision_step(
         nn.utils.clip_grad_norm_(parameters, 10.0)
         optimizer.step()
 
-    return step
+    return step, model
 
 
 if __name__ == "__main__":

@@ -152,6 +152,15 @@ def test_all_sizes_are_recorded_on_one_stream_in_one_pool_and_change_no_statisti
     assert len({stream for _, stream in recordings}) == 1
 
 
+def test_it_warns_of_more_sizes_than_get_a_graph(monkeypatch):
+    monkeypatch.setattr(graphs, "MAX_SIZES", 1)
+    model_graphs = graphs.Graphs(make(norm="gn")[0])
+    model_graphs.recorded[model_graphs._key(torch.zeros(1, 3, 32, 32))] = None
+    assert model_graphs.take(torch.zeros(1, 3, 32, 32))
+    with pytest.warns(UserWarning, match="data.pad_to=128"):
+        assert not model_graphs.take(torch.zeros(1, 3, 32, 64))
+
+
 def test_gradients_of_several_parts_add_up():
     """Each replay writes the gradients to the same memory."""
     weight = torch.nn.Parameter(torch.tensor([2.0, 3.0]))
