@@ -80,9 +80,8 @@ class Data(Options):
     val: Files = Files()
     short_side: int = Field(800, ge=32, le=2**14)  # pixels; smaller if the long side would exceed long_side
     long_side: int = Field(1333, ge=32, le=2**14)  # pixels, at most
-    pad_to: int = Field(
-        32, ge=32, le=1024, multiple_of=32
-    )  # padded sides are multiples; 128 keeps them few, for compile
+    # padded sides are multiples of it; 128 makes fewer sizes, for CUDA graphs and for compile
+    pad_to: int = Field(32, ge=32, le=1024, multiple_of=32)
     # loading processes; 0: load in the training process. auto on a GPU: its share of the cores minus one, at most 16.
     # auto on a CPU: 1, or 0 on a single core
     workers: Workers = "auto"
@@ -168,9 +167,8 @@ class Solver(Options):
     max_steps: int | None = Field(None, ge=1)  # ends the training, and its schedule, earlier
     momentum: float = Field(0.9, ge=0, lt=1)  # of SGD
     weight_decay: float = Field(1e-4, ge=0)  # not of norms and biases
-    warmup_steps: int = Field(
-        500, ge=0
-    )  # at lr_batch_size; smaller batches take proportionally more, at most half of all
+    # at lr_batch_size; smaller batches take proportionally more, at most half of all
+    warmup_steps: int = Field(500, ge=0)
     warmup_factor: float = Field(0.001, gt=0, le=1)  # of the learning rate, at the first step
     schedule: Literal["step", "cosine"] = "step"  # of the learning rate
     decay_at: list[float] = [8 / 12, 11 / 12]  # shares of the training after which lr drops (step)
@@ -197,9 +195,8 @@ class PostprocessOptions(Options):
 
 class Evaluation(Options):
     every: int = Field(1, ge=1)  # epochs; the last is always evaluated
-    batch_size: int | None = Field(
-        None, ge=1
-    )  # images that each process evaluates at once; default: those of a training pass, at most 8
+    # images that each process evaluates at once; default: those of a training pass, at most 8
+    batch_size: int | None = Field(None, ge=1)
 
 
 class Saving(Options):
@@ -221,9 +218,8 @@ class Config(Options):
     # Of the model; the criterion is always float32. auto: bfloat16 where that is faster
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     channels_last: bool = True  # the memory format of images and activations: the fastest for convolutions
-    compile: bool = (
-        False  # torch.compile for training steps: faster after slow first ones, once for each padded size (data.pad_to)
-    )
+    # torch.compile for training steps: faster after slow first ones, once for each padded size (data.pad_to)
+    compile: bool = False
     data: Data = Data()
     model: Model = Model()
     anchors: Part = Part(name="grid")
