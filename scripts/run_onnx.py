@@ -12,23 +12,28 @@ import onnxruntime
 
 sys.stdout.reconfigure(errors="backslashreplace")  # class names may have letters that the terminal lacks
 
+
+def refuse(reason: str) -> None:
+    sys.exit(print(f"error: {reason}", file=sys.stderr) or 2)
+
+
 if len(sys.argv) < 3:
-    usage = "error: give a model and images: python scripts/run_onnx.py mine.onnx photo.jpg"
-    sys.exit(print(__doc__) if "--help" in sys.argv else usage)
+    usage = "give a model and images: python scripts/run_onnx.py mine.onnx photo.jpg"
+    sys.exit(print(__doc__)) if "--help" in sys.argv else refuse(usage)
 try:
     session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
     about = {key: json.loads(text) for key, text in session.get_modelmeta().custom_metadata_map.items()}
     short_side, long_side, names = about["short_side"], about["long_side"], about["class_names"]
     if about["preprocessing"] == "outside" or about["nms"] == "outside":
-        sys.exit(f"error: {sys.argv[1]}: export it with preprocessing and NMS inside")
+        refuse(f"{sys.argv[1]}: export it with preprocessing and NMS inside")
 except Exception as error:
-    sys.exit(f"error: {sys.argv[1]}: not a model of scripts/export.py ({str(error).splitlines()[0]})")
+    refuse(f"{sys.argv[1]}: not a model of scripts/export.py ({str(error).splitlines()[0]})")
 
 for path in sys.argv[2:]:
     try:
         height, width = (image := cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)).shape[:2]
     except (AttributeError, OSError, cv2.error):  # not an image, or too large
-        sys.exit(f"error: {path}: cannot be read as an image")
+        refuse(f"{path}: cannot be read as an image")
     scale = min(short_side / min(height, width), long_side / max(height, width))
     size = max(1, round(width * scale)), max(1, round(height * scale))
     how = cv2.INTER_AREA if 2 * max(size[0] / width, size[1] / height) < 1 else cv2.INTER_LINEAR

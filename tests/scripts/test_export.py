@@ -168,7 +168,7 @@ def test_the_example_needs_no_torch_and_finds_the_same_boxes(learnt, folder, com
     assert process.returncode == 0 and "run_onnx.py mine.onnx photo.jpg" in process.stdout
     for arguments in ([], ["none.onnx", str(photo)], [str(folder / "mine.onnx"), "none.jpg"]):
         process = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True)
-        assert process.returncode == 1 and process.stderr.startswith("error: ") and process.stderr.count("\n") == 1
+        assert process.returncode == 2 and process.stderr.startswith("error: ") and process.stderr.count("\n") == 1
 
 
 def test_metadata_has_all_that_inference_needs(learnt, folder, command):
