@@ -40,7 +40,7 @@ def main() -> None:
         "--data",
         nargs=2,
         metavar=("ANNOTATIONS", "IMAGES"),
-        help="score on these instead of the run's own validation set; torchvision's checkpoints need them",
+        help="score these instead of the run's own validation set; torchvision's checkpoints need them",
     )
     parser.add_argument(
         "--output",

@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML with what differs from the defaults")
     parser.add_argument("--set", nargs="+", action="extend", metavar="KEY=VALUE", help="override the file's options")
     parser.add_argument("--resume", action="store_true", help="continue from the newest undamaged checkpoint, if any")
-    parser.add_argument("--accept-changes", action="store_true", help="with --resume: although config or data changed")
+    parser.add_argument("--accept-changes", action="store_true", help="with --resume: also if config or data changed")
     args = parser.parse_args()
     cfg = configure(args.config, args.set)
     with distributed.group(pick_device(cfg.device)) as device:

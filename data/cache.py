@@ -82,8 +82,8 @@ class Cache:
             needed, free = self.ends[-1] / 1e6, shutil.disk_usage(folder).free / 1e6
             if free < needed:
                 raise UserError(
-                    f"data.cache: the images take {needed:,.0f} MB, in {folder} {free:,.0f} MB are free; free "
-                    "some space, name another folder, or turn the cache off with data.cache="
+                    f"data.cache: the images take {needed:,.0f} MB, but only {free:,.0f} MB are free in {folder}: make "
+                    "space, name another folder, or turn the cache off with data.cache="
                 )
             # A unique name, since _alone does not exclude other processes on every system.
             with replacing(self.path, f".{uuid.uuid4().hex}.tmp") as beside:

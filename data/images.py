@@ -124,7 +124,7 @@ def _check_header(path: str | Path, seen: tuple[int, int], size: tuple[int, int]
 def _other_size(path: str | Path, seen: tuple[int, int], size: tuple[int, int]) -> UserError:
     return UserError(
         f"{path}: the image is {seen[1]} x {seen[0]} pixels, its record says {size[1]} x {size[0]}; correct "
-        "the record or replace the file by the image that was annotated"
+        "the record or replace the file with the image that was annotated"
     )
 
 

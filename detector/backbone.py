@@ -40,8 +40,8 @@ def set_norm(network: nn.Module, norm: str) -> None:
         for (name, conv), (_, after) in list(pairwise(parent.named_children())):
             if isinstance(conv, nn.Conv2d) and isinstance(after, FrozenBatchNorm):
                 setattr(parent, name, FoldedConv(conv, after))
-            elif isinstance(conv, nn.Conv2d) and conv.groups > 1:
-                setattr(parent, name, Conv(conv))
+            elif type(conv) is nn.Conv2d:
+                conv.__class__ = Conv
     for parent in list(network.modules()) if norm == "frozen_bn" else []:
         for name, child in list(parent.named_children()):
             if isinstance(child, BasicBlock | Bottleneck):

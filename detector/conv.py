@@ -33,28 +33,16 @@ class FrozenBatchNorm(FrozenBatchNorm2d):
 
 
 class Conv(nn.Conv2d):
-    """Another convolution, without its bias. Where a CPU trains in bfloat16, most depthwise ones compute in float32.
+    """A convolution that trains in float32 where oneDNN is slow in bfloat16.
 
-    oneDNN's backward pass for them takes 2 to 20 times as long in bfloat16, except for 3x3 with a stride of 1.
+    On a CPU, the backward pass of a depthwise convolution takes 2 to 20 times as long in bfloat16, except for 3x3 with
+    a stride of 1.
     """
-
-    def __init__(self, conv: nn.Conv2d):
-        super().__init__(
-            conv.in_channels,
-            conv.out_channels,
-            cast(tuple[int, int], conv.kernel_size),
-            stride=cast(tuple[int, int], conv.stride),
-            padding=cast(tuple[int, int], conv.padding),
-            dilation=cast(tuple[int, int], conv.dilation),
-            groups=conv.groups,
-            bias=False,
-        )
-        self.weight = conv.weight
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         depthwise = 1 < self.groups == self.in_channels
         fast = not depthwise or (self.kernel_size, self.stride) == ((3, 3), (1, 1))
-        if fast or x.device.type != "cpu" or not (torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()):
+        if fast or not self.training or x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
             return super()._conv_forward(x, weight, bias)
         with torch.autocast("cpu", enabled=False):
             y = super()._conv_forward(x.float(), weight, bias)
@@ -70,7 +58,17 @@ class FoldedConv(Conv):
     relu = False  # whether it also applies the ReLU after the BatchNorm
 
     def __init__(self, conv: nn.Conv2d, norm: FrozenBatchNorm):
-        super().__init__(conv)
+        super().__init__(
+            conv.in_channels,
+            conv.out_channels,
+            cast(tuple[int, int], conv.kernel_size),
+            stride=cast(tuple[int, int], conv.stride),
+            padding=cast(tuple[int, int], conv.padding),
+            dilation=cast(tuple[int, int], conv.dilation),
+            groups=conv.groups,
+            bias=False,
+        )
+        self.weight = conv.weight
         self._norm = (norm,)  # a tuple hides it from nn.Module, so its tensors keep their names
 
     def folded(self) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from detector import distributed
 from detector.criterion import Criterion, Matches
 from detector.losses.cells import logits_against_truth
-from detector.losses.regions import GROUPS, count
+from detector.losses.regions import count, sums_by_index
 from detector.structures import Predictions, Target
 
 MU = 0.02  # of the box norm |d| / sqrt(d^2 + mu^2), one for all losses: the GHM paper's
@@ -85,8 +85,4 @@ def observe(
 def by_region(norms: Tensor, gradient: Tensor, valid: Tensor, bins: int) -> Regions:
     """Counts and sums of |gradient| (N, K) in `bins` equal regions of norms (N, K) in 0..1, over valid (N,) rows."""
     region = (norms * bins).long().clamp_(0, bins - 1).masked_fill_(~valid[:, None], bins)
-    # Groups of rows have separate sums, because additions to a single one would queue on a GPU.
-    group = torch.arange(len(region), device=norms.device) % GROUPS
-    sums = torch.zeros(GROUPS * (bins + 1), dtype=torch.float64, device=norms.device)
-    sums.scatter_add_(0, (region + group[:, None] * (bins + 1)).flatten(), gradient.abs().double().flatten())
-    return Regions(count(region, None, bins), sums.view(GROUPS, bins + 1).sum(0)[:bins])
+    return Regions(count(region, None, bins), sums_by_index(region, gradient.abs().double(), bins))

@@ -54,7 +54,7 @@ class Graphs:
         self.module = _Outputs(model)
         self.names, parameters = zip(*((n, p) for n, p in self.module.named_parameters() if p.requires_grad))
         self.parameters: tuple[Tensor, ...] = parameters
-        self.works = True
+        self.works, self.warned = True, False
         self.pool: Any = None
         self.stream: Any = None  # of all recordings: memory is shared only within one stream
         self.kept: dict[tuple, Tensor] = {}  # inputs, outputs and gradients, of all sizes
@@ -71,8 +71,10 @@ class Graphs:
         if images.numel() > 3 * MAX_PIXELS:
             return False
         if len(self.recorded) >= MAX_SIZES:
-            advice = "data.pad_to=128 makes fewer sizes"
-            warnings.warn(f"only {MAX_SIZES} image sizes run as CUDA graphs, others are slower: {advice}", stacklevel=2)
+            if not self.warned:
+                self.warned = True
+                advice = "data.pad_to=128 makes fewer sizes"
+                warnings.warn(f"only {MAX_SIZES} sizes run as CUDA graphs, others are slower: {advice}", stacklevel=2)
             return False
         self.seen[key] = self.seen.get(key, 0) + 1
         return self.seen[key] == SEEN and _has_room(images.device)  # asked once: the answer takes time

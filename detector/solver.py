@@ -1,7 +1,6 @@
 """From gradients to new weights: optimizer, warm-up and schedule, clipping, averaged weights."""
 
 import math
-from itertools import compress
 from typing import Any, Literal
 
 import torch
@@ -179,8 +178,7 @@ class Solver:
         self.averaged.n_averaged += 1
         # Not by AveragedModel.update_parameters, which waits for the device.
         averages, currents = ([*m.parameters(), *m.buffers()] for m in (self.averaged.module, self.model))
-        floats = [tensor.is_floating_point() for tensor in averages]
-        torch._foreach_lerp_(list(compress(averages, floats)), list(compress(currents, floats)), weight)
-        counters = [not is_float for is_float in floats]  # of BatchNorm
-        if any(counters):
-            torch._foreach_copy_(list(compress(averages, counters)), list(compress(currents, counters)))
+        floats = [i for i, average in enumerate(averages) if average.is_floating_point()]
+        torch._foreach_lerp_([averages[i] for i in floats], [currents[i] for i in floats], weight)
+        if counters := [i for i, average in enumerate(averages) if not average.is_floating_point()]:  # of BatchNorm
+            torch._foreach_copy_([averages[i] for i in counters], [currents[i] for i in counters])

@@ -241,7 +241,8 @@ def report(args: argparse.Namespace, pictures: dict, val: set[str], how: str, no
         )
         for split in ("train", "val")
     }
-    print(f"{args.target}: {len(pictures) - len(val)} images to train on, {len(val)} to score on; the split is {how}")
+    train = len(pictures) - len(val)
+    print(f"{args.target}: {train} images for training, {len(val)} for validation; the split is {how}")
     for name in sorted(set(counts["train"]) | set(counts["val"])):
         lack = [split for split in counts if not counts[split][name]]
         remark = f", none in {lack[0]}: it cannot be {'learnt' if lack[0] == 'train' else 'scored'}" if lack else ""

@@ -13,7 +13,7 @@ import onnxruntime
 sys.stdout.reconfigure(errors="backslashreplace")  # class names may have letters that the terminal lacks
 
 
-def refuse(reason: str) -> None:
+def refuse(reason: str):
     sys.exit(print(f"error: {reason}", file=sys.stderr) or 2)
 
 

@@ -70,14 +70,22 @@ def count(index: Tensor, valid: Tensor | None, bins: int) -> Tensor:
     """
     if index.device.type == "cpu":
         return torch.bincount((index if valid is None else index[valid]).flatten(), minlength=bins)[:bins]
-    # bincount would wait for the device. An extra bin takes what does not count. Groups of rows have separate
-    # counters, because most cells share one region, and additions to a single counter would queue.
-    index = (index if valid is None else index.masked_fill(~valid[:, None], bins)).clamp(max=bins).long()
-    group = torch.arange(len(index), device=index.device) % GROUPS
+    index = index if valid is None else index.masked_fill(~valid[:, None], bins)
     unit = torch.ones((), dtype=torch.int32, device=index.device)
-    counts = torch.zeros(GROUPS * (bins + 1), dtype=torch.int32, device=index.device)
-    counts.scatter_add_(0, (index + group[:, None] * (bins + 1)).flatten(), unit.expand(index.numel()))
-    return counts.view(GROUPS, bins + 1).sum(0)[:bins]
+    return sums_by_index(index, unit.expand(index.shape), bins)
+
+
+def sums_by_index(index: Tensor, values: Tensor, bins: int) -> Tensor:
+    """The sums of the `values` (N, K) whose index is 0..bins-1 -> (bins,). index: (N, K) integers, at least 0.
+
+    bincount would wait for the device. Groups of rows have separate sums, because most cells share one region, and
+    additions to a single sum would queue on a GPU.
+    """
+    index = index.clamp(max=bins).long()  # an extra bin takes what does not count
+    group = torch.arange(len(index), device=index.device) % GROUPS
+    sums = torch.zeros(GROUPS * (bins + 1), dtype=values.dtype, device=index.device)
+    sums.scatter_add_(0, (index + group[:, None] * (bins + 1)).flatten(), values.flatten())
+    return sums.view(GROUPS, bins + 1).sum(0)[:bins]
 
 
 def _count_packed(logits: Tensor, counted: Tensor, bins: int) -> Tensor:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All that is worth measuring on a GPU, in six to ten minutes: the tests that need one, each benchmark beside its peer,
+# All that is worth measuring on a GPU, in some ten minutes: the tests that need one, each benchmark beside its peer,
 # and a real training. Writes gpu.md, a section for docs/benchmarks.md, into the folder given (default: .).
 #
 #     bash scripts/bench/gpu.sh [FOLDER] [DATA]
@@ -46,8 +46,7 @@ part "Training step, batch 16, losses" 60 $python scripts/bench/step.py --work $
     --also "class_loss.name=ce" "class_loss.name=ghm_c box_loss.name=ghm_r" "class_loss.name=ohem" \
     "box_loss.name=giou" "box_loss.name=giou assigner.name=atss"
 part "Class losses" 60 $python scripts/bench/losses.py --rows $cells --dtype $type --repeats 5
-[ -n "$data" ] || data=$out/demo
-if [ ! -d "$data" ]; then
+if [ -z "$data" ] && data=$out/demo && [ ! -d "$data" ]; then
     $python -m data.demo --output "$data" --train-images 500 --val-images 40 > /dev/null
     mkdir -p "$data/images" && mv "$data"/train/* "$data"/val/* "$data/images"
 fi

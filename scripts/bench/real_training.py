@@ -3,10 +3,10 @@
     python scripts/bench/real_training.py DATA --output FOLDER [--short-side 800] [--batch 16] [--images 1600]
 
 DATA holds train.json, val.json and images/. Trains ResNet-50, random weights with frozen BatchNorm, on --images of its
-images, repeated if needed. Model and data are those of configs/coco, data.workers and precision auto; the learning rate
-is low, because nothing is learnt. Each JPEG file is read and decoded whenever it is used. Prints the median of images a
-second and the share of the time that steps waited for images, both over the second epoch; then images a second of the
-steps alone, without loading, logging and reading the losses.
+images, repeated if needed. Model and data options are those of configs/coco, data.workers and precision auto; the
+learning rate is low, because nothing is learnt. Each JPEG file is read and decoded whenever it is used. Prints the
+median of images a second and the share of the time that steps waited for images, both over the second epoch; then
+images a second of the steps alone, without loading, logging and reading the losses.
 """
 
 import argparse

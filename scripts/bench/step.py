@@ -96,7 +96,7 @@ def compare(builders: dict[str, Callable], name: str, side: int, batch: int, box
         times = measure.alternate(calls, repeats, warmup)
     rows = [
         [
-            label if as_in_training[label] else f"{label} (no room for a graph)",
+            label if as_in_training[label] else f"{label} (without a graph)",
             f"{median:,.0f}",
             f"{1000 * batch / median:.2f}",
             f"{measure.ratio(times, peer, label):.2f}",

@@ -110,6 +110,8 @@ def read(path: str | Path) -> dict[str, Any]:
     )
     if not losses or not isinstance(about, dict if "metrics" in result else str):
         raise UserError(f"{path}: not a result of a run; give a file that scripts/ablate.py wrote, or a run folder")
+    if "trials" not in (result.get("tuning") or {"trials": []}):
+        raise UserError(f"{path}: tuned by an earlier version; delete the file and train again")
     return {key: value for key, value in result.items() if value is not None}  # null means unknown
 
 

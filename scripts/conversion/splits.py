@@ -1,4 +1,4 @@
-"""Split a set as its owner did: images to train on, to score on (val) and to leave out (test).
+"""Split a set as its owner did: images for training, for validation and to leave out (test).
 
 It tries in turn: data.yaml or Darknet's obj.data, lists of images called train.txt, val.txt or similar, COCO files and
 folders of such names. If a file names a part that is missing, that is an error: its images would join another part.
@@ -162,7 +162,7 @@ def holds_boxes(content: str) -> bool:
 
 def at_random(names: list[str], share: float, seed: int) -> set[str]:
     if len(names) < 2:
-        raise UserError(f"{len(names)} image can be used: one is needed to train on and another to score")
+        raise UserError(f"{len(names)} image can be used: one is needed for training and another for validation")
     names = sorted(names)
     random.Random(seed).shuffle(names)
     return set(names[: min(max(1, round(share * len(names))), len(names) - 1)])

@@ -288,7 +288,7 @@ def test_the_numbers_of_scenes_are_those_of_the_help_text(option, counts, comman
 
 
 @pytest.mark.parametrize("option, config", [([], "demo_long"), (["--quick"], "demo")])
-def test_without_out_the_set_lies_where_its_config_reads_it(option, config, tmp_path, monkeypatch, command):
+def test_without_output_the_set_lies_where_its_config_reads_it(option, config, tmp_path, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
     code, _, err = command(demo.main, *option, "--train-images", 1, "--val-images", 1)
     paths = configure(ROOT / f"configs/{config}/base.yaml").data

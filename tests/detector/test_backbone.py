@@ -153,10 +153,12 @@ def test_depthwise_convolutions_train_in_float32_where_bfloat16_is_slow(name, no
         options = conv.stride, conv.padding, conv.dilation, conv.groups
         with torch.autocast("cpu", torch.bfloat16):
             trained = conv(x)
-            with torch.no_grad():
-                evaluated = conv(x)
+            with torch.no_grad():  # as in the first pass of a step in several parts
+                again = conv(x)
+            evaluated = conv.eval()(x)
         weight, bias = conv.folded() if norm == "frozen_bn" else (conv.weight, None)
         assert torch.equal(trained, nn.functional.conv2d(x.float(), weight, bias, *options).bfloat16())  # rounded once
+        assert torch.equal(again, trained)
         in_bfloat16 = nn.functional.conv2d(x, weight.bfloat16(), None if bias is None else bias.bfloat16(), *options)
         assert torch.equal(evaluated, in_bfloat16)
         trained.sum().backward()

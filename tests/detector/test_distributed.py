@@ -156,8 +156,20 @@ def process(rank, folder):
     }
     errors |= ended_together(rank)
     joint_results = {case: run(case, [rank], 2) for case in CASES}
-    torch.save((errors, joint_results, single_results), folder / f"out{rank}.pt")
+    torch.save((errors, joint_results, single_results, statistics_of(rank)), folder / f"out{rank}.pt")
     dist.destroy_process_group()
+
+
+def statistics_of(rank):
+    """BatchNorm's mean after two training passes of this process's images, and after `share_buffers`."""
+    model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1, momentum=0.5))
+    nn.init.ones_(model[0].weight), nn.init.zeros_(model[0].bias)
+    replica, means = distributed.replicate(model, torch.device("cpu")), []
+    for _ in range(2):
+        replica(torch.full((2, 1, 4, 4), 8.0 + 8 * rank)).sum().backward()
+        means.append(model[1].running_mean.item())
+    distributed.share_buffers(model)
+    return [*means, model[1].running_mean.item()]
 
 
 def ended_together(rank):
@@ -193,11 +205,12 @@ def ended_together(rank):
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
-    """The errors and the results by case of each process, and the results by case of a single process."""
+    """Of each process the errors and results by case, the results by case of a single process, and the statistics."""
     folder = tmp_path_factory.mktemp("two")
     torch.multiprocessing.spawn(process, args=(folder,), nprocs=2)
-    errors, joint_results, single_results = zip(*(torch.load(folder / f"out{rank}.pt") for rank in range(2)))
-    return errors, joint_results, single_results[0] | single_results[1]
+    outputs = [torch.load(folder / f"out{rank}.pt") for rank in range(2)]
+    errors, joint_results, single_results, statistics = zip(*outputs)
+    return errors, joint_results, single_results[0] | single_results[1], statistics
 
 
 def difference(values, expected):
@@ -209,7 +222,7 @@ def difference(values, expected):
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_equal_one(case, two_processes):
     """With a local loss, they equal one process that calls it on each share with a separate state."""
-    _, (first, second), single_results = two_processes
+    _, (first, second), single_results, _ = two_processes
     first, second = first[case], second[case]
     records, states, weight_changes = single_results[case]["shares" if case in LOCAL else "batch"]
     assert sum(bool(value.any()) for value in weight_changes.values()) > 0.9 * len(weight_changes)
@@ -225,7 +238,7 @@ def test_two_processes_equal_one(case, two_processes):
 
 @pytest.mark.parametrize("case", sorted(LOCAL))
 def test_two_processes_differ_from_one_with_local_losses(case, two_processes):
-    _, (first, _), single_results = two_processes
+    _, (first, _), single_results, _ = two_processes
     (records, _, weight_changes), first = single_results[case]["batch"], first[case]
     assert max(map(difference, first[0], records)) > 0.01 and difference(first[2], weight_changes) > 0.01
 
@@ -245,6 +258,11 @@ def test_an_error_in_one_process_ends_both_after_the_same_batch(two_processes):
     assert errors[0]["block"] == "x.png: broken" and errors[0]["each"] == "of 0"
     assert errors[0]["whole"] == [(1, 3, height, 64) for height in (32, 64, 96)]
     assert errors[0]["stopped"] == [*errors[0]["whole"][:2], 15]
+
+
+def test_each_process_has_its_own_statistics_until_they_share_the_first_ones(two_processes):
+    """To send them in each step would cost time, and only the first process's are evaluated and saved."""
+    assert two_processes[3] == ([4.0, 6.0, 6.0], [8.0, 12.0, 6.0])
 
 
 @pytest.mark.parametrize("message", ["[..pair.cc:544] Connection closed by peer [127.0.0.1]:1", "Broken pipe"])

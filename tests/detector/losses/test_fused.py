@@ -171,7 +171,7 @@ def test_equals_the_formula_with_wide_rows_and_with_one_class(way):
 
 
 @every
-@pytest.mark.parametrize("triton", [False, True])
+@pytest.mark.parametrize("triton", [False, True], ids=["plain", "triton"])
 def test_equals_the_formula_at_extreme_logits(name, triton, monkeypatch):
     if triton:
         use_triton(monkeypatch)
@@ -181,7 +181,7 @@ def test_equals_the_formula_at_extreme_logits(name, triton, monkeypatch):
 
 
 @every
-@pytest.mark.parametrize("triton", [False, True])
+@pytest.mark.parametrize("triton", [False, True], ids=["plain", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_equals_the_formula_in_half_precision(name, dtype, triton, monkeypatch):
     if triton:
@@ -197,7 +197,7 @@ def test_no_rows_and_all_ignored_rows_give_zero(name, way):
         assert value == 0 and grad.shape == logits.shape and not grad.any()
 
 
-@pytest.mark.parametrize("triton", [False, True])
+@pytest.mark.parametrize("triton", [False, True], ids=["plain", "triton"])
 def test_strides_do_not_matter(triton, monkeypatch):
     if triton:
         use_triton(monkeypatch)
