@@ -206,6 +206,13 @@ def replicate(model: nn.Module, device: torch.device) -> nn.Module:
     return replica
 
 
+def averaging(replica: nn.Module, now: bool) -> contextlib.AbstractContextManager[None]:
+    """A context for a forward and a backward pass, after which gradients are averaged over processes if `now`."""
+    if now or not isinstance(replica, nn.parallel.DistributedDataParallel):
+        return contextlib.nullcontext()
+    return replica.no_sync()
+
+
 def _by_rank(values: list[Any]) -> str:
     """The value of each process, equal ones grouped. Long values are cut to the part around the first difference."""
     texts = [str(value) for value in values]

@@ -124,9 +124,11 @@ def compute_gradients(
     solver.backward(losses.total * distributed.world_size())
     if len(parts) > 1:
         for i, part in enumerate(parts):
-            again, images = forward(part), slice(i * size, (i + 1) * size)
+            images = slice(i * size, (i + 1) * size)
             gradients = [cast(Tensor, output.grad)[images] for output in (predictions.logits, predictions.deltas)]
-            torch.autograd.backward([again.logits, again.deltas], gradients)
+            with distributed.averaging(replica, part is parts[-1]):  # once a step
+                again = forward(part)
+                torch.autograd.backward([again.logits, again.deltas], gradients)
     return losses, observation
 
 

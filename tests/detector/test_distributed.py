@@ -14,6 +14,7 @@ from detector.anchors import Anchors
 from detector.backbone import Backbone
 from detector.config import Config
 from detector.configure import complete
+from detector.engine import compute_gradients
 from detector.errors import Stopped, UserError
 from detector.fpn import FPN
 from detector.head import Head
@@ -156,7 +157,7 @@ def process(rank, folder):
     }
     errors |= ended_together(rank)
     joint_results = {case: run(case, [rank], 2) for case in CASES}
-    torch.save((errors, joint_results, single_results, statistics_of(rank)), folder / f"out{rank}.pt")
+    torch.save((errors, joint_results, single_results, statistics_of(rank), in_parts(rank)), folder / f"out{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -170,6 +171,31 @@ def statistics_of(rank):
         means.append(model[1].running_mean.item())
     distributed.share_buffers(model)
     return [*means, model[1].running_mean.item()]
+
+
+def in_parts(rank):
+    """The gradients of a step in one part and in two, and how often the processes exchanged them."""
+    cfg = complete(Config(class_loss={"name": "focal"}), "parts")
+    images, targets = next(batches())
+    share = Batch(images[rank::2], targets[rank::2], [0, 1], [(SIDE, SIDE)] * 2, [(SIDE, SIDE)] * 2)
+    gradients, exchanges = [], []
+
+    def exchange(_, bucket):
+        exchanges.append(bucket.index())
+        total = distributed.all_sum(bucket.buffer()) / 2
+        future = torch.futures.Future()
+        future.set_result(total)
+        return future
+
+    for parts in (1, 2):
+        model, criterion = small_model(), assemble.build_criterion(cfg)
+        solver = Solver(model, total_steps=1, accumulate=parts)
+        replica = distributed.replicate(model, torch.device("cpu"))
+        replica.register_comm_hook(None, exchange)
+        matches = criterion.match(model.grid(share.images), share.targets)
+        compute_gradients(replica, criterion, share, matches, solver)
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    return gradients, exchanges
 
 
 def ended_together(rank):
@@ -205,12 +231,12 @@ def ended_together(rank):
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
-    """Of each process the errors and results by case, the results by case of a single process, and the statistics."""
+    """Of each process the errors and results by case, results by case of a single process, and the other outputs."""
     folder = tmp_path_factory.mktemp("two")
     torch.multiprocessing.spawn(process, args=(folder,), nprocs=2)
     outputs = [torch.load(folder / f"out{rank}.pt") for rank in range(2)]
-    errors, joint_results, single_results, statistics = zip(*outputs)
-    return errors, joint_results, single_results[0] | single_results[1], statistics
+    errors, joint_results, single_results, *others = zip(*outputs)
+    return errors, joint_results, single_results[0] | single_results[1], *others
 
 
 def difference(values, expected):
@@ -222,7 +248,7 @@ def difference(values, expected):
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_equal_one(case, two_processes):
     """With a local loss, they equal one process that calls it on each share with a separate state."""
-    _, (first, second), single_results, _ = two_processes
+    _, (first, second), single_results, *_ = two_processes
     first, second = first[case], second[case]
     records, states, weight_changes = single_results[case]["shares" if case in LOCAL else "batch"]
     assert sum(bool(value.any()) for value in weight_changes.values()) > 0.9 * len(weight_changes)
@@ -238,7 +264,7 @@ def test_two_processes_equal_one(case, two_processes):
 
 @pytest.mark.parametrize("case", sorted(LOCAL))
 def test_two_processes_differ_from_one_with_local_losses(case, two_processes):
-    _, (first, _), single_results, _ = two_processes
+    _, (first, _), single_results, *_ = two_processes
     (records, _, weight_changes), first = single_results[case]["batch"], first[case]
     assert max(map(difference, first[0], records)) > 0.01 and difference(first[2], weight_changes) > 0.01
 
@@ -258,6 +284,13 @@ def test_an_error_in_one_process_ends_both_after_the_same_batch(two_processes):
     assert errors[0]["block"] == "x.png: broken" and errors[0]["each"] == "of 0"
     assert errors[0]["whole"] == [(1, 3, height, 64) for height in (32, 64, 96)]
     assert errors[0]["stopped"] == [*errors[0]["whole"][:2], 15]
+
+
+def test_a_step_in_parts_has_the_same_gradients_and_exchanges_them_once(two_processes):
+    for (whole, in_parts), exchanges in two_processes[4]:
+        assert difference(in_parts, whole) < 1e-4 and exchanges == [0, 0]
+    first, second = (gradients[1] for gradients, _ in two_processes[4])
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_each_process_has_its_own_statistics_until_they_share_the_first_ones(two_processes):
