@@ -60,15 +60,17 @@ class IoUAssigner:
         return Assignment(gt_index, positive, ignored)
 
 
-def split_boxes(anchors: Tensor, gt_boxes: Tensor, counts: list[int]) -> list[Tensor] | tuple[Tensor, ...]:
+def split_boxes(compared: Tensor, gt_boxes: Tensor, counts: list[int]) -> list[Tensor] | tuple[Tensor, ...]:
     """A batch's boxes (B, G, 4) in parts (b, g, 4) for an assigner. Image i has counts[i] boxes, then zeros.
+
+    compared: the anchors (n, 4) that the assigner compares with each box
 
     On a CPU each image is a part, so _blocks can skip boxes far from a run of anchors. Elsewhere a part has as many
     images as memory allows, for few kernel launches. Boxes of zeros overlap no anchor.
     """
-    if anchors.device.type == "cpu":
+    if compared.device.type == "cpu":
         return [boxes[None, :count] for boxes, count in zip(gt_boxes, counts)]
-    return gt_boxes.split(max(1, MAX_PAIRS // max(1, gt_boxes.shape[1] * len(anchors))))
+    return gt_boxes.split(max(1, MAX_PAIRS // max(1, gt_boxes.shape[1] * len(compared))))
 
 
 def _blocks(anchors: Tensor, gt_boxes: Tensor) -> Iterator[tuple[slice, Tensor]]:

@@ -87,7 +87,9 @@ class Criterion(nn.Module):
         """
         anchors = grid.anchors
         boxes, labels = (pad_sequence(list(values), batch_first=True) for values in zip(*targets))
-        parts = split_boxes(anchors, boxes, [len(target.labels) for target in targets])
+        # ATSS compares boxes with positions, so more images fit into memory at once.
+        compared = anchors[:: grid.per_position] if isinstance(self.assigner, ATSSAssigner) else anchors
+        parts = split_boxes(compared, boxes, [len(target.labels) for target in targets])
         assignments = [self.assigner(anchors, part, grid.levels, grid.per_position) for part in parts]
         return Matches(anchors, boxes, labels, Assignment(*(torch.cat(values) for values in zip(*assignments))))
 

@@ -355,7 +355,7 @@ def test_images_matched_together_get_the_matches_of_each_alone(assigner, monkeyp
     criterion = build()
     criterion.assigner = assigner()
     separate_matches = criterion.match(predictions, targets)
-    monkeypatch.setattr(criterion_module, "split_boxes", lambda anchors, boxes, counts: boxes.split(len(boxes)))
+    monkeypatch.setattr(criterion_module, "split_boxes", lambda compared, boxes, counts: boxes.split(len(boxes)))
     joint_matches = criterion.match(predictions, targets)
     assert len(separate_matches.boxes) > 0
     for name in ("labels", "valid", "positive", "num_pos", "rows", "anchors", "boxes"):
@@ -404,3 +404,19 @@ class Copies(TorchDispatchMode):
         if from_host and isinstance(result, torch.Tensor) and result.device.type == "cuda":
             self.found.append(func)
         return result
+
+
+@pytest.mark.parametrize("assigner, compared", [(IoUAssigner(), ANCHORS), (ATSSAssigner(), ANCHORS // 5)])
+def test_a_batch_is_split_by_what_its_assigner_compares(assigner, compared, monkeypatch):
+    seen = []
+
+    def split(places, boxes, counts):
+        seen.append(len(places))
+        return boxes.split(1)
+
+    monkeypatch.setattr(criterion_module, "split_boxes", split)
+    anchors = torch.rand(ANCHORS // 5, 4).repeat_interleave(5, dim=0)
+    criterion = build()
+    criterion.assigner = assigner
+    criterion.match(Grid(anchors, (ANCHORS,), 5), [Target(torch.tensor([[0.0, 0, 1, 1]]), torch.tensor([0]))])
+    assert seen == [compared]
