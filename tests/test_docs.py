@@ -86,7 +86,6 @@ def test_the_example_of_a_new_loss_trains(tiny, tmp_path, monkeypatch):
             ["laptop/ce-s*", "laptop/ghm_c-s*", "laptop/ghm_c_limited-s*", "forms/bccd/*"],
             "ghm_c",
         ),
-        ("docs/results.md", ["imbalance/350/*"], "ce"),
         ("docs/results.md", ["switches/*"], "ghm_c[scope=batch]"),
         ("docs/results.md", ["counts/*"], "ghm_c[local_counts=false]"),
         ("docs/results.md", ["scope/*"], "ghm_c[scope=batch][weight=4]"),
@@ -156,6 +155,18 @@ def test_the_table_of_short_and_long_tuning_is_current():
     for short, long in zip(*tables):
         cells = [mean_and_spread(aps(row)) for row in (short, long)]
         assert short.name == long.name and f"| {short.name} | {' | '.join(cells)} |" in text
+
+
+def test_the_lists_of_imbalance_are_current(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    compare_conditions.main(["results/imbalance", "--output", str(tmp_path / "imbalance.png")])
+    table, *lists, _ = capsys.readouterr().out.split("\n\n")  # of each condition, of the change
+    assert table.count("\n| ") == 5 and "\n\n".join(lists).count("\n- ") == 12
+    assert table in text and "\n\n".join(lists) in text
+    compare.main([*sorted(map(str, Path("results/imbalance").glob("*/*.json"))), "--baseline", "ce"])
+    over_sets = [line for line in capsys.readouterr().out.splitlines() if "; by set " in line]
+    assert len(over_sets) == 3 and "\n".join(over_sets) in text
 
 
 def test_the_table_of_batches_is_current(tmp_path, monkeypatch, capsys):

@@ -56,11 +56,19 @@ def differences_in_change(
 ) -> tuple[list[Difference], list[str]]:
     """The change in AP of each row from the first condition to the last, minus the change of the baseline.
 
-    Only for rows with the same seeds in both conditions, scored on the same images. A run's change is its AP at last
-    minus that at first, seed by seed, and so on each draw of images: what an easy draw adds to both conditions cancels.
-    The second value is the paragraph of `detectable_differences`, for changes.
+    If both conditions are scored on the same images, only for rows with the same seeds in both. A run's change is then
+    its AP at last minus that at first, seed by seed, and so on each draw of images: what an easy draw adds to both
+    conditions cancels. The second value is the paragraph of `detectable_differences`, for changes.
+
+    Conditions with different images are independent, as data sets are, and the second value is empty.
     """
-    at_last = {row.name: row for row in last}
+    at_first, at_last = ({row.name: row for row in rows} for rows in (first, last))
+    if not same_images([run for row in (*first, *last) for run in row.runs]):
+        if baseline not in at_first.keys() & at_last.keys():
+            return [], []
+        names = [name for name in at_first if name in at_last and name != baseline]
+        pairs = [[(rows[name], rows[baseline]) for rows in (at_first, at_last)] for name in names]
+        return _corrected([_difference(pair, "AP", (-1, 1)) for pair in pairs]), []
     changes = {}
     for row in first:
         other = at_last.get(row.name)
@@ -137,16 +145,18 @@ def named(rows: Sequence[Row], name: str | None) -> Row:
     return rows[0] if name is None else by_name[name]
 
 
-def _difference(sets: Sequence[tuple[Row, Row]], metric: str) -> Difference:
-    """The difference of a row from a base in each set, or its mean over several sets, with an uncorrected p."""
+def _difference(sets: Sequence[tuple[Row, Row]], metric: str, weights: Sequence[float] | None = None) -> Difference:
+    """The difference of a row from a base, or its mean over several sets (or sum with `weights`); p is uncorrected."""
     name = sets[0][0].name
+    weights = weights or [1 / len(sets)] * len(sets)
     try:
-        estimate = verdict.mean_difference([_comparable(row, base, metric) for row, base in sets])
+        estimate = verdict.mean_difference([_comparable(row, base, metric) for row, base in sets], weights)
     except ValueError as error:
         values = [[_known_values(side, metric) for side in pair] for pair in sets]
         known = all(side for pair in values for side in pair)
         means = [statistics.fmean(of_row) - statistics.fmean(of_base) for of_row, of_base in values] if known else []
-        return Difference(name, statistics.fmean(means) if known else None, None, None, None, str(error))
+        mean = sum(weight * of_set for weight, of_set in zip(weights, means)) if known else None
+        return Difference(name, mean, None, None, None, str(error))
     reason = ""
     if estimate.p is None:
         single = next(side.name for row, base in sets for side in (base, row) if len(side.runs) == 1)

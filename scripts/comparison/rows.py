@@ -65,7 +65,8 @@ def scored_on(run: Result) -> tuple:
 
 
 def _set(run: Result) -> tuple:
-    return *scored_on(run), *run["metrics"].get("per_class", ())
+    per_class = run["metrics"].get("per_class", {})
+    return *scored_on(run), *((name, of_class.get("boxes")) for name, of_class in per_class.items())
 
 
 def _file(run: Result) -> str:

@@ -16,9 +16,9 @@ intervals on nonnegative linear combinations of variances", JASA 1980). With one
 seeds that agree by chance would make the variance look well known: some 10% of studies with two seeds and five
 comparisons then had a false verdict. The seeds of two losses are not paired, because they hardly correlate.
 
-Over several data sets the difference is the mean of their differences. The sets are independent, so their variances are
-added and divided by the square of their number; t_s and t_v are for the degrees of freedom that Welch and Satterthwaite
-give to these sums. It says nothing about other data sets.
+Over several data sets the difference is the mean of their differences, or the change from one set to another. The sets
+are independent, so the variances of weight x difference are added; t_s and t_v are for the degrees of freedom that
+Welch and Satterthwaite give to these sums. It says nothing about other data sets.
 
 scripts/bench/verdicts.py measures all this.
 """
@@ -73,25 +73,26 @@ def difference(row: Runs, base: Runs) -> Estimate:
     return mean_difference([(row, base)])
 
 
-def mean_difference(sets: Sequence[tuple[Runs, Runs]]) -> Estimate:
+def mean_difference(sets: Sequence[tuple[Runs, Runs]], weights: Sequence[float] | None = None) -> Estimate:
     """The mean over data sets of `difference` of the two rows of each; the sets share neither images nor runs.
 
+    With `weights`, the sum of weight x difference instead: (-1, 1) gives the change from the first set to the second.
     With one seed in a row of any set, the interval covers the images only, and p is None.
     """
-    mean = float(np.mean([row.aps.mean() - base.aps.mean() for row, base in sets]))
-    rows = [row for pair in sets for row in pair]
+    weights = weights or [1 / len(sets)] * len(sets)
+    mean = float(sum(w * (row.aps.mean() - base.aps.mean()) for w, (row, base) in zip(weights, sets)))
+    rows = [(w, row) for w, pair in zip(weights, sets) for row in pair]
     of_images = [float((row.draws.mean(axis=0) - base.draws.mean(axis=0)).var(ddof=1)) for row, base in sets]
     images_df = [max(row.images - 1, 1) for row, _ in sets]
-    if single := min(len(row.aps) for row in rows) == 1:
+    if single := min(len(row.aps) for _, row in rows) == 1:
         of_seeds, df = 0.0, 1.0
     else:
         counted = [sum(_seed_by_image(row.draws) / len(row.aps) for row in pair) for pair in sets]
         of_images = [max(part - also, 0.0) for part, also in zip(of_images, counted)]
-        parts = [row.aps.var(ddof=1) / len(row.aps) for row in rows]
-        of_seeds, df = sum(parts), _welch(parts, [len(row.aps) - 1 for row in rows])
-    # The variance of a mean of S independent differences is the sum of their variances over S squared.
-    squared = len(sets) ** 2
-    known = of_seeds / squared, df, sum(of_images) / squared, max(_welch(of_images, images_df), 1)
+        parts = [w**2 * row.aps.var(ddof=1) / len(row.aps) for w, row in rows]
+        of_seeds, df = sum(parts), _welch(parts, [len(row.aps) - 1 for _, row in rows])
+    of_images = [w**2 * part for w, part in zip(weights, of_images)]  # the sets are independent, so variances add up
+    known = of_seeds, df, sum(of_images), max(_welch(of_images, images_df), 1)
     reach = float(_reach(LEVEL, *known))
     return Estimate(mean, mean - reach, mean + reach, None if single else _share_that_reaches(abs(mean), *known))
 

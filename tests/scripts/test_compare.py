@@ -461,6 +461,19 @@ def test_runs_of_two_sets_get_a_table_each_and_a_verdict_on_both(tmp_path, capsy
         }
 
 
+def test_sets_with_one_file_name_and_as_many_images_differ_by_their_boxes(tmp_path, capsys):
+    files = []
+    for file in of_sets(tmp_path, {"ce": (30, 50), "focal": (34, 52)}):
+        content = json.loads(Path(file).read_text())
+        boxes = {"cell": {"boxes": 100 if "cells" in file else 900}}
+        content["metrics"] |= {"images": 50, "per_class": boxes}
+        content["config"]["data"] = {"val": {"annotations": f"{Path(file).parent}/val.json"}}
+        Path(file).write_text(json.dumps(content))
+        files.append(file)
+    main(files)
+    assert "All 2 sets" in capsys.readouterr().out
+
+
 def test_the_page_shows_each_set_and_the_verdict_on_both(tmp_path):
     main([*of_sets(tmp_path, {"ce": (30, 50), "focal": (34, 52)}), "--html", str(tmp_path / "page.html")])
     page = (tmp_path / "page.html").read_text()
