@@ -1,5 +1,6 @@
 """The documents are true: their code runs, and commands write their tables."""
 
+import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -167,6 +168,14 @@ def test_the_lists_of_imbalance_are_current(tmp_path, monkeypatch, capsys):
     compare.main([*sorted(map(str, Path("results/imbalance").glob("*/*.json"))), "--baseline", "ce"])
     over_sets = [line for line in capsys.readouterr().out.splitlines() if "; by set " in line]
     assert len(over_sets) == 3 and "\n".join(over_sets) in text
+    for name in ("ce", "focal", "ghm_c[max_weight=30]", "ghm_c[max_weight=null]"):
+        cells = []
+        for ratio in (70, 350, 1600):
+            tuning = json.loads(Path(f"results/imbalance/{ratio}/{name}-s0.json").read_text())["tuning"]
+            weights = [f"{value:.3g}{'*' * (key in tuning['at_an_end'])}" for key, value in tuning["chosen"].items()]
+            aps = [100 * (trial["AP"] or 0) for trial in tuning["trials"]]
+            cells.append(f"{', '.join(weights)} ({max(aps):.1f}; {aps[0]:.1f})")
+        assert f"| {name} | {' | '.join(cells)} |" in text
 
 
 def test_the_table_of_batches_is_current(tmp_path, monkeypatch, capsys):
