@@ -236,7 +236,7 @@ def test_an_interrupted_and_resumed_run_equals_a_whole_one(tiny, trained, folder
 def test_a_run_resumed_within_an_epoch_sees_the_images_it_had_not_seen(tiny, folder, monkeypatch):
     seen_ids = []
 
-    def look(model, criterion, batches, solver, logger, device, until_step):
+    def look(model, criterion, batches, solver, logger, until_step):
         for batch in batches:
             seen_ids.append(batch.image_ids)
             solver.step_count += 1
