@@ -20,7 +20,7 @@ compare.py shows these seconds.
 The folder --output holds
 
     VARIANT-sSEED/     the run folder of train.py, with best.pt
-    tune-VARIANT-N/    the folders of the short runs, and tune_train.json, tune_val.json with their images
+    tune-VARIANT-N/    those of the short runs, without best.pt; tune_train.json and tune_val.json: their images
     results/*.json     a small file for each run, all that scripts/compare.py needs
     configs/           the config and log of each run
 """
@@ -195,7 +195,7 @@ class Study:
             best = f"; best so far {tuning.best(tried).AP or 0:.3f}" if tried else ""
             title = f"{variant}, trial {number}/{count} ({shown(values)}{best})"
             run = self.trial(name, with_values(changes, values), {"variant": variant, "tried": values}, settings)
-            yield replace(run, title=title)
+            yield replace(run, title=title, keep_best=False)
             tried.append(Trial(values, score(run.kept)))
 
     def trial(self, name: str, changes: Values, notes: Values, settings: list[str]) -> Run:

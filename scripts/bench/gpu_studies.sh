@@ -11,18 +11,18 @@ cd "$(dirname "$0")/../.."
 logs=${1:-runs/logs} limit=${2:-540}
 mkdir -p "$logs"
 export NO_ALBUMENTATIONS_UPDATE=1 OMP_NUM_THREADS=1
-export PYTHON_CPU_COUNT=2 # for data.workers: 11 conditions share the cores, with two runs each
+export PYTHON_CPU_COUNT=2 # for data.workers: 12 conditions share the cores, with two runs each
 python -m data.demo --quick --output datasets/batches --train-images 750 --val-images 150 || exit # three conditions share it
 
 study() { # NAME CONDITIONS...
     local name=$1
     shift
     for condition in "$@"; do
-        timeout "$limit" bash "scripts/studies/$name.sh" 2 "" "$condition" > "$logs/$name-$condition.log" 2>&1 &
+        timeout "$limit" bash "scripts/studies/$name.sh" 2 "" "$condition" > "$logs/$name-${condition//\//-}.log" 2>&1 &
     done
 }
 study batches 4 16 64
-study imbalance 70 350 1600 11000 46000
+study imbalance imbalance/{70,350,1600,11000,46000} few_digits/70
 study wrong_labels 0 20 40
 wait
 tail -n 1 "$logs"/*.log

@@ -54,6 +54,7 @@ class Run:
     notes: dict[str, Any]  # added to its result
     processes: int = 1
     title: str = ""  # for the line that reports its result, instead of its name
+    keep_best: bool = True  # else best.pt goes too, once there is a result
 
     @property
     def name(self) -> str:
@@ -195,7 +196,7 @@ def ended(child: Child, jobs: int, keep: Callable[[dict], dict], lost: list[str]
         # For a resumed run we do not know what it shared the machine with before.
         alone = {"jobs": jobs} if child.start == 0 else {}
         result.write(run.kept, keep(result.collect(run.cfg.folder) | run.notes | alone))
-        for name in (checkpoint.LAST, checkpoint.PREVIOUS):  # best.pt is kept
+        for name in (checkpoint.LAST, checkpoint.PREVIOUS, *[checkpoint.BEST] * (not run.keep_best)):
             (run.cfg.folder / name).unlink(missing_ok=True)
         tqdm.write(f"{title}: AP {result.read(run.kept)['metrics']['AP']:.3f}")
     elif code == 1 and FORESEEN.match(reason):

@@ -1,32 +1,40 @@
 #!/bin/bash
 # AP of CE, Focal and GHM-C against the ratio of positives to negatives, on digits of one size.
-# Each line: negative anchors for each positive one (scripts/check_data.py), scene, digits in a scene. Each run has 750
-# steps of 4 images. At each ratio, runs of as many epochs tune each loss's class and box weight, because weights that
-# suit one ratio may not suit another. Stop it at any time; the same command continues. Arguments: runs at once (1), seeds
-# (3), and the only ratio to train for (all).
+# Each line: folder of the results, whose name is the number of negative anchors for each positive one
+# (scripts/check_data.py), scene, digits in a scene, training scenes, epochs, GHM-C's limits, and other forms without a
+# limit. few_digits/70 has as many digits to learn from as imbalance/1600. Each run has some 750 steps of 4 images. At
+# each ratio, runs of as many epochs tune each loss's class and box weight, because weights that suit one ratio may not
+# suit another. Stop it at any time; the same command continues. Arguments: runs at once (1), seeds (3), and the only
+# folder to train for (all).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 jobs=${1:-1} seeds=${2:-3} only=${3:-}
 
-while read -r ratio width height fewest most; do
-    [[ $ratio == "${only:-$ratio}" ]] || continue
-    data=datasets/imbalance/$ratio
-    python -m data.demo --quick --output "$data" --train-images 1500 --val-images 400 \
+while read -r folder width height fewest most scenes epochs limits forms; do
+    [[ $folder == "${only:-$folder}" ]] || continue
+    data=datasets/$folder
+    python -m data.demo --quick --output "$data" --train-images "$scenes" --val-images 400 \
         --size "$width" "$height" --objects "$fewest" "$most" --digit-size 10 12
     train=(python scripts/ablate.py --config configs/demo/base.yaml --seeds "$seeds" --jobs "$jobs" --tune 8
-        --output "runs/imbalance/$ratio" --results "results/imbalance/$ratio"
-        --set "data.train.annotations=$data/train.json" "data.train.images=$data/train"
-        "data.val.annotations=$data/val.json" "data.val.images=$data/val"
-        "data.short_side=$height" "data.long_side=$width" tensorboard.images=0 precision=bfloat16)
-    "${train[@]}" --variants ce focal </dev/null
-    "${train[@]}" --variants ghm_c --grid class_loss.max_weight=null,30 </dev/null
+        --output "runs/$folder" --set "data.train.annotations=$data/train.json" "data.train.images=$data/train"
+        "data.val.annotations=$data/val.json" "data.val.images=$data/val" "data.short_side=$height" "data.long_side=$width"
+        "solver.epochs=$epochs" "evaluation.every=$epochs" tensorboard.images=0 precision=bfloat16)
+    "${train[@]}" --results "results/$folder" --variants ce focal </dev/null
+    "${train[@]}" --results "results/$folder" --variants ghm_c --grid "class_loss.max_weight=$limits" </dev/null
+    for form in $forms; do
+        "${train[@]}" --results "results/forms/$folder" --variants ghm_c --grid class_loss.max_weight=null \
+            --grid "class_loss.$form" </dev/null
+    done
 done <<END
-70 160 128 36 52
-350 160 128 6 12
-1600 160 128 1 3
-11000 224 160 0 1
-46000 448 320 0 1
+imbalance/70 160 128 36 52 1500 2 null,30 prior_count=1000
+imbalance/350 160 128 6 12 1500 2 null,30 prior_count=1000 momentum=0
+imbalance/1600 160 128 1 3 1500 2 null,30 prior_count=1000
+imbalance/11000 224 160 0 1 1500 2 null,30
+imbalance/46000 448 320 0 1 1500 2 null,30
+few_digits/70 160 128 36 52 68 44 30
 END
 [ -z "$only" ] || exit 0 # a picture needs all conditions
 python scripts/compare_conditions.py results/imbalance --condition "negative anchors for each positive one" --log \
     --output docs/imbalance.png
+python scripts/compare_conditions.py results/few_digits --condition "negative anchors for each positive one" --log \
+    --output runs/few_digits.png
