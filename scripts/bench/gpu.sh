@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# All that is worth measuring on a GPU, in some ten minutes: the tests that need one, each benchmark beside its peer,
-# and a real training. Writes gpu.md, a section for docs/benchmarks.md, into the folder given (default: .).
+# All that is worth measuring on a GPU, in at most eight minutes: the tests that need one, each benchmark beside its
+# peer, and a real training. Writes gpu.md, a section for docs/benchmarks.md, into the folder given (default: .).
 #
 #     bash scripts/bench/gpu.sh [FOLDER] [DATA]
 #
 # DATA holds train.json, val.json and images/ for the real training (default: scenes of the demo). Each part has a time
-# limit and may fail without stopping the others. QUICK=1 tries the script itself on a CPU.
+# limit and may fail without stopping the others. The last parts get the seconds that are left of LIMIT (480). QUICK=1
+# tries the script itself on a CPU.
 set -u
 out=${1:-.} data=${2:+$(realpath "$2")}
 mkdir -p "$out"
@@ -20,8 +21,13 @@ part() { # TITLE SECONDS COMMAND...
     for word; do
         [[ $word == *' '* ]] && words+=" \"$word\"" || words+=" $word"
     done
+    local left=$((${LIMIT:-480} - start))
     printf '\n### %s\n\n   %s\n\n' "$title" "$words" | tee -a "$page"
-    timeout "$seconds" "$@" 2> "$out/stderr.txt" | tee -a "$page"
+    if ((left < 1)); then
+        echo "no time left" | tee -a "$page"
+        return
+    fi
+    timeout "$((left < seconds ? left : seconds))" "$@" 2> "$out/stderr.txt" | tee -a "$page"
     local code=${PIPESTATUS[0]}
     if [ "$code" != 0 ]; then
         printf '\nexit code %s: %s\n' "$code" "$(tail -n 1 "$out/stderr.txt")" | tee -a "$page"
