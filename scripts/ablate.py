@@ -248,7 +248,7 @@ def tune(
 ) -> dict[str, Values]:
     """Train the short runs; return the variants with their best values. Exits if a short run has no result."""
     study.hold_out()
-    small = {"curve": [], "resampled": []}
+    small = {"curve": [], "probability": [], "resampled": []}
     if not train_all(searches, trials * len(searches), jobs, keep=lambda full: full | small):
         sys.exit(1)
     tuned = dict(variants)

@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+import textwrap
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -22,7 +23,7 @@ from scripts.comparison.differences import Difference, in_digits
 from scripts.comparison.rows import Costs, Row
 
 PICTURES = 4  # validation images
-COLUMNS = 3  # of a legend
+COLUMNS, CHARACTERS = 3, 70  # of a legend: at most so many columns, and characters beside each other
 BANDS = {"easy": "#9ecae1", "medium": "#3182bd", "outlier": "#d62728"}
 IOUS = [round(0.5 + 0.05 * i, 2) for i in range(10)]
 
@@ -118,17 +119,22 @@ def differences(results: list[Difference], heading: str, detectable: list[str]) 
 
 
 def axes_of(rows: list[Row], xlabel: str, ylabel: str):
-    """A figure with room for `legend_below`, its axes, and a colour and line style for each row."""
-    width, height = page.FIGURE
-    plot, axis = plt.subplots(figsize=(width, height + 0.17 * math.ceil(len(rows) / COLUMNS)), layout="constrained")
+    """A figure, its axes, and a colour and line style for each row."""
+    plot, axis = plt.subplots(figsize=page.FIGURE, layout="constrained")
     axis.set(xlabel=xlabel, ylabel=ylabel)
     styles = {row.name: {"color": f"C{i % 10}", "linestyle": ("-", "--")[i // 10 % 2]} for i, row in enumerate(rows)}
     return plot, axis, styles
 
 
 def legend_below(axis) -> None:
-    """Below the axes, where it hides no curve."""
-    axis.legend(fontsize=7, ncols=COLUMNS, loc="upper center", bbox_to_anchor=(0.5, -0.18))
+    """Below the axes, where it hides no curve. The figure grows by its height."""
+    handles, labels = axis.get_legend_handles_labels()
+    labels = [textwrap.fill(label, CHARACTERS) for label in labels]
+    columns = max(1, min(COLUMNS, CHARACTERS // (max(map(len, labels)) + 4)))
+    width, height = page.FIGURE
+    lines = sum(label.count("\n") + 1 for label in labels)
+    axis.figure.set_size_inches(width, height + 0.17 * math.ceil(lines / columns))
+    axis.legend(handles, labels, fontsize=7, ncols=columns, loc="upper center", bbox_to_anchor=(0.5, -0.18))
 
 
 def spread(values: list[list[float]]) -> tuple[np.ndarray, np.ndarray]:
@@ -138,25 +144,30 @@ def spread(values: list[list[float]]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def curves(rows: list[Row]) -> list[str]:
-    drawn = []
-    for name in ("AP", "AP50", "AP75"):
-        plot, axis, styles = axes_of(rows, "training step", f"{name}, percent")
-        for row in rows:
-            by_step = [{point["step"]: point.get(name) for point in run.get("curve", ())} for run in row.runs]
-            steps = sorted(set.intersection(*map(set, by_step)))
-            steps = [step for step in steps if all(values[step] is not None for values in by_step)]
-            if steps:
-                mean, deviation = spread([[100 * values[step] for step in steps] for values in by_step])
-                axis.plot(steps, mean, marker=".", label=page.label(row.name), **styles[row.name])
-                axis.fill_between(
-                    steps, mean - deviation, mean + deviation, color=styles[row.name]["color"], alpha=0.15, linewidth=0
-                )
-        if axis.has_data():
-            legend_below(axis)
-            drawn.append(page.figure(plot, f"{name} of each evaluation; the band is one standard deviation."))
-        else:
-            plt.close(plot)
-    return [page.row(drawn)] if drawn else []
+    drawn = [curve(rows, "curve", name, 100, f"{name}, percent", f"{name} of each evaluation") for name in result.CURVE]
+    words = "probability of the true class"
+    drawn.append(curve(rows, "probability", result.PROBABILITY, 1, words, f"The {words} at positive anchors"))
+    return [page.row(known)] if (known := [figure for figure in drawn if figure]) else []
+
+
+def curve(rows: list[Row], key: str, name: str, factor: float, ylabel: str, caption: str) -> str | None:
+    """The value `name` of the points under a result's `key` by step; None if no row has it in all its runs."""
+    plot, axis, styles = axes_of(rows, "training step", ylabel)
+    for row in rows:
+        by_step = [{point["step"]: point.get(name) for point in run.get(key, ())} for run in row.runs]
+        steps = sorted(set.intersection(*map(set, by_step)))
+        steps = [step for step in steps if all(values[step] is not None for values in by_step)]
+        if steps:
+            mean, deviation = spread([[factor * values[step] for step in steps] for values in by_step])
+            axis.plot(steps, mean, marker=".", label=page.label(row.name), **styles[row.name])
+            axis.fill_between(
+                steps, mean - deviation, mean + deviation, color=styles[row.name]["color"], alpha=0.15, linewidth=0
+            )
+    if not axis.has_data():
+        plt.close(plot)
+        return None
+    legend_below(axis)
+    return page.figure(plot, f"{caption}; the band is one standard deviation.")
 
 
 def by_iou(rows: list[Row]) -> str:

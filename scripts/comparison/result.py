@@ -9,6 +9,7 @@ The keys of a result:
     metrics            of the last evaluation
     curve              step, AP, AP50 and AP75 of each evaluation
     gradient           shares of easy, medium and outlier examples in the gradient, each time they were observed
+    probability        that the model gives the true class of positive anchors: means of some 50 parts of the training
     calibration_error
     resampled          {metric: its value on each of DRAWS draws of the validation images}; all runs on a set share them
     machine
@@ -22,6 +23,7 @@ The keys of a result:
 import json
 import os
 import platform
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,8 @@ from detector.errors import UserError
 
 DRAWS = 500
 CURVE = ("AP", "AP50", "AP75")
+PROBABILITY = "true_class_probability"
+PARTS = 50  # of a training, in the curve of PROBABILITY
 SHARES = tuple(f"{name}_{band}" for name in ("class", "box") for band in ("easy", "medium", "outlier"))
 
 
@@ -53,6 +57,7 @@ def collect(folder: Path) -> dict[str, Any]:
     events.Reload()
     result = {"config": config, "metrics": metrics, "machine": machine()}
     result |= {"curve": points(events, "eval", CURVE), "gradient": points(events, "gradient", SHARES)}
+    result["probability"] = means(points(events, "diagnostics", (PROBABILITY,)), PARTS)
     if (folder / "detections.json").exists():
         detections = parse(folder / "detections.json", json.loads, "", kind=list)
         annotations = load_annotations(config["data"]["val"]["annotations"])
@@ -78,6 +83,13 @@ def points(events: EventAccumulator, group: str, names: tuple[str, ...]) -> list
             for event in events.Scalars(f"{group}/{name}"):
                 by_step.setdefault(event.step, {"step": event.step})[name] = round(event.value, 5)
     return [by_step[step] for step in sorted(by_step)]
+
+
+def means(points: list[dict[str, float]], parts: int) -> list[dict[str, float]]:
+    """The mean of each run of points with the same keys, in at most this many parts."""
+    size = -(-len(points) // parts) or 1
+    runs = [points[start : start + size] for start in range(0, len(points), size)]
+    return [{key: round(statistics.fmean(point[key] for point in run), 5) for key in run[0]} for run in runs]
 
 
 def machine() -> dict[str, str]:

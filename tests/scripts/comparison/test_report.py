@@ -4,6 +4,7 @@ import json
 import re
 from html import unescape
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -27,6 +28,7 @@ def fabricated(name: str, seed: int, ap: float) -> dict:
         "metrics": metrics,
         "curve": [{"step": step, **dict.fromkeys(("AP", "AP50", "AP75"), ap * step / 20)} for step in (10, 20)],
         "gradient": [{"step": 10, **shares}],
+        "probability": [{"step": 10, "true_class_probability": ap}, {"step": 20, "true_class_probability": 2 * ap}],
         "resampled": {"AP": [ap + 0.001 * (i % 7) for i in range(500)]},
         "jobs": 1,
         "calibration_error": 0.1,
@@ -78,7 +80,26 @@ def test_the_page_shows_all_known_values(files, folder):
         "its run folder is missing",
     ):
         assert expected in printed, expected
-    assert (folder / "report.html").read_text().count("<img") == 1 + 3 + 1 + 2  # differences, curves, IoU, gradients
+    assert (folder / "report.html").read_text().count("<img") == 1 + 4 + 1 + 2  # differences, curves, IoU, gradients
+
+
+@pytest.mark.parametrize("name", ["ce", "ghm_c[max_weight=null][prior_count=1000]", "ghm_c" * 18])
+def test_a_legend_leaves_the_width_to_the_curves(name):
+    rows = [SimpleNamespace(name=f"{name} {place}") for place in range(7)]
+    plot, axis, styles = report.axes_of(rows, "x", "y")
+    for row in rows:
+        axis.plot([0, 1], [0, 1], label=row.name, **styles[row.name])
+    report.legend_below(axis)
+    plot.draw_without_rendering()
+    assert axis.get_position().width > 0.7 and axis.get_position().height * plot.get_figheight() > 2  # inches
+
+
+def test_means_of_parts_keep_the_mean_of_the_training():
+    points = [{"step": 20 * place, "value": place**2} for place in range(100)]
+    means = result.means(points, 50)
+    assert means[:2] == [{"step": 10, "value": 0.5}, {"step": 50, "value": 6.5}] and len(means) == 50
+    assert result.means(points[:7], 50) == points[:7] and result.means([], 50) == []
+    assert [point["step"] for point in result.means(points[:5], 2)] == [20, 70]
 
 
 def test_spread_is_the_mean_and_the_sample_deviation():
@@ -124,7 +145,7 @@ def test_pictures_of_another_run_are_not_shown(learnt, folder, in_browser):
 def test_the_page_shows_a_failed_run_and_a_run_with_few_known_values(folder):
     failed_run = {"config": {**fabricated("ce", 0, 0.1)["config"]}, "failure": "the loss is nan", "variant": "ce"}
     sparse_run = fabricated("focal", 0, 0.2)
-    for key in ("curve", "gradient", "resampled", "tuning", "machine", "calibration_error", "jobs"):
+    for key in ("curve", "gradient", "probability", "resampled", "tuning", "machine", "calibration_error", "jobs"):
         del sparse_run[key]
     sparse_run["metrics"] = {key: sparse_run["metrics"][key] for key in ("AP", "AP50")}
     for name, content in (("a", failed_run), ("b", sparse_run)):
