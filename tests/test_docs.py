@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from scripts.comparison.rows import read_rows
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 DOCUMENTS += sorted((ROOT / "docs").glob("*.md"))
+IMBALANCE = (70, 350, 1600, 11000)  # negative anchors for each positive one, in results/imbalance
 
 
 def test_the_losses_example_trains_a_foreign_detector():
@@ -163,19 +165,36 @@ def test_the_lists_of_imbalance_are_current(tmp_path, monkeypatch, capsys):
     text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     compare_conditions.main(["results/imbalance", "--output", str(tmp_path / "imbalance.png")])
     table, *lists, _ = capsys.readouterr().out.split("\n\n")  # of each condition, of the change
-    assert table.count("\n| ") == 5 and "\n\n".join(lists).count("\n- ") == 12
+    assert table.count("\n| ") == 5 and "\n\n".join(lists).count("\n- ") == 15
     assert table in text and "\n\n".join(lists) in text
     compare.main([*sorted(map(str, Path("results/imbalance").glob("*/*.json"))), "--baseline", "ce"])
     over_sets = [line for line in capsys.readouterr().out.splitlines() if "; by set " in line]
     assert len(over_sets) == 3 and "\n".join(over_sets) in text
     for name in ("ce", "focal", "ghm_c[max_weight=30]", "ghm_c[max_weight=null]"):
         cells = []
-        for ratio in (70, 350, 1600):
+        for ratio in IMBALANCE:
             tuning = json.loads(Path(f"results/imbalance/{ratio}/{name}-s0.json").read_text())["tuning"]
             weights = [f"{value:.3g}{'*' * (key in tuning['at_an_end'])}" for key, value in tuning["chosen"].items()]
             aps = [100 * (trial["AP"] or 0) for trial in tuning["trials"]]
             cells.append(f"{', '.join(weights)} ({max(aps):.1f}; {aps[0]:.1f})")
         assert f"| {name} | {' | '.join(cells)} |" in text
+
+
+def test_the_table_of_probabilities_is_current():
+    """Of the true class at positive anchors: the mean over the last tenth of each training, and over seeds."""
+    folders = {"quick": ["batches/4", "forms/demo"]}
+    folders |= {ratio: [f"{study}imbalance/{ratio}" for study in ("", "forms/")] for ratio in IMBALANCE}
+    last: dict[str, dict[str, list[float]]] = {}
+    for column, studies in folders.items():
+        files = [file for study in studies for file in (ROOT / "results" / study).glob("*-s*.json")]
+        for row in read_rows(sorted(map(str, files))):
+            known = [[point["true_class_probability"] for point in run["probability"]] for run in row.runs]
+            tenths = [statistics.fmean(values[-max(1, len(values) // 10) :]) for values in known]
+            last.setdefault(row.name, {})[column] = f"{statistics.fmean(tenths):.2f}"
+    text = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    assert len(last) > 8
+    for name, cells in last.items():
+        assert f"| {name} | {' | '.join(cells.get(column, '-') for column in folders)} |" in text
 
 
 def test_the_table_of_batches_is_current(tmp_path, monkeypatch, capsys):
