@@ -4,12 +4,15 @@
 
 Writes into the checkpoint's folder, or --output:
 
-    gradient_norms.png  histogram of the gradient norms of cells and box coordinates
+    gradient_norms.png  histogram of the gradient norms of cells, also of the positive ones, and of box coordinates
     gradient_class.png  gradient norm of a cell under CE, Focal and GHM-C, against that under CE
     gradient_box.png    the same for smooth L1, ASL1 and GHM-R, against ASL1
 
 Li, Liu, Wang, "Gradient Harmonized Single-stage Detector", AAAI 2019, arXiv 1811.05181, figures 2, 3 and 5. The
 curves of a figure are scaled to the same total gradient over the examples shown, because loss weights are arbitrary.
+
+Prints how well the model tells positive cells from background: the median probability of the positive ones, and of as
+many of the most probable background cells.
 """
 
 import argparse
@@ -51,10 +54,10 @@ def main() -> None:
     if args.images < 1:
         raise UserError(f"--images {args.images}: give at least 1")
 
-    cells, boxes = measure(args.checkpoint, args.data, args.images)
+    cells, boxes, positives = measure(args.checkpoint, args.data, args.images)
     folder = args.output or Path(args.checkpoint).parent
     figures = {
-        "gradient_norms.png": draw_norms(cells, boxes),
+        "gradient_norms.png": draw_norms(cells, boxes, positives),
         "gradient_class.png": draw_curves(cells, class_curves(cells), "gradient norm of a cell, |p - p*|"),
         "gradient_box.png": draw_curves(boxes, box_curves(boxes), f"gradient norm of ASL1, |d| / sqrt(d² + {MU}²)"),
     }
@@ -64,11 +67,15 @@ def main() -> None:
             figure.savefig(folder / name, dpi=150)
     except OSError as error:
         raise UserError(f"--output: {folder} cannot be written ({error.strerror})") from None
+    print(separation(cells, positives))
     print("written: " + ", ".join(str(folder / name) for name in figures))
 
 
-def measure(source: str, data: list[str] | None, count: int) -> tuple[Regions, Regions]:
-    """Gradient norms of the checkpoint's model over the first `count` images of a data set, in FINE regions."""
+def measure(source: str, data: list[str] | None, count: int) -> tuple[Regions, Regions, Tensor]:
+    """Gradient norms of the checkpoint's model over the first `count` images of a data set, in FINE regions.
+
+    Of all cells and all box coordinates, and the number of positive cells (FINE,) in each region.
+    """
     content = checkpoint.read(source)
     model, cfg = checkpoint.build_model(content, source)
     dataset = open_dataset(source, content, cfg, data)
@@ -79,18 +86,39 @@ def measure(source: str, data: list[str] | None, count: int) -> tuple[Regions, R
     plain = {"class_loss": LossPart(name="ce"), "box_loss": LossPart(name="asl1", mu=MU)}
     criterion = assemble.build_criterion(complete(cfg.model_copy(update=plain), source)).to(device)
     total: list[Regions] = []
+    positives = torch.zeros(FINE, device=device)
     loader = eval_loader(dataset, assemble.eval_batch_size(cfg), **assemble.loader_options(cfg, device))
     seen = 0
     with torch.no_grad(), tqdm(total=min(count, len(dataset)), unit="image") as progress:
         for batch in loader:
             batch = batch.to(device)
-            observed = observe(criterion, model(batch.images, batch.sizes), batch.targets, FINE, FINE)
+            predictions = model(batch.images, batch.sizes)
+            matches = criterion.match(predictions, batch.targets)
+            observed = observe(criterion, predictions, batch.targets, FINE, FINE, matches)
+            true_class = predictions.logits.flatten(0, 1)[matches.rows, matches.labels].float()
+            positives += torch.histc(torch.sigmoid(-true_class), FINE, 0, 1)  # their norm is 1 - p
             total = [Regions(*map(torch.add, a, b)) for a, b in zip(total, observed)] if total else list(observed)
             seen += len(batch.images)
             progress.update(len(batch.images))
             if seen >= count:
                 break
-    return tuple(Regions(*(value.cpu() for value in regions)) for regions in total)
+    cells, boxes = (Regions(*(value.cpu() for value in regions)) for regions in total)
+    return cells, boxes, positives.cpu().long()
+
+
+def separation(cells: Regions, positives: Tensor) -> str:
+    """The median probability of the positive cells, and of as many of the most probable background cells."""
+    count = int(positives.sum())
+    if not count:
+        return "no positive cells in these images"
+    probability = norms(cells)  # of background; a positive cell's is 1 - norm
+    background = (cells.counts - positives).flip(0).cumsum(0)  # from the most probable on
+    highest = probability.flip(0)[int((background < count / 2).sum())]
+    median = 1 - probability[int((positives.cumsum(0) < count / 2).sum())]
+    return (
+        f"median probability of the {count:,} positive cells: {median:.2f}, of the {count:,} most probable background "
+        f"cells: {highest:.2f}"
+    )
 
 
 def norms(regions: Regions) -> Tensor:
@@ -116,13 +144,16 @@ def box_curves(regions: Regions) -> dict[str, Tensor]:
     return {"smooth L1": (9 * d).clamp(max=1), "ASL1": g, "GHM-R": harmonized(regions, BOX_BINS)}
 
 
-def draw_norms(cells: Regions, boxes: Regions) -> plt.Figure:
+def draw_norms(cells: Regions, boxes: Regions, positives: Tensor) -> plt.Figure:
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     labels = ("gradient norm of a cell, |p - p*|", f"gradient norm of a coordinate, |d| / sqrt(d² + {MU}²)")
     for axis, regions, label in zip(axes, (cells, boxes), labels):
         axis.bar(norms(regions).numpy(), regions.counts.numpy(), width=1 / FINE, color="#1f77b4")
         axis.set(xlabel=label, ylabel="examples", yscale="log", xlim=(0, 1))
         axis.set_title(f"{int(regions.counts.sum()):,} examples")
+    step = dict(where="mid", color="#ff7f0e", label=f"{int(positives.sum()):,} positive cells")
+    axes[0].step(norms(cells).numpy(), positives.numpy(), **step)
+    axes[0].legend()
     return figure
 
 
