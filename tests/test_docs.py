@@ -180,21 +180,22 @@ def test_the_lists_of_imbalance_are_current(tmp_path, monkeypatch, capsys):
         assert f"| {name} | {' | '.join(cells)} |" in text
 
 
-def test_the_table_of_probabilities_is_current():
-    """Of the true class at positive anchors: the mean over the last tenth of each training, and over seeds."""
-    folders = {"quick": ["batches/4", "forms/demo"]}
-    folders |= {ratio: [f"{study}imbalance/{ratio}" for study in ("", "forms/")] for ratio in IMBALANCE}
-    last: dict[str, dict[str, list[float]]] = {}
-    for column, studies in folders.items():
-        files = [file for study in studies for file in (ROOT / "results" / study).glob("*-s*.json")]
-        for row in read_rows(sorted(map(str, files))):
-            known = [[point["true_class_probability"] for point in run["probability"]] for run in row.runs]
-            tenths = [statistics.fmean(values[-max(1, len(values) // 10) :]) for values in known]
-            last.setdefault(row.name, {})[column] = f"{statistics.fmean(tenths):.2f}"
+def test_the_table_of_separation_is_current():
+    """Median probability of positive cells, and of as many of the most probable background cells, means over seeds."""
+    folders = {"batches/4": "quick"} | {f"imbalance/{ratio}": str(ratio) for ratio in IMBALANCE}
+    line = re.compile(r"(.+)/(.+)-s\d: median probability of .* positive cells: (.+), of .* background cells: (.+)")
+    medians: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for found in map(line.fullmatch, (ROOT / "results/separation.txt").read_text(encoding="utf-8").splitlines()):
+        folder, name, positive, background = found.groups()
+        if folder in folders:
+            medians.setdefault(name, {}).setdefault(folder, []).append((float(positive), float(background)))
     text = (ROOT / "docs/results.md").read_text(encoding="utf-8")
-    assert len(last) > 8
-    for name, cells in last.items():
-        assert f"| {name} | {' | '.join(cells.get(column, '-') for column in folders)} |" in text
+    assert len(medians) > 8
+    for name, of_row in medians.items():
+        assert all(len(seeds) == 3 for seeds in of_row.values())
+        means = {folder: [f"{statistics.fmean(both):.2f}" for both in zip(*seeds)] for folder, seeds in of_row.items()}
+        cells = (" / ".join(means.get(folder, "-")) for folder in folders)
+        assert f"| {name} | {' | '.join(cells)} |" in text
 
 
 def test_the_table_of_batches_is_current(tmp_path, monkeypatch, capsys):
