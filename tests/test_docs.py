@@ -84,6 +84,7 @@ def test_the_example_of_a_new_loss_trains(tiny, tmp_path, monkeypatch):
         ("docs/results.md", ["cards/*"], "ce"),
         ("docs/results.md", ["scratch/*"], "ce"),
         ("docs/results.md", ["batches/4/*", "forms/demo/*"], "ghm_c[max_weight=null]"),
+        ("docs/results.md", ["imbalance/350/*", "forms/imbalance/350/*"], "ghm_c[max_weight=null]"),
         (
             "docs/results.md",
             ["laptop/ce-s*", "laptop/ghm_c-s*", "laptop/ghm_c_limited-s*", "forms/bccd/*"],
