@@ -11,12 +11,13 @@ Writes into the checkpoint's folder, or --output:
 Li, Liu, Wang, "Gradient Harmonized Single-stage Detector", AAAI 2019, arXiv 1811.05181, figures 2, 3 and 5. The
 curves of a figure are scaled to the same total gradient over the examples shown, because loss weights are arbitrary.
 
-Prints how well the model tells positive cells from background: the median probability of the positive ones, and of as
-many of the most probable background cells.
+Prints how well the model tells cells apart, as medians: at positive anchors the probability of the true class and that
+of the most probable other class, and the highest probability of as many background anchors, the most probable ones.
 """
 
 import argparse
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 
@@ -32,6 +33,7 @@ from data.loader import eval_loader
 from detector import assemble, checkpoint
 from detector.config import LossPart
 from detector.configure import complete
+from detector.criterion import Matches
 from detector.device import keep_freed_memory, pick_device, place
 from detector.errors import UserError, run_main
 from detector.gradients import MU, Regions, observe
@@ -54,10 +56,10 @@ def main() -> None:
     if args.images < 1:
         raise UserError(f"--images {args.images}: give at least 1")
 
-    cells, boxes, positives = measure(args.checkpoint, args.data, args.images)
+    cells, boxes, probabilities = measure(args.checkpoint, args.data, args.images)
     folder = args.output or Path(args.checkpoint).parent
     figures = {
-        "gradient_norms.png": draw_norms(cells, boxes, positives),
+        "gradient_norms.png": draw_norms(cells, boxes, 1 - probabilities.true),
         "gradient_class.png": draw_curves(cells, class_curves(cells), "gradient norm of a cell, |p - p*|"),
         "gradient_box.png": draw_curves(boxes, box_curves(boxes), f"gradient norm of ASL1, |d| / sqrt(d² + {MU}²)"),
     }
@@ -67,14 +69,31 @@ def main() -> None:
             figure.savefig(folder / name, dpi=150)
     except OSError as error:
         raise UserError(f"--output: {folder} cannot be written ({error.strerror})") from None
-    print(separation(cells, positives))
+    print(probabilities.medians())
     print("written: " + ", ".join(str(folder / name) for name in figures))
 
 
-def measure(source: str, data: list[str] | None, count: int) -> tuple[Regions, Regions, Tensor]:
-    """Gradient norms of the checkpoint's model over the first `count` images of a data set, in FINE regions.
+class Probabilities(NamedTuple):
+    """What the model gives to P positive and N background anchors."""
 
-    Of all cells and all box coordinates, and the number of positive cells (FINE,) in each region.
+    true: Tensor  # (P,) the true class
+    other: Tensor  # (P,) the most probable other class, 0 if there is one class alone
+    background: Tensor  # (N,) the most probable class
+
+    def medians(self) -> str:
+        count = len(self.true)
+        if not count:
+            return "no positive anchors in these images"
+        highest = self.background.topk(min(count, len(self.background))).values
+        return (
+            f"{count:,} positive anchors: true class {self.true.median():.2f}, other class {self.other.median():.2f}, "
+            f"true class first in {(self.true > self.other).float().mean():.0%}; background {highest.median():.2f}"
+        )
+
+
+def measure(source: str, data: list[str] | None, count: int) -> tuple[Regions, Regions, Probabilities]:
+    """Over the first `count` images of a data set: gradient norms in FINE regions, of cells and of box coordinates, and
+    the probabilities of the checkpoint's model.
     """
     content = checkpoint.read(source)
     model, cfg = checkpoint.build_model(content, source)
@@ -86,7 +105,7 @@ def measure(source: str, data: list[str] | None, count: int) -> tuple[Regions, R
     plain = {"class_loss": LossPart(name="ce"), "box_loss": LossPart(name="asl1", mu=MU)}
     criterion = assemble.build_criterion(complete(cfg.model_copy(update=plain), source)).to(device)
     total: list[Regions] = []
-    positives = torch.zeros(FINE, device=device)
+    probabilities: list[Probabilities] = []
     loader = eval_loader(dataset, assemble.eval_batch_size(cfg), **assemble.loader_options(cfg, device))
     seen = 0
     with torch.no_grad(), tqdm(total=min(count, len(dataset)), unit="image") as progress:
@@ -95,30 +114,23 @@ def measure(source: str, data: list[str] | None, count: int) -> tuple[Regions, R
             predictions = model(batch.images, batch.sizes)
             matches = criterion.match(predictions, batch.targets)
             observed = observe(criterion, predictions, batch.targets, FINE, FINE, matches)
-            true_class = predictions.logits.flatten(0, 1)[matches.rows, matches.labels].float()
-            positives += torch.histc(torch.sigmoid(-true_class), FINE, 0, 1)  # their norm is 1 - p
+            probabilities.append(probabilities_of(predictions.logits, matches))
             total = [Regions(*map(torch.add, a, b)) for a, b in zip(total, observed)] if total else list(observed)
             seen += len(batch.images)
             progress.update(len(batch.images))
             if seen >= count:
                 break
     cells, boxes = (Regions(*(value.cpu() for value in regions)) for regions in total)
-    return cells, boxes, positives.cpu().long()
+    return cells, boxes, Probabilities(*map(torch.cat, zip(*probabilities)))
 
 
-def separation(cells: Regions, positives: Tensor) -> str:
-    """The median probability of the positive cells, and of as many of the most probable background cells."""
-    count = int(positives.sum())
-    if not count:
-        return "no positive cells in these images"
-    probability = norms(cells)  # of background; a positive cell's is 1 - norm
-    background = (cells.counts - positives).flip(0).cumsum(0)  # from the most probable on
-    highest = probability.flip(0)[int((background < count / 2).sum())]
-    median = 1 - probability[int((positives.cumsum(0) < count / 2).sum())]
-    return (
-        f"median probability of the {count:,} positive cells: {median:.2f}, of the {count:,} most probable background "
-        f"cells: {highest:.2f}"
-    )
+def probabilities_of(logits: Tensor, matches: Matches) -> Probabilities:
+    p = logits.float().sigmoid()
+    positive = p.flatten(0, 1)[matches.rows]  # (P, C)
+    labels = matches.labels[:, None]
+    background = p[matches.valid & ~matches.positive].amax(dim=1)
+    parts = positive.gather(1, labels).squeeze(1), positive.scatter(1, labels, 0).amax(dim=1), background
+    return Probabilities(*(part.cpu() for part in parts))
 
 
 def norms(regions: Regions) -> Tensor:
@@ -145,14 +157,16 @@ def box_curves(regions: Regions) -> dict[str, Tensor]:
 
 
 def draw_norms(cells: Regions, boxes: Regions, positives: Tensor) -> plt.Figure:
+    """`positives`: the gradient norms of the positive cells."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     labels = ("gradient norm of a cell, |p - p*|", f"gradient norm of a coordinate, |d| / sqrt(d² + {MU}²)")
     for axis, regions, label in zip(axes, (cells, boxes), labels):
         axis.bar(norms(regions).numpy(), regions.counts.numpy(), width=1 / FINE, color="#1f77b4")
         axis.set(xlabel=label, ylabel="examples", yscale="log", xlim=(0, 1))
         axis.set_title(f"{int(regions.counts.sum()):,} examples")
-    step = dict(where="mid", color="#ff7f0e", label=f"{int(positives.sum()):,} positive cells")
-    axes[0].step(norms(cells).numpy(), positives.numpy(), **step)
+    counts = torch.histc(positives, FINE, 0, 1)
+    step = dict(where="mid", color="#ff7f0e", label=f"{len(positives):,} positive cells")
+    axes[0].step(norms(cells).numpy(), counts.numpy(), **step)
     axes[0].legend()
     return figure
 

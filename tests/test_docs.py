@@ -184,20 +184,26 @@ def test_the_lists_of_imbalance_are_current(tmp_path, monkeypatch, capsys):
 
 
 def test_the_table_of_separation_is_current():
-    """Median probability of positive cells, and of as many of the most probable background cells, means over seeds."""
-    folders = {"batches/4": "quick"} | {f"imbalance/{ratio}": str(ratio) for ratio in IMBALANCE}
-    line = re.compile(r"(.+)/(.+)-s\d: median probability of .* positive cells: (.+), of .* background cells: (.+)")
-    medians: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    folders = ["batches/4", *(f"imbalance/{ratio}" for ratio in IMBALANCE)]
+    line = re.compile(
+        r"(.+)/(.+)-s\d: .* true class (.+), other class (.+), true class first in (.+)%; background (.+)"
+    )
+    seeds: dict[str, dict[str, list[list[float]]]] = {}
     for found in map(line.fullmatch, (ROOT / "results/separation.txt").read_text(encoding="utf-8").splitlines()):
-        folder, name, positive, background = found.groups()
+        folder, name, *values = found.groups()
         if folder in folders:
-            medians.setdefault(name, {}).setdefault(folder, []).append((float(positive), float(background)))
+            seeds.setdefault(name, {}).setdefault(folder, []).append([float(value) for value in values])
     text = (ROOT / "docs/results.md").read_text(encoding="utf-8")
-    assert len(medians) > 8
-    for name, of_row in medians.items():
-        assert all(len(seeds) == 3 for seeds in of_row.values())
-        means = {folder: [f"{statistics.fmean(both):.2f}" for both in zip(*seeds)] for folder, seeds in of_row.items()}
-        cells = (" / ".join(means.get(folder, "-")) for folder in folders)
+    assert len(seeds) > 8
+    for name, of_row in seeds.items():
+        cells = []
+        for folder in folders:
+            if folder in of_row:
+                assert len(of_row[folder]) == 3
+                true, other, first, background = (statistics.fmean(values) for values in zip(*of_row[folder]))
+                cells.append(f"{true:.2f} / {other:.2f} / {background:.2f}, {first:.0f}%")
+            else:
+                cells.append("-")
         assert f"| {name} | {' | '.join(cells)} |" in text
 
 

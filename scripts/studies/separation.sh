@@ -1,6 +1,6 @@
 #!/bin/bash
-# How well trained models tell positive cells from background (scripts/gradients.py): a line in results/separation.txt
-# for each run of batches.sh, imbalance.sh and tables.sh that is there and has none yet.
+# How well trained models tell true classes from others and from background (scripts/gradients.py): a line in
+# results/separation.txt for each run of batches.sh, imbalance.sh and tables.sh that is in runs/ and has none yet.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 shopt -s nullglob

@@ -1,6 +1,8 @@
 """scripts/gradients.py: the figures show how each loss changes the gradient."""
 
-import re
+import itertools
+import statistics
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,34 +31,52 @@ def regions(seed=0):
 def test_three_figures_are_written(checkpoint, folder, command):
     code, out, err = command(gradients.main, "--checkpoint", checkpoint, "--images", 3, "--output", folder)
     assert code == 0, err
-    assert "median probability of the " in out
+    assert " positive anchors: true class " in out
     for name in ("gradient_norms.png", "gradient_class.png", "gradient_box.png"):
         picture = read_image(str(folder / name))
         assert name in out and picture.shape[1] > 400 and picture.float().std() > 10  # it is not blank
 
 
 def test_measure_takes_the_norm_of_every_cell_and_coordinate(checkpoint):
-    cells, boxes, positive_cells = gradients.measure(str(checkpoint), None, 4)
+    cells, boxes, probabilities = gradients.measure(str(checkpoint), None, 4)
     assert cells.counts.sum() > 4 * 1000 and boxes.counts.sum() % 4 == 0
     # With CE and ASL1 the slope is the norm divided by the positives of the batch. This batch holds all four images.
     positives = boxes.counts.sum() / 4
-    assert positive_cells.sum() == positives and (positive_cells <= cells.counts).all()
+    assert len(probabilities.true) == len(probabilities.other) == positives
+    in_regions = torch.histc(1 - probabilities.true, gradients.FINE, 0, 1)
+    assert (in_regions <= cells.counts).all() and len(probabilities.background) > 1000
     for part in (cells, boxes):
         filled = part.counts > 0
         mean = (part.gradient / part.counts * positives)[filled]
         torch.testing.assert_close(mean, gradients.norms(part)[filled], rtol=1e-5, atol=0.5 / gradients.FINE)
 
 
-def test_separation_is_the_median_of_positives_and_of_as_many_top_background_cells():
+def test_probabilities_are_those_of_positive_and_of_background_anchors():
     rng = torch.Generator().manual_seed(0)
-    positives, background = 0.3 + torch.rand(501, generator=rng) / 2, torch.rand(20_000, generator=rng) ** 3
-    counts = [torch.histc(norms, gradients.FINE, 0, 1).long() for norms in (1 - positives, background)]
-    cells = Regions(counts[0] + counts[1], counts[1].double())
-    words = gradients.separation(cells, counts[0])
-    printed = [float(value) for value in re.findall(r"cells: (0\.\d+)", words)]
-    expected = [positives.median().item(), background.topk(501).values.median().item()]
-    assert "501 positive cells" in words and printed == pytest.approx(expected, abs=0.5 / gradients.FINE + 0.005)
-    assert gradients.separation(cells, torch.zeros_like(counts[0])) == "no positive cells in these images"
+    logits, labels = torch.randn(2, 50, 3, generator=rng), torch.randint(3, (2, 50), generator=rng)
+    state = torch.randint(3, (2, 50), generator=rng)  # of each anchor: background, positive, ignored
+    rows = (state.flatten() == 1).nonzero().squeeze(1)
+    positive = SimpleNamespace(positive=state == 1, valid=state < 2, rows=rows, labels=labels.flatten()[rows])
+    measured = gradients.probabilities_of(logits, positive)
+    true, other, background = [], [], []
+    for image, anchor in itertools.product(range(2), range(50)):
+        p = (1 / (1 + (-logits[image, anchor]).exp())).tolist()
+        if state[image, anchor] == 1:
+            true.append(p.pop(int(labels[image, anchor])))
+            other.append(max(p))
+        elif state[image, anchor] == 0:
+            background.append(max(p))
+    for part, expected in zip(measured, (true, other, background), strict=True):
+        torch.testing.assert_close(part, torch.tensor(expected))
+    highest = sorted(background)[-len(true) :]
+    first = sum(t > o for t, o in zip(true, other)) / len(true)
+    medians = [statistics.median_low(values) for values in (true, other, highest)]
+    assert measured.medians() == (
+        f"{len(true)} positive anchors: true class {medians[0]:.2f}, other class {medians[1]:.2f}, "
+        f"true class first in {first:.0%}; background {medians[2]:.2f}"
+    )
+    none = gradients.Probabilities(torch.zeros(0), torch.zeros(0), torch.ones(3))
+    assert none.medians() == "no positive anchors in these images"
 
 
 def test_ghm_gives_every_region_the_same_weight():
