@@ -151,14 +151,15 @@ def test_the_table_of_sparse_regions_comes_from_the_results():
     assert len(rows) > 5 and set(rows) <= set(written)
 
 
-def test_the_table_of_short_and_long_tuning_is_current():
+@pytest.mark.parametrize("folders", [("cards_short", "cards"), ("laptop", "laptop_long")])
+def test_the_table_of_short_and_long_tuning_is_current(folders):
     text = (ROOT / "docs/results.md").read_text(encoding="utf-8")
-    folders = [ROOT / "results" / name for name in ("cards_short", "cards")]
-    tables = [read_rows(sorted(map(str, folder.glob("*.json")))) for folder in folders]
-    assert [len(rows) for rows in tables] == [4, 4]
-    for short, long in zip(*tables):
-        cells = [mean_and_spread(aps(row)) for row in (short, long)]
-        assert short.name == long.name and f"| {short.name} | {' | '.join(cells)} |" in text
+    files = [sorted(map(str, (ROOT / "results" / name).glob("*.json"))) for name in folders]
+    short, long = ({row.name: row for row in read_rows(of_folder)} for of_folder in files)
+    assert len(long) == 4
+    for name in long:
+        cells = [mean_and_spread(aps(row[name])) for row in (short, long)]
+        assert f"| {name} | {' | '.join(cells)} |" in text
 
 
 def test_the_lists_of_imbalance_are_current(tmp_path, monkeypatch, capsys):

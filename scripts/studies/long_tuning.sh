@@ -1,6 +1,6 @@
 #!/bin/bash
-# BCCD with a pretrained backbone as in tables.sh, but the runs that tune have as many epochs as whole runs. Not finished
-# yet. Stop it at any time; the same command continues. Argument: runs at once (1).
+# BCCD with a pretrained backbone as in tables.sh, but the runs that tune have as many epochs as whole runs. Stop it at
+# any time; the same command continues. Argument: runs at once (1).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python scripts/ablate.py --config configs/laptop/base.yaml --jobs "${1:-1}" --set data.workers=0 tensorboard.images=2 \
