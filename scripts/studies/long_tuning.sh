@@ -4,5 +4,5 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python scripts/ablate.py --config configs/laptop/base.yaml --jobs "${1:-1}" --set data.workers=0 tensorboard.images=2 \
-    --seeds 5 --variants ce focal ghm_c ghm_c_limited --results results/laptop_long --output runs/laptop_long \
-    --tune 8 --tune-set evaluation.every=6
+    --seeds 5 --variants ce focal ghm_c ghm_c_limited focal+giou ghm_c_limited+ghm_r qfl rank_sort \
+    --results results/laptop_long --output runs/laptop_long --tune 8 --tune-set evaluation.every=6
