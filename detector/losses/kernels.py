@@ -21,9 +21,11 @@ from torch import Tensor
 
 from detector.losses import cells
 
-BLOCK = 1024  # cells of a program
+BLOCK = 2048  # cells of a program
 LONGEST_RUN = 8  # cells that a thread reads at once: 16 bytes of bfloat16
-PROGRAMS = 2048  # of the kernels whose programs loop over blocks
+COUNTED_BLOCK = 4096  # cells that a program counts at once
+COUNTED_BINS = 512  # up to which a program counts in its registers
+PROGRAMS = 4096  # of the kernels whose programs loop over blocks
 
 
 # ---- The kernels. A block is (BLOCK / RUN, RUN) cells, in the order of memory. The cells of a run belong to one row,
@@ -37,12 +39,13 @@ def _cells(x_ptr, codes_ptr, block, total, CLASSES: tl.constexpr, RUN: tl.conste
     offset = tl.arange(0, BLOCK // RUN) * RUN  # of each run
     inside = (first - first_row * CLASSES).to(tl.int32) + offset
     row = inside // CLASSES
-    code = tl.load(codes_ptr + first_row + row, mask=offset < total - first, other=-1)
+    exists = offset < total - first
+    code = tl.load(codes_ptr + first_row + row, mask=exists, other=-1)
     cell = tl.expand_dims(offset, 1) + tl.expand_dims(tl.arange(0, RUN), 0)
     counted = code >= 0
     x = tl.load(x_ptr + first + cell, mask=tl.expand_dims(counted, 1), other=0.0).to(tl.float32)
     at_label = tl.expand_dims(code - (inside - row * CLASSES), 1) == tl.expand_dims(tl.arange(0, RUN), 0)
-    return first + cell, first_row + row, code, at_label, tl.where(at_label, -x, x)
+    return first + cell, exists, first_row + row, code, at_label, tl.where(at_label, -x, x)
 
 
 @triton.jit
@@ -63,7 +66,7 @@ def _sweep(
     BLOCK: tl.constexpr,
 ):
     block = tl.program_id(0).to(tl.int64)
-    cell, row, code, at_label, z = _cells(x_ptr, codes_ptr, block, total, CLASSES, RUN, BLOCK)
+    cell, exists, row, code, at_label, z = _cells(x_ptr, codes_ptr, block, total, CLASSES, RUN, BLOCK)
     if quality_ptr is None:
         value, slope = CURVE(z, at_label, *tables)
     else:
@@ -72,7 +75,7 @@ def _sweep(
     scale = tl.load(scale_ptr)
     weight = tl.expand_dims(tl.where(code >= 0, scale * negative, 0.0), 1)
     weight = tl.where(at_label, -scale * positive, weight)  # dz/dx is -1 at the label
-    tl.store(gradient_ptr + cell, (slope * weight).to(gradient_ptr.dtype.element_ty), mask=cell < total)
+    tl.store(gradient_ptr + cell, (slope * weight).to(gradient_ptr.dtype.element_ty), mask=tl.expand_dims(exists, 1))
     tl.store(sums_ptr + block, tl.sum(value * tl.abs(weight)))
 
 
@@ -90,14 +93,20 @@ def _histogram(
     RUN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    counts = tl.zeros((PADDED,), tl.int32)
+    counts_ptr += tl.program_id(0).to(tl.int64) * BINS  # separate counts, because additions to one number queue
+    if PADDED > 0:
+        counts = tl.zeros((PADDED,), tl.int32)
     for block in range(tl.program_id(0).to(tl.int64), tl.cdiv(total, BLOCK), tl.num_programs(0)):
-        _, _, code, at_label, z = _cells(x_ptr, codes_ptr, block, total, CLASSES, RUN, BLOCK)
+        _, _, _, code, at_label, z = _cells(x_ptr, codes_ptr, block, total, CLASSES, RUN, BLOCK)
         index = INDEX(z, at_label, *tables)
         counted = tl.expand_dims(code >= 0, 1) & (index < BINS)
-        counts += tl.histogram(tl.ravel(index), PADDED, mask=tl.ravel(counted))
-    bin = tl.arange(0, PADDED)
-    tl.atomic_add(counts_ptr + bin, counts.to(tl.int64), mask=(bin < BINS) & (counts > 0))
+        if PADDED > 0:
+            counts += tl.histogram(tl.ravel(index), PADDED, mask=tl.ravel(counted))
+        else:
+            tl.atomic_add(counts_ptr + index, 1, mask=counted, sem="relaxed")
+    if PADDED > 0:
+        bin = tl.arange(0, PADDED)
+        tl.store(counts_ptr + bin, counts, mask=bin < BINS)
 
 
 @triton.jit
@@ -155,12 +164,11 @@ def sweep(
 def histogram(index: Callable, logits: Tensor, labels: Tensor, valid: Tensor, bins: int, params: tuple) -> Tensor:
     """Counts (bins,) int64, as `regions.histogram` asks for them."""
     logits = logits.contiguous()
-    counts = torch.zeros(bins, dtype=torch.int64, device=logits.device)
-    padded = triton.next_power_of_2(bins)
-    block = max(BLOCK, padded)
+    programs = min(triton.cdiv(logits.numel(), COUNTED_BLOCK), PROGRAMS)
+    counts = torch.zeros(programs, bins, dtype=torch.int32, device=logits.device)
     tables, numbers = _split(params)
     with _device(logits):
-        _histogram[(min(triton.cdiv(logits.numel(), block), PROGRAMS),)](
+        _histogram[(programs,)](
             logits,
             _codes(labels, valid),
             counts,
@@ -168,12 +176,12 @@ def histogram(index: Callable, logits: Tensor, labels: Tensor, valid: Tensor, bi
             tables,
             INDEX=translated(index, numbers),
             BINS=bins,
-            PADDED=padded,
+            PADDED=triton.next_power_of_2(bins) if bins <= COUNTED_BINS else 0,
             CLASSES=logits.shape[1],
             RUN=math.gcd(logits.shape[1], LONGEST_RUN),
-            BLOCK=block,
+            BLOCK=COUNTED_BLOCK,
         )
-    return counts
+    return counts.sum(0)
 
 
 @torch.compiler.disable

@@ -52,7 +52,8 @@ class Recorder:
 
 
 def make(norm="gn", steps=10, precision="float32", class_loss=None, box_loss=None, **solver):
-    model = {"backbone": "resnet18", "weights": "none", "norm": norm, "fpn_channels": 32, "head": {"width": 32,
+    weights = "imagenet" if norm == "frozen_bn" else "none"  # a config needs them, and a model is built without
+    model = {"backbone": "resnet18", "weights": weights, "norm": norm, "fpn_channels": 32, "head": {"width": 32,
              "depth": 1}}  # fmt: skip
     options = {"batch_size": 2, "lr_batch_size": None, "lr": 0.01, "warmup_steps": 0, "max_steps": steps, **solver}
     cfg = Config(model=model, solver=options, precision=precision, class_loss=class_loss or {"name": "ghm_c"},

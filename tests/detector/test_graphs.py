@@ -1,5 +1,6 @@
 """CUDA graphs of training steps: they do what the model does without them."""
 
+import gc
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
@@ -71,6 +72,8 @@ def test_graphs_of_several_sizes_share_their_memory():
     place(model, CUDA, channels_last=True)
     model.train()
     model_graphs = graphs.Graphs(model)
+    gc.collect()
+    torch.cuda.empty_cache()  # what earlier tests left
     reserved = [torch.cuda.memory_reserved()]
     for size in ((512, 768), (768, 512), (640, 576)):
         outputs = model_graphs(torch.rand(2, 3, *size, device=CUDA), torch.tensor([size] * 2, device=CUDA))
