@@ -70,7 +70,7 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False, accept_cha
     place(model, device, channels_last=cfg.channels_last)
     criterion = assemble.build_criterion(cfg).to(device)
     solver = assemble.build_solver(cfg, model, steps_per_epoch=len(batches))
-    speed_up(model, compiled=cfg.compile)
+    speed_up(model)
     data = {"data.train": train_set.fingerprint(), "data.val": val_set.fingerprint()}
     run = Run(cfg, solver, criterion, train_set.category_ids, train_set.class_names, len(batches), data)
     run.refuse_unequal_processes(saved)

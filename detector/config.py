@@ -5,6 +5,7 @@ knows the parts, checks them.
 """
 
 import os
+import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -80,7 +81,7 @@ class Data(Options):
     val: Files = Files()
     short_side: int = Field(800, ge=32, le=2**14)  # pixels; smaller if the long side would exceed long_side
     long_side: int = Field(1333, ge=32, le=2**14)  # pixels, at most
-    # padded sides are multiples of it; 128 makes fewer sizes, for CUDA graphs and for compile
+    # padded sides are multiples of it; 128 makes fewer sizes, for CUDA graphs
     pad_to: int = Field(32, ge=32, le=1024, multiple_of=32)
     # loading processes; 0: load in the training process. auto on a GPU: its share of the cores minus one, at most 16.
     # auto on a CPU: 1, or 0 on a single core
@@ -218,8 +219,6 @@ class Config(Options):
     # Of the model; the criterion is always float32. auto: bfloat16 where that is faster
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     channels_last: bool = True  # the memory format of images and activations: the fastest for convolutions
-    # torch.compile for training steps: faster after slow first ones, once for each padded size (data.pad_to)
-    compile: bool = False
     data: Data = Data()
     model: Model = Model()
     anchors: Part = Part(name="grid")
@@ -239,6 +238,9 @@ class Config(Options):
         """Options without a name belong to the default part. A loss needs its name."""
         if not isinstance(values, dict):
             return values
+        values = dict(values)
+        if values.pop("compile", False):  # in configs of older versions
+            warnings.warn("compile: torch.compile no longer runs training steps; leave this option out", stacklevel=2)
         defaults = {key: field.default for key, field in cls.model_fields.items() if type(field.default) is Part}
         given = {key: part for key, part in defaults.items() if isinstance(values.get(key), dict)}
         return values | {key: {"name": part.name, **values[key]} for key, part in given.items()}

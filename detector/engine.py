@@ -133,7 +133,6 @@ def compute_gradients(
 
 
 @torch.no_grad()
-@torch.compiler.set_stance("force_eager")  # compiling for each image size would take longer than it saves
 def predict(
     model: nn.Module,
     batches: Iterable[Batch],

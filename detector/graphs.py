@@ -1,4 +1,4 @@
-"""Training passes as CUDA graphs, or through torch.compile.
+"""Training passes as CUDA graphs.
 
 In plain PyTorch a GPU waits for Python, which starts 1,700 kernels one by one. A graph is recorded for each size of
 images, and starts all kernels of a forward or backward pass at once.
@@ -13,34 +13,17 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
-from detector.errors import UserError
-from detector.losses.dispatch import vector_options
 from detector.model import RetinaNet
 
 MAX_PIXELS = 2**25  # of a batch: 31 images of 800 x 1344. Larger batches keep a GPU busy without graphs
-MAX_SIZES = 64  # image sizes that are recorded or compiled
+MAX_SIZES = 64  # image sizes that are recorded
 SEEN = 3  # the batch of a size at which its graph is recorded: by then its kernels are chosen and compiled
 
 
-def speed_up(model: RetinaNet, *, compiled: bool) -> None:
-    """Call before training: the model then runs through torch.compile, or on a GPU as CUDA graphs.
-
-    torch.compile compiles backbone, pyramid and heads at their next call, and again for each new image size. Raises
-    UserError if torch.compile does not work.
-    """
-    device = model.mean.device
-    if not compiled:
-        waits = any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())  # for other processes
-        model.graphs = Graphs(model) if device.type == "cuda" and not waits else None
-        return
-    try:
-        torch.compile(lambda x: x.cos() + 1)(torch.ones(8, device=device))
-    except Exception as error:  # a compiler that is missing or too old raises all kinds
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"compile: torch.compile does not work here ({reason}); set it to false") from None
-    torch._dynamo.config.recompile_limit = MAX_SIZES  # beyond the limit, 8 by default, other sizes run uncompiled
-    for part in (model.backbone, model.fpn, model.head):
-        part.compile(dynamic=False, options=vector_options())
+def speed_up(model: RetinaNet) -> None:
+    """Call before training: on a GPU, the model's training passes then run as CUDA graphs."""
+    waits = any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())  # for other processes
+    model.graphs = Graphs(model) if model.mean.device.type == "cuda" and not waits else None
 
 
 class Graphs:

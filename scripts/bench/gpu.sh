@@ -59,5 +59,4 @@ fi
 part "A real training" 110 $python scripts/bench/real_training.py "$data" --output "$out/runs" --short-side $short
 part "Inference" 50 $python scripts/bench/inference.py --work $inference --repeats 5
 part "Assignment" 30 $python scripts/bench/assigner.py --images ${step##*:} --sides $sides --boxes 1 10 100 --repeats 5
-part "Training step, batch 16, with torch.compile" 120 $python scripts/bench/step.py --work $step --repeats 5 --ours --compile
 echo "written: $page" >&2

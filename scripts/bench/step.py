@@ -1,7 +1,7 @@
 """A training step beside torchvision's RetinaNet: images per second and peak memory.
 
     python scripts/bench/step.py [--work resnet18:512:2 resnet50:512:4] [--boxes 10] [--repeats 7]
-        [--compile] [--also "class_loss.name=ghm_c box_loss.name=ghm_r" ...] [--ours]
+        [--also "class_loss.name=ghm_c box_loss.name=ghm_r" ...] [--ours]
 
 Forward, losses, backward, clipping, SGD. Both have the same backbone with the same weights, BatchNorm and the first
 stage frozen, as both have by default, the same pyramid and head sizes, and the same images. "torchvision" is as its
@@ -9,8 +9,7 @@ users run it: float32, a list of float images that its model normalises and pads
 and autocast to the precision that ours picks on this machine. "ours" is what train.py does by default on this machine,
 keeping freed memory included; "float32" the same in float32. Each runs in its own process, and they take turns; memory
 is that of one call beyond the weights.
---compile: also ours through torch.compile. --also: also ours with these settings. --ours: without torchvision's and
-float32, beside "ours".
+--also: also ours with these settings. --ours: without torchvision's and float32.
 """
 
 import argparse
@@ -54,7 +53,6 @@ def main() -> None:
     parser.add_argument("--work", nargs="+", default=WORK, metavar="BACKBONE:SIDE:BATCH")
     parser.add_argument("--boxes", type=int, default=10, help="an image")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--compile", action="store_true", help="also ours through torch.compile")
     parser.add_argument("--also", nargs="+", default=[], metavar="SETTINGS", help="ours with these, each a row")
     parser.add_argument("--ours", action="store_true", help="leave torchvision and float32 out")
     args = parser.parse_args()
@@ -68,8 +66,6 @@ def main() -> None:
             builders["torchvision, tuned"] = partial(torchvision_step, tuned=True)
             builders["ours, float32"] = partial(our_step, settings=["precision=float32"])
         builders["ours"] = our_step
-        if args.compile:
-            builders["ours, compiled"] = partial(our_step, compiled=True)
         builders |= {f"ours, {settings}": partial(our_step, settings=settings.split()) for settings in args.also}
         compare(builders, name, int(side), int(batch), args.boxes, args.repeats)
 
@@ -161,13 +157,12 @@ def our_step(
     images: Tensor,
     targets: list[Target],
     settings: Sequence[str] = (),
-    compiled: bool = False,
 ) -> tuple[Callable[[], object], RetinaNet]:
     cfg, model = our_model(name, state, f"solver.batch_size={len(images)}", *settings)
     criterion = assemble.build_criterion(cfg).to(images.device).train()
     solver = assemble.build_solver(cfg, model.train(), steps_per_epoch=1_000_000)
     sizes = [tuple(images.shape[-2:])] * len(images)
-    speed_up(model, compiled=compiled)
+    speed_up(model)
     batch = Batch(images, targets, list(range(len(images))), sizes, sizes)
     return partial(training_step(model, criterion, solver), batch), model
 

@@ -55,7 +55,7 @@ def training_steps(configs: dict[str, Config], batches: int = BATCHES) -> tuple[
     model = assemble.build_model(first, len(train_set.category_ids)).train()
     place(model, device, channels_last=first.channels_last)
     solver = assemble.build_solver(first, model, steps_per_epoch=len(loader))
-    speed_up(model, compiled=first.compile)
+    speed_up(model)
     turns = {
         name: on_each(training_step(model, assemble.build_criterion(cfg).to(device).train(), solver), kept)
         for name, cfg in configs.items()

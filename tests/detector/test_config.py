@@ -1,5 +1,7 @@
 """The options: defaults, bases, --set, and one line for every mistake."""
 
+import warnings
+
 import pytest
 import yaml
 
@@ -333,9 +335,19 @@ def test_text_is_taken_as_it_is_written(tmp_path, text):
 
 
 def test_values_of_options_that_are_not_text_are_parsed(tmp_path):
-    cfg = load(tmp_path, "run: '1'\nseed: 0x1f", "solver.epochs=1_0", "compile=yes", "solver.ema=null", "data.cache=")
-    assert (cfg.run, cfg.seed, cfg.solver.epochs, cfg.compile, cfg.solver.ema) == ("1", 31, 10, True, None)
+    cfg = load(
+        tmp_path, "run: '1'\nseed: 0x1f", "solver.epochs=1_0", "channels_last=no", "solver.ema=null", "data.cache="
+    )
+    assert (cfg.run, cfg.seed, cfg.solver.epochs, cfg.channels_last, cfg.solver.ema) == ("1", 31, 10, False, None)
     assert cfg.data.cache == ""
+
+
+def test_configs_of_older_versions_may_have_the_option_compile(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load(tmp_path, "run: a\ncompile: false") == load(tmp_path, "run: a")
+    with pytest.warns(UserWarning, match="^compile: "):
+        assert load(tmp_path, "run: a\ncompile: true") == load(tmp_path, "run: a")
 
 
 @pytest.mark.parametrize("text", ["run:", "run: null", "run: ~", "data: {cache: null}", "run: [1]", "run: {a: 1}"])

@@ -7,7 +7,6 @@ import signal
 import pytest
 import torch
 from torch import nn
-from torch._dynamo.testing import CompileCounter
 
 from detector import assemble, engine, losses
 from detector.config import Config
@@ -333,16 +332,6 @@ def test_evaluation_leaves_statistics_and_the_losses_state_unchanged(same):
     criterion.eval()
     criterion(model(batch().images), batch().targets)
     assert same(before[1], criterion.state_dict())
-
-
-def test_predict_compiles_nothing():
-    model, _, _ = make()
-    counter = CompileCounter()
-    model.head.compile(backend=counter)
-    predict(model, [batch()], assemble.build_postprocess(Config()), CPU)
-    assert counter.frame_count == 0
-    model.train()(batch().images)
-    assert counter.frame_count == 1
 
 
 def test_predict_does_not_depend_on_the_batch():

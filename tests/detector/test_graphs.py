@@ -22,7 +22,7 @@ def gradients_of_steps(graphed, norm, precision, sizes=((64, 96), (96, 64)), rou
     criterion.to(CUDA)
     model.train()
     if graphed:
-        speed_up(model, compiled=False)
+        speed_up(model)
     gradients = []
     for number in range(rounds):
         for size in sizes:
@@ -54,7 +54,7 @@ def test_large_batches_and_passes_without_gradient_use_no_graph(monkeypatch):
     model, *_ = make(norm="gn")
     place(model, CUDA, channels_last=True)
     model.train()
-    speed_up(model, compiled=False)
+    speed_up(model)
     images = batch().to(CUDA).images
     with torch.no_grad():
         for _ in range(4):

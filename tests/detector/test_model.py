@@ -1,16 +1,11 @@
-from functools import partial
-
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 from torchvision.transforms.functional import normalize
 
 from detector.anchors import Anchors, TorchvisionAnchors
 from detector.backbone import Backbone
-from detector.errors import UserError
 from detector.fpn import FPN
-from detector.graphs import speed_up
 from detector.head import Head
 from detector.model import RetinaNet
 
@@ -127,32 +122,3 @@ def test_a_bias_on_one_shape_marks_that_shape_on_every_level():
 
 def test_saved_weights_hold_no_constants(model):
     assert not {"mean", "std"} & model.state_dict().keys()
-
-
-def test_a_compiled_model_computes_the_same_and_compiles_once_for_each_size(monkeypatch):
-    counter = CompileCounterWithBackend("aot_eager")  # the test needs no compiled code
-    by_counter = partial(torch.compile, backend=counter)
-    monkeypatch.setattr(torch, "compile", lambda *args, options=None, **kwargs: by_counter(*args, **kwargs))
-    plain, compiled = build().train(), build().train()
-    names = list(compiled.state_dict())
-    speed_up(compiled, compiled=True)
-    assert list(compiled.state_dict()) == names  # checkpoints stay the same
-    for size in ((64, 96), (96, 64), (64, 96), (96, 64)):
-        images = random_images(2, 3, *size)
-        for network in (plain, compiled):
-            network.zero_grad()
-            predictions = network(images)
-            (predictions.logits.square().mean() + predictions.deltas.square().mean()).backward()
-        torch.testing.assert_close(predictions.logits, plain(images).logits)
-        for (name, expected), parameter in zip(plain.named_parameters(), compiled.parameters()):
-            torch.testing.assert_close(parameter.grad, expected.grad, rtol=1e-3, atol=1e-5, msg=name)
-    assert counter.frame_count == 1 + 3 * 2  # one trial of the compiler, and three parts at two sizes
-
-
-def test_a_compiler_that_does_not_work_is_reported_in_one_line(monkeypatch):
-    def broken(function):
-        raise RuntimeError("No working C++ compiler found\nand more")
-
-    monkeypatch.setattr(torch, "compile", broken)
-    with pytest.raises(UserError, match=r"^compile: .*No working C\+\+ compiler found\); set it to false$"):
-        speed_up(build(), compiled=True)
