@@ -43,9 +43,9 @@ fi
 
 printf '## On a GPU\n\n%s, %s\n' "$(date -u +%Y-%m-%d)" \
     "$($python -c 'from scripts.bench import measure; print(measure.environment())')" > "$page"
-part "Tests that need a GPU" 60 $python -m pytest -q -p no:cacheprovider -k "cuda or gpu or graphs or conv" \
-    tests/detector/test_graphs.py tests/detector/test_conv.py tests/detector/test_transfer.py tests/detector/losses/test_laws.py
-part "Tests of the losses' kernels" 90 $python -m pytest -q -p no:cacheprovider -k triton tests/detector/losses/test_fused.py
+part "Tests that need a GPU" 90 $python -m pytest -q -n 4 -p no:cacheprovider -k "cuda or gpu or graphs or conv or triton" \
+    tests/detector/test_graphs.py tests/detector/test_conv.py tests/detector/test_transfer.py \
+    tests/detector/losses/test_laws.py tests/detector/losses/test_fused.py
 part "Training step, batch 16" 100 $python scripts/bench/step.py --work $step --repeats 5
 part "Training step, batch 2" 60 $python scripts/bench/step.py --work $small --repeats 5
 part "Training step, batch 16, losses" 60 $python scripts/bench/step.py --work $step --repeats 7 --ours \
