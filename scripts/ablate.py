@@ -6,11 +6,11 @@ A variant is the name of a YAML file beside the config. The file may set class_l
 nothing else. `focal+ghm_r` is focal.yaml with the box_loss of ghm_r.yaml. `--grid class_loss.bins=5,10,20` trains each
 variant with each of these values; two --grid options train it with each pair of values.
 
-`--tune 8` first gives each variant 8 short runs to find its class_loss.weight and box_loss.weight (--tune-keys), from
+`--tune 8` first gives each variant 8 tuning runs to find its class_loss.weight and box_loss.weight (--tune-keys), from
 a tenth to ten times its file's values: the first run has the file's values, and Optuna proposes the others. If the best
-value is at an end of the range, the range is extended, still within 8 runs. Short runs train on three quarters of the
-training images and are scored on the rest, never on the validation set; `--tune-set solver.epochs=4` makes them short.
-The variant is then trained with its best values. docs/new_loss.md says what tuning costs and when it is not worth it.
+value is at an end of the range, the range is extended, still within 8 runs. Tuning runs train on three quarters of the
+training images and are scored on the rest, never on the validation set. `--tune-set solver.epochs=4` makes them
+shorter. The variant is then trained with its best values. docs/new_loss.md says what tuning costs and when it is not worth it.
 
 Stop it at any time; the same command continues. Finished runs are kept, interrupted runs are resumed. A run that
 diverges is a result too, with its reason; delete the result to try again. `--processes 2` trains each run with two
@@ -20,7 +20,7 @@ compare.py shows these seconds.
 The folder --output holds
 
     VARIANT-sSEED/     the run folder of train.py, with best.pt
-    tune-VARIANT-N/    those of the short runs, without best.pt; tune_train.json and tune_val.json: their images
+    tune-VARIANT-N/    those of the tuning runs, without best.pt; tune_train.json and tune_val.json: their images
     results/*.json     a small file for each run, all that scripts/compare.py needs
     configs/           the config and log of each run
 """
@@ -62,7 +62,7 @@ def main() -> None:
     study = Study(args.config, common, args.output, args.results, args.processes)
     variants = read_variants(study.base, args.variants, on_variants, args.grid)
     runs = study.runs(variants, args.seeds)
-    short = f", {args.tune} short runs of each" if args.tune else ""
+    short = f", {args.tune} tuning runs of each" if args.tune else ""
     print(f"{len(runs)} runs of {len(variants)} variants{short}; they differ in {differences(runs)}")
     searches = study.searches(variants, runs, args.tune_keys, args.tune, args.tune_set) if args.tune else []
     if args.dry_run:
@@ -99,7 +99,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--grid", action="append", default=[], metavar="KEY=A,B", help="train each variant with each of these values"
     )
-    parser.add_argument("--tune", type=int, metavar="N", help="choose each variant's weights by N short runs")
+    parser.add_argument("--tune", type=int, metavar="N", help="choose each variant's weights by N tuning runs")
     parser.add_argument(
         "--tune-keys",
         nargs="+",
@@ -109,7 +109,7 @@ def parse_arguments() -> argparse.Namespace:
         help=f"what to tune, of {', '.join(tuning.KEYS)} (default: the first two)",
     )
     parser.add_argument(
-        "--tune-set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="options for the short runs"
+        "--tune-set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="options for the tuning runs"
     )
     parser.add_argument(
         "--output", type=Path, metavar="FOLDER", help="default: runs/ and the name of the config's folder"
@@ -152,7 +152,7 @@ class Study:
         self.results = results or self.output / "results"
         self.processes = processes
         self.notes: dict[str, Values] = {}  # by variant, added to its results
-        self.tried: dict[str, list[Trial]] = {}  # by variant, its finished short runs
+        self.tried: dict[str, list[Trial]] = {}  # by variant, its finished tuning runs
         data = self.common.data
         files = {"data.train": Path(data.train.annotations), "data.val": Path(data.val.annotations)}
         self.annotations = {key: hash_of(file) for key, file in files.items() if file.is_file()}
@@ -180,7 +180,7 @@ class Study:
     def search(
         self, variant: str, changes: Values, initial: dict[str, float], count: int, settings: list[str]
     ) -> Iterator[Run]:
-        """The `count` short runs that tune a variant, beginning with its `initial` values, which are added to `tried`.
+        """The `count` tuning runs of a variant, beginning with its `initial` values, which are added to `tried`.
 
         Each must have a result before the next is asked for. One that has a result already keeps its values.
         """
@@ -199,7 +199,7 @@ class Study:
             tried.append(Trial(values, score(run.kept)))
 
     def trial(self, name: str, changes: Values, notes: Values, settings: list[str]) -> Run:
-        """A short run that trains on a part of the training set and is scored on the rest."""
+        """A tuning run that trains on a part of the training set and is scored on the rest."""
         images = self.common.data.train.images
         files = {split: {"annotations": str(self.part(split)), "images": images} for split in ("train", "val")}
         changes = config_files.with_settings(config_files.merge(changes, {"data": files}), settings)
@@ -246,7 +246,7 @@ def hash_of(file: Path) -> str:
 def tune(
     study: Study, variants: dict[str, Values], searches: list[Iterator[Run]], trials: int, jobs: int
 ) -> dict[str, Values]:
-    """Train the short runs; return the variants with their best values. Exits if a short run has no result."""
+    """Train the tuning runs; return the variants with their best values. Exits if a tuning run has no result."""
     study.hold_out()
     small = {"curve": [], "probability": [], "resampled": []}
     if not train_all(searches, trials * len(searches), jobs, keep=lambda full: full | small):
@@ -329,7 +329,7 @@ def shown(values: dict[str, float]) -> str:
 def check_tuning(trials: int, keys: list[str], settings: list[str]) -> None:
     """Raises UserError where the options of --tune contradict each other."""
     if trials < 2:
-        raise UserError(f"--tune {trials}: give at least 2; the first short run has the variant's own values")
+        raise UserError(f"--tune {trials}: give at least 2; the first tuning run has the variant's own values")
     for setting in settings:
         if (key := setting.partition("=")[0]) in keys:
             raise UserError(f"--tune-set {setting}: {key} is what --tune searches; leave it out here or in --tune-keys")

@@ -34,6 +34,7 @@ from typing import NamedTuple
 import yaml
 
 from detector.config import flat
+from detector.configure import flat_values
 from detector.errors import UserError, run_main
 from scripts.comparison import result
 from scripts.comparison.differences import (
@@ -198,7 +199,7 @@ def warn(rows: list[Row]) -> list[str]:
     settings = []
     for row in rows:
         for run in row.runs:
-            of_run = {k: v for k, v in flat(run["config"]).items() if not k.startswith(VARIED)}
+            of_run = {k: v for k, v in flat_values(run["config"]).items() if not k.startswith(VARIED)}
             of_run |= {f"metrics.{key}": run["metrics"][key] for key in MUST_AGREE if key in run["metrics"]}
             of_run["seeds"] = row.seeds
             of_run["machine"] = run["machine"]["device"] if "machine" in run else None

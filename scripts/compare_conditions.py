@@ -81,7 +81,7 @@ def read(folder: Path) -> Conditions:
         if not files:
             raise UserError(f"{path}: has no result files")
         if all(Path(file).name.startswith("tune-") for file in files):
-            print(f"left out: {path}: only short runs of tuning so far", file=sys.stderr)
+            print(f"left out: {path}: only tuning runs so far", file=sys.stderr)
             continue
         rows = read_rows(files)
         for row in rows:

@@ -87,7 +87,7 @@ def test_the_example_of_a_new_loss_trains(tiny, tmp_path, monkeypatch):
         ("docs/results.md", ["imbalance/350/*", "forms/imbalance/350/*"], "ghm_c[max_weight=null]"),
         (
             "docs/results.md",
-            ["laptop/ce-s*", "laptop/ghm_c-s*", "laptop/ghm_c_limited-s*", "forms/bccd/*"],
+            ["laptop_short/ce-s*", "laptop_short/ghm_c-s*", "laptop_short/ghm_c_limited-s*", "forms/bccd/*"],
             "ghm_c",
         ),
         ("docs/results.md", ["switches/*"], "ghm_c[scope=batch]"),
@@ -151,12 +151,12 @@ def test_the_table_of_sparse_regions_comes_from_the_results():
     assert len(rows) > 5 and set(rows) <= set(written)
 
 
-@pytest.mark.parametrize("folders", [("cards_short", "cards"), ("laptop", "laptop_long")])
+@pytest.mark.parametrize("folders", [("cards_short", "cards"), ("laptop_short", "laptop")])
 def test_the_table_of_short_and_long_tuning_is_current(folders):
     text = (ROOT / "docs/results.md").read_text(encoding="utf-8")
     files = [sorted(map(str, (ROOT / "results" / name).glob("*.json"))) for name in folders]
     short, long = ({row.name: row for row in read_rows(of_folder)} for of_folder in files)
-    assert len(long) == 4
+    assert len(long) >= 4
     for name in long:
         cells = [mean_and_spread(aps(row[name])) for row in (short, long)]
         assert f"| {name} | {' | '.join(cells)} |" in text

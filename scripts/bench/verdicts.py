@@ -1,6 +1,6 @@
 """How often the verdicts of a comparison err, from simulated results with a known difference.
 
-    python scripts/bench/verdicts.py [--results results/laptop results/cards ...] [--simulations 2000]
+    python scripts/bench/verdicts.py [--results results/laptop_short results/cards ...] [--simulations 2000]
 
 The variances of AP (seeds, images, and how differently seeds and losses react to images) are fitted to the runs in a
 folder of results. Two more settings: "COCO-like" scales BCCD's image variances to 5,000 images, with a standard
@@ -34,7 +34,7 @@ from scripts.comparison import verdict
 from scripts.comparison.differences import runs_of
 from scripts.comparison.rows import read_rows
 
-RESULTS = ["results/laptop", "results/cards", "results/switches", "results/wrong_labels/20"]
+RESULTS = ["results/laptop_short", "results/cards", "results/switches", "results/wrong_labels/20"]
 SEEDS = (1, 2, 3, 5, 10)
 FAMILY = 5  # comparisons with one baseline
 LEGEND = """\

@@ -246,7 +246,7 @@ def tuned(rows: list[Row]) -> list[str]:
         cells = (f"{100 * ap:.1f}" if ap is not None else "-" for ap in aps + [None] * (count - len(aps)))
         lines.append([name, ", ".join(of_row["keys"]), *cells, tuning.described(of_row)])
     words = (
-        "AP of short runs, trained on three quarters of the training images and scored on the rest. If the best value "
+        "AP of tuning runs, trained on three quarters of the training images and scored on the rest. If the best value "
         "is at an end of the range, a wider range may hold a better one. Trial 1 has the values of the variant's file."
     )
     numbers = map(str, range(1, count + 1))

@@ -16,7 +16,7 @@ The keys of a result:
     failure            one line, instead of metrics, if the run failed
     jobs, timing       from scripts/ablate.py: how many runs shared the machine, and what --time measured
     tuning             from scripts/ablate.py: what --tune tried and chose, see tuning.py
-    tried              of a short run of --tune: its values
+    tried              of a tuning run of --tune: its values
     annotations        from scripts/ablate.py: the start of the SHA-256 of the study's annotation files
 """
 

@@ -33,7 +33,7 @@ class Costs(NamedTuple):
 
 
 def read_rows(paths: list[str]) -> list[Row]:
-    """The runs grouped by variant or name, in the order given, without the short runs of tuning."""
+    """The runs grouped by variant or name, in the order given, without the tuning runs."""
     return _rows(_read(paths))
 
 
@@ -87,7 +87,7 @@ def _read(paths: list[str]) -> list[tuple[str, Result]]:
         if "tried" not in run:
             runs.append((path, run))
     if not runs:
-        raise UserError("all of these are short runs of tuning; give the results of whole runs")
+        raise UserError("all of these are tuning runs; give the results of whole runs")
     return runs
 
 

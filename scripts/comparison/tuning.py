@@ -1,4 +1,4 @@
-"""The search for a variant's weights: what a short run tries next, and what the short runs have found.
+"""The search for a variant's weights: what a tuning run tries next, and what the tuning runs have found.
 
 The values of all keys are searched together, evenly in their logarithms, from a tenth to ten times the variant's own
 values. The first trial has its own values, the next three are random places in the range, the same for each variant
@@ -25,7 +25,7 @@ Range = tuple[float, float]
 
 
 class Trial(NamedTuple):
-    """A short run."""
+    """A tuning run."""
 
     values: dict[str, float]  # by key
     AP: float | None  # None if it failed

@@ -1,7 +1,7 @@
 #!/bin/bash
 # How many cells GHM-C's regions hold as a training goes on: short trainings of several lengths, each with its schedule.
-# In batches of up to 64 images, and of the last training up to 1,024. Also of BCCD, if tables.sh has trained it. Tables
-# and figures go into results/regions.
+# In batches of up to 64 images, and of the last training up to 1,024. Also of BCCD, if short_tuning.sh has trained it.
+# Tables and figures go into results/regions.
 # Arguments: the config (configs/demo_long/ghm_c.yaml, without a limit), the numbers of steps, further KEY=VALUE.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -18,8 +18,8 @@ python scripts/batch_regions.py --checkpoints $(for step in $steps; do echo "run
 large=(--images 2048 --batches 4 64 256 1024)
 python scripts/batch_regions.py --checkpoints "runs/regions/${steps##* }/$name/last.pt" "${large[@]}" \
     --output "results/regions/${name}_large"
-if [ -f runs/laptop/ghm_c-s0/best.pt ]; then
-    python scripts/batch_regions.py --checkpoints runs/laptop/ghm_c-s0/best.pt --output results/regions/bccd
-    python scripts/batch_regions.py --checkpoints runs/laptop/ghm_c-s0/best.pt "${large[@]}" \
+if [ -f runs/laptop_short/ghm_c-s0/best.pt ]; then
+    python scripts/batch_regions.py --checkpoints runs/laptop_short/ghm_c-s0/best.pt --output results/regions/bccd
+    python scripts/batch_regions.py --checkpoints runs/laptop_short/ghm_c-s0/best.pt "${large[@]}" \
         --output results/regions/bccd_large
 fi

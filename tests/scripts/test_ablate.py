@@ -91,7 +91,7 @@ def test_a_second_start_keeps_the_results_of_tuned_runs(base, tmp_path, command)
     assert names[0] and names[1] and not names[0] & names[1]  # no image is in both parts
     assert second["config"]["data"]["val"]["images"] == second["config"]["data"]["train"]["images"]
 
-    assert [path.parent.name for path in (tmp_path / "out").rglob("*.pt")] == ["focal-s0"]  # no weights of short runs
+    assert [path.parent.name for path in (tmp_path / "out").rglob("*.pt")] == ["focal-s0"]  # no weights of tuning runs
 
     times = {path: path.stat().st_mtime_ns for path in results.iterdir()}
     code, out, err = command(ablate.main, *arguments)

@@ -98,7 +98,7 @@ def test_a_condition_that_is_still_tuned_is_left_out(folder, command):
     (folder / "40" / "tune-ce-1-s0.json").rename(folder / "40" / "tune-ce-1.json")
     code, out, err = command(compare_conditions.main, folder, "--output", folder / "plot.png")
     assert code == 0 and "| run | 0 | 20 |" in out
-    assert err == f"left out: {folder / '40'}: only short runs of tuning so far\n"
+    assert err == f"left out: {folder / '40'}: only tuning runs so far\n"
 
 
 def test_nothing_can_be_lost_from_an_ap_of_0(folder, command):
