@@ -10,7 +10,8 @@ variant with each of these values; two --grid options train it with each pair of
 a tenth to ten times its file's values: the first run has the file's values, and Optuna proposes the others. If the best
 value is at an end of the range, the range is extended, still within 8 runs. Tuning runs train on three quarters of the
 training images and are scored on the rest, never on the validation set. `--tune-set solver.epochs=4` makes them
-shorter. The variant is then trained with its best values. docs/new_loss.md says what tuning costs and when it is not worth it.
+shorter. The variant is then trained with its best values. docs/new_loss.md says what tuning costs and when it is not
+worth it.
 
 Stop it at any time; the same command continues. Finished runs are kept, interrupted runs are resumed. A run that
 diverges is a result too, with its reason; delete the result to try again. `--processes 2` trains each run with two
