@@ -195,7 +195,7 @@ def scale_(gradient: Tensor, factor: Tensor) -> None:
 
 def _codes(labels: Tensor, valid: Tensor) -> Tensor:
     """Labels (N,) int32, -1 in rows that do not count: one number to read for each cell instead of two."""
-    return torch.where(valid, labels, -1).to(torch.int32)
+    return torch.where(valid, labels.to(torch.int32), -1)
 
 
 def _split(params: tuple) -> tuple[tuple, tuple]:
