@@ -6,8 +6,8 @@
 #
 # DATA holds bccd/ and playing_cards/, each with train.json, val.json and images/. WEIGHTS is a file with torchvision's
 # weights of MobileNetV2, for a machine without a network. Small files with the results go into OUTPUT/results. After
-# SECONDS_LEFT (540) it stops; the same command continues, also on another machine that has OUTPUT/results and the same path of WEIGHTS.
-# QUICK=1 tries the script itself on a CPU.
+# SECONDS_LEFT (540) it stops; the same command continues, also on another machine that has OUTPUT/results and the same
+# path of WEIGHTS. QUICK=1 tries the script itself on a CPU.
 set -u
 data=$(realpath "$1") weights=${3:-imagenet}
 mkdir -p "$2" && output=$(realpath "$2")
@@ -37,10 +37,10 @@ if [ -n "${QUICK:-}" ]; then
     exit
 fi
 wide="data.short_side=480 data.long_side=672"
-study laptop bccd laptop 5 8 "$eight" "$wide model.weights=$weights solver.epochs=12" "solver.epochs=4 evaluation.every=4"
+study laptop bccd laptop 5 8 "$eight" "$wide model.weights=$weights solver.epochs=12" "evaluation.every=12"
 forms="ghm_c --grid class_loss."
 for form in momentum=0 prior_count=1000,6000; do
-    study forms/bccd bccd laptop 5 8 "$forms$form" "$wide model.weights=$weights solver.epochs=12" "solver.epochs=4 evaluation.every=4"
+    study forms/bccd bccd laptop 5 8 "$forms$form" "$wide model.weights=$weights solver.epochs=12" "evaluation.every=12"
 done
 study cards playing_cards laptop 3 8 "$four" \
     "$wide model.weights=$weights data.horizontal_flip=0 solver.epochs=30 evaluation.every=10" \
