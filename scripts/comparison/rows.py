@@ -44,10 +44,19 @@ def read_sets(paths: list[str]) -> list[tuple[str, list[Row]]]:
     scored on different images, which is a mistake that their comparison reports.
     """
     runs = _read(paths)
-    known = {_file(run): _set(run) for _, run in runs if "metrics" in run}
+    digests: dict[tuple, set[str]] = {}  # of annotation files that look alike; older results do not have them
+    for _, run in runs:
+        if "metrics" in run and (digest := validation_digest(run)):
+            digests.setdefault(_set(run), set()).add(digest)
+
+    def key_of(run: Result) -> tuple:
+        key = _set(run)
+        return (*key, validation_digest(run)) if len(digests.get(key, ())) > 1 else key
+
+    known = {_file(run): key_of(run) for _, run in runs if "metrics" in run}
     by_set: dict[tuple, list[tuple[str, Result]]] = {}
     for path, run in runs:  # one that failed does not say how many images there are
-        by_set.setdefault(_set(run) if "metrics" in run else known.get(_file(run), ()), []).append((path, run))
+        by_set.setdefault(key_of(run) if "metrics" in run else known.get(_file(run), ()), []).append((path, run))
     places = {
         (run["variant"], run["config"].get("seed", 0), key)
         for key in by_set
@@ -62,6 +71,11 @@ def read_sets(paths: list[str]) -> list[tuple[str, list[Row]]]:
 def scored_on(run: Result) -> tuple:
     """The file of the validation set, without its folder, which may differ between machines; the number of images."""
     return Path(_file(run)).name, run["metrics"].get("images")
+
+
+def validation_digest(run: Result) -> str | None:
+    """The hash of the validation set's annotation file, None in older results."""
+    return run.get("annotations", {}).get("data.val")
 
 
 def _set(run: Result) -> tuple:

@@ -474,6 +474,18 @@ def test_sets_with_one_file_name_and_as_many_images_differ_by_their_boxes(tmp_pa
     assert "All 2 sets" in capsys.readouterr().out
 
 
+def test_sets_that_look_alike_differ_by_the_hash_of_their_annotations(tmp_path, capsys):
+    files = of_sets(tmp_path, {"ce": (30, 50), "focal": (34, 52)})
+    for file in files:
+        content = json.loads(Path(file).read_text())
+        content["metrics"] |= {"images": 50, "per_class": {"cell": {"boxes": 100}}}
+        content["config"]["data"] = {"val": {"annotations": f"{Path(file).parent}/val.json"}}
+        content["annotations"] = {"data.val": "1" if "cells" in file else "2"}
+        Path(file).write_text(json.dumps(content))
+    main(files)
+    assert "All 2 sets" in capsys.readouterr().out
+
+
 def test_the_page_shows_each_set_and_the_verdict_on_both(tmp_path):
     main([*of_sets(tmp_path, {"ce": (30, 50), "focal": (34, 52)}), "--html", str(tmp_path / "page.html")])
     page = (tmp_path / "page.html").read_text()
