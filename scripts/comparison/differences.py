@@ -9,7 +9,7 @@ import numpy as np
 
 from detector.errors import UserError
 from scripts.comparison import result, verdict
-from scripts.comparison.rows import METRICS, Row, scored_on, validation_digest
+from scripts.comparison.rows import METRICS, Row, scored_on
 
 SEEDS = 3  # the least that users are advised to train
 Correction = Callable[[Sequence[float]], list[float]]
@@ -111,9 +111,7 @@ def differing_pairs(rows: Sequence[Row], metric: str = "AP") -> list[str]:
 
 
 def same_images(runs: Sequence[dict]) -> bool:
-    """Whether the runs were scored on as many images, with as many boxes of each class, of equal files if known."""
-    if len({digest for run in runs if (digest := validation_digest(run))}) > 1:
-        return False
+    """Whether the runs were scored on as many images, with as many boxes of each class."""
     boxes = [{name: of.get("boxes") for name, of in run["metrics"].get("per_class", {}).items()} for run in runs]
     return len({(run["metrics"].get("images"), *of_run.items()) for run, of_run in zip(runs, boxes)}) == 1
 

@@ -44,14 +44,16 @@ def read_sets(paths: list[str]) -> list[tuple[str, list[Row]]]:
     scored on different images, which is a mistake that their comparison reports.
     """
     runs = _read(paths)
-    digests: dict[tuple, set[str]] = {}  # of annotation files that look alike; older results do not have them
+    digests: dict[tuple, set[str | None]] = {}  # of annotation files that look alike
     for _, run in runs:
-        if "metrics" in run and (digest := validation_digest(run)):
-            digests.setdefault(_set(run), set()).add(digest)
+        if "metrics" in run:
+            digests.setdefault(_set(run), set()).add(run.get("annotations", {}).get("data.val"))
 
     def key_of(run: Result) -> tuple:
-        key = _set(run)
-        return (*key, validation_digest(run)) if len(digests.get(key, ())) > 1 else key
+        """Files that look alike are different sets if their content and the size of the images differ."""
+        data = run["config"].get("data", {})
+        sizes = data.get("short_side"), data.get("long_side")
+        return (*_set(run), *sizes) if len(digests[_set(run)]) > 1 else _set(run)
 
     known = {_file(run): key_of(run) for _, run in runs if "metrics" in run}
     by_set: dict[tuple, list[tuple[str, Result]]] = {}
@@ -71,11 +73,6 @@ def read_sets(paths: list[str]) -> list[tuple[str, list[Row]]]:
 def scored_on(run: Result) -> tuple:
     """The file of the validation set, without its folder, which may differ between machines; the number of images."""
     return Path(_file(run)).name, run["metrics"].get("images")
-
-
-def validation_digest(run: Result) -> str | None:
-    """The hash of the validation set's annotation file, None in older results."""
-    return run.get("annotations", {}).get("data.val")
 
 
 def _set(run: Result) -> tuple:
