@@ -6,8 +6,8 @@
 Peers: GHM-C and GHM-R as a loop over bins, with the arithmetic of the released code; torchvision's focal loss, alone
 and as its RetinaNet head calls it; cross entropy on dense targets; a sort with two searches for exact density. They run
 on the GPU where there is one. All alternate in one process, so a slow moment of the machine affects all of them.
-Times are medians, with freed memory kept by the process, and on a GPU of five calls in a row, as the GPU is never idle
-between a training's losses and its backward pass; memory is the peak of one call beyond the memory in use before
+Times are medians, with freed memory kept by the process. On a GPU each is the mean of five calls in a row, because in a
+training the GPU does not wait for the losses to start. Memory is the peak of one call beyond the memory in use before
 it, as a multiple of the logits' size.
 "Focal's gradient against float64": its relative error where background is confident, beside torchvision's.
 --step: a whole training step, ResNet-18 at 512 px, 2 images, GHM-C + GHM-R beside CE + smooth L1.

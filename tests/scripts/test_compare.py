@@ -44,6 +44,11 @@ def two(tmp_path):
     ]
 
 
+def test_an_option_of_older_versions_is_no_difference(tmp_path, capsys):
+    main([make_run(tmp_path, "focal", config={"compile": False}), make_run(tmp_path, "ghm_c")])
+    assert "compile" not in capsys.readouterr().out
+
+
 NO_COSTS = (
     "- s/step and GB are not shown: the results do not say whether each run had the machine to itself; "
     "scripts/ablate.py --time measures the losses in turn"
