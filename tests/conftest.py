@@ -29,6 +29,7 @@ import yaml
 from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib import font_manager
+from matplotlib import pyplot as plt
 
 import train
 from data import fonts
@@ -68,6 +69,13 @@ def handlers():
     sys.unraisablehook = hook
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def figures():
+    """Close the figures of a test: matplotlib warns of more than 20, and the scripts leave theirs to their end."""
+    yield
+    plt.close("all")
 
 
 @pytest.fixture
