@@ -62,11 +62,6 @@ class BatchLoader(DataLoader):
         """Start the worker processes, or let those of the last epoch go on."""
         if self._iterator is not None:
             return super().__iter__()
-        with contextlib.suppress(ImportError):  # each tensor that is sent is an open file: the usual limit is 1024
-            import resource  # not on Windows
-
-            highest = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-            resource.setrlimit(resource.RLIMIT_NOFILE, (highest, highest))
         # The workers inherit the blocked signals, so none can end one before it ignores them.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS) if hasattr(signal, "pthread_sigmask") else None
         try:

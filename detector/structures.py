@@ -41,10 +41,23 @@ class Batch(NamedTuple):
         if device.type == self.images.device.type:
             return self
         non_blocking = device.type == "cuda"  # a non-blocking copy to the CPU could be read before it has arrived
-        counts = [len(target.labels) for target in self.targets]
-        joined = (torch.cat(values).to(device, non_blocking=non_blocking) for values in zip(*self.targets))
-        targets = [Target(*values) for values in zip(*(values.split(counts) for values in joined))]
-        return self._replace(images=self.images.to(device, non_blocking=non_blocking), targets=targets)
+        images, joined, *rest = self._joined()
+        moved = Target(*(values.to(device, non_blocking=non_blocking) for values in joined))
+        return _split(images.to(device, non_blocking=non_blocking), moved, *rest)
+
+    def __reduce__(self) -> tuple:
+        """Three tensors cross to another process, however many images: each takes it an open file and 0.1 ms."""
+        return _split, self._joined()
+
+    def _joined(self) -> tuple:
+        """The arguments of `_split` that make this batch."""
+        targets = Target(*map(torch.cat, zip(*self.targets)))
+        return self.images, targets, [len(target.labels) for target in self.targets], *self[2:]
+
+
+def _split(images: Tensor, joined: Target, counts: list[int], *rest: list) -> Batch:
+    """The batch whose targets, `counts` boxes in each image, are joined."""
+    return Batch(images, [Target(*values) for values in zip(*(values.split(counts) for values in joined))], *rest)
 
 
 class Grid(NamedTuple):
