@@ -81,6 +81,7 @@ class CocoDataset(Dataset):
             cure = "to use them unchanged, set data.trust=true (convert.py: --trust)"
             raise UserError(f"{self.path}: {flaw}; {cure}")
         self._collect_boxes()
+        self._compare_repeated()
         self._digest = self._digest_of_contents()
         self.image_remarks: Remarks = {}  # on the images read so far; the loader adds those of its processes
         self.cache = None
@@ -186,8 +187,26 @@ class CocoDataset(Dataset):
         counts = f"{len(self)} images, {self.num_boxes} boxes, {len(self.category_ids)} classes"
         return f"{counts}, sha256 {self._digest}"
 
+    def _compare_repeated(self) -> None:
+        """Raise UserError if records of one image have different boxes: each would teach the other's as background."""
+        if len(set(self.file_names)) == len(self):
+            return
+        first: dict[str, int] = {}
+        for index, name in enumerate(self.file_names):
+            other = first.setdefault(name, index)
+            if self._labelled_boxes(index) != self._labelled_boxes(other):
+                ids = f"ids {self.image_ids[other]} and {self.image_ids[index]}"
+                raise UserError(
+                    f"{self.path}: {shortened(name)} is listed twice, with different boxes ({ids}); list it once with "
+                    "all its boxes, as scripts/convert.py coco does"
+                )
+
+    def _labelled_boxes(self, index: int) -> list[tuple]:
+        rows = slice(self._starts[index], self._starts[index + 1])
+        return sorted(zip(self._labels[rows].tolist(), self._boxes[rows].tolist()))
+
     def _digest_of_contents(self) -> str:
-        """A digest of everything in the annotation file that training and scoring use; wherever the images are."""
+        """A digest of what training uses, wherever the images are: all of the annotation file but areas."""
         known = self.annotations
         digest = hashlib.sha256(repr((self.image_ids, known.file_names, self.sizes, self.category_ids)).encode())
         for values in (known.images, known.categories, known.boxes, known.crowds):

@@ -46,6 +46,8 @@ def match(annotations: Annotations, results: list[dict]) -> Outcomes:
     with contextlib.redirect_stdout(io.StringIO()):  # COCOeval always prints
         truth, detected = COCO(), COCO()
         truth.dataset = annotations.document()
+        for number, box in enumerate(truth.dataset["annotations"], start=1):
+            box["id"] = number  # COCOeval takes a match with id 0 for no match
         detected.dataset = {key: truth.dataset[key] for key in ("images", "categories")}
         detected.dataset["annotations"] = [
             {**result, "id": number, "area": result["bbox"][2] * result["bbox"][3], "iscrowd": 0}

@@ -4,11 +4,12 @@ import os
 import posixpath
 from collections import defaultdict
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import unquote
 
 from data.annotations import load_annotations
 from detector.errors import UserError
-from scripts.conversion.found_files import Index, folder_of, kind_of, list_files, part_of, tell_unused
+from scripts.conversion.found_files import Index, common, folder_of, kind_of, list_files, part_of, pieces, tell_unused
 from scripts.conversion.label_formats import Box, Labels, Notes, bytes_of
 from scripts.conversion.source import Source
 
@@ -55,16 +56,21 @@ def read_coco(sources: list[Path], notes: Notes) -> Source:
     pool = {key[name]: path for name, path in every.items() if kind_of(name) == "image"}
     index = Index(pool)
 
-    labels: dict[str, Labels] = {}
-    parts: dict[str, set[str]] = defaultdict(set)
+    claims: dict[str, list[Claim]] = defaultdict(list)
     for document, (_, records) in documents.items():
         part = part_of(key[document]) if len(documents) > 1 else None
         for file_name, listed in records:
-            place = place_of(file_name, key[document], pool, index, notes)
-            if place is not None:
-                labels[place] = merged(labels.get(place), listed, place, notes)
-                if part:
-                    parts[part].add(place)
+            if found := place_of(file_name, key[document], pool, index, notes):
+                place, exact = found
+                agreement = len(pieces(place)) + 1 if exact else common(*map(reversed, map(pieces, (place, file_name))))
+                claims[place].append(Claim(key[document], part, file_name, agreement, listed))
+    labels: dict[str, Labels] = {}
+    parts: dict[str, set[str]] = defaultdict(set)
+    for place in list(claims):
+        for claim in of_one_image(place, claims[place], notes):
+            labels[place] = merged(labels.get(place), claim.labels, place, notes)
+            if claim.part:
+                parts[claim.part].add(place)
     if not labels:
         tried = ", ".join(sorted({folder_of(name) or "." for name in pool})[:6]) or "no images there"
         first = next(name for _, records in documents.values() for name, _ in records)
@@ -127,16 +133,49 @@ def inside(folder: Path) -> list[Path]:
         return []
 
 
-def place_of(file_name: str, document: str, pool: dict[str, Path], index: Index, notes: Notes) -> str | None:
-    """The image in the `pool` that a document's file_name means; None if none or several fit."""
+class Claim(NamedTuple):
+    """A record of a document, for the image that its file_name seems to mean."""
+
+    document: str
+    part: str | None  # the document's
+    file_name: str
+    agreement: int  # names at the end of the image's path that file_name has too; more if it is where the document says
+    labels: Labels
+
+
+def of_one_image(place: str, claims: list[Claim], notes: Notes) -> list[Claim]:
+    """The claims that mean this image. Others mean one of the same name in a folder that is not there."""
+    best = max(claims, key=lambda claim: claim.agreement)
+    kept = []
+    for claim in claims:
+        whole = claim.agreement >= len(pieces(claim.file_name)) and claim.part == best.part
+        if claim.agreement < best.agreement and not whole:
+            notes["left out: images that are not there"].append(f"{claim.document}: {claim.file_name}")
+        else:
+            kept.append(claim)
+    exact = best.agreement > len(pieces(place))
+    if not exact and len({(claim.document, claim.file_name) for claim in kept}) > len({c.document for c in kept}):
+        kind = f"left out: names that all fit one image, {place}"
+        notes[kind].extend(f"{claim.document}: {claim.file_name}" for claim in kept)
+        return []
+    return kept
+
+
+def place_of(
+    file_name: str, document: str, pool: dict[str, Path], index: Index, notes: Notes
+) -> tuple[str, bool] | None:
+    """The image in the `pool` that a document's file_name means, and whether it is where the document says.
+
+    None if none or several fit.
+    """
     beside = folder_of(document)
     for start in (beside, f"{beside}/images", folder_of(beside), f"{folder_of(beside)}/images"):
         place = posixpath.normpath(posixpath.join(start.lstrip("/"), file_name))
         if place in pool:
-            return place
+            return place, True
     hits = index.find(file_name, document)
     if len(hits) == 1:
-        return hits[0]
+        return hits[0], False
     kind = "left out: names that fit several images" if hits else "left out: images that are not there"
     notes[kind].append(f"{document}: {file_name}")
     return None

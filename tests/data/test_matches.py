@@ -67,8 +67,11 @@ def repeated(annotations, detections, draw):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_draw_of_each_image_once_gives_the_ap_of_the_data_set(seed):
+@pytest.mark.parametrize("first_id", [1, 0, -5])  # COCOeval takes a match with id 0 for no match
+def test_a_draw_of_each_image_once_gives_the_ap_of_the_data_set(seed, first_id):
     annotations, detections = case(seed)
+    for number, annotation in enumerate(annotations["annotations"], start=first_id):
+        annotation["id"] = number
     expected = score(parse_annotations(annotations), detections, [5, 6, 7])
     matches = match(parse_annotations(annotations), results(detections))
     ap_by_iou = average_precision(matches, np.ones(12, np.int64))
