@@ -62,15 +62,19 @@ def read_coco(sources: list[Path], notes: Notes) -> Source:
         for file_name, listed in records:
             if found := place_of(file_name, key[document], pool, index, notes):
                 place, exact = found
-                agreement = len(pieces(place)) + 1 if exact else common(*map(reversed, map(pieces, (place, file_name))))
-                claims[place].append(Claim(key[document], part, file_name, agreement, listed))
+                shared = common(reversed(pieces(place)), reversed(pieces(file_name)))
+                if shared == 1 and part and part_of(folder_of(place)) not in (None, part):
+                    shared = 0  # the name alone, in another part of the set
+                claims[place].append(
+                    Claim(key[document], part, file_name, len(pieces(place)) + 1 if exact else shared, listed)
+                )
     labels: dict[str, Labels] = {}
     parts: dict[str, set[str]] = defaultdict(set)
-    for place in list(claims):
-        for claim in of_one_image(place, claims[place], notes):
-            labels[place] = merged(labels.get(place), claim.labels, place, notes)
-            if claim.part:
-                parts[claim.part].add(place)
+    for place in claims:
+        if kept := of_one_image(place, claims[place], notes):
+            labels[place] = merged(place, kept, notes)
+            for part in {claim.part for claim in kept if claim.part}:
+                parts[part].add(place)
     if not labels:
         tried = ", ".join(sorted({folder_of(name) or "." for name in pool})[:6]) or "no images there"
         first = next(name for _, records in documents.values() for name, _ in records)
@@ -148,15 +152,18 @@ def of_one_image(place: str, claims: list[Claim], notes: Notes) -> list[Claim]:
     best = max(claims, key=lambda claim: claim.agreement)
     kept = []
     for claim in claims:
-        whole = claim.agreement >= len(pieces(claim.file_name)) and claim.part == best.part
-        if claim.agreement < best.agreement and not whole:
-            notes["left out: images that are not there"].append(f"{claim.document}: {claim.file_name}")
-        else:
+        # Another file may have the name with fewer folders. The same name is somewhere else there.
+        shorter = claim.document != best.document and claim.file_name != best.file_name
+        shorter = shorter and claim.agreement == len(pieces(claim.file_name))
+        if claim.agreement == best.agreement or shorter:
             kept.append(claim)
+        else:
+            notes["left out: images that are not there"].append(f"{claim.document}: {claim.file_name}")
     exact = best.agreement > len(pieces(place))
-    if not exact and len({(claim.document, claim.file_name) for claim in kept}) > len({c.document for c in kept}):
+    named = {(claim.document, claim.file_name) for claim in kept}
+    if not exact and len(named) > len({document for document, _ in named}):
         kind = f"left out: names that all fit one image, {place}"
-        notes[kind].extend(f"{claim.document}: {claim.file_name}" for claim in kept)
+        notes[kind] += [f"{document}: {file_name}" for document, file_name in sorted(named)]
         return []
     return kept
 
@@ -181,9 +188,16 @@ def place_of(
     return None
 
 
-def merged(labels: Labels | None, other: Labels, name: str, notes: Notes) -> Labels:
-    if labels is None:
-        return other
-    notes["images that are listed more than once, and their boxes joined"].append(name)
-    known = {box[:3] for box in labels.boxes}
-    return labels._replace(boxes=labels.boxes + [box for box in other.boxes if box[:3] not in known])
+def merged(place: str, claims: list[Claim], notes: Notes) -> Labels:
+    """The labels of an image from all records of it. Raises UserError if they disagree about its size."""
+    boxes, sizes = list(claims[0].labels.boxes), {}
+    for claim in claims:
+        if claim.labels.size:
+            sizes.setdefault(claim.labels.size, f"{claim.labels.size[0]} x {claim.labels.size[1]} in {claim.document}")
+    if len(sizes) > 1:
+        raise UserError(f"{place}: its size is {' and '.join(sizes.values())}; correct the wrong one, and its boxes")
+    for claim in claims[1:]:
+        notes["images that are listed more than once, and their boxes joined"].append(place)
+        known = {box[:3] for box in boxes}
+        boxes += [box for box in claim.labels.boxes if box[:3] not in known]
+    return Labels(boxes, next(iter(sizes), None))

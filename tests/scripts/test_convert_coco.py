@@ -197,6 +197,77 @@ def test_an_image_in_two_files_appears_once_and_in_val_if_one_file_says_so(run, 
     assert "listed more than once, and their boxes joined: 6" in out and "used for validation only: 1" in out
 
 
+def test_names_of_missing_folders_do_not_take_images_of_others(run, folder):
+    """The images of cam2/ are not there. Its names must not find those of cam1/."""
+    cameras = {name: {f"{n}.jpg": boxes(10 * c + n) for n in range(4)} for c, name in enumerate(("cam1", "cam2"))}
+    paint(*(folder / place / "cam1" / f"{n}.jpg" for n in range(4) for place in ("one/images/set", "beside", "each")))
+    every = {f"{camera}/{name}": listed for camera, images in cameras.items() for name, listed in images.items()}
+    write(folder / "one" / "all.json", every)
+    write(folder / "beside" / "all.json", every)
+    for camera, images in cameras.items():
+        write(folder / "each" / camera / "labels.json", images)
+    for place in ("one", "beside", "each"):
+        code, out, err, splits = run(folder / place)
+        assert code == 0, err
+        found = {Path(name).name: listed for name, listed in {**splits["train"], **splits["val"]}.items()}
+        assert found == cameras["cam1"] and "images that are not there: 4 (" in out and "joined" not in out
+        (folder / "dst").rename(folder / f"{place}_dst")
+
+
+@pytest.mark.parametrize("layout", ["{part}/_annotations.coco.json {part}", "annotations/{part}.json images/{part}"])
+def test_missing_images_of_a_part_are_not_taken_from_another(run, folder, layout):
+    for part, first in (("train", 0), ("valid", 10)):
+        file, images = layout.format(part=part).split()
+        members = {f"{n}.jpg": boxes(first + n) for n in range(5)}
+        write(folder / "src" / file, members)
+        paint(*(folder / "src" / images / name for name in list(members)[: 5 if part == "train" else 2]))
+    code, out, err, splits = run(folder / "src")
+    assert code == 0, err
+    assert {Path(name).name: listed for name, listed in splits["train"].items()} == {
+        f"{n}.jpg": boxes(n) for n in range(5)
+    }
+    assert {Path(name).name: listed for name, listed in splits["val"].items()} == {
+        f"{n}.jpg": boxes(10 + n) for n in range(2)
+    }
+    assert "images that are not there: 3 (" in out
+
+
+def test_two_names_that_fit_one_image_equally_are_left_out(run, folder):
+    write(folder / "a.json", {f"{n}.jpg": boxes(n) for n in range(4)} | {"x/9.jpg": boxes(8), "y/9.jpg": boxes(9)})
+    paint(*(folder / f"{n}.jpg" for n in range(4)), folder / "z" / "9.jpg")
+    code, out, err, splits = run(folder)
+    assert code == 0, err
+    assert {**splits["train"], **splits["val"]}.keys() == {f"{n}.jpg" for n in range(4)}
+    assert "names that all fit one image, z/9.jpg: 2 (a.json: x/9.jpg; a.json: y/9.jpg)" in out
+
+
+def test_a_name_with_and_one_without_folders_mean_the_same_image(run, folder):
+    """As in COCO's layout, in which the file is not beside the images."""
+    write(folder / "annotations" / "instances_train2017.json", {f"{n}.jpg": boxes(n)[:1] for n in range(5)})
+    write(folder / "annotations" / "more.json", {f"train2017/{n}.jpg": boxes(n)[1:] for n in range(5)})
+    paint(*(folder / "train2017" / f"{n}.jpg" for n in range(5)))
+    code, _, err, splits = run(folder)
+    assert code == 0, err
+    assert {name: sorted(listed) for name, listed in {**splits["train"], **splits["val"]}.items()} == {
+        f"{n}.jpg": boxes(n) for n in range(5)
+    }
+
+
+def test_files_that_disagree_about_the_size_of_an_image_are_refused(run, folder):
+    for name in "ab":
+        write(folder / f"{name}.json", {f"{n}.jpg": boxes(n) for n in range(4)})
+    document = json.loads((folder / "b.json").read_text())
+    document["images"][2] |= {"width": 2 * SIZE[0], "height": 2 * SIZE[1]}
+    (folder / "b.json").write_text(json.dumps(document))
+    paint(*(folder / f"{n}.jpg" for n in range(4)))
+    code, _, err, _ = run(folder / "a.json", folder / "b.json")
+    assert code == 2 and err.startswith("error: 2.jpg: ") and "64 x 48 in a.json and 128 x 96 in b.json" in err
+    del document["images"][2]["width"]
+    (folder / "b.json").write_text(json.dumps(document))
+    code, _, err, splits = run(folder / "a.json", folder / "b.json")
+    assert code == 0 and {**splits["train"], **splits["val"]} == {f"{n}.jpg": boxes(n) for n in range(4)}, err
+
+
 def test_unused_files_are_reported(run, folder):
     src = folder / "src"
     write(src / "a.json", {f"{n}.jpg": boxes(n) for n in range(4)} | {"gone.jpg": boxes(9), "twice.jpg": boxes(8)})
