@@ -69,6 +69,23 @@ def test_labels_are_positions_of_sorted_category_ids(folder):
     assert data[1][1].labels.tolist() == [1, 0]
 
 
+def test_an_image_that_is_listed_twice_needs_the_same_boxes(folder):
+    document = copy.deepcopy(GOOD)
+    document["images"].append({**GOOD["images"][1], "id": 8})
+    twins = [{**record, "image_id": 8, "id": 100 + record["id"]} for record in GOOD["annotations"]]
+    document["annotations"] += [twins[n] for n in (5, 4, 0)]
+    write(folder, document)
+    assert len(dataset(folder)) == 4
+    for change in ({"bbox": [1, 2, 3, 5]}, {"category_id": 5}, {"image_id": 7}):
+        twin = document["annotations"][-1]
+        document["annotations"][-1] = {**twin, **change}
+        write(folder, document)
+        with pytest.raises(UserError) as excinfo:
+            dataset(folder)
+        one_line(excinfo, "annotations.json", "sub/b.png", "ids 3 and 8", "list it once")
+        document["annotations"][-1] = twin
+
+
 def test_repeated_class_names_get_their_category_id(folder):
     document = copy.deepcopy(GOOD)
     document["categories"][1]["name"] = "dog"
