@@ -199,6 +199,10 @@ class _Reader:
         ids, owners, kinds, crowds, boxes, areas = columns["annotations"]
         self.unique("images", image_ids)
         self.unique("categories", category_ids)
+        count = Counter(names)
+        if shared := [number for number, name in zip(category_ids.tolist(), names) if count[name] > 1]:
+            kind = "categories with the name of another, kept apart by their ids"
+            self.counts[kind], self.first[kind] = len(shared), f"the first is category id {shared[0]}"
         self.number(ids)
         self.unique("annotations", ids)
         places = self.known("image_id", owners, image_ids, ids)

@@ -114,7 +114,9 @@ PLAIN = {
     "no ids": ([every("annotations", "id", KeyError)], "5 annotations without an id numbered", ()),
     "ids of null": ([every("annotations", "id", None)], "5 annotations without an id numbered", ()),
     "one id of null": ([every("annotations", "id", lambda n: None if n == 1 else n)], "1 annotations without", ()),
-    "names that are numbers": ([every("categories", "name", len)], "2 class names that are numbers", "names"),
+    "names that are numbers": (
+        [every("categories", "name", len)], "2 class names that are numbers; 2 categories with the name", "names",
+    ),
 }  # fmt: skip
 
 
@@ -304,3 +306,13 @@ def test_an_unreadable_file_is_reported_in_one_line(tmp_path):
         with pytest.raises(UserError) as excinfo:
             load_annotations(tmp_path / name)
         one_line(excinfo, str(tmp_path))
+
+
+def test_classes_of_one_name_are_remarked_on():
+    document = copy.deepcopy(GOOD)
+    assert not any("name" in remark for remark in parse_annotations(document).remarks)
+    document["categories"].append({"id": 6, "name": GOOD["categories"][0]["name"]})
+    (remark,) = (remark for remark in parse_annotations(document).remarks if "name" in remark)
+    first = GOOD["categories"][0]["id"]
+    expected = "2 categories with the name of another, kept apart by their ids"
+    assert remark == f"{expected} (the first is category id {first})"
