@@ -17,9 +17,9 @@ SRC is a folder, or a set's data.yaml or obj.data. It is not changed. Links in i
              else "class 0" ... An image without labels has no boxes.
     voc      pixels counted from 1, both ends included; or, where corners are 0 or fractions, positions counted from 0.
              A difficult object is neither trained on nor scored (iscrowd).
-    labelme  rectangles, and the bounds of polygons, masks, rotated boxes and circles. An image that is only inside its
-             JSON file is taken from there.
-    coco     a file, or several, or folders of them; classes of the same name become one. Boxes only.
+    labelme  rectangles, and the bounds of polygons, masks, rotated boxes and circles. Shapes of one label and
+             group_id are one object. An image that is only inside its JSON file is taken from there.
+    coco     a file, or several, or folders of them; their classes of the same name become one. Boxes only.
 
 Labels belong to an image if they have the same path, with labels/ or Annotations/ in place of images/ or JPEGImages/,
 if the label file names the image, or if the file name is unique. With voc and labelme an image without labels is left

@@ -39,7 +39,7 @@ def describe(source: Path, files: dict[str, Path]) -> Described | None:
         if suffix not in (".yaml", ".yml", ".data"):
             continue
         try:
-            content = darknet(text_of(path)) if suffix == ".data" else yaml.safe_load(text_of(path))
+            content = darknet(text_of(path)) if suffix == ".data" else yaml_of(text_of(path))
         except (yaml.YAMLError, RecursionError, ValueError) as error:
             broken.append(f"{path}: is not YAML ({' '.join(str(error).split())[:100]})")
             continue
@@ -58,6 +58,14 @@ def describe(source: Path, files: dict[str, Path]) -> Described | None:
         listed = ", ".join(described.name for described in sets[:5]) + (", ..." if len(sets) > 5 else "")
         raise UserError(f"{source}: {len(sets)} files in it describe a set: {listed}; give one of them in its place")
     return sets[0] if sets else None
+
+
+def yaml_of(text: str) -> object:
+    """Content whose values are texts, as written: YAML 1.1 takes a class called no for false, and 010 for 8."""
+    content = yaml.load(text, yaml.BaseLoader)
+    if not isinstance(content, dict):
+        return content
+    return {key: None if value in ("", "~", "null", "Null", "NULL") else value for key, value in content.items()}
 
 
 def darknet(text: str) -> dict:
@@ -81,13 +89,21 @@ def classes_of(source: Path, files: dict[str, Path], described: Described | None
         named = from_lists(source, {name: path for name, path in files.items() if is_names(name)})
     if not isinstance(named, list) or len(set(map(str, named))) != len(named):
         raise UserError(f"{source}: the names of its classes are not a list, or a name is there twice")
-    if keypoints is not None and not (
-        isinstance(keypoints, list) and len(keypoints) == 2 and all(type(n) is int and n > 0 for n in keypoints)
-    ):
-        raise UserError(
-            f"{files[described.name]}: kpt_shape is {keypoints}; give [number of keypoints, 2 or 3], such as [17, 3]"
-        )
-    return Classes(list(map(str, named)), tuple(keypoints) if keypoints else None)
+    return Classes(list(map(str, named)), None if keypoints is None else shape_of(keypoints, files[described.name]))
+
+
+def shape_of(keypoints: object, file: Path) -> tuple[int, int]:
+    """The number of keypoints, and of the numbers for each, from kpt_shape."""
+    try:
+        if not isinstance(keypoints, list):
+            raise TypeError
+        count, numbers = map(int, keypoints)
+        if min(count, numbers) < 1:
+            raise ValueError
+    except (TypeError, ValueError):
+        shown = str(keypoints).replace("'", "")[:60]
+        raise UserError(f"{file}: kpt_shape is {shown}; give [number of keypoints, 2 or 3], such as [17, 3]") from None
+    return count, numbers
 
 
 def is_names(name: str) -> bool:

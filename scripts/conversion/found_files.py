@@ -142,7 +142,7 @@ class Index:
     def _by_stem(self, last: str) -> list[str]:
         """Find a name without its suffix, with another image suffix, or with words after it, as in VOC's lists."""
         stem = PurePosixPath(last).stem
-        first = last.split()[0]
+        first = (last.split() or [last])[0]
         return (
             self.by_stem.get(last)
             or (self.by_stem.get(stem) if kind_of(last) != "other" else None)

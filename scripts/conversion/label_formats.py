@@ -162,8 +162,8 @@ def voc_root(file: Path) -> ElementTree.Element:
 
 def read_labelme(file: Path, classes: Classes, notes: Notes) -> Labels:
     content = labelme_content(file)
-    boxes = []
-    for shape in content["shapes"]:
+    objects: dict[tuple, tuple[str, list[float], list[float]]] = {}  # the name and points of each
+    for place, shape in enumerate(content["shapes"]):
         try:
             name, kind = str(shape["label"] or "").strip(), shape.get("shape_type") or "polygon"
         except (TypeError, KeyError, AttributeError):
@@ -176,9 +176,17 @@ def read_labelme(file: Path, classes: Classes, notes: Notes) -> Labels:
                 xs, ys = [xs[0] - radius, xs[0] + radius], [ys[0] - radius, ys[0] + radius]
             if kind not in (*OUTLINES, "circle") or len(xs) < 2 or not name:
                 raise ValueError
-            boxes.append(Box(name, bounds(xs, ys)))
-        except (ValueError, TypeError, KeyError, IndexError):
+        except (ValueError, TypeError, KeyError, IndexError, OverflowError):
             notes["left out: shapes that outline nothing, such as points and lines"].append(f"{file}: {name} {kind}")
+            continue
+        group = shape.get("group_id")
+        key = (name, place if group is None else str(group))
+        if key in objects:
+            notes["shapes of one label and group_id, joined to one box"].append(f"{file}: {name} {group}")
+        _, all_xs, all_ys = objects.setdefault(key, (name, [], []))
+        all_xs += xs
+        all_ys += ys
+    boxes = [Box(name, bounds(xs, ys)) for name, xs, ys in objects.values()]
     stated = tuple(number(content.get(side)) or 0 for side in ("imageWidth", "imageHeight"))
     return Labels(
         some(boxes, content["shapes"], file),
@@ -223,7 +231,7 @@ def bounds(xs: list[float], ys: list[float]) -> tuple[float, float, float, float
 def number(value: object) -> float | None:
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
 
 

@@ -439,6 +439,17 @@ def test_a_list_does_not_select_images_of_another_part(run, folder):
     assert code == 2 and "val.txt: no image of its part val is found" in err
 
 
+@pytest.mark.parametrize("line", ["%20", "images/%20", "%C2%A0", "''", "."])
+def test_a_line_without_a_name_finds_no_image(run, folder, line):
+    make(folder / "src", "yolo", numbered("images/{}.jpg", "labels/{}.txt"))
+    text(folder / "src" / "train.txt", f"{line}\n" + "".join(f"images/{n}.jpg\n" for n in range(4)))
+    text(folder / "src" / "val.txt", "images/4.jpg\nimages/5.jpg\n")
+    code, out, err, splits = run("yolo")
+    assert code == 0, err
+    right(splits, 6)
+    assert "lines of train.txt that name no image: 1 (" in out
+
+
 def test_a_list_of_missing_images_is_refused(run, folder):
     yolo_parts(folder / "src", "a", "b")
     text(folder / "src" / "val.txt", "gone1.jpg\ngone2.jpg\n")
@@ -515,6 +526,44 @@ def test_a_data_yaml_is_found_in_a_subfolder_or_given_by_path(run, folder):
     assert code == 2 and "Cells-2/data.yaml, Cells-3/data.yaml" in err
     code, out, err, _ = run("yolo", folder / "src" / "Cells-2" / "data.yaml")
     assert code == 0 and "dog: 6 and 2 boxes" in out, err
+
+
+NAMES = ["no", "yes", "on", "off", "010", "1.10", "null", "~", "2020-01-01", "1:30", "cat"]
+
+
+@pytest.mark.parametrize("form", ["list", "one line", "numbers"])
+def test_class_names_are_read_as_written(run, folder, form):
+    make(folder / "src", "yolo", numbered("{}.jpg", "{}.txt"))
+    content = {
+        "list": "names:\n" + "".join(f"- {name}\n" for name in NAMES),
+        "one line": f"names: [{', '.join(NAMES)}]\n",
+        "numbers": "names:\n" + "".join(f"  {n}: {name}\n" for n, name in enumerate(NAMES)),
+    }[form]
+    text(folder / "src" / "data.yaml", content + "path:\nkpt_shape: null\ntest: ~\n")
+    code, _, err, splits = run("yolo")
+    assert code == 0, err
+    right(splits, 6)
+    categories = json.loads((folder / "dst" / "train.json").read_text())["categories"]
+    assert [category["name"] for category in categories] == NAMES
+
+
+def test_empty_names_are_those_of_the_list(run, folder):
+    make(folder / "src", "yolo", numbered("{}.jpg", "{}.txt"))
+    text(folder / "src" / "data.yaml", "names:\n")
+    text(folder / "src" / "classes.txt", "cell\n")
+    assert run("yolo")[0] == 0
+    assert json.loads((folder / "dst" / "train.json").read_text())["categories"] == [{"id": 1, "name": "cell"}]
+
+
+@pytest.mark.parametrize(
+    "shape",
+    ["17", "[17]", "[17, 3, 1]", "[0, 3]", "[17, x]", "[17, 2.5]", "[[17], 3]", "{17: 3}", f"[{'9' * 5000}, 3]"],
+)
+def test_an_invalid_kpt_shape_is_one_line(run, folder, shape):
+    make(folder / "src", "yolo", numbered("{}.jpg", "{}.txt"))
+    text(folder / "src" / "data.yaml", f"names: [cat]\nkpt_shape: {shape}\n")
+    code, _, err, _ = run("yolo")
+    assert code == 2 and err.startswith("error: ") and "kpt_shape is " in err and "such as [17, 3]" in err
 
 
 def test_class_lists_that_disagree_are_refused(run, folder):
@@ -651,6 +700,37 @@ def test_labelme_outlines_become_boxes(run, folder, kind, points):
     code, _, err, splits = run("labelme")
     assert code == 0, err
     assert [*splits["train"].values(), *splits["val"].values()] == [[(3, 4, 10, 20)]] * 2
+
+
+def labelme(folder, shapes, **content):
+    for n in range(2):
+        picture(folder / "src" / f"{n}.jpg")
+        text(folder / "src" / f"{n}.json", json.dumps({"shapes": shapes, "imagePath": f"{n}.jpg", **content}))
+
+
+def test_shapes_of_one_label_and_group_are_one_object(run, folder):
+    corners = {(1, 2): ("cat", 7), (30, 20): ("cat", 7), (5, 5): ("cat", None), (9, 9): ("cat", None)}
+    corners |= {(40, 3): ("dog", 7), (12, 30): ("cat", 0)}
+    shapes = [
+        {"label": name, "points": [[x, y], [x + 6, y], [x, y + 8]], "group_id": group}
+        for (x, y), (name, group) in corners.items()
+    ]
+    labelme(folder, [*shapes, {"label": "cat", "points": [[1, 1], [2, 2]], "shape_type": "line", "group_id": 7}])
+    code, out, err, splits = run("labelme")
+    assert code == 0, err
+    expected = [(1, 2, 35, 26), (5, 5, 6, 8), (9, 9, 6, 8), (40, 3, 6, 8), (12, 30, 6, 8)]
+    assert [*splits["train"].values(), *splits["val"].values()] == [expected] * 2
+    assert "shapes of one label and group_id, joined to one box: 2 (" in out
+
+
+def test_numbers_too_large_for_a_float_are_reported(run, folder):
+    huge = 10**400
+    shapes = [{"label": "cat", "points": [[1, 2], [7, 9]], "shape_type": "rectangle"}]
+    labelme(folder, [*shapes, {"label": "cat", "points": [[huge, 2], [7, 9]]}], imageWidth=huge, imageHeight=48)
+    code, out, err, splits = run("labelme")
+    assert code == 0, err
+    assert [*splits["train"].values(), *splits["val"].values()] == [[(1, 2, 6, 7)]] * 2
+    assert "shapes that outline nothing, such as points and lines: 2 (" in out
 
 
 def test_images_inside_labelme_files_are_written_out(run, folder):
