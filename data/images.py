@@ -75,10 +75,13 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None, remarks: R
         data = Path(path).read_bytes()
         with Image.open(io.BytesIO(data)) as file:
             _check_header(path, file.size, size)
+            of_tiff = file.tag_v2.get(ORIENTATION) if isinstance(file, TiffImageFile) else None
             image, odd = _decode(file, data)
             # Asked after decoding: PIL turns a TIFF itself and then takes the tag away.
             plain = file.format == "PNG" and not any(mark in data for mark in PNG_ORIENTATION)
             orientation = 1 if plain else file.getexif().get(ORIENTATION, 1)
+            if _has_more_frames(file):
+                odd.append("several pages or frames, of which only the first is read")
     except UserError:
         raise
     except Exception as error:  # decoders raise all kinds; whichever it is, the file is at fault
@@ -93,6 +96,12 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None, remarks: R
         raise _other_size(path, stored, size)
     if orientation in UPRIGHT and (size is None or tuple(size) == upright):
         image = UPRIGHT[orientation](image)
+    turn = of_tiff or orientation
+    if size is not None and (turn in (2, 3, 4) or (turn in UPRIGHT and stored[0] == stored[1])):
+        odd.append(
+            "an EXIF orientation that keeps their size, by which they are turned, though their records cannot tell "
+            "whether the boxes are (look at them with scripts/check_data.py)"
+        )
     if remarks is not None:
         add_remarks(remarks, {kind: {str(path)} for kind in odd})
     return np.ascontiguousarray(image)
@@ -134,7 +143,7 @@ def _decode(file: Image.Image, data: bytes) -> tuple[np.ndarray, list[str]]:
         # OpenCV gives the same pixels as PIL in less time; it would turn the image by its EXIF tag if let.
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
         if image is not None:
-            return cv2.cvtColor(image, cv2.COLOR_BGR2RGB), []
+            return cv2.cvtColor(image, cv2.COLOR_BGR2RGB), _darkness(image, _stored_bits(file, data))
     try:
         file.load()
         whole = _has_end(data) if file.format == "JPEG" else file.format != "PNG" or b"IEND" in data
@@ -145,28 +154,42 @@ def _decode(file: Image.Image, data: bytes) -> tuple[np.ndarray, list[str]]:
     odd = [] if whole else ["their last bytes missing (read as far as possible)"]
     # PIL has scaled a PPM to 16 bits from the range that the file declares, and would clip other formats at 255.
     if file.mode.startswith("I;16") or (file.mode == "I" and file.format == "PPM"):
-        bits, pixels = _declared_bits(file), np.asarray(file)
-        used = max(int(pixels.max(initial=0)), 0).bit_length()
-        if bits == 16 and used <= DARK_BITS:
-            odd.append(
-                f"16 bits of which only the lower {used} are used, which look dark; scale them to the full range"
-            )
-        gray = np.clip(pixels >> (bits - 8), 0, 255).astype(np.uint8)
-        return np.repeat(gray[:, :, None], 3, axis=2), odd
+        bits = _stored_bits(file, data)
+        gray = np.clip(np.asarray(file) >> (bits - 8), 0, 255).astype(np.uint8)
+        return np.repeat(gray[:, :, None], 3, axis=2), odd + _darkness(gray, bits)
     if file.mode in ("F", "I"):
         raise ValueError(f"its pixels, of PIL mode {file.mode!r}, have no fixed range; convert it to 8 or 16 bits")
     # A palette goes through RGBA, since PIL warns if a palette with alpha becomes RGB.
-    return np.array(file.convert("RGBA" if file.mode == "P" else "RGB"))[:, :, :3], odd
+    image = np.array(file.convert("RGBA" if file.mode == "P" else "RGB"))[:, :, :3]
+    return image, odd + _darkness(image, _stored_bits(file, data))
 
 
-def _declared_bits(file: Image.Image) -> int:
-    """How many of its 16 bits an image claims to use: microscopes write 12."""
+def _darkness(image: np.ndarray, bits: int) -> list[str]:
+    """The remark on an image that was read from the upper 8 of 16 bits and does not use them."""
+    if bits != 16 or (used := 8 + int(image.max(initial=0)).bit_length()) > DARK_BITS:
+        return []
+    return [f"16 bits of which only the lower {used} are used, which look dark; scale them to the full range"]
+
+
+def _stored_bits(file: Image.Image, data: bytes) -> int:
+    """Bits of a sample: 8 or 16, or those of its 16 that a gray image claims to use, as microscopes write 12."""
+    gray = file.mode.startswith("I")
     if not isinstance(file, TiffImageFile):
-        return 16
+        return 16 if gray or (file.format == "PNG" and data[24] == 16) else 8  # a PNG's first chunk has its depth
     bits, most = (file.tag_v2.get(tag, 0) for tag in (BITS_PER_SAMPLE, MAX_SAMPLE_VALUE))
     bits, most = (max(value) if isinstance(value, tuple) and value else value for value in (bits, most))
+    if not gray:
+        return bits  # PIL has kept the upper 8 of 16
     declared = min(bits or 16, int(most).bit_length() if most else 16)
     return declared if 8 < declared < 16 else 16
+
+
+def _has_more_frames(file: Image.Image) -> bool:
+    """Whether pages or frames follow the first. Those of a camera's MPO are other views of the scene."""
+    try:
+        return file.format != "MPO" and getattr(file, "is_animated", False)
+    except Exception:  # they are broken, but not read
+        return True
 
 
 def _has_end(data: bytes) -> bool:

@@ -115,6 +115,38 @@ def test_an_ordinary_image_is_decoded_once(tmp_path, monkeypatch, name):
     assert read_image(tmp_path / name).shape == RGB.shape
 
 
+@pytest.mark.parametrize("name", ["x.png", "x.jpg", "x.tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("shape", ["oblong", "square"])
+def test_an_orientation_that_no_size_can_show_is_remarked_on(tmp_path, name, orientation, shape):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(RGB if shape == "oblong" else RGB[:, :24]).save(tmp_path / name, exif=exif)
+    shown = read_image(tmp_path / name, remarks=(remarks := {}))
+    assert not remarks  # there is no record
+    assert np.array_equal(read_image(tmp_path / name, shown.shape[:2], remarks), shown)
+    hidden = orientation > 1 if shape == "square" else orientation in (2, 3, 4)
+    assert [kind.split(",")[0] for kind in remarks] == ["an EXIF orientation that keeps their size"] * hidden
+
+
+@pytest.mark.parametrize("name", ["x.tif", "x.gif", "x.png", "x.webp"])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_pages_after_the_first_are_remarked_on(tmp_path, name, count):
+    pages = [Image.fromarray(np.roll(RGB, n, axis=0)) for n in range(count)]
+    pages[0].save(tmp_path / name, save_all=True, append_images=pages[1:], lossless=True)
+    first = np.asarray(Image.open(tmp_path / name).convert("RGB"))
+    assert np.array_equal(read_image(tmp_path / name, remarks=(remarks := {})), first)
+    assert [kind.split(",")[0] for kind in remarks] == ["several pages or frames"] * (count > 1)
+
+
+def test_the_other_views_of_a_cameras_mpo_are_not(tmp_path):
+    pages = [Image.fromarray(RGB)] * 2
+    pages[0].save(tmp_path / "x.mpo", save_all=True, append_images=pages[1:])
+    assert Image.open(tmp_path / "x.mpo").n_frames == 2
+    read_image(tmp_path / "x.mpo", remarks=(remarks := {}))
+    assert not remarks
+
+
 def test_every_exif_orientation_is_known():
     assert sorted(UPRIGHT) == list(range(2, 9))
 
@@ -200,8 +232,8 @@ SEEN = np.dstack([(TWELVE >> 4).astype(np.uint8)] * 3)
 
 
 def tiff(path, pixels, bits, **tags):
-    """Write a gray TIFF of 12 packed bits, or of 16 bits. `tags` are more of its tags, by number."""
-    height, width = pixels.shape
+    """Write a TIFF of 12 packed bits, or of 16 bits, gray or as `tags` say, which are more of its tags by number."""
+    height, width = pixels.shape[:2]
     data = pixels.astype("<u2").tobytes()
     if bits == 12:
         unpacked = np.unpackbits(pixels.astype(">u2").view(np.uint8).reshape(-1, 2), axis=1)[:, 4:]
@@ -227,9 +259,21 @@ def test_12_bits_are_scaled_where_the_file_says_so(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["x.png", "x.tif"])
-def test_12_bits_that_the_file_does_not_declare_are_remarked_on(tmp_path, name):
-    cv2.imwrite(str(tmp_path / name), TWELVE)
-    assert np.array_equal(read_image(tmp_path / name, remarks=(remarks := {}))[:, :, 0], TWELVE >> 8)
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("bits", [2, 8, 10, 12, 14, 15, 16])
+def test_bits_that_are_not_used_are_remarked_on(tmp_path, name, channels, bits):
+    pixels = np.dstack([WIDE >> (16 - bits), WIDE[:, :, :1] >> (16 - bits)])[:, :, :channels]
+    cv2.imwrite(str(tmp_path / name), pixels)
+    image = read_image(tmp_path / name, remarks=(remarks := {}))
+    seen = image[:, :, 0] if channels == 1 else image[:, :, ::-1]
+    assert np.array_equal(seen, pixels.squeeze()[..., :3] >> 8 if channels > 1 else pixels[:, :, 0] >> 8)
+    expected = f"16 bits of which only the lower {max(bits, 8)} are used"
+    assert [kind.split(",")[0] for kind in remarks] == [expected] * (bits <= 14)
+
+
+def test_bits_of_a_colour_tiff_are_not_scaled_whatever_it_declares(tmp_path):
+    tiff(tmp_path / "x.tif", WIDE >> 4, 16, t262=2, t277=3, t281=4095)
+    assert np.array_equal(read_image(tmp_path / "x.tif", remarks=(remarks := {})), WIDE >> 12)
     assert [kind.split(",")[0] for kind in remarks] == ["16 bits of which only the lower 12 are used"]
 
 
