@@ -127,4 +127,4 @@ def _evaluation(annotations: Annotations, results: list[dict]) -> "hotcoco.COCOe
         for result in results
         if result["category_id"] in category
     ]
-    return hotcoco.COCOeval(expected, expected.load_res(np.array(rows, np.float64)), "bbox")
+    return hotcoco.COCOeval(expected, expected.load_res(np.array(rows, np.float64).reshape(-1, 7)), "bbox")

@@ -226,7 +226,7 @@ def pictures(dataset: CocoDataset, sure: list[dict], judged: dict[int, ImageErro
     }
     worst = sorted((image for image in errors if errors[image]), key=lambda image: -errors[image].total())[:count]
     truth, detections = by_image(dataset, dataset.annotations.document()["annotations"]), by_image(dataset, sure)
-    names = dataset.annotations.names
+    names = dict(zip(dataset.category_ids, dataset.class_names))  # the file may lack classes that are detected
     index_of = {image: index for index, image in enumerate(dataset.image_ids)}
     shown = []
     for image in worst:

@@ -77,6 +77,19 @@ def test_no_detections_and_another_data_set_are_accepted(call, folder, rectangle
     assert code == 0, err
 
 
+def test_a_class_that_the_scored_file_lacks_is_shown(call, learnt, folder, rectangles):
+    annotations, images = rectangles(folder, [[(0, [9, 12, 30, 36])]], classes=3, side=96)
+    document = json.loads(Path(annotations).read_text())
+    del document["categories"][1]
+    Path(annotations).write_text(json.dumps(document))
+    for right in (0, 1):
+        detections = [(50, 7, [50, 50, 20, 20]), (50, 3, [9, 12, 30, 36])][: 1 + right]
+        (folder / "found.json").write_text(json.dumps(as_results(detections)))
+        code, _, err, printed = call("--data", annotations, images, "--detections", folder / "found.json")
+        assert code == 0, err
+        assert "0.png: 1 background" + ", 1 missed" * (not right) in printed
+
+
 def test_mistakes_are_one_line(learnt, call, folder):
     for name, text in (("broken", "{"), ("dict", "{}"), ("text", "hello")):
         (folder / f"{name}.json").write_text(text)
