@@ -1,6 +1,7 @@
 """A trained model, ready to use: images in, detections out."""
 
 from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,18 +58,21 @@ class Detector:
 
     def __call__(self, image: np.ndarray | Image.Image, min_score: float | None = None) -> NamedDetections:
         """Objects in an image, (h, w, 3) uint8 RGB or PIL's, that reach `min_score` or their class's threshold."""
-        ((boxes, scores, labels),) = self.detect([_as_array(image)])
-        shown = scores >= (self.thresholds[labels] if min_score is None else min_score)
+        lowest = self.thresholds if min_score is None else torch.full_like(self.thresholds, min_score)
+        ((boxes, scores, labels),) = self.detect([_as_array(image)], float(lowest.min()))
+        shown = scores >= lowest[labels]
         names = [self.class_names[label] for label in labels[shown].tolist()]
         return NamedDetections(boxes[shown], scores[shown], names)
 
     @torch.no_grad()
-    def detect(self, images: Sequence[np.ndarray]) -> list[Detections]:
+    def detect(self, images: Sequence[np.ndarray], min_score: float = 1.0) -> list[Detections]:
         """All detections of a batch of images (h, w, 3) uint8 RGB, on the CPU, in each image's own pixels.
 
-        Resizing and postprocessing are those of evaluation; images are padded to the largest of them. Raises
-        FloatingPointError if the model's output is not finite.
+        Resizing and postprocessing are those of evaluation, whose score threshold `min_score` can lower; images are
+        padded to the largest of them. Raises FloatingPointError if the model's output is not finite.
         """
+        postprocess = copy(self.postprocess)
+        postprocess.score_threshold = min(postprocess.score_threshold, min_score)
         originals = [image.shape[:2] for image in images]
         sizes = [target_size(height, width, self.short_side, self.long_side) for height, width in originals]
         height, width = (-(-max(sides) // STRIDE) * STRIDE for sides in zip(*sizes))
@@ -79,7 +83,7 @@ class Detector:
         with autocast(self.device, self.precision):
             predictions = self.model(pixels, sizes)
         results = []
-        for (boxes, scores, labels), size, original in zip(self.postprocess(predictions, sizes), sizes, originals):
+        for (boxes, scores, labels), size, original in zip(postprocess(predictions, sizes), sizes, originals):
             boxes = box_ops.rescale(boxes, size, original)
             results.append(Detections(boxes.cpu(), scores.cpu(), labels.cpu()))
         return results

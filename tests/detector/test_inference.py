@@ -58,14 +58,30 @@ def test_a_call_returns_detections_that_reach_the_threshold_of_their_class(learn
     detector = load(learnt, "cpu")
     content = checkpoint.read(learnt)
     assert all(value > 0 for value in content["score_thresholds"])
-    detector.thresholds = torch.tensor([0.0, 2.0, detector.thresholds[2]])
+    detector.thresholds = torch.tensor([0.05, 2.0, detector.thresholds[2]])
     image = pictures(val_set)[0]
     (unfiltered,) = detector.detect([image])
     detections = detector(image)
     is_kept = [s >= detector.thresholds[c] for s, c in zip(unfiltered.scores, unfiltered.labels)]
     assert torch.equal(detections.boxes, unfiltered.boxes[torch.stack(is_kept)]) and "colour 1" not in detections.names
-    assert len(detector(image, min_score=0).scores) == len(unfiltered.scores) == len(detector(image, min_score=0).names)
+    assert len(detector(image, min_score=0.05).scores) == len(unfiltered.scores)
     assert len(detector(image, min_score=1.1).scores) == 0
+
+
+def test_a_score_below_that_of_evaluation_is_respected(learnt, val_set):
+    detector = load(learnt, "cpu")
+    image = pictures(val_set)[0]
+    (evaluated,) = detector.detect([image])
+    every = detector(image, min_score=0)
+    low = (detector.postprocess.score_threshold + float(every.scores.min())) / 2
+    assert 0 < every.scores.min() < low < detector.postprocess.score_threshold
+    expected = every.scores >= low
+    found = detector(image, min_score=low)
+    assert torch.equal(found.boxes, every.boxes[expected]) and len(found.names) == int(expected.sum())
+    detector.thresholds.fill_(low)
+    assert torch.equal(detector(image).boxes, found.boxes)
+    (again,) = detector.detect([image])  # the threshold of evaluation has not changed
+    assert torch.equal(again.scores, evaluated.scores)
 
 
 def test_the_thresholds_are_those_of_the_last_evaluation(learnt, val_set):
