@@ -106,10 +106,16 @@ def list_files(sources: list[Path], output: Path, skipped: Notes) -> tuple[list[
     pairs: list[tuple[Path, Path]] = []
     unreadable: list[Path] = []
     known = {*suffixes(), *VIDEOS}
+    written = {output.resolve(), *(output.resolve() / source.resolve().name for source in sources if source.is_dir())}
     for source in sources:
         if source.is_dir():
-            paths = [*files_below(source, skipped).values()]
-            paths = [path for path in paths if output.resolve() not in path.resolve().parents]  # written by us
+            paths = []
+            ours = {folder for folder in written if source.resolve() in folder.parents}
+            for path in files_below(source, skipped).values():
+                if ours & {*path.resolve().parents}:
+                    skipped["left out: files in the folder of the results"].append(str(path))
+                else:
+                    paths.append(path)
             usable = [path for path in paths if path.suffix.lower() in known]
             unreadable += [path for path in paths if kind_of(path.name) == "picture"]
             tell_unused([str(path) for path in sorted({*paths} - {*usable, *unreadable})], skipped)

@@ -39,7 +39,7 @@ def one_line(err):
 
 
 def test_detections_are_those_of_evaluation(learnt, call):
-    code, out, err, results = call(learnt[1], "--score", "0")
+    code, out, err, results = call(learnt[1], "--score", "0.05")
     assert code == 0, err
     evaluation = json.loads((learnt[0].parent / "detections.json").read_text())
     for number, image_id in ((0, 50), (1, 51)):  # eval.py takes the ids of the annotation file
@@ -63,7 +63,8 @@ def test_thresholds_are_those_of_the_last_evaluation(learnt, call):
         assert all(box["score"] >= threshold - 1e-5 for box in results if box["category"] == name)
     in_first_image = [box for box in results if box["image_id"] == 0]
     assert {box["category"] for box in in_first_image} == {"colour 0", "colour 2"}  # what overfit draws there
-    assert len(call(learnt[1], "--score", "0")[3]) > len(results) > len(call(learnt[1], "--score", "1")[3])
+    counts = [len(call(learnt[1], "--score", score)[3]) for score in (0, 0.05, 1)]
+    assert counts[0] > counts[1] > len(results) > counts[2]
 
 
 def test_boxes_are_drawn_in_their_place_and_nowhere_else(learnt, call, folder):
@@ -172,6 +173,21 @@ def test_no_original_is_overwritten(learnt, folder, command):
     assert (place / "2.jpg").read_bytes() == original and (place / "2_2.jpg").exists() and (place / "0.jpg").exists()
     code, _, err = command(predict.main, *arguments, learnt[0].parent)
     assert code == 2 and "is a run folder" in err
+
+
+@pytest.mark.parametrize("output", ["src", "src/out", ".", "other"])
+def test_a_folder_is_read_wherever_its_results_go_and_stays_as_it_is(learnt, folder, command, output):
+    for name in ("src/0.png", "src/more/1.png", "b/2.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(learnt[1] / "0.png", folder / name)
+    originals = {path: path.read_bytes() for path in folder.rglob("*.png")}
+    arguments = ("--checkpoint", learnt[0], "--device", "cpu", folder / "src", folder / "b", "--output")
+    for _ in range(2 if output != "." else 1):  # there, results lie among the originals
+        code, out, err = command(predict.main, *arguments, folder / output)
+        assert code == 0 and out.startswith("shown") and "\n3 images" in out, err
+        assert {path: path.read_bytes() for path in folder.rglob("*.png")} == originals
+    inside = output.startswith("src")
+    assert ("left out: files in the folder of the results: " in out) == inside  # on the second run
 
 
 def test_pictures_stay_in_the_output_folder(learnt, folder, command, monkeypatch):
