@@ -50,7 +50,9 @@ def main() -> None:
     parser.add_argument(
         "--data", nargs=2, metavar=("ANNOTATIONS", "IMAGES"), help="use this data instead of the run's validation set"
     )
-    parser.add_argument("--images", type=int, default=100, metavar="N", help="use the first N images (default: 100)")
+    parser.add_argument(
+        "--images", type=int, default=100, metavar="N", help="use N images, of all shapes (default: 100)"
+    )
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: that of the checkpoint")
     args = parser.parse_args()
     if args.images < 1:
@@ -92,8 +94,8 @@ class Probabilities(NamedTuple):
 
 
 def measure(source: str, data: list[str] | None, count: int) -> tuple[Regions, Regions, Probabilities]:
-    """Over the first `count` images of a data set: gradient norms in FINE regions, of cells and of box coordinates, and
-    the probabilities of the checkpoint's model.
+    """Over `count` images of a data set, rounded up to whole batches and spread over their shapes: gradient norms in
+    FINE regions, of cells and of box coordinates, and the probabilities of the checkpoint's model.
     """
     content = checkpoint.read(source)
     model, cfg = checkpoint.build_model(content, source)
@@ -107,8 +109,11 @@ def measure(source: str, data: list[str] | None, count: int) -> tuple[Regions, R
     total: list[Regions] = []
     probabilities: list[Probabilities] = []
     loader = eval_loader(dataset, assemble.eval_batch_size(cfg), **assemble.loader_options(cfg, device))
-    seen = 0
-    with torch.no_grad(), tqdm(total=min(count, len(dataset)), unit="image") as progress:
+    batches = loader.batch_sampler.batches  # sorted by shape, so the first ones would all be narrow
+    wanted = min(-(-count // len(batches[0])), len(batches))
+    chosen = [batches[(2 * number + 1) * len(batches) // (2 * wanted)] for number in range(wanted)]
+    loader.batch_sampler.batches = chosen
+    with torch.no_grad(), tqdm(total=sum(map(len, chosen)), unit="image") as progress:
         for batch in loader:
             batch = batch.to(device)
             predictions = model(batch.images, batch.sizes)
@@ -116,10 +121,7 @@ def measure(source: str, data: list[str] | None, count: int) -> tuple[Regions, R
             observed = observe(criterion, predictions, batch.targets, FINE, FINE, matches)
             probabilities.append(probabilities_of(predictions.logits, matches))
             total = [Regions(*map(torch.add, a, b)) for a, b in zip(total, observed)] if total else list(observed)
-            seen += len(batch.images)
             progress.update(len(batch.images))
-            if seen >= count:
-                break
     cells, boxes = (Regions(*(value.cpu() for value in regions)) for regions in total)
     return cells, boxes, Probabilities(*map(torch.cat, zip(*probabilities)))
 

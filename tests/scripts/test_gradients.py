@@ -1,14 +1,17 @@
 """scripts/gradients.py: the figures show how each loss changes the gradient."""
 
 import itertools
+import json
 import statistics
 from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from torchvision.io import read_image
 
 import train
+from data.coco import CocoDataset
 from detector.configure import configure
 from detector.gradients import Regions
 from scripts import gradients
@@ -49,6 +52,26 @@ def test_measure_takes_the_norm_of_every_cell_and_coordinate(checkpoint):
         filled = part.counts > 0
         mean = (part.gradient / part.counts * positives)[filled]
         torch.testing.assert_close(mean, gradients.norms(part)[filled], rtol=1e-5, atol=0.5 / gradients.FINE)
+
+
+def test_some_images_are_of_all_shapes(checkpoint, folder, monkeypatch):
+    sides = range(32, 32 + 4 * 40, 4)
+    content = gradients.checkpoint.read(checkpoint)
+    classes = zip(content["category_ids"], gradients.checkpoint.class_names(content))
+    document = {"images": [], "annotations": [], "categories": [{"id": n, "name": name} for n, name in classes]}
+    for number, side in enumerate(sides):
+        Image.new("RGB", (side, 96)).save(folder / f"{number}.png")
+        document["images"].append({"id": number, "file_name": f"{number}.png", "width": side, "height": 96})
+        box = {"id": number, "image_id": number, "category_id": content["category_ids"][0], "bbox": [2, 2, 20, 20]}
+        document["annotations"].append(box)
+    (folder / "a.json").write_text(json.dumps(document))
+    used, read = [], CocoDataset.__getitem__
+    monkeypatch.setattr(CocoDataset, "__getitem__", lambda dataset, key: used.append(sides[key]) or read(dataset, key))
+    for count in (1, 8, 12, 1000):
+        used.clear()
+        gradients.measure(str(checkpoint), [str(folder / "a.json"), str(folder)], count)
+        assert len(used) == len(set(used)) == min(max(count, 4), 40)  # whole batches
+        assert statistics.mean(used) == pytest.approx(statistics.mean(sides), rel=0.1)
 
 
 def test_probabilities_are_those_of_positive_and_of_background_anchors():
