@@ -149,11 +149,16 @@ def main(argv: list[str] | None = None) -> None:
             worst = check(exported, session, dataset, args.images)
     except OSError as error:
         raise UserError(f"--output {target}: cannot be written ({error.strerror or error})") from None
-    print(
-        f"{target}: {target.stat().st_size / 1e6:.1f} MB, opset {graph.opset_import[0].version}; {worst['boxes']} "
-        f"boxes of {worst['images']} images agree with PyTorch, at worst within {worst['pixels']:.4f} pixels and a "
-        f"score of {worst['score']:.6f}"
+    agreement = (
+        f"{worst['boxes']} boxes of {worst['images']} images agree with PyTorch, at worst within "
+        f"{worst['pixels']:.4f} pixels and a score of {worst['score']:.6f}"
     )
+    if not worst["boxes"]:
+        agreement = (
+            f"the check compared nothing, for the model finds no object in {worst['images']} images; give others "
+        )
+        agreement += "with --data"
+    print(f"{target}: {target.stat().st_size / 1e6:.1f} MB, opset {graph.opset_import[0].version}; {agreement}")
     speed(exported, session, dataset)
 
 

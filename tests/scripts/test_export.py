@@ -102,6 +102,21 @@ def test_a_full_disk_is_one_line_and_keeps_the_previous_file(learnt, folder, com
     assert target.read_text() == "the one before" and os.listdir(folder) == ["mine.onnx"]
 
 
+def test_a_check_that_compared_no_box_says_so(learnt, folder, command, monkeypatch):
+    build = assemble.build_postprocess
+
+    def nothing(cfg):
+        postprocess = build(cfg)
+        postprocess.score_threshold = 1 - 1e-6
+        return postprocess
+
+    monkeypatch.setattr(assemble, "build_postprocess", nothing)
+    arguments = ("--checkpoint", learnt, "--format", "onnx", "--output", folder / "mine.onnx", "--nms", "outside")
+    code, out, err = command(export.main, *arguments, "--preprocessing", "outside", "--images", 2)
+    assert code == 0, err
+    assert "the check compared nothing" in out and "no object in 2 images" in out and "agree" not in out
+
+
 def detections(*rows):
     boxes, scores, labels = (np.array(column, dtype) for column, dtype in zip(zip(*rows), (float, float, int)))
     return boxes.reshape(-1, 4), scores, labels
