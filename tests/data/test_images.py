@@ -139,6 +139,17 @@ def test_pages_after_the_first_are_remarked_on(tmp_path, name, count):
     assert [kind.split(",")[0] for kind in remarks] == ["several pages or frames"] * (count > 1)
 
 
+def test_broken_frames_after_the_first_do_not_matter(tmp_path):
+    path = tmp_path / "x.gif"
+    frame = Image.fromarray(RGB)
+    frame.save(path, save_all=True, append_images=[Image.fromarray(RGB[::-1])])
+    data, first = path.read_bytes(), read_image(path)
+    second = data.rindex(b"\x21\xf9\x04")  # its extension block
+    for cut in range(second, second + 40):
+        path.write_bytes(data[:cut])
+        assert np.array_equal(read_image(path), first), cut
+
+
 def test_the_other_views_of_a_cameras_mpo_are_not(tmp_path):
     pages = [Image.fromarray(RGB)] * 2
     pages[0].save(tmp_path / "x.mpo", save_all=True, append_images=pages[1:])
