@@ -149,16 +149,14 @@ def main(argv: list[str] | None = None) -> None:
             worst = check(exported, session, dataset, args.images)
     except OSError as error:
         raise UserError(f"--output {target}: cannot be written ({error.strerror or error})") from None
-    agreement = (
+    compared = (
         f"{worst['boxes']} boxes of {worst['images']} images agree with PyTorch, at worst within "
         f"{worst['pixels']:.4f} pixels and a score of {worst['score']:.6f}"
     )
     if not worst["boxes"]:
-        agreement = (
-            f"the check compared nothing, for the model finds no object in {worst['images']} images; give others "
-        )
-        agreement += "with --data"
-    print(f"{target}: {target.stat().st_size / 1e6:.1f} MB, opset {graph.opset_import[0].version}; {agreement}")
+        nothing = f"the model finds no object in {worst['images']} images"
+        compared = f"the check compared nothing, because {nothing}; give others with --data"
+    print(f"{target}: {target.stat().st_size / 1e6:.1f} MB, opset {graph.opset_import[0].version}; {compared}")
     speed(exported, session, dataset)
 
 
