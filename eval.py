@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument(
         "--output",
         metavar="FOLDER",
-        help="for the results (default: the run's, whose own are replaced; with --data, a new one in it)",
+        help="for the results (default: the run's, whose own are replaced; for another set, a new one in it)",
     )
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="other options")
     parser.add_argument("--benchmark", action="store_true", help="print the images per second of each stage")
@@ -53,13 +53,11 @@ def main() -> None:
 
     content = checkpoint.read(args.checkpoint)
     model, cfg = checkpoint.build_model(content, args.checkpoint, args.set)
-    folder = Path(args.checkpoint).parent
-    if args.data:  # the run's own metrics.json stays
-        folder /= Path(args.data[0]).stem
+    folder = Path(args.output) if args.output else None
     with distributed.group(pick_device(cfg.device)) as device:
         keep_freed_memory(device)
         watch = Stopwatch(device) if args.benchmark else None
-        evaluate(args.checkpoint, content, model, cfg, args.data, Path(args.output or folder), device, watch)
+        evaluate(args.checkpoint, content, model, cfg, args.data, folder, device, watch)
 
 
 def evaluate(
@@ -68,12 +66,19 @@ def evaluate(
     model: RetinaNet,
     cfg: Config,
     data: list[str] | None,
-    folder: Path,
+    folder: Path | None,
     device: torch.device,
     watch: Stopwatch | None = None,
 ) -> None:
-    """Score the checkpoint read from `source` on `data`, or on its own validation set, and write the results."""
+    """Score the checkpoint read from `source` on `data`, or on its own validation set, and write the results.
+
+    They go into the run's folder by default; of another set than the run's own, into a new one in it.
+    """
     dataset = open_dataset(source, content, cfg, data)
+    run: Mapping[str, Any] = content.get("run") or {}
+    if folder is None:
+        own = not data and run.get("data", {}).get("data.val") in (None, dataset.fingerprint())
+        folder = Path(source).parent / ("" if own else dataset.path.stem)
     distributed.same_everywhere({"--data": dataset.fingerprint()})
     if distributed.is_main():
         print(f"{source} on {dataset.summary()}")
@@ -84,14 +89,13 @@ def evaluate(
         return
     with watch("scoring") if watch else contextlib.nullcontext():
         metrics = score(dataset.annotations, detections, dataset.category_ids)
-    run: Mapping[str, Any] = content.get("run") or {}
     metrics["step"], metrics["epoch"] = run.get("solver", {}).get("step"), run.get("epoch")
     metrics["seconds_per_step"], metrics["peak_memory"] = run.get("seconds_per_step"), run.get("peak_memory", 0)
-    try:  # before printing, so an error in printing does not lose the results
+    try:  # and written before printing, so an error in printing does not lose the results
         folder.mkdir(parents=True, exist_ok=True)
-        write_results(folder, metrics, coco_results(detections, dataset.category_ids))
     except OSError as error:
         raise UserError(f"--output: {folder} cannot be written ({error.strerror})") from None
+    write_results(folder, metrics, coco_results(detections, dataset.category_ids))
     print(f"{metrics_table(metrics)}\n\n{per_class_table(metrics)}")
     for line in remark_lines(*remarks):
         print(line)

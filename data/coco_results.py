@@ -86,6 +86,9 @@ def from_coco_results(
 
 
 def write_results(folder: Path, metrics: Metrics, results: list[dict[str, Any]]) -> None:
-    """Write metrics.json and detections.json. Raises OSError if that fails."""
-    atomic.write(folder / "detections.json", json.dumps(results))
-    atomic.write(folder / "metrics.json", json.dumps(metrics, indent=1))
+    """Write metrics.json and detections.json. Raises UserError if that fails."""
+    try:
+        atomic.write(folder / "detections.json", json.dumps(results))
+        atomic.write(folder / "metrics.json", json.dumps(metrics, indent=1))
+    except OSError as error:
+        raise UserError(f"{folder}: the results cannot be written ({error.strerror}); free some space") from None

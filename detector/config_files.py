@@ -28,8 +28,11 @@ def read(path: str | Path) -> dict[str, Any]:
 
 
 def with_settings(values: dict[str, Any], settings: Iterable[str]) -> dict[str, Any]:
-    """Plain values with `settings` ("a.b=value") on top. Text is taken as typed, all else is YAML."""
-    for setting in settings:
+    """Plain values with `settings` ("a.b=value") on top. Text is taken as typed, all else is YAML.
+
+    Names come first, since a new name drops the options of the old one; otherwise a later setting wins.
+    """
+    for setting in sorted(settings, key=lambda setting: not setting.partition("=")[0].endswith(".name")):
         key, equals, text = setting.partition("=")
         source = one_line(f"--set {setting}")
         if not equals or not all(key.split(".")) or key.count(".") > MAX_LEVELS:
@@ -56,7 +59,16 @@ def merge(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    """The values of a file on top of those of its base; `base` is a path relative to the file."""
+    values, base = read_file(path)
+    if base is None:
+        return values
+    if path.resolve() in seen:
+        raise UserError(f"{path}: its bases lead back to itself")
+    return merge(_read(base, (*seen, path.resolve())), values)
+
+
+def read_file(path: Path) -> tuple[dict[str, Any], Path | None]:
+    """The values that a file itself holds, and its base; `base` in it is a path relative to the file."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -70,13 +82,10 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise UserError(f"{path}: holds a {type(values).__name__}; write `key: value` lines")
     base = values.pop("base", None)
     if base is None:
-        return values
+        return values, None
     if not isinstance(base, str) or CONTROL.search(base):
         raise UserError(f"{path}: base is {one_line(shown(base))}; give the path of another config file")
-    base_path = path.parent / os.path.expanduser(base)
-    if path.resolve() in seen:
-        raise UserError(f"{path}: its bases lead back to itself")
-    return merge(_read(base_path, (*seen, path.resolve())), values)
+    return values, path.parent / os.path.expanduser(base)
 
 
 class _Loader(yaml.SafeLoader):
@@ -103,6 +112,13 @@ class _Loader(yaml.SafeLoader):
                 if isinstance(key, yaml.ScalarNode) and key.value in declared:
                     self._keep_text(value, declared[key.value].annotation)
 
+    def decimal(self, node: yaml.ScalarNode) -> int | str:
+        """Decimal, as people mean it: YAML 1.1 reads 010 as 8 and 1:30 as 90."""
+        digits = node.value.replace("_", "")
+        if ":" in digits:
+            return node.value
+        return int(digits) if digits.lstrip("+-").isdecimal() else self.construct_yaml_int(node)
+
     def _weigh(self, node: yaml.Node, known: dict[yaml.Node, tuple[float, int]]) -> tuple[float, int]:
         """The numbers of values and levels of a node with expanded aliases. Raises YAMLError if they are too large."""
         if node not in known:
@@ -127,6 +143,9 @@ class _Loader(yaml.SafeLoader):
             if key.value in seen:  # PyYAML would take the last
                 raise yaml.MarkedYAMLError(problem=f"{key.value!r} is given twice", problem_mark=key.start_mark)
             seen.add(key.value)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.decimal)
 
 
 def _parse(text: str, source: str, kind: Any) -> Any:

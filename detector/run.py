@@ -1,6 +1,7 @@
 """The state of a run, which its checkpoints save and --resume restores as a whole."""
 
 from dataclasses import dataclass, field
+from typing import TextIO
 
 import torch
 
@@ -49,6 +50,7 @@ class Run:
     score_thresholds: list[float] = field(default_factory=list)  # of each class, where its F1 was best; -1: unknown
     seconds_per_step: float | None = None  # median
     peak_memory: int = 0  # bytes
+    lock: TextIO | None = None  # the run's config.yaml, open as long as this process trains it
 
     def __post_init__(self) -> None:
         self.score_thresholds = self.score_thresholds or [-1.0] * len(self.category_ids)
@@ -187,13 +189,17 @@ class Run:
         distributed.same_everywhere(shared | self.data | {"the checkpoint's step": step})
 
     def open_folder(self) -> None:
-        """Make the run's folder and write its config."""
+        """Make the run's folder and write its config. Raises UserError if another process trains in it."""
         folder = self.cfg.folder
         with distributed.together():
             if distributed.is_main():
                 try:
                     folder.mkdir(parents=True, exist_ok=True)
-                    (folder / "config.yaml").write_text(config.dump(self.cfg), encoding="utf-8")
+                    self.lock = (folder / "config.yaml").open("a", encoding="utf-8")
+                    if not locked(self.lock):
+                        raise UserError(f"{folder}: another process trains this run; wait for its end, or stop it")
+                    self.lock.truncate(0)
+                    print(config.dump(self.cfg), end="", file=self.lock, flush=True)
                 except OSError as error:
                     raise UserError(f"output: the run folder {folder} cannot be written ({error.strerror})") from None
 
@@ -217,8 +223,23 @@ class Run:
         )
 
 
+def locked(file: TextIO) -> bool:
+    """Lock a file until it is closed; False if another process has locked it."""
+    try:
+        import fcntl  # not on Windows
+    except ImportError:
+        return True
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True
+
+
 def checkpoint_to_resume(cfg: Config, *, resume: bool) -> Saved | None:
     """The checkpoint to continue from, if any. UserError if the folder holds a run and `resume` is false."""
-    if not resume and any((cfg.folder / name).exists() for name in (LAST, PREVIOUS)):
+    if not resume and any((cfg.folder / name).exists() for name in (LAST, PREVIOUS, BEST)):
         raise UserError(f"{cfg.folder} already holds a run: continue with --resume, or name another by --set run=NAME")
     return checkpoint.newest(cfg.folder)

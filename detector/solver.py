@@ -150,14 +150,16 @@ class Solver:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load the model's weights before this. Raises ValueError for another optimizer's state.
+        """Load the model's weights before this. The optimizer's options stay those of the config.
 
-        torch would accept such a state and fail at the next step.
+        Raises ValueError for another optimizer's state, which torch would accept, to fail at the next step.
         """
-        if state["optimizer"]["param_groups"][0].keys() != self.optimizer.state_dict()["param_groups"][0].keys():
+        groups = self.optimizer.state_dict()["param_groups"]
+        saved, own = ([(g.keys(), g["params"]) for g in each] for each in (state["optimizer"]["param_groups"], groups))
+        if saved != own:
             raise ValueError("the optimizer is another")
         self.step_count, self.skipped = state["step"], state["skipped"]
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": groups})
         self.scaler.load_state_dict(state["scaler"])
         if self.averaged is not None:
             if state["averaged"] is not None:

@@ -33,6 +33,7 @@ import random
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,12 @@ import torch
 import yaml
 
 from data.annotations import load_annotations
-from detector import config, config_files
+from data.image_folder import find_folder
+from detector import atomic, config, config_files
 from detector.configure import configure
 from detector.errors import UserError, run_main
 from scripts.comparison import result, tuning
-from scripts.comparison.supervise import Run, train_all
+from scripts.comparison.supervise import Run, finished, train_all
 from scripts.comparison.timing import time_steps
 from scripts.comparison.tuning import Trial
 
@@ -67,7 +69,10 @@ def main() -> None:
     print(f"{len(runs)} runs of {len(variants)} variants{short}; they differ in {differences(runs)}")
     searches = study.searches(variants, runs, args.tune_keys, args.tune, args.tune_set) if args.tune else []
     if args.dry_run:
-        print("\n".join(str(run.cfg.folder) for run in [*map(next, searches), *runs]))
+        first = [next(search) for search in searches]
+        for run in first or runs:  # tuned runs will have other weights than now
+            finished(run)
+        print("\n".join(str(run.cfg.folder) for run in [*first, *runs]))
         return
 
     if searches:
@@ -132,13 +137,11 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if min(args.seeds, args.processes, 1 if args.jobs is None else args.jobs) < 1:
         raise UserError("--seeds, --jobs and --processes: give at least 1")
-    for setting in args.set:
-        if setting.partition("=")[0] in ("class_loss", "class_loss.name", "box_loss", "box_loss.name"):
-            raise UserError(
-                f"--set {setting}: --variants names the losses; --set changes an option, such as their weight"
-            )
+    for flag, settings in (("--set", args.set), ("--grid", args.grid), ("--tune-set", args.tune_set)):
+        for setting in settings:
+            check_setting(flag, setting)
     if args.tune is not None:
-        check_tuning(args.tune, args.tune_keys, args.tune_set)
+        check_tuning(args.tune, args.tune_keys, args.grid, args.tune_set)
     return args
 
 
@@ -201,8 +204,7 @@ class Study:
 
     def trial(self, name: str, changes: Values, notes: Values, settings: list[str]) -> Run:
         """A tuning run that trains on a part of the training set and is scored on the rest."""
-        images = self.common.data.train.images
-        files = {split: {"annotations": str(self.part(split)), "images": images} for split in ("train", "val")}
+        files = {split: {"annotations": str(self.part(split)), "images": self.images} for split in ("train", "val")}
         changes = config_files.with_settings(config_files.merge(changes, {"data": files}), settings)
         return self.run(name, changes, notes)
 
@@ -225,6 +227,12 @@ class Study:
             self.processes,
         )
 
+    @cached_property
+    def images(self) -> str:
+        """The folder of the training images, which is searched beside the whole file, not beside a part of it."""
+        train = self.common.data.train
+        return train.images or str(find_folder(train.annotations, load_annotations(train.annotations).file_names))
+
     def part(self, split: str) -> Path:
         return self.output / f"tune_{split}.json"
 
@@ -235,7 +243,11 @@ class Study:
         random.Random(0).shuffle(indices)
         count = max(1, round(HELD_OUT * len(indices)))
         for split, part in (("val", indices[:count]), ("train", indices[count:])):
-            self.part(split).write_text(json.dumps(annotations.document(part)), encoding="utf-8")
+            try:
+                self.output.mkdir(parents=True, exist_ok=True)
+                atomic.write(self.part(split), json.dumps(annotations.document(part)))
+            except OSError as error:
+                raise UserError(f"--output: {self.part(split)} cannot be written ({error.strerror})") from None
 
 
 def hash_of(file: Path) -> str:
@@ -299,8 +311,9 @@ def read_variant(base: Path, name: str) -> Values:
     changes: Values = {}
     for number, part in enumerate(name.split("+")):
         file = base.parent / f"{part}.yaml"
-        values = result.parse(file, yaml.safe_load, f"--variants {name}: a variant is a file beside {base}")
-        values = {key: value for key, value in values.items() if key not in ("base", "run")}
+        if not file.exists():
+            raise UserError(f"{file}: no such file; --variants {name}: a variant is a file beside {base}")
+        values = changes_to(base, file)
         for key in config.flat(values):
             if not key.startswith(VARIANT_KEYS):
                 raise UserError(
@@ -308,6 +321,16 @@ def read_variant(base: Path, name: str) -> Values:
                 )
         changes = config_files.merge(changes, values if number == 0 else {"box_loss": values.get("box_loss", {})})
     return changes
+
+
+def changes_to(base: Path, file: Path) -> Values:
+    """What a config file and the files it is based on, up to `base`, set."""
+    config_files.read(file)  # a UserError if its bases lead back to itself
+    values, below = config_files.read_file(file)
+    values.pop("run", None)
+    if below is None or below.resolve() == base.resolve():
+        return values
+    return config_files.merge(changes_to(base, below), values)
 
 
 def parse_choice(flag: str, text: str) -> tuple[str, list[str]]:
@@ -327,13 +350,23 @@ def shown(values: dict[str, float]) -> str:
     return ", ".join(f"{key} {value:g}" for key, value in values.items())
 
 
-def check_tuning(trials: int, keys: list[str], settings: list[str]) -> None:
+def check_setting(flag: str, setting: str) -> None:
+    """Raises UserError for a setting that another option makes."""
+    key = setting.partition("=")[0]
+    if key in ("class_loss", "class_loss.name", "box_loss", "box_loss.name") and flag != "--grid":
+        raise UserError(f"{flag} {setting}: --variants names the losses; {flag} changes an option, such as a weight")
+    if other := {"seed": "--seeds", "run": "--variants", "output": "--output"}.get(key):
+        raise UserError(f"{flag} {setting}: {other} sets it; leave it out")
+
+
+def check_tuning(trials: int, keys: list[str], grids: list[str], settings: list[str]) -> None:
     """Raises UserError where the options of --tune contradict each other."""
     if trials < 2:
         raise UserError(f"--tune {trials}: give at least 2; the first tuning run has the variant's own values")
-    for setting in settings:
-        if (key := setting.partition("=")[0]) in keys:
-            raise UserError(f"--tune-set {setting}: {key} is what --tune searches; leave it out here or in --tune-keys")
+    for flag, given in (("--grid", grids), ("--tune-set", settings)):
+        for setting in given:
+            if (key := setting.partition("=")[0]) in keys:
+                raise UserError(f"{flag} {setting}: {key} is what --tune searches; leave it out here or in --tune-keys")
 
 
 def kept_values(kept: Path, keys: list[str]) -> dict[str, float]:

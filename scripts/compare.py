@@ -116,7 +116,10 @@ def compare(title: str, rows: list[Row], baseline: str, metric: str, pairs: bool
     """The comparison of the rows of one set."""
     cost = costs(rows)
     results = differences(rows, baseline, metric)
-    verdicts = describe(results, named(rows, baseline).name, metric)
+    against = named(rows, baseline)
+    verdicts = describe(results, against.name, metric)
+    if not against.runs and any(row.runs for row in rows):
+        verdicts = [f"No verdict: all runs of {against.name} failed; name another row by --baseline."]
     failures = {row.name: f"; {len(row.failures)} of its runs failed" for row in rows if row.failures}
     for place, diff in enumerate(results, start=len(verdicts) - len(results)):
         verdicts[place] += failures.get(diff.name, "")
@@ -204,6 +207,8 @@ def warn(rows: list[Row]) -> list[str]:
             of_run["seeds"] = row.seeds
             of_run["machine"] = run["machine"]["device"] if "machine" in run else None
             of_run["processes"] = run.get("processes", 1)
+            if all("annotations" in every for row in rows for every in row.runs):  # older results do not have it
+                of_run |= {f"SHA-256 of {key}": value for key, value in run["annotations"].items()}
             of_run["tuning"] = budget(run["tuning"]) if "tuning" in run else None
             settings.append((row.name if len(row.runs) == 1 else f"{row.name} seed {run['config']['seed']}", of_run))
     keys = [set(run["tuning"]["keys"]) if "tuning" in run else set() for row in rows for run in row.runs]

@@ -96,6 +96,17 @@ def test_another_data_set_of_the_same_categories_is_scored(learnt, rectangles, f
     assert annotations in out
 
 
+def test_results_on_another_set_leave_those_of_the_run(learnt, rectangles, folder, command):
+    shutil.copy(learnt / "last.pt", folder)
+    shutil.copy(learnt / "metrics.json", folder)
+    annotations, images = rectangles(folder / "other", [[(0, [18, 24, 60, 72])]], classes=2, side=192)
+    settings = (f"data.val.annotations={annotations}", f"data.val.images={images}")
+    code, _, err = command(evaluation.main, "--checkpoint", folder / "last.pt", "--set", *settings)
+    assert code == 0, err
+    assert read(folder / "metrics.json") == read(learnt / "metrics.json")
+    assert read(folder / Path(annotations).stem / "metrics.json")["images"] == 1
+
+
 def test_set_changes_options(learnt, folder, command):
     settings = ("postprocess.max_detections=1", "evaluation.batch_size=1")
     code, _, err = command(evaluation.main, "--checkpoint", learnt / "last.pt", "--output", folder, "--set", *settings)

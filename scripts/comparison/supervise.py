@@ -17,7 +17,7 @@ from typing import Any, TextIO
 import torch
 from tqdm import tqdm
 
-from detector import checkpoint, config
+from detector import checkpoint, config, config_files
 from detector.config import Config
 from detector.configure import flat_values
 from detector.device import usable_cores
@@ -81,12 +81,17 @@ class Child:
 
 
 def finished(run: Run) -> bool:
-    """Whether the run has a result. Raises UserError if that result has another config."""
-    if not run.kept.exists():
+    """Whether the run has a result. Raises UserError if that result, or a run that was stopped, has another config."""
+    folder, kept = run.cfg.folder, {}
+    if run.kept.exists():
+        kept = result.read(run.kept)
+        before, where, what = kept["config"], run.kept, "it"
+    elif any((folder / name).exists() for name in (checkpoint.LAST, checkpoint.PREVIOUS)):
+        before, where, what = config_files.read(folder / "config.yaml"), folder, "the folder"
+    else:
         return False
-    kept = result.read(run.kept)
-    then, now = flat_values(kept["config"]), config.flat(run.cfg.model_dump(mode="json"))
-    then["processes"], now["processes"] = kept.get("processes", 1), run.processes
+    then, now = flat_values(before), config.flat(run.cfg.model_dump(mode="json"))
+    then["processes"], now["processes"] = kept.get("processes", 1) if kept else run.processes, run.processes
     for key, value in run.notes.get("annotations", {}).items():  # older results do not have it
         now[f"SHA-256 of {key}"], then[f"SHA-256 of {key}"] = value, kept.get("annotations", {}).get(key, value)
     if "auto" in (now.get("precision"), then.get("precision")):
@@ -94,10 +99,10 @@ def finished(run: Run) -> bool:
     for key in dict.fromkeys([*now, *then]):
         if now.get(key) != then.get(key) and not key.startswith(MACHINE_AND_PATHS):
             raise UserError(
-                f"{run.kept}: was trained with {key} {then.get(key)}, now {now.get(key)}: delete it to train the run "
+                f"{where}: was trained with {key} {then.get(key)}, now {now.get(key)}: delete {what} to train the run "
                 "again, or give another --output"
             )
-    return True
+    return bool(kept)
 
 
 def train_all(

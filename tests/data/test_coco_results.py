@@ -43,6 +43,13 @@ def test_an_entry_that_breaks_the_format_is_named(change):
         from_coco_results([result, {**result, **change}], [7], [3])
 
 
+def test_a_full_disk_is_one_line_and_leaves_the_old_files(tmp_path, full_disk):
+    write_results(tmp_path, {"AP": 0.5}, [])
+    with full_disk(100), pytest.raises(UserError, match=r"the results cannot be written \(File too large\)"):
+        write_results(tmp_path, {"AP": 0.6}, [{"score": 1.0}] * 100)
+    assert json.loads((tmp_path / "metrics.json").read_text()) == {"AP": 0.5}
+
+
 def test_two_files_are_written_and_nothing_else(tmp_path):
     write_results(tmp_path, {"AP": 0.5}, [{"score": 1.0}])
     contents = {path.name: json.loads(path.read_text()) for path in tmp_path.iterdir()}

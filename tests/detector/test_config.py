@@ -1,5 +1,6 @@
 """The options: defaults, bases, --set, and one line for every mistake."""
 
+import itertools
 import warnings
 
 import pytest
@@ -239,6 +240,22 @@ def test_settings_apply_in_order_on_top_of_the_file(tmp_path):
     cfg = load(tmp_path, "solver: {lr: 1, epochs: 3}", "solver.lr=2", "solver.lr=3", "data.train.images=a=b", "run=x")
     assert (cfg.solver.lr, cfg.solver.epochs, cfg.data.train.images, cfg.run) == (3, 3, "a=b", "x")
     assert load(tmp_path, "", "solver={lr: 3}").solver.lr == 3
+
+
+def test_the_order_of_settings_decides_only_between_those_of_one_option(tmp_path):
+    settings = ["class_loss.weight=2", "class_loss.name=ghm_c", "class_loss.bins=10"]
+    parts = [load(tmp_path, "", *order).class_loss for order in itertools.permutations(settings)]
+    assert all(part == parts[0] for part in parts)
+    assert (parts[0].name, parts[0].weight, parts[0].options["bins"]) == ("ghm_c", 2, 10)
+
+
+@pytest.mark.parametrize("digits", ["7", "007", "008", "010", "1_0", "+10"])
+def test_whole_numbers_are_decimal(tmp_path, digits):
+    assert load(tmp_path, f"seed: {digits}").seed == load(tmp_path, "", f"seed={digits}").seed == int(digits)
+
+
+def test_an_hour_and_minutes_are_no_number(error_of, tmp_path):
+    assert "seed" in error_of("seed: 1:30")
 
 
 def test_a_part_with_another_name_drops_its_old_options(tmp_path):

@@ -1,6 +1,8 @@
 """When a run evaluates and saves. Resuming restores its complete state or refuses."""
 
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import torch
 
 from detector import checkpoint
 from detector.checkpoint import Saved
+from detector.configure import configure
 from detector.errors import UserError
 from detector.pretrained import load_initial_weights
 from detector.run import checkpoint_to_resume
@@ -75,6 +78,14 @@ def test_a_new_run_overwrites_no_other_run(make_run, folder, saved):
     assert checkpoint_to_resume(cfg, resume=True).path == cfg.folder / "previous.pt"
 
 
+def test_a_finished_run_is_not_overwritten(make_run, folder, saved):
+    cfg = make_run(output=str(folder), run="x").cfg
+    cfg.folder.mkdir()
+    (cfg.folder / "best.pt").write_bytes(saved[0].read_bytes())  # scripts/ablate.py removes last.pt
+    with pytest.raises(UserError, match="already holds a run"):
+        checkpoint_to_resume(cfg, resume=False)
+
+
 def test_resume_restores_the_state(make_run, saved, same):
     path, run = saved
     other = make_run(class_loss={"name": "ghm_c"})
@@ -130,6 +141,34 @@ def test_all_changes_are_named_and_may_be_accepted(make_run, saved):
         "changed: class_loss.weight 1.0, now 2.0",
         "changed: solver.weight_decay 0.0001, now 0.5",
     ]
+
+
+def test_accepted_changes_reach_the_optimizer_and_its_state_stays(make_run, saved, same):
+    run = make_run(class_loss={"name": "ghm_c"}, solver={"weight_decay": 0.5, "momentum": 0.1})
+    run.resume(read(saved[0]), accept_changes=True)
+    groups = run.solver.optimizer.param_groups
+    assert {group["momentum"] for group in groups} == {0.1} and {group["weight_decay"] for group in groups} == {0.5, 0}
+    states = [each.solver.optimizer.state_dict()["state"] for each in (run, saved[1])]
+    assert same(*states)
+
+
+def test_a_folder_in_which_another_process_trains_is_refused(make_run, folder):
+    run = make_run(output=str(folder), run="x")
+    run.open_folder()
+    config_file, open_again = (
+        run.cfg.folder / "config.yaml",
+        f"""
+from pathlib import Path
+from detector.run import locked
+print(locked(Path({str(run.cfg.folder / "config.yaml")!r}).open("a")))
+""",
+    )
+    answers = []
+    for _ in range(2):
+        other = subprocess.run([sys.executable, "-c", open_again], capture_output=True, text=True, timeout=60)
+        answers.append(other.stdout.strip() or other.stderr)
+        run.lock.close()  # as at its end
+    assert answers == ["False", "True"] and configure(str(config_file)) == run.cfg
 
 
 def test_a_run_of_another_version_is_not_resumed_but_its_weights_can_be_used(make_run, saved, folder, same):

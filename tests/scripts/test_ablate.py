@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -59,11 +60,50 @@ def test_a_variant_that_changes_more_than_the_loss_is_refused(base):
         (("--variants", "focal", "--tune", "1"), "give at least 2"),
         (("--variants", "focal", "--tune", "8", "--tune-set", "box_loss.weight=1"), "leave it out here or in --tune-k"),
         (("--variants", "focal", "--tune", "8", "--tune-set", "solver.epoch=1"), "solver.epoch: unknown option"),
+        (("--variants", "focal", "--tune", "8", "--tune-set", "class_loss.name=ce"), "--variants names the losses"),
+        (("--variants", "focal", "--tune", "8", "--grid", "class_loss.weight=1,2"), "is what --tune searches"),
+        (("--variants", "focal", "--set", "seed=7"), "--seeds sets it"),
+        (("--variants", "focal", "--grid", "seed=7,8"), "--seeds sets it"),
+        (("--variants", "focal", "--tune", "8", "--tune-set", "output=x"), "--output sets it"),
     ],
 )
 def test_mistakes_are_one_line(base, command, arguments, message):
     code, _, err = command(ablate.main, "--config", base, *arguments, "--dry-run")
     assert code == 2 and re.search(message, err) and err.count("\n") == 1
+
+
+def test_a_variant_may_be_based_on_another_one(base):
+    (base.parent / "twice.yaml").write_text("base: focal.yaml\nbox_loss: {weight: 4}\n")
+    changes = ablate.read_variant(base, "twice")
+    assert changes == {"class_loss": {"name": "focal"}, "box_loss": {"name": "smooth_l1", "weight": 4}}
+    (base.parent / "other.yaml").write_text("solver: {epochs: 9}\n")
+    (base.parent / "stray.yaml").write_text("base: other.yaml\nclass_loss: {name: ce}\n")
+    with pytest.raises(UserError, match=r"stray\.yaml: solver\.epochs: a variant may set only"):
+        ablate.read_variant(base, "stray")
+
+
+def test_a_stopped_run_of_another_length_is_not_continued(base, tmp_path, command):
+    arguments = ["--config", base, "--variants", "focal", "--seeds", 1, "--output", tmp_path / "out", "--set"]
+    assert command(ablate.main, *arguments, "solver.epochs=2")[0] == 0
+    (tmp_path / "out" / "results" / "focal-s0.json").unlink()
+    (tmp_path / "out" / "focal-s0" / "last.pt").touch()  # as if it had been stopped
+    for dry_run in (["--dry-run"], []):
+        code, _, err = command(ablate.main, *arguments, "solver.epochs=1", *dry_run)
+        assert code == 2 and "focal-s0: was trained with solver.epochs 2, now 1: delete the folder" in err
+
+
+def test_tuning_finds_images_that_are_beside_the_whole_file(base, tmp_path, command, scored):
+    values = yaml.safe_load(base.read_text())
+    for part in ("train", "val"):
+        source = values["data"][part]
+        shutil.copytree(source["images"], tmp_path / "data" / "images", dirs_exist_ok=True)
+        shutil.copy(source["annotations"], tmp_path / "data")
+        values["data"][part] = {"annotations": str(tmp_path / "data" / f"{part}.json")}
+    base.write_text(yaml.safe_dump(values))
+    code, _, err, _ = scored(lambda values: 0.5, "--tune", 2, "--output", tmp_path / "out")
+    assert code == 0, err
+    cfg = configure(str(tmp_path / "out" / "configs" / "tune-focal-1.yaml"))
+    assert cfg.data.train.images == cfg.data.val.images == str(tmp_path / "data" / "images")
 
 
 def test_a_second_start_keeps_the_results_of_tuned_runs(base, tmp_path, command):

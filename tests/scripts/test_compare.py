@@ -277,6 +277,12 @@ def test_every_other_difference_causes_a_warning(tmp_path, capsys):
     assert (tmp_path / "table.md").read_text().splitlines()[-len(warnings) :] == warnings
 
 
+def test_runs_of_other_annotations_under_the_same_path_cause_a_warning(tmp_path, capsys):
+    runs = [kept(tmp_path, name, 0, 0.3, annotations={"data.train": digest}) for name, digest in zip("ab", "12")]
+    main(runs)
+    assert 'SHA-256 of data.train differs: "1" in a / "2" in b' in capsys.readouterr().out
+
+
 def test_each_line_of_the_csv_has_the_verdict_of_its_row(tmp_path):
     files = [
         kept(tmp_path, name, seed, ap + seed / 100) for name, ap in (("ce", 0.3), ("focal", 0.5)) for seed in (0, 1)
@@ -426,7 +432,9 @@ def test_runs_that_all_failed_are_listed(tmp_path, capsys):
     config = json.loads(path.read_text())["config"]
     path.write_text(json.dumps({"config": config, "variant": "ce", "failure": "loss = nan"}))
     main([str(path)])
-    assert "- failed: ce, seed 0: loss = nan" in capsys.readouterr().out
+    assert "- failed: ce, seed 0: loss = nan" in (out := capsys.readouterr().out) and "No verdict" not in out
+    main([str(path), kept(tmp_path, "focal", 0, 0.3)])
+    assert "all runs of ce failed; name another row by --baseline" in capsys.readouterr().out
 
 
 def of_sets(folder, rows, gamma=2.0):
