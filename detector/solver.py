@@ -154,11 +154,11 @@ class Solver:
 
         Raises ValueError for another optimizer's state, which torch would accept, to fail at the next step.
         """
-        groups = self.optimizer.state_dict()["param_groups"]
-        saved, own = ([(g.keys(), g["params"]) for g in each] for each in (state["optimizer"]["param_groups"], groups))
-        if saved != own:
+        groups, saved = (each["param_groups"] for each in (self.optimizer.state_dict(), state["optimizer"]))
+        if [(g.keys(), g["params"]) for g in groups] != [(g.keys(), g["params"]) for g in saved]:
             raise ValueError("the optimizer is another")
         self.step_count, self.skipped = state["step"], state["skipped"]
+        groups = [group | {"lr": before["lr"]} for group, before in zip(groups, saved)]  # `step` sets it
         self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": groups})
         self.scaler.load_state_dict(state["scaler"])
         if self.averaged is not None:
