@@ -24,7 +24,6 @@ every other setting in which the runs differ, besides the losses, the seed and t
 
 import argparse
 import csv
-import json
 import statistics
 from collections.abc import Callable
 from itertools import chain
@@ -34,7 +33,6 @@ from typing import NamedTuple
 import yaml
 
 from detector.config import flat
-from detector.configure import flat_values
 from detector.errors import UserError, run_main
 from scripts.comparison import result
 from scripts.comparison.differences import (
@@ -47,14 +45,11 @@ from scripts.comparison.differences import (
     differing_pairs,
     named,
 )
+from scripts.comparison.fairness import LOSS, remarks
 from scripts.comparison.rows import AP, METRICS, Costs, Result, Row, costs, numbers, read_sets
-from scripts.comparison.tuning import budget, described
 
 HEADER = ("run", "class loss", "box loss", *AP, "ECE", "s/step", "GB")
 LEFT = 3  # the first columns are text, aligned to the left
-LOSS = ("class_loss", "box_loss", "model.head.prior")
-VARIED = ("run", "output", "seed", *LOSS)  # may differ between compared runs
-MUST_AGREE = ("step", "epoch", "images")  # metrics that say what was scored, and when
 PUBLISHED = Path(__file__).resolve().parent.parent / "results" / "published.yaml"
 ON_COCO = "instances_val2017.json"  # the validation file of the published numbers
 
@@ -132,7 +127,7 @@ def compare(title: str, rows: list[Row], baseline: str, metric: str, pairs: bool
         verdicts=verdicts,
         pairs=differing_pairs(rows, metric) if pairs else [],
         detectable=detectable_differences(rows, results, metric),
-        notes=[f"- {cost.remark}"] * bool(cost.remark) + published(rows) + warn(rows),
+        notes=[f"- {cost.remark}"] * bool(cost.remark) + published(rows) + remarks(rows),
     )
 
 
@@ -188,49 +183,6 @@ def marks(rows: list[Row]) -> set[tuple[int, int]]:
     """The (row, column) of each cell that is the best of its column beyond chance."""
     names = [row.name for row in rows]
     return {(names.index(name), HEADER.index(metric)) for metric, name in best_rows(rows).items()}
-
-
-def warn(rows: list[Row]) -> list[str]:
-    """The failed runs, and a line for each setting in which the runs differ: a warning unless it was tuned."""
-    warnings = [f"- failed: {row.name}, {failure}" for row in rows for failure in row.failures]
-    for row in rows:
-        if row.runs and "tuning" in row.runs[0]:
-            warnings.append(f"- {row.name} was tuned: {described(row.runs[0]['tuning'])}")
-    if too_short := [row.name for row in rows if _short_trials(row)]:
-        remark = "no trial reached two thirds of the runs' AP, so longer ones may choose other values (--tune-set)"
-        warnings.append(f"- {', '.join(too_short)}: {remark}")
-    settings = []
-    for row in rows:
-        for run in row.runs:
-            of_run = {k: v for k, v in flat_values(run["config"]).items() if not k.startswith(VARIED)}
-            of_run |= {f"metrics.{key}": run["metrics"][key] for key in MUST_AGREE if key in run["metrics"]}
-            of_run["seeds"] = row.seeds
-            of_run["machine"] = run["machine"]["device"] if "machine" in run else None
-            of_run["processes"] = run.get("processes", 1)
-            if all("annotations" in every for row in rows for every in row.runs):  # older results do not have it
-                of_run |= {f"SHA-256 of {key}": value for key, value in run["annotations"].items()}
-            of_run["tuning"] = budget(run["tuning"]) if "tuning" in run else None
-            settings.append((row.name if len(row.runs) == 1 else f"{row.name} seed {run['config']['seed']}", of_run))
-    keys = [set(run["tuning"]["keys"]) if "tuning" in run else set() for row in rows for run in row.runs]
-    tuned = set.intersection(*keys) if keys else set()
-    for key in dict.fromkeys(key for _, of_run in settings for key in of_run):
-        runs_by_value: dict[str, list[str]] = {}
-        for name, of_run in settings:
-            value = json.dumps(of_run[key], default=str) if key in of_run else "absent"
-            runs_by_value.setdefault(value, []).append(name)
-        if len(runs_by_value) > 1:
-            values = " / ".join(f"{value} in {', '.join(names)}" for value, names in runs_by_value.items())
-            about = f"{key} was tuned" if key in tuned else f"warning: not a fair comparison, {key} differs"
-            warnings.append(f"- {about}: {values}")
-    return warnings
-
-
-def _short_trials(row: Row) -> bool:
-    """Whether a row was tuned by trials so short that they may rank values unlike whole runs do."""
-    if not row.runs or "tuning" not in row.runs[0]:
-        return False
-    best = max(trial["AP"] or 0 for trial in row.runs[0]["tuning"]["trials"])
-    return best < 2 / 3 * statistics.fmean(run["metrics"]["AP"] for run in row.runs)
 
 
 def published(rows: list[Row]) -> list[str]:

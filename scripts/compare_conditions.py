@@ -32,6 +32,7 @@ from scripts.comparison.differences import (
     known_value,
     same_images,
 )
+from scripts.comparison.fairness import differing
 from scripts.comparison.rows import Row, read_rows
 
 Conditions = dict[float, dict[str, Row]]  # the rows of each condition by name, in ascending order of the condition
@@ -87,6 +88,8 @@ def read(folder: Path) -> Conditions:
         for row in rows:
             for failure in row.failures:
                 print(f"failed: {row.name} at {value:g}, {failure}", file=sys.stderr)
+        for line in differing(rows)[1]:
+            print(f"warning: at {value:g} {line}", file=sys.stderr)
         if known := {row.name: row for row in rows if aps(row)}:  # else all have failed
             conditions[value] = known
     return conditions

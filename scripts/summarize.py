@@ -20,6 +20,7 @@ from matplotlib import pyplot as plt
 from detector.errors import UserError, run_main
 from scripts.comparison import page
 from scripts.comparison.differences import Difference, differences, known_value, named
+from scripts.comparison.fairness import differing
 from scripts.comparison.rows import Row, read_rows
 
 METRICS = ("AP", "AP50", "AP75")
@@ -39,6 +40,8 @@ def main(argv: list[str] | None = None) -> None:
     for row in rows:
         for failure in row.failures:
             print(f"failed: {row.name}, {failure}", file=sys.stderr)
+    for line in differing(rows)[1]:
+        print(f"warning: {line}", file=sys.stderr)
     baseline = named(rows, args.baseline)
     known = sorted((row for row in rows if mean(row, "AP") is not None), key=lambda row: -mean(row, "AP"))
     if baseline not in known:

@@ -101,6 +101,19 @@ def test_a_condition_that_is_still_tuned_is_left_out(folder, command):
     assert err == f"left out: {folder / '40'}: only tuning runs so far\n"
 
 
+def test_runs_of_a_condition_that_differ_in_more_than_the_losses_are_named(folder, command):
+    for value in (0, 10):
+        for name in ("ce", "focal"):
+            write(folder, value, name, 0, 0.5)
+    file = folder / "10" / "focal-s0.json"
+    content = result.read(file)
+    content["config"]["solver"] = {"epochs": 99}
+    result.write(file, content)
+    code, _, err = command(compare_conditions.main, folder, "--output", folder / "plot.png")
+    assert code == 0 and err.count("\n") == 1
+    assert err.startswith("warning: at 10 not a fair comparison, solver.epochs differs: 12 in ce / 99 in focal")
+
+
 def test_nothing_can_be_lost_from_an_ap_of_0(folder, command):
     for seed in range(2):
         for value in (0, 20):

@@ -61,6 +61,12 @@ def test_shares_are_the_mean_of_the_observed_ones(folder):
     assert summarize.shares(by_name["none"]) is None
 
 
+def test_runs_that_differ_in_more_than_the_losses_are_named(folder, command):
+    paths = [write(folder, name, 0, 0.5, annotations={"data.train": digest}) for name, digest in zip("ab", "12")]
+    code, _, err = command(summarize.main, *paths, "--output", folder / "plot.png")
+    assert code == 0 and 'warning: not a fair comparison, SHA-256 of data.train differs: "1" in a / "2" in b' in err
+
+
 def test_one_seed_gets_no_verdict(folder, command):
     files = [write(folder, "ce", 0, 0.5), write(folder, "focal", 0, 0.7)]
     code, out, err = command(summarize.main, *files, "--output", folder / "plot.png")

@@ -1,0 +1,62 @@
+"""In what else than their losses compared runs differ."""
+
+import json
+import statistics
+
+from detector.configure import flat_values
+from scripts.comparison.rows import Row
+from scripts.comparison.tuning import budget, described
+
+LOSS = ("class_loss", "box_loss", "model.head.prior")
+VARIED = ("run", "output", "seed", *LOSS)  # may differ between compared runs
+MUST_AGREE = ("step", "epoch", "images")  # metrics that say what was scored, and when
+
+
+def remarks(rows: list[Row]) -> list[str]:
+    """The failed runs, and a line for each setting in which the runs differ: a warning unless it was tuned."""
+    lines = [f"- failed: {row.name}, {failure}" for row in rows for failure in row.failures]
+    for row in rows:
+        if row.runs and "tuning" in row.runs[0]:
+            lines.append(f"- {row.name} was tuned: {described(row.runs[0]['tuning'])}")
+    if too_short := [row.name for row in rows if _short_trials(row)]:
+        remark = "no trial reached two thirds of the runs' AP, so longer ones may choose other values (--tune-set)"
+        lines.append(f"- {', '.join(too_short)}: {remark}")
+    tuned, unfair = differing(rows)
+    return [*lines, *(f"- {line}" for line in tuned), *(f"- warning: {line}" for line in unfair)]
+
+
+def differing(rows: list[Row]) -> tuple[list[str], list[str]]:
+    """A line for each setting in which the runs differ: those that were tuned, and those that make it unfair."""
+    lines: tuple[list[str], list[str]] = ([], [])
+    settings = []
+    for row in rows:
+        for run in row.runs:
+            of_run = {k: v for k, v in flat_values(run["config"]).items() if not k.startswith(VARIED)}
+            of_run |= {f"metrics.{key}": run["metrics"][key] for key in MUST_AGREE if key in run["metrics"]}
+            of_run["seeds"] = row.seeds
+            of_run["machine"] = run["machine"]["device"] if "machine" in run else None
+            of_run["processes"] = run.get("processes", 1)
+            if all("annotations" in every for row in rows for every in row.runs):  # older results do not have it
+                of_run |= {f"SHA-256 of {key}": value for key, value in run["annotations"].items()}
+            of_run["tuning"] = budget(run["tuning"]) if "tuning" in run else None
+            settings.append((row.name if len(row.runs) == 1 else f"{row.name} seed {run['config']['seed']}", of_run))
+    keys = [set(run["tuning"]["keys"]) if "tuning" in run else set() for row in rows for run in row.runs]
+    tuned = set.intersection(*keys) if keys else set()
+    for key in dict.fromkeys(key for _, of_run in settings for key in of_run):
+        runs_by_value: dict[str, list[str]] = {}
+        for name, of_run in settings:
+            value = json.dumps(of_run[key], default=str) if key in of_run else "absent"
+            runs_by_value.setdefault(value, []).append(name)
+        if len(runs_by_value) > 1:
+            values = " / ".join(f"{value} in {', '.join(names)}" for value, names in runs_by_value.items())
+            about = f"{key} was tuned" if key in tuned else f"not a fair comparison, {key} differs"
+            lines[key not in tuned].append(f"{about}: {values}")
+    return lines
+
+
+def _short_trials(row: Row) -> bool:
+    """Whether a row was tuned by trials so short that they may rank values unlike whole runs do."""
+    if not row.runs or "tuning" not in row.runs[0]:
+        return False
+    best = max(trial["AP"] or 0 for trial in row.runs[0]["tuning"]["trials"])
+    return best < 2 / 3 * statistics.fmean(run["metrics"]["AP"] for run in row.runs)
