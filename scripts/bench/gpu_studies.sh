@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The studies of batches, imbalance and wrong labels on one GPU, all conditions at once. Imbalance also tunes: call it
-# again until all are finished.
+# The studies of batches, imbalance and wrong labels on one GPU, all conditions at once. The last two also
+# tune: call it again until all are finished.
 #
 #     bash scripts/bench/gpu_studies.sh [LOGS] [SECONDS]
 #

@@ -16,7 +16,7 @@ cd "$(dirname "$0")/../.."
 export NO_ALBUMENTATIONS_UPDATE=1 OMP_NUM_THREADS=1
 until=$((SECONDS + ${SECONDS_LEFT:-540}))
 
-study() { # NAME SET CONFIG SEEDS TRIALS "VARIANTS" "SETTINGS" "SETTINGS OF SHORT RUNS"
+study() { # NAME SET CONFIG SEEDS TRIALS "VARIANTS" "SETTINGS" "SETTINGS OF TUNING RUNS"
     local left=$((until - SECONDS)) files=()
     [ "$left" -gt 0 ] || return
     for part in train val; do
@@ -45,4 +45,4 @@ done
 study cards playing_cards laptop 3 8 "$four" \
     "$wide model.weights=$weights data.horizontal_flip=0 solver.epochs=30 evaluation.every=10" \
     "evaluation.every=30" # shorter ones end before the model tells the cards apart
-study bccd bccd bccd 3 8 "$four" "$wide solver.epochs=16" "solver.epochs=5 evaluation.every=5"
+study scratch bccd bccd 3 8 "$four" "$wide solver.epochs=16" "evaluation.every=16"

@@ -22,6 +22,6 @@ done
 python scripts/ablate.py --config configs/bccd/base.yaml --seeds 3 --jobs "$jobs" --results results/scratch \
     --output runs/scratch --variants "${four[@]}" \
     --set "${common[@]}" data.short_side=240 data.long_side=336 solver.epochs=8 evaluation.every=2 \
-    --tune 8 --tune-set solver.epochs=3 solver.warmup_steps=50 evaluation.every=3
+    --tune 8 --tune-set evaluation.every=8
 python scripts/compare.py results/laptop/*.json results/cards/*.json --baseline ce
 python scripts/compare.py results/scratch/*.json --baseline ce
