@@ -1,8 +1,8 @@
 #!/bin/bash
 # Pretrained BCCD and playing cards as in tables.sh, but with tuning runs of 165 and 448 steps instead of as many epochs
 # as whole ones. On playing cards these end before the model tells the cards apart: the weights that they choose cost up
-# to 19 AP (docs/results.md). Also forms of GHM-C on BCCD. Stop it at any time; the same command continues. Argument: runs
-# at once (1).
+# to 19 AP (docs/results.md). Also forms of GHM-C on BCCD. Stop it at any time; the same command continues. Argument:
+# runs at once (1).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 common=(data.workers=0 tensorboard.images=2)
