@@ -34,7 +34,7 @@ from scripts.comparison import verdict
 from scripts.comparison.differences import runs_of
 from scripts.comparison.rows import read_rows
 
-RESULTS = ["results/laptop_short", "results/cards", "results/switches", "results/wrong_labels/20"]
+RESULTS = ["results/laptop_short", "results/cards", "results/switches", "results/wrong_labels/40"]
 SEEDS = (1, 2, 3, 5, 10)
 FAMILY = 5  # comparisons with one baseline
 LEGEND = """\
