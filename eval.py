@@ -91,10 +91,11 @@ def evaluate(
         metrics = score(dataset.annotations, detections, dataset.category_ids)
     metrics["step"], metrics["epoch"] = run.get("solver", {}).get("step"), run.get("epoch")
     metrics["seconds_per_step"], metrics["peak_memory"] = run.get("seconds_per_step"), run.get("peak_memory", 0)
-    try:  # and written before printing, so an error in printing does not lose the results
+    try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output: {folder} cannot be written ({error.strerror})") from None
+    # Before printing, so an error there does not lose the results.
     write_results(folder, metrics, coco_results(detections, dataset.category_ids))
     print(f"{metrics_table(metrics)}\n\n{per_class_table(metrics)}")
     for line in remark_lines(*remarks):

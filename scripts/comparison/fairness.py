@@ -13,7 +13,7 @@ MUST_AGREE = ("step", "epoch", "images")  # metrics that say what was scored, an
 
 
 def remarks(rows: list[Row]) -> list[str]:
-    """The failed runs, and a line for each setting in which the runs differ: a warning unless it was tuned."""
+    """A line for each failed run, each tuned row, and each setting in which the runs differ."""
     lines = [f"- failed: {row.name}, {failure}" for row in rows for failure in row.failures]
     for row in rows:
         if row.runs and "tuning" in row.runs[0]:

@@ -1,8 +1,8 @@
 #!/bin/bash
 # CE, Focal and GHM-C with a limit, trained without and with 40% wrong labels and scored on right ones; 564 steps of 4
 # images a run. At each percentage, runs of as many epochs tune each loss's class and box weight. They are scored on a
-# quarter of the training images, whose labels are as wrong as the rest: nobody has better ones to tune on. Stop it at
-# any time; the same command continues. Arguments: runs at once (1), seeds (5), and the only percentage to train with
+# quarter of the training images, whose labels are as wrong as the rest: we assume that nobody has checked any. Stop it
+# at any time; the same command continues. Arguments: runs at once (1), seeds (5), and the only percentage to train with
 # (all).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
