@@ -23,6 +23,6 @@ study() { # NAME CONDITIONS...
 }
 study batches 4 16 64
 study imbalance imbalance/{70,350,1600,11000,46000} few_digits/70
-study wrong_labels 0 40
+study wrong_labels 0 20 40
 wait
 tail -n 1 "$logs"/*.log
