@@ -19,7 +19,7 @@ def remarks(rows: list[Row]) -> list[str]:
         if row.runs and "tuning" in row.runs[0]:
             lines.append(f"- {row.name} was tuned: {described(row.runs[0]['tuning'])}")
     if too_short := [row.name for row in rows if _short_trials(row)]:
-        remark = "no trial reached two thirds of the runs' AP, so longer ones may choose other values (--tune-set)"
+        remark = "no trial reached two thirds of the runs' AP, so longer ones (--tune-set) or cleaner labels may choose other values"
         lines.append(f"- {', '.join(too_short)}: {remark}")
     tuned, unfair = differing(rows)
     return [*lines, *(f"- {line}" for line in tuned), *(f"- warning: {line}" for line in unfair)]
