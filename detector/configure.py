@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pydantic
-from pydantic import ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from detector import config, config_files, losses
 from detector.anchors import Anchors, TorchvisionAnchors
 from detector.assigner import ATSSAssigner, IoUAssigner
 from detector.backbone import BACKBONES
-from detector.config import Config, Part
+from detector.config import Config, Options, Part
 from detector.errors import UserError, one_line
 from detector.option_errors import describe
 
@@ -117,8 +117,7 @@ def _typed_options(part: Callable, section: str, options: dict[str, Any], fixed:
     """
     parameters = list(inspect.signature(part).parameters.values())
     fields: dict[str, Any] = {p.name: (p.annotation, ... if p.default is p.empty else p.default) for p in parameters}
-    strict = ConfigDict(extra="forbid", allow_inf_nan=False)
-    checked = pydantic.create_model(section, __config__=strict, **fields)
+    checked = pydantic.create_model(section, __base__=Options, **fields)
     try:
         return checked.model_validate(options).model_dump(mode="json")
     except ValidationError as error:

@@ -91,6 +91,9 @@ def test_an_unknown_key_is_refused_with_a_suggestion(error_of, tmp_path, text, e
         ("box_coder: {weights: [1, 1]}", "box_coder.weights", "Field required"),
         ("class_loss: {name: focal, weight: 0}", "class_loss.weight", "0"),
         ("class_loss: {gamma: 1}", "class_loss.name", "required"),
+        ("solver: {epochs: true}", "solver.epochs", "True"),
+        ("solver: {ema: yes}", "solver.ema", "True"),
+        ("class_loss: {name: ghm_c, bins: on}", "class_loss.bins", "True"),
         ("precision: half", "precision", "half"),
         ("seed: -1", "seed", "-1"),
         ("data: {short_side: 1000000, long_side: 1000000}", "data.short_side", "1000000"),
@@ -267,6 +270,11 @@ def test_a_part_with_another_name_drops_its_old_options(tmp_path):
     unnamed_loss = load(tmp_path, "base: base.yaml\nclass_loss: {gamma: 1}").class_loss
     assert unnamed_loss == same_loss
     assert load(tmp_path, "base: base.yaml", "class_loss.name=ce").class_loss.options == {"alpha": None}
+
+
+def test_options_without_a_name_belong_to_the_part_that_is_the_default(tmp_path):
+    cfg = load(tmp_path, "assigner: {fg_iou: 0.6}\nanchors: {octaves: 2}", "assigner.name=iou", "anchors.name=grid")
+    assert (cfg.assigner.options["fg_iou"], cfg.anchors.options["octaves"]) == (0.6, 2)
 
 
 def test_merge_leaves_its_arguments_unchanged():
