@@ -28,6 +28,7 @@ def build_datasets(cfg: Config) -> tuple[CocoDataset, CocoDataset]:
     train_set = CocoDataset(train.annotations, train.images, augment, cache=cfg.data.cache, trust=cfg.data.trust)
     if not cfg.data.trust:
         train_set.refuse_without_boxes()
+    train_set.remark_on_unlearnable_classes()
     val_set = CocoDataset(
         val.annotations,
         val.images,

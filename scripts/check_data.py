@@ -202,7 +202,8 @@ def balance(cfg: Config, anchors: Anchors, train: Seen) -> str:
     classes = len(train.dataset.class_names)
     cells = (classes * (positives + negatives) - positives) / positives
     ratio = f"1 positive to {negatives / positives:,.0f} negatives among the anchors"
-    return f"{ratio} of {len(chosen):,} training images, 1 to {cells:,.0f} among their cells ({cfg.assigner.name})"
+    of_cells = f"1 to {cells:,.0f} with {classes} classes for each anchor"
+    return f"{ratio} of {len(chosen):,} training images, {of_cells} ({cfg.assigner.name})"
 
 
 class Advice(NamedTuple):

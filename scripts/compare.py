@@ -24,6 +24,7 @@ every other setting in which the runs differ, besides the losses, the seed and t
 
 import argparse
 import csv
+import io
 import statistics
 from collections.abc import Callable
 from itertools import chain
@@ -100,10 +101,9 @@ def main(argv: list[str] | None = None) -> None:
         report.write(Path(args.html), compared, HEADER, together)
     if args.markdown:
         text = "\n".join(whole(compared, together, markdown, heading="## ")) + "\n"
-        with opened("--markdown", args.markdown) as file:
-            file.write(text)
+        write("--markdown", args.markdown, text)
     if args.csv:
-        write_csv(args.csv, compared, args.metric)
+        write("--csv", args.csv, as_csv(compared, args.metric))
     print("\n".join(whole(compared, together, aligned)))
 
 
@@ -232,39 +232,41 @@ def markdown(table: list[list[str]], best: set[tuple[int, int]]) -> list[str]:
     return ["| " + " | ".join(line) + " |" for line in escaped]
 
 
-def write_csv(path: str, compared: list[Compared], metric: str) -> None:
+def as_csv(compared: list[Compared], metric: str) -> str:
     """A line for each run, with the numbers of its row. With several sets, the first column is the set."""
     several = len(compared) > 1
-    with opened("--csv", path) as file:
-        writer = csv.writer(file)
-        header = ["variant", "seed", *HEADER[1:], "compared", "difference", "low", "high", "p, corrected"]
-        header += ["verdict", "reason", "failure"]
-        writer.writerow(["set"] * several + header)
-        for comparison in compared:
-            of_rows = {
-                diff.name: [metric, diff.mean, diff.low, diff.high, diff.p, diff.verdict, diff.reason]
-                for diff in comparison.results
-            }
-            of_set = [comparison.title] * several
-            for row in comparison.rows:
-                of_row = of_rows.get(row.name, [""] * 7)
-                taken = [comparison.cost.seconds.get(row.name, ""), comparison.cost.memory.get(row.name, 0) / 1e9 or ""]
-                for run in row.runs:
-                    config, known = run["config"], numbers(run)
-                    losses = config["class_loss"]["name"], config["box_loss"]["name"]
-                    values = [known.get(column, "") for column in (*AP, "ECE")]
-                    line = [row.name, config.get("seed", 0), *losses, *values, *taken, *of_row, ""]
-                    writer.writerow([*of_set, *line])
-                for failure in row.failures:
-                    seed, _, reason = failure.removeprefix("seed ").partition(": ")
-                    writer.writerow([*of_set, row.name, seed, *[""] * (len(header) - 3), reason])
+    text = io.StringIO()
+    writer = csv.writer(text)
+    header = ["variant", "seed", *HEADER[1:], "compared", "difference", "low", "high", "p, corrected"]
+    header += ["verdict", "reason", "failure"]
+    writer.writerow(["set"] * several + header)
+    for comparison in compared:
+        of_rows = {
+            diff.name: [metric, diff.mean, diff.low, diff.high, diff.p, diff.verdict, diff.reason]
+            for diff in comparison.results
+        }
+        of_set = [comparison.title] * several
+        for row in comparison.rows:
+            of_row = of_rows.get(row.name, [""] * 7)
+            taken = [comparison.cost.seconds.get(row.name, ""), comparison.cost.memory.get(row.name, 0) / 1e9 or ""]
+            for run in row.runs:
+                config, known = run["config"], numbers(run)
+                losses = config["class_loss"]["name"], config["box_loss"]["name"]
+                values = [known.get(column, "") for column in (*AP, "ECE")]
+                line = [row.name, config.get("seed", 0), *losses, *values, *taken, *of_row, ""]
+                writer.writerow([*of_set, *line])
+            for failure in row.failures:
+                seed, _, reason = failure.removeprefix("seed ").partition(": ")
+                writer.writerow([*of_set, row.name, seed, *[""] * (len(header) - 3), reason])
+    return text.getvalue()
 
 
-def opened(flag: str, path: str):
+def write(flag: str, path: str, text: str) -> None:
     try:
-        return open(path, "w", encoding="utf-8", newline="")
+        with open(path, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
     except OSError as error:
-        raise UserError(f"{flag} {path}: cannot be written: {error.strerror}") from error
+        raise UserError(f"{flag} {path}: cannot be written: {error.strerror}") from None
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ def remarks(rows: list[Row]) -> list[str]:
         if row.runs and "tuning" in row.runs[0]:
             lines.append(f"- {row.name} was tuned: {described(row.runs[0]['tuning'])}")
     if too_short := [row.name for row in rows if _short_trials(row)]:
-        remark = "no trial reached two thirds of the runs' AP, so longer ones (--tune-set) or cleaner labels may choose other values"
-        lines.append(f"- {', '.join(too_short)}: {remark}")
+        remark = "no trial reached two thirds of the runs' AP, so longer ones (--tune-set) or cleaner labels"
+        lines.append(f"- {', '.join(too_short)}: {remark} may choose other values")
     tuned, unfair = differing(rows)
     return [*lines, *(f"- {line}" for line in tuned), *(f"- warning: {line}" for line in unfair)]
 

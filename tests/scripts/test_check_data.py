@@ -236,5 +236,5 @@ def test_positives_and_negatives_are_counted_over_all_anchors(folder, call):
     assert code == 0, err
     cells = (2 * (positives + negatives) - positives) / positives
     line = f"1 positive to {negatives / positives:,.0f} negatives among the anchors of 2 training images, "
-    line += f"1 to {cells:,.0f} among their cells (iou)"
+    line += f"1 to {cells:,.0f} with 2 classes for each anchor (iou)"
     assert line in out and line in printed

@@ -197,7 +197,7 @@ def test_the_detectable_difference_is_reported(tmp_path, capsys):
     assert re.search(r"4 of 5 studies detect a difference of 3\.\d AP between two rows, at", line)
 
 
-def test_costs_are_shown_only_for_runs_that_had_the_machine_to_themselves(tmp_path, capsys):
+def test_memory_is_shown_only_for_runs_that_had_the_machine_to_themselves(tmp_path, capsys):
     here, there = {"machine": {"device": "2 cores"}}, {"machine": {"device": "4 cores"}}
 
     def shown(*files):
@@ -205,11 +205,11 @@ def test_costs_are_shown_only_for_runs_that_had_the_machine_to_themselves(tmp_pa
         return capsys.readouterr().out
 
     out = shown(kept(tmp_path, "ce", 0, 0.3, jobs=1, **here), kept(tmp_path, "focal", 0, 0.3, jobs=1, **here))
-    assert out.count(" 0.250  2.00") == 2 and "not shown" not in out
+    assert out.count("   -  2.00") == 2 and "s/step is not shown; scripts/ablate.py --time" in out
     out = shown(kept(tmp_path, "ce", 0, 0.3, jobs=1, **here), kept(tmp_path, "focal", 0, 0.3, jobs=1, **there))
-    assert "0.250" not in out and "s/step and GB are not shown: the runs are from different machines" in out
+    assert "2.00" not in out and "s/step and GB are not shown: the runs are from different machines" in out
     out = shown(kept(tmp_path, "ce", 0, 0.3, jobs=1, **here), kept(tmp_path, "focal", 0, 0.3, jobs=2, **here))
-    assert "0.250" not in out and "not shown: runs shared the machine (--jobs 2)" in out
+    assert "2.00" not in out and "not shown: runs shared the machine (--jobs 2)" in out
 
 
 def test_seconds_measured_in_turn_are_shown_even_if_the_runs_shared_a_machine(tmp_path, capsys):
@@ -408,7 +408,10 @@ def test_failed_runs_and_tuned_values_at_an_end_of_their_range_are_reported(tmp_
     (line,) = [line for line in out.splitlines() if line.startswith("- focal: ")]
     assert line.endswith("; 1 of its runs failed")
     assert "- ce was tuned: box_loss.weight 9.5 (range 0.1 to 10, at an end of it), best trial 10.0 AP\n" in out
-    assert "- ce: no trial reached two thirds of the runs' AP, so longer ones (--tune-set) or cleaner labels may choose" in out
+    assert (
+        "- ce: no trial reached two thirds of the runs' AP, so longer ones (--tune-set) or cleaner labels may choose"
+        in out
+    )
     search["trials"].append({"values": {}, "AP": 0.201})  # of 0.3
     Path(files[0]).write_text(json.dumps(content | {"tuning": search}))
     main(files)
