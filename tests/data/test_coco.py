@@ -269,6 +269,18 @@ def test_a_set_without_boxes_to_learn_from_says_why(folder, kind):
     one_line(excinfo, "no box to learn from", *parts, "data.trust=true")
 
 
+def test_classes_without_a_box_to_train_on_are_named(folder):
+    classes = dataset(folder)
+    classes.remark_on_unlearnable_classes()
+    assert "cannot be learnt" not in classes.summary()
+    document = copy.deepcopy(GOOD)
+    document["annotations"][0]["category_id"] = 5  # the only dog that is no crowd and has an area
+    write(folder, document)
+    lacking = dataset(folder)
+    lacking.remark_on_unlearnable_classes()
+    assert "no box of 1 of the 2 classes, which cannot be learnt (the first is 'dog')" in lacking.summary()
+
+
 # ---------------------------------------------------------------------------------------------- real images
 
 
