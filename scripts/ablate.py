@@ -303,13 +303,21 @@ def read_variants(base: Path, names: list[str], settings: list[str], grids: list
         key, values = parse_choice("--grid", grid)
         short = key.rpartition(".")[2]
         variants = {f"{n}[{short}={v}]": with_values(c, {key: v}) for n, c in variants.items() for v in values}
+    known: dict[str, str] = {}
+    for name, changes in variants.items():
+        other = known.setdefault(json.dumps(changes, sort_keys=True, default=str), name)
+        if other != name:
+            raise UserError(f"--variants {name}: has the losses of {other}; leave one of them out")
     return variants
 
 
 def read_variant(base: Path, name: str) -> Values:
     """What a variant changes in the config `base`. Raises UserError if that is more than the loss."""
     changes: Values = {}
-    for number, part in enumerate(name.split("+")):
+    parts = name.split("+")
+    if len(parts) > 2:
+        raise UserError(f"--variants {name}: name one file, or two as CLASS+BOX for the class and the box loss")
+    for number, part in enumerate(parts):
         file = base.parent / f"{part}.yaml"
         if not file.exists():
             raise UserError(f"{file}: no such file; --variants {name}: a variant is a file beside {base}")

@@ -70,6 +70,11 @@ def main(argv: list[str] | None = None) -> None:
             detections = from_coco_results(given, dataset.image_ids, dataset.category_ids)
         except UserError as error:
             raise UserError(f"{args.detections}: {error}") from None
+        for scores in (of_image.scores for of_image in detections.values()):
+            if len(scores) and not (scores.min() >= 0 and scores.max() <= 1):
+                raise UserError(
+                    f"{args.detections}: has scores outside 0..1; give probabilities, not percent or logits"
+                )
     else:
         device = pick_device(cfg.device)
         keep_freed_memory(device)

@@ -111,7 +111,8 @@ def measure(source: str, data: list[str] | None, count: int) -> tuple[Regions, R
     loader = eval_loader(dataset, assemble.eval_batch_size(cfg), **assemble.loader_options(cfg, device))
     batches = loader.batch_sampler.batches  # sorted by shape, so the first ones would all be narrow
     wanted = min(-(-count // len(batches[0])), len(batches))
-    chosen = [batches[(2 * number + 1) * len(batches) // (2 * wanted)] for number in range(wanted)]
+    full = batches if wanted == len(batches) else [batch for batch in batches if len(batch) == len(batches[0])]
+    chosen = [full[(2 * number + 1) * len(full) // (2 * wanted)] for number in range(wanted)]
     loader.batch_sampler.batches = chosen
     with torch.no_grad(), tqdm(total=sum(map(len, chosen)), unit="image") as progress:
         for batch in loader:

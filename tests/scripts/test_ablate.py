@@ -54,6 +54,8 @@ def test_a_variant_that_changes_more_than_the_loss_is_refused(base):
     "arguments, message",
     [
         (("--variants", "none"), r"none\.yaml: no such file"),
+        (("--variants", "focal", "focal+focal"), r"focal\+focal: has the losses of focal"),
+        (("--variants", "focal+ghm_r+focal"), "name one file, or two"),
         (("--variants", "focal", "--seeds", "0"), "give at least 1"),
         (("--variants", "focal", "--set", "class_loss.name=ce"), "--variants names the losses"),
         (("--variants", "focal", "--grid", "class_loss.gamma"), "write it as KEY=A,B,C"),

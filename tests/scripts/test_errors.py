@@ -77,6 +77,14 @@ def test_no_detections_and_another_data_set_are_accepted(call, folder, rectangle
     assert code == 0, err
 
 
+@pytest.mark.parametrize("factor", [-1, 100])
+def test_scores_that_are_no_probabilities_are_refused(call, folder, factor):
+    entries = [entry | {"score": factor * entry["score"]} for entry in as_results(TRUTH)]
+    (folder / "found.json").write_text(json.dumps(entries))
+    code, _, err, _ = call("--detections", folder / "found.json")
+    assert code == 2 and "scores outside 0..1" in err and err.count("\n") == 1
+
+
 def test_a_class_that_the_scored_file_lacks_is_shown(call, learnt, folder, rectangles):
     annotations, images = rectangles(folder, [[(0, [9, 12, 30, 36])]], classes=3, side=96)
     document = json.loads(Path(annotations).read_text())
