@@ -13,9 +13,10 @@ from detector.errors import UserError
 def build_datasets(cfg: Config) -> tuple[CocoDataset, CocoDataset]:
     """Training and validation set; the training set defines the classes."""
     for split in ("train", "val"):
-        if not getattr(cfg.data, split).annotations:
-            key = f"data.{split}.annotations"
-            raise UserError(f"{key}: not set; name it in the config or --set {key}=...")
+        key, file = f"data.{split}.annotations", getattr(cfg.data, split).annotations
+        if not file or not Path(file).exists():
+            problem = f"no such file: {file}" if file else "not set"
+            raise UserError(f"{key}: {problem}; name it in the config or by --set {key}=...")
     size = (cfg.data.short_side, cfg.data.long_side)
     augment = TrainTransform(
         *size,

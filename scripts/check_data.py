@@ -34,7 +34,7 @@ from detector import boxes as box_ops
 from detector.anchors import Anchors
 from detector.config import Config
 from detector.configure import build_part, configure, resolve
-from detector.errors import UserError, run_main
+from detector.errors import UserError, counted, run_main
 from detector.resize import STRIDE
 from scripts.comparison import page
 
@@ -301,14 +301,18 @@ def summary(
             if absent:
                 what = "learnt" if split == "train" else "scored"
                 lines.append(f"classes without a box in {split}, which cannot be {what}: {', '.join(absent[:20])}")
-        lines.append(f"{len({i for i, _ in pairs})} training images are also in val, equal or nearly so")
+        repeated = counted(len({i for i, _ in pairs}), "training image")
+        warning = (
+            f"warning: {repeated} also in val, equal or nearly so: remove them from one of the two, or AP is too high"
+        )
+        lines.append(warning if pairs else "no training image is also in val")
     if len(best):
         lines.append(f"{(best < FITS).mean():.1%} of the training boxes have no anchor with an IoU of {FITS}")
     lines.append(imbalance)
     if advice:
         tried = f"of {advice.boxes:,} boxes that were tried, instead of {advice.before:.1%}"
         lines.append(f"with {advice.settings} it is {advice.after:.1%} {tried}")
-    lines += [f"{len(where)} boxes: {kind}" for kind, where in suspicious.items() if where]
+    lines += [f"{counted(len(where), 'box')}: {kind}" for kind, where in suspicious.items() if where]
     return lines
 
 
@@ -370,7 +374,7 @@ def suspicious_tables(suspicious: dict[str, list[str]]) -> list[str]:
     for kind, where in suspicious.items():
         if where:
             more = f"; the first {SHOWN}" if len(where) > SHOWN else ""
-            parts += [page.text(f"{len(where)} boxes, {kind}{more}:"), page.items(where[:SHOWN])]
+            parts += [page.text(f"{counted(len(where), 'box')}, {kind}{more}:"), page.items(where[:SHOWN])]
     return parts
 
 

@@ -3,7 +3,8 @@
     python scripts/compare.py runs/ce runs/focal runs/ghm_c --markdown table.md
     python scripts/compare.py results/laptop/*.json --csv runs.csv
 
-A run is a folder that train.py wrote, or the small JSON file that scripts/ablate.py keeps of one. Runs of one variant
+A run is a folder that train.py wrote, or the small JSON file that scripts/ablate.py keeps of one. The --output of
+ablate.py, or another folder of such files, stands for all of them. Runs of one variant
 are one row: mean and standard deviation over its seeds. AP is in percent. ECE is the expected calibration error of the
 scores, GB the peak memory. In AP, AP50, AP75, AP80 and AP90 the highest value is marked if it is better than each other
 row beyond chance.
@@ -46,7 +47,7 @@ from scripts.comparison.differences import (
     differing_pairs,
     named,
 )
-from scripts.comparison.fairness import LOSS, remarks
+from scripts.comparison.fairness import LOSS, remarks, warnings
 from scripts.comparison.rows import AP, METRICS, Costs, Result, Row, costs, numbers, read_sets
 
 HEADER = ("run", "class loss", "box loss", *AP, "ECE", "s/step", "GB")
@@ -56,12 +57,13 @@ ON_COCO = "instances_val2017.json"  # the validation file of the published numbe
 
 
 class Compared(NamedTuple):
-    """The comparison of one set's rows. The last fields are lines of text."""
+    """The comparison of one set's rows. The lists of str are lines of text."""
 
     title: str
     rows: list[Row]
     cost: Costs
     table: list[list[str]]
+    warnings: list[str]
     results: list[Difference]
     verdicts: list[str]
     pairs: list[str]
@@ -71,7 +73,12 @@ class Compared(NamedTuple):
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder, or a result file of scripts/ablate.py")
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="a run folder, a result file of scripts/ablate.py, or a folder of these files",
+    )
     parser.add_argument("--baseline", metavar="NAME", help="the row to compare the others with (default: the first)")
     parser.add_argument(
         "--metric",
@@ -123,6 +130,7 @@ def compare(title: str, rows: list[Row], baseline: str, metric: str, pairs: bool
         rows,
         cost,
         table=[cells(row, cost) for row in rows],
+        warnings=warnings(rows),
         results=results,
         verdicts=verdicts,
         pairs=differing_pairs(rows, metric) if pairs else [],
@@ -208,6 +216,7 @@ def whole(compared: list[Compared], together: list[str], write: Callable, headin
         parts += [[f"{heading}{comparison.title}"]] * (len(compared) > 1)
         parts += [
             write(comparison.table, marks(comparison.rows)),
+            comparison.warnings,
             comparison.verdicts,
             comparison.pairs,
             comparison.detectable,

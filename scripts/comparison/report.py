@@ -56,7 +56,7 @@ def of_set(comparison: Any, header: Sequence[str]) -> list[tuple[str, list[str]]
     known = [row for row in comparison.rows if row.runs]
     heading = comparison.verdicts[0] if comparison.verdicts else ""
     sections = [
-        ("", [page.text(summary(known)), page.table(header, comparison.table, left=3)]),
+        ("", [page.text(summary(known)), page.table(header, comparison.table, left=3), *lists(comparison.warnings)]),
         ("Better, or chance?", differences(comparison.results, heading, comparison.detectable)),
         ("Notes and published numbers", lists(comparison.notes)),
         ("During training", curves(known)),

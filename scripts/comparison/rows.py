@@ -95,12 +95,20 @@ def _read(paths: list[str]) -> list[tuple[str, Result]]:
     for path in paths:
         if not Path(path).exists():
             raise UserError(f"{path}: no such file or folder; give run folders or result files")
-        run = result.collect(Path(path)) if Path(path).is_dir() else result.read(path)
-        if "tried" not in run:
-            runs.append((path, run))
+        for file in _result_files(Path(path)) or [path]:
+            run = result.collect(Path(file)) if Path(file).is_dir() else result.read(file)
+            if "tried" not in run:
+                runs.append((file, run))
     if not runs:
         raise UserError("all of these are tuning runs; give the results of whole runs")
     return runs
+
+
+def _result_files(folder: Path) -> list[str]:
+    """The result files in a folder, or in the --output of ablate.py; none in a run folder."""
+    if any((folder / name).exists() for name in ("config.yaml", "metrics.json")):
+        return []
+    return sorted(map(str, folder.glob("results/*.json"))) or sorted(map(str, folder.glob("*.json")))
 
 
 def _rows(given: list[tuple[str, Result]]) -> list[Row]:

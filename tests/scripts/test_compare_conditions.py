@@ -131,7 +131,7 @@ def test_runs_of_a_condition_that_differ_in_more_than_the_losses_are_named(folde
     result.write(file, content)
     code, _, err = command(compare_conditions.main, folder, "--output", folder / "plot.png")
     assert code == 0 and err.count("\n") == 1
-    assert err.startswith("warning: at 10 not a fair comparison, solver.epochs differs: 12 in ce / 99 in focal")
+    assert err.startswith("warning: at 10 not a fair comparison, ce / focal differ in solver.epochs (12 / 99)")
 
 
 def test_nothing_can_be_lost_from_an_ap_of_0(folder, command):

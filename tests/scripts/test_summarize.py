@@ -64,7 +64,7 @@ def test_shares_are_the_mean_of_the_observed_ones(folder):
 def test_runs_that_differ_in_more_than_the_losses_are_named(folder, command):
     paths = [write(folder, name, 0, 0.5, annotations={"data.train": digest}) for name, digest in zip("ab", "12")]
     code, _, err = command(summarize.main, *paths, "--output", folder / "plot.png")
-    assert code == 0 and 'warning: not a fair comparison, SHA-256 of data.train differs: "1" in a / "2" in b' in err
+    assert code == 0 and 'warning: not a fair comparison, a / b differ in SHA-256 of data.train ("1" / "2")' in err
 
 
 def test_one_seed_gets_no_verdict(folder, command):

@@ -123,10 +123,10 @@ def test_a_search_is_shown_with_its_ranges_and_unequal_budgets_cause_a_warning(f
         "class_loss.weight 9 (range 0.1 to 10, at an end of it), box_loss.weight 2 (range 0.1 to 10, extended)"
         in printed
     )
-    assert "tuning differs" not in capsys.readouterr().out
+    assert "differ in tuning" not in capsys.readouterr().out
     result.write(folder / "ce.json", fabricated("ce", 0, 0.2) | {"tuning": search | {"trials": trials * 2}})
     compare.main(files)
-    assert "not a fair comparison, tuning differs" in capsys.readouterr().out
+    assert "not a fair comparison, ce / focal differ in tuning (" in capsys.readouterr().out
 
 
 def test_pictures_of_another_run_are_not_shown(learnt, folder, in_browser):
