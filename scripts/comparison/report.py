@@ -15,7 +15,7 @@ from matplotlib import pyplot as plt
 
 from data.coco import CocoDataset
 from data.coco_results import from_coco_results
-from data.draw import WIDTH, validation_pictures
+from data.draw import validation_pictures
 from data.transforms import EvalTransform
 from detector.errors import UserError
 from scripts.comparison import page, result, tuning
@@ -255,7 +255,7 @@ def tuned(rows: list[Row]) -> list[str]:
 
 def pictures(rows: list[Row]) -> list[str]:
     """Validation images with the ground truth and the detections of each row's first seed."""
-    sheets: dict[str, list[torch.Tensor]] = {}
+    sheets: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     missing = []
     for row in rows:
         try:
@@ -263,10 +263,9 @@ def pictures(rows: list[Row]) -> list[str]:
         except UserError as error:
             missing.append(f"{row.name}: no pictures ({error})")
     parts = []
-    for images in zip(*sheets.values()):
-        truth = page.photo(images[0][:, :, :WIDTH].permute(1, 2, 0).numpy(), "ground truth")
-        halves = [image[:, :, WIDTH:].permute(1, 2, 0).numpy() for image in images]
-        parts.append(page.row([truth, *(page.photo(half, name) for name, half in zip(sheets, halves))]))
+    for pairs in zip(*sheets.values()):
+        images = [("labels", pairs[0][0]), *zip(sheets, (found for _, found in pairs))]
+        parts.append(page.row(page.photo(image.permute(1, 2, 0).numpy(), name) for name, image in images))
     if parts:
         words = "The first seed. Drawn are the highest-scoring boxes of the whole set, as many as it has labels."
         parts.insert(0, page.text(words))
