@@ -25,6 +25,10 @@ from scripts.comparison.rows import Costs, Row
 PICTURES = 4  # validation images
 COLUMNS, CHARACTERS = 3, 70  # of a legend: at most so many columns, and characters beside each other
 BANDS = {"easy": "#9ecae1", "medium": "#3182bd", "outlier": "#d62728"}
+NO_GRADIENTS = (
+    "No run has observed its gradient: that happens every tensorboard.gradients steps (0 is never), and a run may be "
+    "shorter."
+)
 IOUS = [round(0.5 + 0.05 * i, 2) for i in range(10)]
 
 
@@ -232,7 +236,7 @@ def gradients(rows: list[Row]) -> list[str]:
             f"{words.capitalize()}: easy means a gradient norm below 0.1, outlier above 0.9. Mean of all observations."
         )
         drawn.append(page.figure(plot, words))
-    return [page.row(drawn)] if drawn else []
+    return [page.row(drawn)] if drawn else [page.text(NO_GRADIENTS)]
 
 
 def tuned(rows: list[Row]) -> list[str]:
