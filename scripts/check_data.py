@@ -22,11 +22,10 @@ import numpy as np
 import torch
 from matplotlib import pyplot as plt
 from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
 from data.coco import CocoDataset
-from data.draw import GROUND_TRUTH, draw_boxes
+from data.draw import GROUND_TRUTH, draw_boxes, enlarge
 from data.images import remark_lines
 from data.transforms import EvalTransform
 from detector import assemble, config, config_files
@@ -365,7 +364,7 @@ def duplicate_pictures(pairs: list[tuple[int, int]], train: Seen, val: Seen | No
     shown = []
     for train_index, val_index in pairs[:SHOWN]:
         for seen, index, split in ((train, train_index, "train"), (val, val_index, "val")):
-            shown.append(page.photo(drawn(seen, index), f"{split}: {seen.dataset.file_names[index]}"))
+            shown.append(page.photo(drawn(seen, index), f"{split}: {seen.dataset.file_names[index]}", "plot"))
     return [page.row(shown)] if shown else []
 
 
@@ -380,13 +379,14 @@ def suspicious_tables(suspicious: dict[str, list[str]]) -> list[str]:
 
 def samples(train: Seen) -> list[str]:
     chosen = sorted(random.Random(0).sample(range(len(train.sizes)), min(SHOWN, len(train.sizes))))
-    return [page.photo(drawn(train, index), train.dataset.file_names[index]) for index in chosen]
+    return [page.photo(drawn(train, index), train.dataset.file_names[index], "plot") for index in chosen]
 
 
 def drawn(seen: Seen, index: int) -> np.ndarray:
     pixels, target, _, _ = seen.dataset[index]
+    pixels, zoom = enlarge(pixels)
     names = [seen.dataset.class_names[label] for label in target.labels.tolist()]
-    return draw_boxes(pixels, Tensor(target.boxes), names, GROUND_TRUTH).permute(1, 2, 0).numpy()
+    return draw_boxes(pixels, target.boxes * zoom, names, GROUND_TRUTH).permute(1, 2, 0).numpy()
 
 
 if __name__ == "__main__":

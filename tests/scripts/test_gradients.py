@@ -34,7 +34,7 @@ def regions(seed=0):
 def test_three_figures_are_written(checkpoint, folder, command):
     code, out, err = command(gradients.main, "--checkpoint", checkpoint, "--images", 3, "--output", folder)
     assert code == 0, err
-    assert " positive anchors: true class " in out
+    assert " positive anchors, median probability: true class " in out
     for name in ("gradient_norms.png", "gradient_class.png", "gradient_box.png"):
         picture = read_image(str(folder / name))
         assert name in out and picture.shape[1] > 400 and picture.float().std() > 10  # it is not blank
@@ -114,8 +114,8 @@ def test_probabilities_are_those_of_positive_and_of_background_anchors():
     first = sum(t > o for t, o in zip(true, other)) / len(true)
     medians = [statistics.median_low(values) for values in (true, other, highest)]
     assert measured.medians() == (
-        f"{len(true)} positive anchors: true class {medians[0]:.2f}, other class {medians[1]:.2f}, "
-        f"true class first in {first:.0%}; background {medians[2]:.2f}"
+        f"{len(true)} positive anchors, median probability: true class {medians[0]:.2f}, "
+        f"other class {medians[1]:.2f}, true class first in {first:.0%}; background {medians[2]:.2f}"
     )
     none = gradients.Probabilities(torch.zeros(0), torch.zeros(0), torch.ones(3))
     assert none.medians() == "no positive anchors in these images"

@@ -42,6 +42,15 @@ def test_rows_are_sorted_best_first_and_have_verdicts(files, folder, command):
     assert (folder / "plot.png").stat().st_size > 5000
 
 
+def test_the_legend_has_the_verdicts_of_the_rows_alone(files):
+    rows = read_rows(list(map(str, files)))
+    baseline = next(row for row in rows if row.name == "ce")
+    figure = summarize.draw(rows, baseline, {d.name: d for d in summarize.differences(rows, "ce")})
+    legend = figure.axes[0].get_legend()
+    shown = {text.get_text(): dot.get_color() for text, dot in zip(legend.get_texts(), legend.get_lines())}
+    assert shown == {key: summarize.VERDICT_COLOURS[key] for key in ("better", "undecided", "baseline")}
+
+
 def test_a_failed_row_is_named_and_left_out(files, folder, command):
     failed_result = {"config": {"run": "ghm", "seed": 0, **LOSSES}, "failure": "loss inf", "variant": "ghm", "seed": 0}
     result.write(folder / "ghm.json", failed_result)

@@ -80,6 +80,7 @@ def test_the_page_shows_all_known_values(files, folder):
         "its run folder is missing",
     ):
         assert expected in printed, expected
+    assert report.NO_GRADIENTS not in printed
     assert (folder / "report.html").read_text().count("<img") == 1 + 4 + 1 + 2  # differences, curves, IoU, gradients
 
 
@@ -152,7 +153,7 @@ def test_the_page_shows_a_failed_run_and_a_run_with_few_known_values(folder):
         (folder / f"{name}.json").write_text(json.dumps(content))
     compare.main([str(folder / "a.json"), str(folder / "b.json"), "--html", str(folder / "report.html")])
     printed = words(folder / "report.html")
-    assert "the loss is nan" in printed and "focal" in printed
+    assert "the loss is nan" in printed and "focal" in printed and report.NO_GRADIENTS in printed
 
 
 def test_single_runs_get_no_verdict_on_the_page(folder):
