@@ -141,8 +141,7 @@ def report(run: Run, metrics: Metrics, val_set: CocoDataset, detections: dict[in
     write_results(run.cfg.folder, metrics, coco_results(detections, val_set.category_ids))
     logger.say(f"epoch {run.epoch}, step {run.step}: {metrics_line(metrics)}")
     logger.tensorboard.metrics(metrics, run.step)
-    pictures = [side_by_side(pair) for pair in validation_pictures(val_set, detections, run.cfg.tensorboard.images)]
-    if pictures:
+    if pictures := list(map(side_by_side, validation_pictures(val_set, detections, run.cfg.tensorboard.images))):
         logger.tensorboard.images("validation", pictures, run.step)
         write_contact_sheet(run.cfg.folder / "detections.png", pictures)
 

@@ -29,7 +29,7 @@ def build_datasets(cfg: Config) -> tuple[CocoDataset, CocoDataset]:
     train_set = CocoDataset(train.annotations, train.images, augment, cache=cfg.data.cache, trust=cfg.data.trust)
     if not cfg.data.trust:
         train_set.refuse_without_boxes()
-    train_set.remark_on_unlearnable_classes()
+    train_set.remarks += classes_without_boxes(train_set)
     val_set = CocoDataset(
         val.annotations,
         val.images,
@@ -40,6 +40,14 @@ def build_datasets(cfg: Config) -> tuple[CocoDataset, CocoDataset]:
         trust=cfg.data.trust,
     )
     return train_set, val_set
+
+
+def classes_without_boxes(dataset: CocoDataset) -> list[str]:
+    """A remark, if training has no box of some classes."""
+    learnt = set(dataset.annotations.categories[~dataset.annotations.crowds].tolist())
+    missing = [name for key, name in zip(dataset.category_ids, dataset.class_names) if key not in learnt]
+    about = f"no box of {len(missing):,} of the {len(dataset.class_names):,} classes, which cannot be learnt"
+    return [f"{about} (the first is {missing[0]!r})"] if missing else []
 
 
 def open_dataset(source: str | Path, content: Content, cfg: Config, files: Sequence[str | Path] | None) -> CocoDataset:

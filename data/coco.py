@@ -169,14 +169,6 @@ class CocoDataset(Dataset):
                 "data.trust=true to train anyway"
             )
 
-    def remark_on_unlearnable_classes(self) -> None:
-        present = set(self._labels.tolist())
-        if missing := [name for label, name in enumerate(self.class_names) if label not in present]:
-            self.remarks.append(
-                f"no box of {len(missing):,} of the {len(self.class_names):,} classes, which cannot be learnt "
-                f"(the first is {shortened(missing[0])})"
-            )
-
     def summary(self) -> str:
         """A paragraph on the parts of the file that training uses and leaves out."""
         counts = [counted(len(self), "image"), counted(self.num_boxes, "box"), counted(len(self.category_ids), "class")]
