@@ -3,7 +3,8 @@
     python eval.py --checkpoint runs/mine/best.pt [--data annotations.json images/] [--benchmark]
 
 Scores on its own validation set or on --data. Prints the COCO table and writes metrics.json and detections.json (COCO's
-results format) into the checkpoint's folder; with --data, into a subfolder with the annotation file's name.
+results format) into the checkpoint's folder; with --data, into a subfolder named after the annotation file and its
+folder.
 """
 
 import argparse
@@ -78,7 +79,7 @@ def evaluate(
     run: Mapping[str, Any] = content.get("run") or {}
     if folder is None:
         own = not data and run.get("data", {}).get("data.val") in (None, dataset.fingerprint())
-        folder = Path(source).parent / ("" if own else dataset.path.stem)
+        folder = Path(source).parent / ("" if own else f"{dataset.path.resolve().parent.name}_{dataset.path.stem}")
     distributed.same_everywhere({"--data": dataset.fingerprint()})
     if distributed.is_main():
         print(f"{source} on {dataset.summary()}")

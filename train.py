@@ -18,7 +18,7 @@ from data.assemble import build_datasets
 from data.coco import CocoDataset
 from data.coco_eval import score
 from data.coco_results import coco_results, write_results
-from data.draw import validation_pictures, write_contact_sheet
+from data.draw import side_by_side, validation_pictures, write_contact_sheet
 from data.images import remark_lines
 from data.loader import eval_loader, train_loader
 from data.tables import metrics_line, metrics_table
@@ -141,7 +141,7 @@ def report(run: Run, metrics: Metrics, val_set: CocoDataset, detections: dict[in
     write_results(run.cfg.folder, metrics, coco_results(detections, val_set.category_ids))
     logger.say(f"epoch {run.epoch}, step {run.step}: {metrics_line(metrics)}")
     logger.tensorboard.metrics(metrics, run.step)
-    if pictures := list(validation_pictures(val_set, detections, run.cfg.tensorboard.images)):
+    if pictures := list(map(side_by_side, validation_pictures(val_set, detections, run.cfg.tensorboard.images))):
         logger.tensorboard.images("validation", pictures, run.step)
         write_contact_sheet(run.cfg.folder / "detections.png", pictures)
 

@@ -13,9 +13,10 @@ from detector.errors import UserError
 def build_datasets(cfg: Config) -> tuple[CocoDataset, CocoDataset]:
     """Training and validation set; the training set defines the classes."""
     for split in ("train", "val"):
-        if not getattr(cfg.data, split).annotations:
-            key = f"data.{split}.annotations"
-            raise UserError(f"{key}: not set; name it in the config or --set {key}=...")
+        key, file = f"data.{split}.annotations", getattr(cfg.data, split).annotations
+        if not file or not Path(file).exists():
+            problem = f"no such file: {file}" if file else "not set"
+            raise UserError(f"{key}: {problem}; name it in the config or by --set {key}=...")
     size = (cfg.data.short_side, cfg.data.long_side)
     augment = TrainTransform(
         *size,
@@ -28,6 +29,7 @@ def build_datasets(cfg: Config) -> tuple[CocoDataset, CocoDataset]:
     train_set = CocoDataset(train.annotations, train.images, augment, cache=cfg.data.cache, trust=cfg.data.trust)
     if not cfg.data.trust:
         train_set.refuse_without_boxes()
+    train_set.remarks += classes_without_boxes(train_set)
     val_set = CocoDataset(
         val.annotations,
         val.images,
@@ -38,6 +40,14 @@ def build_datasets(cfg: Config) -> tuple[CocoDataset, CocoDataset]:
         trust=cfg.data.trust,
     )
     return train_set, val_set
+
+
+def classes_without_boxes(dataset: CocoDataset) -> list[str]:
+    """A remark, if training has no box of some classes."""
+    learnt = set(dataset.annotations.categories[~dataset.annotations.crowds].tolist())
+    missing = [name for key, name in zip(dataset.category_ids, dataset.class_names) if key not in learnt]
+    about = f"no box of {len(missing):,} of the {len(dataset.class_names):,} classes, which cannot be learnt"
+    return [f"{about} (the first is {missing[0]!r})"] if missing else []
 
 
 def open_dataset(source: str | Path, content: Content, cfg: Config, files: Sequence[str | Path] | None) -> CocoDataset:

@@ -22,7 +22,7 @@ from data.image_folder import ImageFolder, elsewhere, find_folder
 from data.images import Remarks, add_remarks, image_size, read_image
 from data.plausibility import suspicion
 from data.transforms import Augmented, scale_boxes
-from detector.errors import UserError
+from detector.errors import UserError, counted
 from detector.structures import Target
 
 MIN_SIDE = 1e-3  # pixels; a box thinner than this, after clipping, has no area
@@ -171,16 +171,16 @@ class CocoDataset(Dataset):
 
     def summary(self) -> str:
         """A paragraph on the parts of the file that training uses and leaves out."""
-        examples = ", ".join(map(str, self.dropped_ids[:3])) + (", ..." if len(self.dropped_ids) > 3 else "")
-        return (
-            f"{self.path}: {len(self):,} images, {self.num_boxes:,} boxes, {len(self.category_ids)} classes; "
-            f"{int((np.diff(self._starts) == 0).sum()):,} images without boxes, "
-            f"{self.num_crowd:,} crowd boxes left out of training, {self.num_clipped:,} boxes clipped to their image, "
-            f"{len(self.dropped_ids):,} boxes without area dropped"
-            + (f" (annotation ids {examples})." if self.dropped_ids else ".")
-            + (f" Accepted: {'; '.join(self.remarks)}." if self.remarks else "")
-            + (f" {self.cache.summary()}" if self.cache else "")
+        counts = [counted(len(self), "image"), counted(self.num_boxes, "box"), counted(len(self.category_ids), "class")]
+        odd = (
+            (int((np.diff(self._starts) == 0).sum()), "image", "without boxes"),
+            (self.num_crowd, "crowd box", "left out of training"),
+            (self.num_clipped, "box", "clipped to the image"),
+            (len(self.dropped_ids), "box", f"without area dropped (annotation ids {shortened(self.dropped_ids)})"),
         )
+        counts += [f"{counted(count, what)} {rest}" for count, what, rest in odd if count]
+        accepted = f" Accepted: {'; '.join(self.remarks)}." if self.remarks else ""
+        return f"{self.path}: {', '.join(counts)}.{accepted}" + (f" {self.cache.summary()}" if self.cache else "")
 
     def fingerprint(self) -> str:
         """A digest that must be equal in all processes of a run, wherever the files are."""

@@ -13,18 +13,20 @@ SIZES: tuple[tuple[AP, AR, str], ...] = (
 
 
 def metrics_line(metrics: Metrics) -> str:
-    """The main numbers, as fractions."""
+    """The main numbers, in percent; "-" for -1."""
     names: tuple[AP, ...] = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-    return ", ".join(f"{name} {metrics[name]:.3f}" for name in names)
+    return ", ".join(f"{name} {_percent(metrics[name])}" for name in names)
 
 
 def metrics_table(metrics: Metrics) -> str:
-    """The numbers over all classes, in percent; "-" for -1 and, below, why."""
+    """The numbers over all classes, in percent; "-" for -1 and, below, why. Says where to read on if AP is 0."""
     lines = [f"{metrics['images']} images, {metrics['engine']}, in percent", ""]
     for names in (AP_NAMES, AR_NAMES):
         lines.append("".join(f"{name:>7}" for name in names))
         lines.append("".join(f"{_percent(metrics[name]):>7}" for name in names))
     missing = explain_missing(metrics)
+    if metrics["AP"] == 0:
+        missing.append("AP is 0: docs/troubleshooting.md says why that may be")
     return "\n".join(lines + (["", *missing] if missing else []))
 
 

@@ -116,6 +116,8 @@ def read(path: str | Path) -> Content:
 
 def read_weights(path: str | Path) -> dict[str, Any]:
     """A file of tensors and plain types by name; UserError for anything else."""
+    if Path(path).is_dir():
+        raise UserError(f"{path}: is a folder; give a file, such as {Path(path) / BEST}")
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
     try:

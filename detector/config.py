@@ -7,7 +7,7 @@ knows the parts, checks them.
 import os
 import warnings
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -17,6 +17,7 @@ from pydantic import (
     Field,
     PositiveFloat,
     ValidationError,
+    ValidationInfo,
     ValidatorFunctionWrapHandler,
     field_validator,
     model_validator,
@@ -33,6 +34,14 @@ FilePath = Annotated[str, AfterValidator(os.path.expanduser)]  # no shell expand
 
 class _Checked(BaseModel):
     """Checks of every option."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
+            raise ValueError("give a number, not true or false")  # pydantic would read it as 1 or 0
+        return value
 
     @field_validator("*")
     @classmethod

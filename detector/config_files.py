@@ -51,7 +51,8 @@ def merge(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     for key, change in changes.items():
         old = merged.get(key)
         if isinstance(old, dict) and isinstance(change, dict):
-            renamed = change.get("name", old.get("name")) != old.get("name")
+            name = old.get("name", _default_name(key))
+            renamed = change.get("name", name) != name
             merged[key] = change if renamed else merge(old, change)
         else:
             merged[key] = change
@@ -161,6 +162,12 @@ def _parse(text: str, source: str, kind: Any) -> Any:
         place = f"line {mark.line + 1}: " if mark else ""
         problem = " ".join(str(getattr(error, "problem", None) or error).split()) or type(error).__name__
         raise UserError(f"{source}: {place}{one_line(f'not YAML ({problem})')}") from None
+
+
+def _default_name(key: str) -> str | None:
+    """The name of a part, such as the anchors, that a config need not name."""
+    field = Config.model_fields.get(key)
+    return getattr(field.default, "name", None) if field else None
 
 
 def _declared(kind: Any) -> dict[str, Any]:

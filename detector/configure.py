@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pydantic
-from pydantic import ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from detector import config, config_files, losses
 from detector.anchors import Anchors, TorchvisionAnchors
 from detector.assigner import ATSSAssigner, IoUAssigner
 from detector.backbone import BACKBONES
-from detector.config import Config, Part
+from detector.config import Config, Options, Part
 from detector.errors import UserError, one_line
-from detector.option_errors import describe
+from detector.option_errors import describe, suggestion
 
 STRIDES = (8, 16, 32, 64, 128)  # of P3..P7
 PRIOR = 0.01  # RetinaNet's, for a class loss that has no `prior` of its own
@@ -43,16 +43,23 @@ def resolve(values: dict[str, Any], source: str, settings: list[str]) -> Config:
     try:
         return complete(config.build(changed, source), source)
     except UserError as error:
-        if not settings:
+        first = _first_error(values, source, settings)
+        if first == _first_error(values, source, []):  # the settings are not its cause
             raise
-        try:
-            resolve(values, source, [])
-        except UserError as without:
-            if str(error).startswith(str(without).partition(" (and ")[0]):  # the number of further errors may differ
-                raise error from None
         message = str(error).removeprefix(f"{source}: ")
         suspects = [setting for setting in settings if _concerns(setting.partition("=")[0], message)] or settings
-        raise UserError(f"--set {one_line(' '.join(suspects))}: {message}") from None
+        others = {suspect: [setting for setting in settings if setting != suspect] for suspect in suspects}
+        causes = [suspect for suspect in others if _first_error(values, source, others[suspect]) != first]
+        raise UserError(f"--set {one_line(' '.join(causes or suspects))}: {message}") from None
+
+
+def _first_error(values: dict[str, Any], source: str, settings: list[str]) -> str:
+    """The first error in the values with `settings` on top, without the number of further ones; empty without any."""
+    try:
+        complete(config.build(config_files.with_settings(values, settings), source), source)
+    except UserError as error:
+        return str(error).partition(" (and ")[0]
+    return ""
 
 
 def flat_values(saved: dict[str, Any]) -> dict[str, Any]:
@@ -106,7 +113,7 @@ def build_part(cfg: Config, section: str) -> Any:
 
 def _pick(menu: Mapping[str, Any], key: str, name: str) -> Any:
     if name not in menu:
-        raise UserError(f"{key}: no {name!r}; it may be one of {', '.join(menu)}")
+        raise UserError(f"{key}: no {name!r}; {suggestion(name, menu)}")
     return menu[name]
 
 
@@ -117,8 +124,7 @@ def _typed_options(part: Callable, section: str, options: dict[str, Any], fixed:
     """
     parameters = list(inspect.signature(part).parameters.values())
     fields: dict[str, Any] = {p.name: (p.annotation, ... if p.default is p.empty else p.default) for p in parameters}
-    strict = ConfigDict(extra="forbid", allow_inf_nan=False)
-    checked = pydantic.create_model(section, __config__=strict, **fields)
+    checked = pydantic.create_model(section, __base__=Options, **fields)
     try:
         return checked.model_validate(options).model_dump(mode="json")
     except ValidationError as error:

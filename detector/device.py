@@ -20,7 +20,8 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device: {name!r} cannot be used here ({str(error).splitlines()[0]}); try auto") from None
+        reason = str(error).splitlines()[0].partition(". ")[0]  # PyTorch goes on about all its backends
+        raise UserError(f"device: {name!r} cannot be used here ({reason}); try auto") from None
     return device
 
 

@@ -118,8 +118,8 @@ def compute_gradients(
         predictions = predicted[0]._replace(logits=logits, deltas=deltas)
     else:
         predictions = forward(batch)
-    losses = criterion(predictions, batch.targets, matches)
     observation = observe(criterion, predictions, batch.targets, matches=matches) if observing else None
+    losses = criterion(predictions, batch.targets, matches)
     # Gradients are averaged over processes; the losses of all processes are meant to be summed.
     solver.backward(losses.total * distributed.world_size())
     if len(parts) > 1:

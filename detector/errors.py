@@ -46,6 +46,12 @@ def one_line(text: str) -> str:
     return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN // 2]} ... {text[-MAX_SHOWN // 2 :]}"
 
 
+def counted(count: int, what: str) -> str:
+    """`1 image`, `2,000 boxes`."""
+    ending = "" if count == 1 else "es" if what.endswith(("x", "s")) else "s"
+    return f"{count:,} {what}{ending}"
+
+
 # Signals that ask a process to end, from: Ctrl-C; scancel, timeout, systemd, torchrun; a closed terminal.
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 

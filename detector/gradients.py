@@ -55,18 +55,18 @@ def observe(
 ) -> Observation:
     """Gradient norms of a batch, and the gradient that the criterion's losses give in each region.
 
-    Does not change the criterion's state or the predictions' graph. Each process must call it.
+    Does not change the criterion's state or the predictions' graph. In training, call it before the criterion: GHM's
+    moving average must count the batch once. Each process must call it.
     """
     matches = matches or criterion.match(predictions, targets)
     labels = matches.anchor_labels(predictions.logits.shape[-1])
     logits = predictions.logits.detach().float().requires_grad_()
     deltas = predictions.deltas.detach().float().requires_grad_()
-    training = criterion.training
-    criterion.eval()
+    state = {name: value.clone() for name, value in criterion.state_dict().items()}
     with torch.enable_grad():
         losses = criterion(predictions._replace(logits=logits, deltas=deltas), targets, matches)
         to_logits, to_deltas = torch.autograd.grad(losses.total, (logits, deltas))
-    criterion.train(training)
+    criterion.load_state_dict(state)
 
     with torch.no_grad():
         cells = by_region(torch.zeros(0, 1), torch.zeros(0, 1), torch.zeros(0, dtype=torch.bool), cell_bins)

@@ -56,8 +56,8 @@ class Detector:
         self.short_side, self.long_side = short_side, long_side
         self.precision, self.device = precision, device or torch.device("cpu")
 
-    def __call__(self, image: np.ndarray | Image.Image, min_score: float | None = None) -> NamedDetections:
-        """Objects in an image, (h, w, 3) uint8 RGB or PIL's, that reach `min_score` or their class's threshold."""
+    def __call__(self, image: str | Path | np.ndarray | Image.Image, min_score: float | None = None) -> NamedDetections:
+        """Objects that reach `min_score` or their class's threshold, in a file, a (h, w, 3) uint8 RGB or PIL image."""
         lowest = self.thresholds if min_score is None else torch.full_like(self.thresholds, min_score)
         ((boxes, scores, labels),) = self.detect([_as_array(image)], float(lowest.min()))
         shown = scores >= lowest[labels]
@@ -112,7 +112,9 @@ def load(path: str | Path, device: str = "auto") -> Detector:
     )
 
 
-def _as_array(image: np.ndarray | Image.Image) -> np.ndarray:
+def _as_array(image: str | Path | np.ndarray | Image.Image) -> np.ndarray:
+    if isinstance(image, str | Path):
+        image = Image.open(image)
     if isinstance(image, Image.Image):
         if image.mode.startswith("I;16"):  # PIL would clip 16 bits at 255
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -122,5 +124,5 @@ def _as_array(image: np.ndarray | Image.Image) -> np.ndarray:
         image = np.array(ImageOps.exif_transpose(image).convert("RGB"))
     if not (isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3):
         given = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
-        raise ValueError(f"an image is a PIL image or a uint8 array (height, width, 3) RGB, not {given}")
+        raise ValueError(f"an image is a path, a PIL image or a uint8 array (height, width, 3) RGB, not {given}")
     return image

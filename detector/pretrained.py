@@ -12,8 +12,8 @@ from detector.model import RetinaNet
 def load_initial_weights(model: RetinaNet, cfg: Config) -> str:
     """Fill a new model as `model.weights` says; returns a line that describes it. Raises UserError if that fails.
 
-    A detector's checkpoint fills every tensor of the same name and shape: all but the class outputs if the number of
-    classes differs.
+    A detector's checkpoint fills every tensor of the same name and shape, but not the class outputs if the number of
+    classes differs: 9 anchors of 3 classes have the shape of 3 anchors of 9.
     """
     weights = cfg.model.weights
     if weights == "none":
@@ -25,9 +25,14 @@ def load_initial_weights(model: RetinaNet, cfg: Config) -> str:
     if "category_ids" not in content and not torchvision_checkpoint.is_torchvision(content):
         load_backbone_weights(model.backbone, cfg.model.backbone, weights)
         return f"backbone weights: {weights}"
-    given = checkpoint.read(weights)["model"]
-    state = model.state_dict()
-    fitting = {key: value for key, value in given.items() if key in state and state[key].shape == value.shape}
+    detector = checkpoint.read(weights)
+    given, state = detector["model"], model.state_dict()
+    other = "head.logits." if len(detector["category_ids"]) != model.head.num_classes else ()
+    fitting = {
+        key: value
+        for key, value in given.items()
+        if key in state and state[key].shape == value.shape and not key.startswith(other)
+    }
     missing = [key for key in state if key not in fitting and "num_batches" not in key]
     of_backbone = [key for key in missing if key.startswith("backbone.")]
     if of_backbone or (cfg.model.norm == "gn" and any(key.endswith("running_mean") for key in given)):
@@ -50,7 +55,7 @@ def load_backbone_weights(backbone: Backbone, name: str, weights: str) -> None:
         except (OSError, RuntimeError) as error:
             raise UserError(
                 f"model.weights: imagenet weights of {name} cannot be downloaded ({error}); "
-                "set model.weights to a local file with them, or to none"
+                "set model.weights to a local file with them, or to none, with model.norm=bn"
             ) from None
     else:
         state = checkpoint.read_weights(weights)

@@ -132,7 +132,7 @@ class Run:
         }
 
     def resume(self, saved: Saved, *, accept_changes: bool = False) -> list[str]:
-        """Continue from a checkpoint; returns remarks on damaged files and on changes in config and data.
+        """Continue from a checkpoint; returns remarks on damaged files, on changes, and if it is finished.
 
         Raises UserError if a change in the config or the data would change the result, unless `accept_changes`. A run
         may become longer or shorter.
@@ -164,7 +164,11 @@ class Run:
             self.evaluated_step, self.best_ap = state["evaluated"], state["best"]
         self.seconds_per_step, self.peak_memory = state["seconds_per_step"], state["peak_memory"]
         self.score_thresholds = checkpoint.score_thresholds(content)
-        return [*saved.damaged, *(f"changed: {change}" for change in changes)]
+        remarks = [*saved.damaged, *(f"changed: {change}" for change in changes)]
+        if self.solver.done and self.evaluated_step == self.step:
+            longer = "solver.max_steps" if self.cfg.solver.max_steps else "solver.epochs"
+            remarks.append(f"finished at step {self.step}, so only evaluated again; a larger {longer} trains longer")
+        return remarks
 
     def _changes_since(self, content: checkpoint.Content) -> list[str]:
         before, now = flat_values(content["config"]), config.flat(self.cfg.model_dump(mode="json"))

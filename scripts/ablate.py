@@ -44,7 +44,9 @@ from data.annotations import load_annotations
 from data.image_folder import find_folder
 from detector import atomic, config, config_files
 from detector.configure import configure
-from detector.errors import UserError, run_main
+from detector.device import pick_device
+from detector.errors import UserError, counted, run_main
+from detector.option_errors import suggestion
 from scripts.comparison import result, tuning
 from scripts.comparison.supervise import Run, finished, train_all
 from scripts.comparison.timing import time_steps
@@ -66,7 +68,11 @@ def main() -> None:
     variants = read_variants(study.base, args.variants, on_variants, args.grid)
     runs = study.runs(variants, args.seeds)
     short = f", {args.tune} tuning runs of each" if args.tune else ""
-    print(f"{len(runs)} runs of {len(variants)} variants{short}; they differ in {differences(runs)}")
+    differing = differences(runs)
+    varied = f"; they differ in {', '.join(differing)}" if differing else ""
+    print(f"{counted(len(runs), 'run')} of {counted(len(variants), 'variant')}{short}{varied}")
+    if not torch.cuda.is_available():  # else asking for a GPU would take its memory beside the runs
+        pick_device(study.common.device)
     searches = study.searches(variants, runs, args.tune_keys, args.tune, args.tune_set) if args.tune else []
     if args.dry_run:
         first = [next(search) for search in searches]
@@ -79,6 +85,9 @@ def main() -> None:
         runs = study.runs(tune(study, variants, searches, args.tune, jobs), args.seeds)
     all_finished = train_all([[run] for run in runs], len(runs), jobs)
     add_notes(runs, study.notes)
+    if not any(run.kept.exists() and score(run.kept) is not None for run in runs):
+        print(f"no run has finished; {study.results} says why: delete its files to try again", file=sys.stderr)
+        sys.exit(1)
     if args.time:
         add_timing(runs)
     print(f"python scripts/compare.py {study.results}/*.json")
@@ -303,16 +312,28 @@ def read_variants(base: Path, names: list[str], settings: list[str], grids: list
         key, values = parse_choice("--grid", grid)
         short = key.rpartition(".")[2]
         variants = {f"{n}[{short}={v}]": with_values(c, {key: v}) for n, c in variants.items() for v in values}
+    known: dict[str, str] = {}
+    for name, changes in variants.items():
+        other = known.setdefault(json.dumps(changes, sort_keys=True, default=str), name)
+        if other != name:
+            raise UserError(f"--variants {name}: has the losses of {other}; leave one of them out")
     return variants
 
 
 def read_variant(base: Path, name: str) -> Values:
     """What a variant changes in the config `base`. Raises UserError if that is more than the loss."""
     changes: Values = {}
-    for number, part in enumerate(name.split("+")):
+    parts = name.split("+")
+    if len(parts) > 2:
+        raise UserError(f"--variants {name}: name one file, or two as CLASS+BOX for the class and the box loss")
+    for number, part in enumerate(parts):
         file = base.parent / f"{part}.yaml"
         if not file.exists():
-            raise UserError(f"{file}: no such file; --variants {name}: a variant is a file beside {base}")
+            known = sorted(other.stem for other in base.parent.glob("*.yaml") if other.name != base.name)
+            raise UserError(f"--variants {name}: no file {file}; {suggestion(part, known)}")
+        below = bases(file)
+        if below and base.resolve() not in [other.resolve() for other in below]:
+            raise UserError(f"{file} starts from {below[0]}, not from {base}: give --config {below[0]}")
         values = changes_to(base, file)
         for key in config.flat(values):
             if not key.startswith(VARIANT_KEYS):
@@ -323,9 +344,15 @@ def read_variant(base: Path, name: str) -> Values:
     return changes
 
 
+def bases(file: Path) -> list[Path]:
+    """The files that a config file is based on, the nearest first."""
+    config_files.read(file)  # a UserError if its bases lead back to itself
+    _, below = config_files.read_file(file)
+    return [] if below is None else [below, *bases(below)]
+
+
 def changes_to(base: Path, file: Path) -> Values:
     """What a config file and the files it is based on, up to `base`, set."""
-    config_files.read(file)  # a UserError if its bases lead back to itself
     values, below = config_files.read_file(file)
     values.pop("run", None)
     if below is None or below.resolve() == base.resolve():
@@ -377,7 +404,7 @@ def kept_values(kept: Path, keys: list[str]) -> dict[str, float]:
     return values
 
 
-def differences(runs: list[Run]) -> str:
+def differences(runs: list[Run]) -> list[str]:
     """The keys in which the runs differ. Raises UserError if one of them does not belong to the loss."""
     values = [config.flat(run.cfg.model_dump(mode="json")) for run in runs]
     differing = [
@@ -388,7 +415,7 @@ def differences(runs: list[Run]) -> str:
     for key in differing:
         if key not in ("run", "seed") and not key.startswith(VARIANT_KEYS):
             raise UserError(f"{key} differs between the runs: a fair comparison varies only {', '.join(VARIANT_KEYS)}")
-    return ", ".join(differing) or "nothing"
+    return differing
 
 
 def score(kept: Path) -> float | None:

@@ -22,11 +22,10 @@ import numpy as np
 import torch
 from matplotlib import pyplot as plt
 from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
 from data.coco import CocoDataset
-from data.draw import GROUND_TRUTH, draw_boxes
+from data.draw import GROUND_TRUTH, draw_boxes, enlarge
 from data.images import remark_lines
 from data.transforms import EvalTransform
 from detector import assemble, config, config_files
@@ -34,7 +33,7 @@ from detector import boxes as box_ops
 from detector.anchors import Anchors
 from detector.config import Config
 from detector.configure import build_part, configure, resolve
-from detector.errors import UserError, run_main
+from detector.errors import UserError, counted, run_main
 from detector.resize import STRIDE
 from scripts.comparison import page
 
@@ -202,7 +201,8 @@ def balance(cfg: Config, anchors: Anchors, train: Seen) -> str:
     classes = len(train.dataset.class_names)
     cells = (classes * (positives + negatives) - positives) / positives
     ratio = f"1 positive to {negatives / positives:,.0f} negatives among the anchors"
-    return f"{ratio} of {len(chosen):,} training images, 1 to {cells:,.0f} among their cells ({cfg.assigner.name})"
+    of_cells = f"1 to {cells:,.0f} with {classes} classes for each anchor"
+    return f"{ratio} of {len(chosen):,} training images, {of_cells} ({cfg.assigner.name})"
 
 
 class Advice(NamedTuple):
@@ -300,14 +300,18 @@ def summary(
             if absent:
                 what = "learnt" if split == "train" else "scored"
                 lines.append(f"classes without a box in {split}, which cannot be {what}: {', '.join(absent[:20])}")
-        lines.append(f"{len({i for i, _ in pairs})} training images are also in val, equal or nearly so")
+        repeated = counted(len({i for i, _ in pairs}), "training image")
+        warning = (
+            f"warning: {repeated} also in val, equal or nearly so: remove them from one of the two, or AP is too high"
+        )
+        lines.append(warning if pairs else "no training image is also in val")
     if len(best):
         lines.append(f"{(best < FITS).mean():.1%} of the training boxes have no anchor with an IoU of {FITS}")
     lines.append(imbalance)
     if advice:
         tried = f"of {advice.boxes:,} boxes that were tried, instead of {advice.before:.1%}"
         lines.append(f"with {advice.settings} it is {advice.after:.1%} {tried}")
-    lines += [f"{len(where)} boxes: {kind}" for kind, where in suspicious.items() if where]
+    lines += [f"{counted(len(where), 'box')}: {kind}" for kind, where in suspicious.items() if where]
     return lines
 
 
@@ -360,7 +364,7 @@ def duplicate_pictures(pairs: list[tuple[int, int]], train: Seen, val: Seen | No
     shown = []
     for train_index, val_index in pairs[:SHOWN]:
         for seen, index, split in ((train, train_index, "train"), (val, val_index, "val")):
-            shown.append(page.photo(drawn(seen, index), f"{split}: {seen.dataset.file_names[index]}"))
+            shown.append(page.photo(drawn(seen, index), f"{split}: {seen.dataset.file_names[index]}", "plot"))
     return [page.row(shown)] if shown else []
 
 
@@ -369,19 +373,20 @@ def suspicious_tables(suspicious: dict[str, list[str]]) -> list[str]:
     for kind, where in suspicious.items():
         if where:
             more = f"; the first {SHOWN}" if len(where) > SHOWN else ""
-            parts += [page.text(f"{len(where)} boxes, {kind}{more}:"), page.items(where[:SHOWN])]
+            parts += [page.text(f"{counted(len(where), 'box')}, {kind}{more}:"), page.items(where[:SHOWN])]
     return parts
 
 
 def samples(train: Seen) -> list[str]:
     chosen = sorted(random.Random(0).sample(range(len(train.sizes)), min(SHOWN, len(train.sizes))))
-    return [page.photo(drawn(train, index), train.dataset.file_names[index]) for index in chosen]
+    return [page.photo(drawn(train, index), train.dataset.file_names[index], "plot") for index in chosen]
 
 
 def drawn(seen: Seen, index: int) -> np.ndarray:
     pixels, target, _, _ = seen.dataset[index]
+    pixels, zoom = enlarge(pixels)
     names = [seen.dataset.class_names[label] for label in target.labels.tolist()]
-    return draw_boxes(pixels, Tensor(target.boxes), names, GROUND_TRUTH).permute(1, 2, 0).numpy()
+    return draw_boxes(pixels, target.boxes * zoom, names, GROUND_TRUTH).permute(1, 2, 0).numpy()
 
 
 if __name__ == "__main__":

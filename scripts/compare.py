@@ -3,7 +3,8 @@
     python scripts/compare.py runs/ce runs/focal runs/ghm_c --markdown table.md
     python scripts/compare.py results/laptop/*.json --csv runs.csv
 
-A run is a folder that train.py wrote, or the small JSON file that scripts/ablate.py keeps of one. Runs of one variant
+A run is a folder that train.py wrote, or the small JSON file that scripts/ablate.py keeps of one. The --output of
+ablate.py, or another folder of such files, stands for all of them. Runs of one variant
 are one row: mean and standard deviation over its seeds. AP is in percent. ECE is the expected calibration error of the
 scores, GB the peak memory. In AP, AP50, AP75, AP80 and AP90 the highest value is marked if it is better than each other
 row beyond chance.
@@ -24,6 +25,7 @@ every other setting in which the runs differ, besides the losses, the seed and t
 
 import argparse
 import csv
+import io
 import statistics
 from collections.abc import Callable
 from itertools import chain
@@ -45,7 +47,7 @@ from scripts.comparison.differences import (
     differing_pairs,
     named,
 )
-from scripts.comparison.fairness import LOSS, remarks
+from scripts.comparison.fairness import LOSS, remarks, warnings
 from scripts.comparison.rows import AP, METRICS, Costs, Result, Row, costs, numbers, read_sets
 
 HEADER = ("run", "class loss", "box loss", *AP, "ECE", "s/step", "GB")
@@ -55,12 +57,13 @@ ON_COCO = "instances_val2017.json"  # the validation file of the published numbe
 
 
 class Compared(NamedTuple):
-    """The comparison of one set's rows. The last fields are lines of text."""
+    """The comparison of one set's rows. The lists of str are lines of text."""
 
     title: str
     rows: list[Row]
     cost: Costs
     table: list[list[str]]
+    warnings: list[str]
     results: list[Difference]
     verdicts: list[str]
     pairs: list[str]
@@ -70,7 +73,12 @@ class Compared(NamedTuple):
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder, or a result file of scripts/ablate.py")
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="a run folder, a result file of scripts/ablate.py, or a folder of these files",
+    )
     parser.add_argument("--baseline", metavar="NAME", help="the row to compare the others with (default: the first)")
     parser.add_argument(
         "--metric",
@@ -100,10 +108,9 @@ def main(argv: list[str] | None = None) -> None:
         report.write(Path(args.html), compared, HEADER, together)
     if args.markdown:
         text = "\n".join(whole(compared, together, markdown, heading="## ")) + "\n"
-        with opened("--markdown", args.markdown) as file:
-            file.write(text)
+        write("--markdown", args.markdown, text)
     if args.csv:
-        write_csv(args.csv, compared, args.metric)
+        write("--csv", args.csv, as_csv(compared, args.metric))
     print("\n".join(whole(compared, together, aligned)))
 
 
@@ -123,6 +130,7 @@ def compare(title: str, rows: list[Row], baseline: str, metric: str, pairs: bool
         rows,
         cost,
         table=[cells(row, cost) for row in rows],
+        warnings=warnings(rows),
         results=results,
         verdicts=verdicts,
         pairs=differing_pairs(rows, metric) if pairs else [],
@@ -208,6 +216,7 @@ def whole(compared: list[Compared], together: list[str], write: Callable, headin
         parts += [[f"{heading}{comparison.title}"]] * (len(compared) > 1)
         parts += [
             write(comparison.table, marks(comparison.rows)),
+            comparison.warnings,
             comparison.verdicts,
             comparison.pairs,
             comparison.detectable,
@@ -232,39 +241,41 @@ def markdown(table: list[list[str]], best: set[tuple[int, int]]) -> list[str]:
     return ["| " + " | ".join(line) + " |" for line in escaped]
 
 
-def write_csv(path: str, compared: list[Compared], metric: str) -> None:
+def as_csv(compared: list[Compared], metric: str) -> str:
     """A line for each run, with the numbers of its row. With several sets, the first column is the set."""
     several = len(compared) > 1
-    with opened("--csv", path) as file:
-        writer = csv.writer(file)
-        header = ["variant", "seed", *HEADER[1:], "compared", "difference", "low", "high", "p, corrected"]
-        header += ["verdict", "reason", "failure"]
-        writer.writerow(["set"] * several + header)
-        for comparison in compared:
-            of_rows = {
-                diff.name: [metric, diff.mean, diff.low, diff.high, diff.p, diff.verdict, diff.reason]
-                for diff in comparison.results
-            }
-            of_set = [comparison.title] * several
-            for row in comparison.rows:
-                of_row = of_rows.get(row.name, [""] * 7)
-                taken = [comparison.cost.seconds.get(row.name, ""), comparison.cost.memory.get(row.name, 0) / 1e9 or ""]
-                for run in row.runs:
-                    config, known = run["config"], numbers(run)
-                    losses = config["class_loss"]["name"], config["box_loss"]["name"]
-                    values = [known.get(column, "") for column in (*AP, "ECE")]
-                    line = [row.name, config.get("seed", 0), *losses, *values, *taken, *of_row, ""]
-                    writer.writerow([*of_set, *line])
-                for failure in row.failures:
-                    seed, _, reason = failure.removeprefix("seed ").partition(": ")
-                    writer.writerow([*of_set, row.name, seed, *[""] * (len(header) - 3), reason])
+    text = io.StringIO()
+    writer = csv.writer(text)
+    header = ["variant", "seed", *HEADER[1:], "compared", "difference", "low", "high", "p, corrected"]
+    header += ["verdict", "reason", "failure"]
+    writer.writerow(["set"] * several + header)
+    for comparison in compared:
+        of_rows = {
+            diff.name: [metric, diff.mean, diff.low, diff.high, diff.p, diff.verdict, diff.reason]
+            for diff in comparison.results
+        }
+        of_set = [comparison.title] * several
+        for row in comparison.rows:
+            of_row = of_rows.get(row.name, [""] * 7)
+            taken = [comparison.cost.seconds.get(row.name, ""), comparison.cost.memory.get(row.name, 0) / 1e9 or ""]
+            for run in row.runs:
+                config, known = run["config"], numbers(run)
+                losses = config["class_loss"]["name"], config["box_loss"]["name"]
+                values = [known.get(column, "") for column in (*AP, "ECE")]
+                line = [row.name, config.get("seed", 0), *losses, *values, *taken, *of_row, ""]
+                writer.writerow([*of_set, *line])
+            for failure in row.failures:
+                seed, _, reason = failure.removeprefix("seed ").partition(": ")
+                writer.writerow([*of_set, row.name, seed, *[""] * (len(header) - 3), reason])
+    return text.getvalue()
 
 
-def opened(flag: str, path: str):
+def write(flag: str, path: str, text: str) -> None:
     try:
-        return open(path, "w", encoding="utf-8", newline="")
+        with open(path, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
     except OSError as error:
-        raise UserError(f"{flag} {path}: cannot be written: {error.strerror}") from error
+        raise UserError(f"{flag} {path}: cannot be written: {error.strerror}") from None
 
 
 if __name__ == "__main__":

@@ -71,7 +71,12 @@ def main(argv: list[str] | None = None) -> None:
 
 def read(folder: Path) -> Conditions:
     """The rows of each condition, without rows that have no AP."""
-    folders = [(number, path) for path in folder.glob("*") if path.is_dir() and (number := number_of(path)) is not None]
+    folders = []
+    for path in sorted(path for path in folder.glob("*") if path.is_dir()):
+        if (number := number_of(path)) is not None:
+            folders.append((number, path))
+        elif any(path.glob("*.json")):
+            print(f"left out: {path}: its name is no number", file=sys.stderr)
     if not folders:
         raise UserError(f"{folder}: has no folders named by the number of a condition, such as 0, 10 and 20")
     conditions: Conditions = {}

@@ -7,7 +7,7 @@
 Writes the new folder DST, whole or not at all:
 
     train.json, val.json  COCO annotation files with the same classes
-    images/               SRC's images; hard links where the disk allows it, copies elsewhere
+    images/               SRC's images, in SRC's folders; hard links where the disk allows it, copies elsewhere
     report.txt            all that was left out or read with a remark; the screen shows three examples of each kind
 
 SRC is a folder, or a set's data.yaml or obj.data. It is not changed. Links in it are followed.
@@ -42,6 +42,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from tqdm import tqdm
 
 from data.coco import CLIP_TOLERANCE, MIN_SIDE, CocoDataset
@@ -55,6 +56,7 @@ from scripts.conversion.source import Source
 from scripts.conversion.splits import Split, at_random, own_split
 
 EXAMPLES = 3
+SMALL = 1000  # images for training
 
 
 class Picture(NamedTuple):
@@ -253,15 +255,15 @@ def report(args: argparse.Namespace, pictures: dict, val: set[str], how: str, no
     if notes:
         print(f"all of them: {args.target / 'report.txt'}")
     folder = shlex.quote(str(args.target))
+    config = f"configs/{'coco' if torch.cuda.is_available() else 'laptop'}/focal.yaml"
     files = f"--train {folder}/train.json --val {folder}/val.json --images {folder}/images"
-    print(f"look at it: python scripts/check_data.py {files}")
-    print(
-        f"train:      python train.py --config configs/coco/focal.yaml --set run={shlex.quote(args.target.name)} "
-        + " ".join(
-            f"data.{split}.annotations={folder}/{split}.json data.{split}.images={folder}/images"
-            for split in ("train", "val")
-        )
-    )
+    print(f"look at it: python scripts/check_data.py --config {config} {files}")
+    settings = [f"run={shlex.quote(args.target.name)}"]
+    for split in ("train", "val"):
+        settings += [f"data.{split}.annotations={folder}/{split}.json", f"data.{split}.images={folder}/images"]
+    if torch.cuda.is_available() and train < SMALL:  # COCO's recipe would train such a set for a few dozen steps
+        settings += ["solver.batch_size=4", "solver.epochs=40", "solver.warmup_steps=50"]
+    print(f"train:      python train.py --config {config} --set {' '.join(settings)}")
 
 
 if __name__ == "__main__":

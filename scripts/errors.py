@@ -26,7 +26,7 @@ from data.assemble import open_dataset
 from data.coco import CocoDataset
 from data.coco_eval import score
 from data.coco_results import coco_results, from_coco_results
-from data.draw import draw_boxes
+from data.draw import draw_boxes, enlarge
 from data.images import read_image
 from data.matches import Outcomes, calibration_error, match, precision_recall, reliability
 from detector import checkpoint
@@ -38,10 +38,10 @@ from scripts.comparison import page, result
 
 COLOURS = {RIGHT: "#2ca02c", IGNORED: "#7f7f7f", "classification": "#e377c2", "localisation": "#ff7f0e"}
 COLOURS |= {"both": "#8c564b", "duplicate": "#17becf", "background": "#d62728", MISSED: "#1f77b4"}
+ORDER = list(COLOURS)  # right boxes are beneath the others
 CURVES = 10  # how many classes get a curve: the worst
 NUMBERED = 20  # up to so many classes, the confusion matrix shows numbers
 LONG = 24  # longest class name beside it, in letters
-SIDE = 800  # pixels: smaller pictures are enlarged to this longer side
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -70,6 +70,11 @@ def main(argv: list[str] | None = None) -> None:
             detections = from_coco_results(given, dataset.image_ids, dataset.category_ids)
         except UserError as error:
             raise UserError(f"{args.detections}: {error}") from None
+        for scores in (of_image.scores for of_image in detections.values()):
+            if len(scores) and not (scores.min() >= 0 and scores.max() <= 1):
+                raise UserError(
+                    f"{args.detections}: has scores outside 0..1; give probabilities, not percent or logits"
+                )
     else:
         device = pick_device(cfg.device)
         keep_freed_memory(device)
@@ -101,10 +106,14 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def summary(dataset: CocoDataset, metrics: dict, matches: Outcomes) -> str:
-    numbers = ", ".join(f"{key} {percent(metrics[key])}" for key in ("AP", "AP50", "AP75", "APs", "APm", "APl"))
-    error = calibration_error(matches)
-    calibrated = f"; calibration error {error:.3f}" if error >= 0 else ""
-    return f"{dataset.path}: {len(dataset)} images, {dataset.num_boxes} boxes; {numbers}{calibrated}"
+    keys = [key for key in ("AP", "AP50", "AP75", "APs", "APm", "APl") if metrics[key] >= 0]
+    parts = [
+        f"{dataset.path}: {len(dataset)} images, {dataset.num_boxes} boxes",
+        ", ".join(f"{key} {percent(metrics[key])}" for key in keys),
+    ]
+    if (error := calibration_error(matches)) >= 0:
+        parts.append(f"calibration error {error:.3f}")
+    return "; ".join(filter(None, parts))
 
 
 def percent(value: float) -> str:
@@ -141,27 +150,25 @@ def kinds(judged: dict[int, ImageErrors], lost: dict[str, float] | None) -> list
     counts = Counter(kind for of_image in judged.values() for kind in of_image.kinds)
     counts[MISSED] = sum(len(of_image.missed) for of_image in judged.values())
     cost = {kind: f"{100 * lost[kind]:.1f}" if lost else "-" for kind in KINDS}
-    table = page.table(("kind of error", "AP50 it costs", "count"), [(k, cost[k], counts[k]) for k in KINDS])
-    words = f"{counts[RIGHT]} detections are right. The cost of a kind is the AP50 gained if only this kind were fixed."
+    header = ("kind of error", "AP50 it costs", "count above the threshold")
+    words = (
+        "The cost of a kind is the AP50 gained if only this kind were fixed. It is over all detections, the counts "
+        f"only over those above the best threshold of their class, {counts[RIGHT]} of which are right."
+    )
     if not lost:
-        return [page.text(words + " To see the costs, pip install hotcoco."), table]
-    plot, axis = plt.subplots(figsize=page.FIGURE, layout="constrained")
-    axis.barh(KINDS[::-1], [100 * lost[kind] for kind in KINDS[::-1]], color=[COLOURS[kind] for kind in KINDS[::-1]])
-    axis.set_xlabel("AP50, percent")
-    return [page.text(words), table, page.figure(plot, "AP50 that each kind of error costs")]
+        words += " To see the costs, pip install hotcoco."
+    return [page.text(words), page.table(header, [(kind, cost[kind], counts[kind]) for kind in KINDS])]
 
 
 def curves(matches: Outcomes, names: dict[int, str]) -> list[str]:
-    """Precision against recall of the worst classes, at IoUs of 0.5 and 0.75."""
+    """Precision against recall of the worst classes that are detected at all, at IoUs of 0.5 and 0.75."""
     drawn = []
     for index, iou in ((0, 0.5), (5, 0.75)):
         of_class = []
         for class_matches, name in zip(matches.classes, (names[key] for key in sorted(names))):
-            if class_matches.truth.sum():
-                precision, recall = precision_recall(class_matches, index)
-                of_class.append(
-                    (float(np.trapezoid(precision, recall)) if len(recall) else 0.0, name, precision, recall)
-                )
+            precision, recall = precision_recall(class_matches, index)
+            if recall.any():
+                of_class.append((float(np.trapezoid(precision, recall)), name, precision, recall))
         plot, axis = plt.subplots(figsize=page.FIGURE, layout="constrained")
         for _, name, precision, recall in sorted(of_class, key=lambda curve: curve[0])[:CURVES]:
             axis.plot(recall, precision, label=page.label(name))
@@ -169,7 +176,7 @@ def curves(matches: Outcomes, names: dict[int, str]) -> list[str]:
         if of_class:
             axis.legend(fontsize=7)
         which = f"the {CURVES} worst of {len(of_class)} classes" if len(of_class) > CURVES else "each class"
-        drawn.append(page.figure(plot, f"At an IoU of {iou}: {which}."))
+        drawn.append(page.figure(plot, f"At an IoU of {iou}: {which} with a right detection."))
     return drawn
 
 
@@ -200,9 +207,11 @@ def confused(dataset: CocoDataset, sure: list[dict]) -> list[str]:
         return [page.text("The confusion matrix needs hotcoco (pip install hotcoco) and detections.")]
     matrix, names = result
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    share[-1] = np.nan  # the background row has no boxes to take a share of
     side = min(12, max(page.FIGURE[0], 1.2 + 0.32 * len(names)))
     plot, axis = plt.subplots(figsize=(side, side * 0.85), layout="constrained")
     axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    axis.set_facecolor("#e0e0e0")  # seen where the share is NaN
     size = 8 if len(names) <= NUMBERED else 5
     short = [name if len(name) <= LONG else f"{name[: LONG - 1]}…" for name in names]
     axis.set_xticks(range(len(names)), short, rotation=90, fontsize=size)
@@ -213,9 +222,7 @@ def confused(dataset: CocoDataset, sure: list[dict]) -> list[str]:
             shade = "white" if share[row, column] > 0.5 else "black"
             axis.text(column, row, matrix[row, column], ha="center", va="center", fontsize=7, color=shade)
     words = "Rows are labels, columns are detections; shades are shares of the row. "
-    return [
-        page.figure(plot, words + "Background row: detections without an object. Background column: missed objects.")
-    ]
+    return [page.figure(plot, words + "Grey row: detections without an object. Background column: missed objects.")]
 
 
 def pictures(dataset: CocoDataset, sure: list[dict], judged: dict[int, ImageErrors], count: int) -> list[str]:
@@ -232,16 +239,13 @@ def pictures(dataset: CocoDataset, sure: list[dict], judged: dict[int, ImageErro
     for image in worst:
         number = index_of[image]
         pixels = torch.from_numpy(read_image(dataset.folder / dataset.file_names[number], dataset.sizes[number]))
-        pixels = pixels.permute(2, 0, 1)
-        zoom = max(1.0, SIDE / max(pixels.shape[1:]))  # on a small image the captions would hide it
-        if zoom > 1:
-            size = [round(side * zoom) for side in pixels.shape[1:]]
-            pixels = torch.nn.functional.interpolate(pixels[None].float(), size=size, mode="bilinear")[0].byte()
-        drawn = [(kind, box, f"{box['score']:.2f}") for kind, box in zip(judged[image].kinds, detections[image])]
+        pixels, zoom = enlarge(pixels.permute(2, 0, 1))
+        drawn = [(kind, box, f" {box['score']:.2f}") for kind, box in zip(judged[image].kinds, detections[image])]
         drawn += [(MISSED, truth[image][missed], "") for missed in judged[image].missed]
-        for kind in COLOURS:  # right boxes first, beneath the others
-            boxes = [(box, names[box["category_id"]] + " " + text) for of_kind, box, text in drawn if of_kind == kind]
-            pixels = draw_boxes(pixels, xyxy(boxes) * zoom, [text.strip() for _, text in boxes], COLOURS[kind])
+        drawn.sort(key=lambda entry: -ORDER.index(entry[0]))
+        captions = [names[box["category_id"]] + text for _, box, text in drawn]
+        colours = [COLOURS[kind] for kind, _, _ in drawn]
+        pixels = draw_boxes(pixels, xyxy([box for _, box, _ in drawn]) * zoom, captions, colours)
         words = ", ".join(f"{number} {kind}" for kind, number in errors[image].most_common())
         shown.append(page.photo(pixels.permute(1, 2, 0).numpy(), f"{dataset.file_names[number]}: {words}", "plot"))
     if not shown:
@@ -250,8 +254,8 @@ def pictures(dataset: CocoDataset, sure: list[dict], judged: dict[int, ImageErro
     return [f"<ul>{legend}</ul>", page.row(shown)]
 
 
-def xyxy(boxes: list[tuple[dict[str, Any], str]]) -> torch.Tensor:
-    sides = torch.tensor([box["bbox"] for box, _ in boxes], dtype=torch.float32).reshape(-1, 4)
+def xyxy(boxes: list[dict[str, Any]]) -> torch.Tensor:
+    sides = torch.tensor([box["bbox"] for box in boxes], dtype=torch.float32).reshape(-1, 4)
     return torch.cat([sides[:, :2], sides[:, :2] + sides[:, 2:]], dim=1)
 
 

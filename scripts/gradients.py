@@ -38,7 +38,8 @@ from detector.device import keep_freed_memory, pick_device, place
 from detector.errors import UserError, run_main
 from detector.gradients import MU, Regions, observe
 
-FINE = 300  # regions in the figures: a multiple of both numbers below
+FINE = 300  # regions in the figures: a multiple of the numbers below
+BARS = 50  # of the histograms: with more, few images leave gaps
 CELL_BINS, BOX_BINS = 30, 10  # of GHM-C and GHM-R
 COLOURS = {"CE": "#7f7f7f", "Focal": "#1f77b4", "GHM-C": "#d62728"}
 COLOURS |= {"smooth L1": "#7f7f7f", "ASL1": "#1f77b4", "GHM-R": "#d62728"}
@@ -88,7 +89,8 @@ class Probabilities(NamedTuple):
             return "no positive anchors in these images"
         highest = self.background.topk(min(count, len(self.background))).values
         return (
-            f"{count:,} positive anchors: true class {self.true.median():.2f}, other class {self.other.median():.2f}, "
+            f"{count:,} positive anchors, median probability: true class {self.true.median():.2f}, "
+            f"other class {self.other.median():.2f}, "
             f"true class first in {(self.true > self.other).float().mean():.0%}; background {highest.median():.2f}"
         )
 
@@ -111,7 +113,8 @@ def measure(source: str, data: list[str] | None, count: int) -> tuple[Regions, R
     loader = eval_loader(dataset, assemble.eval_batch_size(cfg), **assemble.loader_options(cfg, device))
     batches = loader.batch_sampler.batches  # sorted by shape, so the first ones would all be narrow
     wanted = min(-(-count // len(batches[0])), len(batches))
-    chosen = [batches[(2 * number + 1) * len(batches) // (2 * wanted)] for number in range(wanted)]
+    full = batches if wanted == len(batches) else [batch for batch in batches if len(batch) == len(batches[0])]
+    chosen = [full[(2 * number + 1) * len(full) // (2 * wanted)] for number in range(wanted)]
     loader.batch_sampler.batches = chosen
     with torch.no_grad(), tqdm(total=sum(map(len, chosen)), unit="image") as progress:
         for batch in loader:
@@ -161,14 +164,20 @@ def box_curves(regions: Regions) -> dict[str, Tensor]:
 def draw_norms(cells: Regions, boxes: Regions, positives: Tensor) -> plt.Figure:
     """`positives`: the gradient norms of the positive cells."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    labels = ("gradient norm of a cell, |p - p*|", f"gradient norm of a coordinate, |d| / sqrt(d² + {MU}²)")
-    for axis, regions, label in zip(axes, (cells, boxes), labels):
-        axis.bar(norms(regions).numpy(), regions.counts.numpy(), width=1 / FINE, color="#1f77b4")
-        axis.set(xlabel=label, ylabel="examples", yscale="log", xlim=(0, 1))
-        axis.set_title(f"{int(regions.counts.sum()):,} examples")
-    counts = torch.histc(positives, FINE, 0, 1)
-    step = dict(where="mid", color="#ff7f0e", label=f"{len(positives):,} positive cells")
-    axes[0].step(norms(cells).numpy(), counts.numpy(), **step)
+    edges = torch.linspace(0, 1, BARS + 1).numpy()
+    words = (
+        ("class cells", "gradient norm of a cell, |p - p*|"),
+        (
+            "box coordinates",
+            f"gradient norm of a coordinate, |d| / sqrt(d² + {MU}²)",
+        ),
+    )
+    for axis, regions, (title, label) in zip(axes, (cells, boxes), words):
+        counts = regions.counts.view(BARS, -1).sum(1)
+        axis.stairs(counts.numpy(), edges, fill=True, color="#9ecae1", label="all")
+        axis.set(xlabel=label, ylabel="count", yscale="log", xlim=(0, 1), title=f"{int(counts.sum()):,} {title}")
+    counts = torch.histc(positives, BARS, 0, 1).numpy()
+    axes[0].stairs(counts, edges, color="#d62728", linewidth=1.5, label=f"{len(positives):,} positive")
     axes[0].legend()
     return figure
 

@@ -4,6 +4,7 @@ Needs onnxruntime, numpy and OpenCV. Prints a line for each box: file, class, sc
 """
 
 import json
+import signal
 import sys
 
 import cv2
@@ -11,6 +12,8 @@ import numpy as np
 import onnxruntime
 
 sys.stdout.reconfigure(errors="backslashreplace")  # class names may have letters that the terminal lacks
+if hasattr(signal, "SIGPIPE"):  # not on Windows
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end silently once the reader has: | head -5
 
 
 def refuse(reason: str):
@@ -32,6 +35,8 @@ except Exception as error:
 for path in sys.argv[2:]:
     try:
         height, width = (image := cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)).shape[:2]
+    except FileNotFoundError:
+        refuse(f"{path}: no such file")
     except (AttributeError, OSError, cv2.error):  # not an image, or too large
         refuse(f"{path}: cannot be read as an image")
     scale = min(short_side / min(height, width), long_side / max(height, width))

@@ -24,8 +24,8 @@ from scripts.comparison.fairness import differing
 from scripts.comparison.rows import Row, read_rows
 
 METRICS = ("AP", "AP50", "AP75")
-VERDICT_COLOURS = {"better": "#1a7f37", "worse": "#cf222e"}
-OTHER_COLOUR = "#6e7781"  # undecided, no verdict, the baseline
+GREY = "#6e7781"
+VERDICT_COLOURS = {"better": "#1a7f37", "undecided": GREY, "no verdict": GREY, "worse": "#cf222e", "baseline": "black"}
 BANDS = {"easy": "#cfe1f2", "medium": "#5b9bd5", "outlier": "#f28e2b"}  # as result files name them
 LABELS = {"easy": "easy, below 0.1", "medium": "medium", "outlier": "outliers, above 0.9"}
 
@@ -101,13 +101,15 @@ def draw(rows: list[Row], baseline: Row, by_name: dict[str, Difference]) -> plt.
         1, 2, sharey=True, figsize=(8, 1.35 + 0.27 * len(rows)), width_ratios=(1.25, 1), layout="constrained"
     )
     center = mean(baseline, "AP")
-    left.axvline(center, color=OTHER_COLOUR, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
+    left.axvline(center, color="black", linewidth=1, linestyle=(0, (4, 3)), zorder=0)
+    dots: dict[str, plt.Line2D] = {}  # one of each verdict, for the legend
     for place, row in enumerate(rows):
         difference = by_name.get(row.name)
-        colour = VERDICT_COLOURS.get(difference.verdict if difference else "", OTHER_COLOUR)
+        verdict = difference.verdict if difference else "baseline"
+        colour = VERDICT_COLOURS[verdict]
         if difference and difference.low is not None:
             left.plot([center + difference.low, center + difference.high], [place, place], color=colour, linewidth=2.5)
-        left.plot([mean(row, "AP")], [place], "o", color=colour, markersize=6.5)
+        (dots[verdict],) = left.plot([mean(row, "AP")], [place], "o", color=colour, markersize=6.5)
         start = 0.0
         for band, share in (shares(row) or {}).items():
             right.barh(place, share, left=start, color=BANDS[band], height=0.72)
@@ -115,14 +117,13 @@ def draw(rows: list[Row], baseline: Row, by_name: dict[str, Difference]) -> plt.
     left.set_yticks(range(len(rows)), [row.name for row in rows])
     left.invert_yaxis()
     left.set_xlabel("AP, percent")
-    left.set_title(f"AP, and 95% interval of the difference from {baseline.name}", fontsize=10, loc="left")
+    left.set_title(f"AP, and 95% interval of the\ndifference from {baseline.name}", fontsize=10, loc="left")
     left.grid(axis="x", color="#eaeef2")
-    dots = [("better", VERDICT_COLOURS["better"]), ("undecided", OTHER_COLOUR), ("worse", VERDICT_COLOURS["worse"])]
-    handles = [plt.Line2D([], [], color=colour, marker="o", linewidth=2.5, label=label) for label, colour in dots]
-    left.legend(handles=handles, fontsize=8, loc="best", frameon=False)
+    present = [verdict for verdict in VERDICT_COLOURS if verdict in dots]
+    left.legend([dots[verdict] for verdict in present], present, fontsize=8, loc="best", frameon=False)
     right.set_xlim(0, 1)
     right.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25%", "50%", "75%", "100%"])
-    right.set_title("Class gradient: the cells it comes from", fontsize=10, loc="left")
+    right.set_title("Class gradient:\nthe cells it comes from", fontsize=10, loc="left")
     bars = [plt.Rectangle((0, 0), 1, 1, color=colour, label=LABELS[band]) for band, colour in BANDS.items()]
     right.legend(handles=bars, fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.07), frameon=False,
                  handlelength=1, columnspacing=0.8, handletextpad=0.4)  # fmt: skip

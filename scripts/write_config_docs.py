@@ -27,9 +27,9 @@ Written by `python scripts/write_config_docs.py` from `detector/config.py` and `
 
 A config is a YAML file with the options that differ from these defaults. It may start from another config with `base:
 other.yaml`. `--set solver.lr=0.02` on the command line overrides both. Unknown options are refused with a suggestion.
-With another `class_loss.name`, the weight and options of the old loss are dropped, so set them too; the same holds for
-`box_loss`, `assigner` and `anchors`. What the options of these parts do is in [losses.md](losses.md) and in the
-docstrings of `detector/losses/`, `detector/assigner.py` and `detector/anchors.py`.
+With another `class_loss.name`, the weight and options of the old loss are dropped; set those of the new one. The same
+holds for `box_loss`, `assigner` and `anchors`. What the options of these parts do is in [losses.md](losses.md) and in
+the docstrings of `detector/losses/`, `detector/assigner.py` and `detector/anchors.py`.
 Text is taken literally, in the file and after `--set`: `--set run=2024-05-01`, `--set "output=/data/set #2"`. In a
 path, `~` is the home folder. `python train.py` writes the complete config of a run into its folder's `config.yaml`.
 """

@@ -187,7 +187,7 @@ def test_the_lists_of_imbalance_are_current(tmp_path, monkeypatch, capsys):
 def test_the_table_of_separation_is_current():
     folders = ["batches/4", *(f"imbalance/{ratio}" for ratio in IMBALANCE)]
     line = re.compile(
-        r"(.+)/(.+)-s\d: .* true class (.+), other class (.+), true class first in (.+)%; background (.+)"
+        r"(.+)/(.+)-s\d: .*: true class (.+), other class (.+), true class first in (.+)%; background (.+)"
     )
     seeds: dict[str, dict[str, list[list[float]]]] = {}
     for found in map(line.fullmatch, (ROOT / "results/separation.txt").read_text(encoding="utf-8").splitlines()):

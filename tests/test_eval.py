@@ -25,6 +25,10 @@ def read(path: Path):
     return json.loads(path.read_text())
 
 
+def named_after(annotations: str) -> str:
+    return f"{Path(annotations).parent.name}_{Path(annotations).stem}"
+
+
 def one_line(err: str) -> bool:
     return err.startswith("error: ") and err.count("\n") == 1
 
@@ -104,7 +108,7 @@ def test_results_on_another_set_leave_those_of_the_run(learnt, rectangles, folde
     code, _, err = command(evaluation.main, "--checkpoint", folder / "last.pt", "--set", *settings)
     assert code == 0, err
     assert read(folder / "metrics.json") == read(learnt / "metrics.json")
-    assert read(folder / Path(annotations).stem / "metrics.json")["images"] == 1
+    assert read(folder / named_after(annotations) / "metrics.json")["images"] == 1
 
 
 def test_set_changes_options(learnt, folder, command):
@@ -161,6 +165,6 @@ def test_a_torchvision_checkpoint_is_scored_without_conversion(rectangles, folde
     assert code == 2 and "--data" in err and one_line(err)
     code, out, err = command(evaluation.main, *arguments, "--data", annotations, images)
     assert code == 0, err
-    folder /= Path(annotations).stem  # a folder beside the checkpoint, so that no file there is overwritten
+    folder /= named_after(annotations)  # a folder beside the checkpoint, so that no file there is overwritten
     assert 0 <= read(folder / "metrics.json")["AP"] < 0.5
     assert len(read(folder / "detections.json")) == 200 and "colour 1" in out

@@ -113,7 +113,7 @@ def test_train_py_runs_from_the_shell(tiny, folder):
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        (["data.train.annotations=missing.json"], "missing.json"),
+        (["data.train.annotations=missing.json"], "error: data.train.annotations: no such file: missing.json; name it"),
         (["data.val.annotations="], "data.val.annotations"),
         (["data.val={}"], None),
         (["data.val.images=nowhere"], "nowhere"),
@@ -427,6 +427,7 @@ def test_resuming_a_finished_run_evaluates_and_changes_nothing(trained, tiny, co
     (folder / "metrics.json").unlink()
     code, out, _ = command(train.main, "--config", folder / "config.yaml", "--resume")
     assert code == 0 and "from step 4" in out
+    assert out.count("finished at step 4, so only evaluated again; a larger solver.epochs trains longer\n") == 1
     after = {name: checkpoint.read(folder / name) for name in ("last.pt", "best.pt")}, metrics(folder)
     assert same(before, after)
 

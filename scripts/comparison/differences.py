@@ -90,7 +90,9 @@ def differences_in_change(
             reason = "" if estimate.p is not None else f"train at least {SEEDS} seeds of each"
             results.append(Difference(name, estimate.mean, estimate.low, estimate.high, estimate.p, reason))
     results = _corrected(results)
-    return results, _detectable(list(changes.values()), results, "in the change of AP")
+    without_verdict = {result.name for result in results if result.p is None}
+    compared = [runs for name, runs in changes.items() if name not in without_verdict]
+    return results, _detectable(compared, results, "in the change of AP")
 
 
 def differing_pairs(rows: Sequence[Row], metric: str = "AP") -> list[str]:

@@ -4,7 +4,7 @@ import json
 import statistics
 
 from detector.configure import flat_values
-from scripts.comparison.rows import Row
+from scripts.comparison.rows import Row, numbers
 from scripts.comparison.tuning import budget, described
 
 LOSS = ("class_loss", "box_loss", "model.head.prior")
@@ -13,21 +13,26 @@ MUST_AGREE = ("step", "epoch", "images")  # metrics that say what was scored, an
 
 
 def remarks(rows: list[Row]) -> list[str]:
-    """A line for each failed run, each tuned row, and each setting in which the runs differ."""
+    """A line for each failed run, each tuned row, and each tuned setting in which the runs differ."""
     lines = [f"- failed: {row.name}, {failure}" for row in rows for failure in row.failures]
     for row in rows:
         if row.runs and "tuning" in row.runs[0]:
             lines.append(f"- {row.name} was tuned: {described(row.runs[0]['tuning'])}")
     if too_short := [row.name for row in rows if _short_trials(row)]:
-        remark = "no trial reached two thirds of the runs' AP, so longer ones (--tune-set) or cleaner labels may choose other values"
-        lines.append(f"- {', '.join(too_short)}: {remark}")
-    tuned, unfair = differing(rows)
-    return [*lines, *(f"- {line}" for line in tuned), *(f"- warning: {line}" for line in unfair)]
+        remark = "no trial reached two thirds of the runs' AP, so longer ones (--tune-set) or cleaner labels may choose"
+        lines.append(f"- {', '.join(too_short)}: {remark} other values")
+    return [*lines, *(f"- {line}" for line in differing(rows)[0])]
+
+
+def warnings(rows: list[Row]) -> list[str]:
+    """The settings that make the comparison unfair."""
+    return [f"- warning: {line}" for line in differing(rows)[1]]
 
 
 def differing(rows: list[Row]) -> tuple[list[str], list[str]]:
-    """A line for each setting in which the runs differ: those that were tuned, and those that make it unfair."""
-    lines: tuple[list[str], list[str]] = ([], [])
+    """A line for each tuned setting in which the runs differ; one for all untuned settings that divide them alike."""
+    about_tuned: list[str] = []
+    divisions: dict[tuple, dict[str, str]] = {}  # the runs with each value -> key -> these values
     settings = []
     for row in rows:
         for run in row.runs:
@@ -48,10 +53,25 @@ def differing(rows: list[Row]) -> tuple[list[str], list[str]]:
             value = json.dumps(of_run[key], default=str) if key in of_run else "absent"
             runs_by_value.setdefault(value, []).append(name)
         if len(runs_by_value) > 1:
-            values = " / ".join(f"{value} in {', '.join(names)}" for value, names in runs_by_value.items())
-            about = f"{key} was tuned" if key in tuned else f"not a fair comparison, {key} differs"
-            lines[key not in tuned].append(f"{about}: {values}")
-    return lines
+            runs = tuple(", ".join(names) for names in runs_by_value.values())
+            if key in tuned:
+                values = " / ".join(f"{value} in {names}" for value, names in zip(runs_by_value, runs))
+                about_tuned.append(f"{key} was tuned: {values}")
+            else:
+                divisions.setdefault(runs, {})[key] = " / ".join(runs_by_value)
+    unfair = [line for row in rows for line in _mixed_losses(row)]
+    for runs, values in divisions.items():
+        follow = ("metrics.step", "metrics.epoch") if "solver.epochs" in values else ()
+        differ = ", ".join(f"{key} ({of_key})" for key, of_key in values.items() if key not in follow)
+        unfair.append(f"not a fair comparison, {' / '.join(runs)} differ in {differ}")
+    return about_tuned, unfair
+
+
+def _mixed_losses(row: Row) -> list[str]:
+    """A line if the runs of a row, which should differ in their seeds alone, have other losses."""
+    losses = [{k: v for k, v in flat_values(run["config"]).items() if k.startswith(LOSS)} for run in row.runs]
+    mixed = [k for k in losses[0] if any(of_run.get(k) != losses[0][k] for of_run in losses)] if losses else []
+    return [f"not a fair comparison, the seeds of {row.name} differ in {', '.join(mixed)}"] if mixed else []
 
 
 def _short_trials(row: Row) -> bool:
@@ -59,4 +79,5 @@ def _short_trials(row: Row) -> bool:
     if not row.runs or "tuning" not in row.runs[0]:
         return False
     best = max(trial["AP"] or 0 for trial in row.runs[0]["tuning"]["trials"])
-    return best < 2 / 3 * statistics.fmean(run["metrics"]["AP"] for run in row.runs)
+    known = [of_run["AP"] for run in row.runs if "AP" in (of_run := numbers(run))]
+    return bool(known) and 100 * best < 2 / 3 * statistics.fmean(known)

@@ -15,7 +15,7 @@ from matplotlib import pyplot as plt
 
 from data.coco import CocoDataset
 from data.coco_results import from_coco_results
-from data.draw import WIDTH, validation_pictures
+from data.draw import validation_pictures
 from data.transforms import EvalTransform
 from detector.errors import UserError
 from scripts.comparison import page, result, tuning
@@ -25,6 +25,10 @@ from scripts.comparison.rows import Costs, Row
 PICTURES = 4  # validation images
 COLUMNS, CHARACTERS = 3, 70  # of a legend: at most so many columns, and characters beside each other
 BANDS = {"easy": "#9ecae1", "medium": "#3182bd", "outlier": "#d62728"}
+NO_GRADIENTS = (
+    "No run has observed its gradient: that happens every tensorboard.gradients steps (0 is never), and a run may be "
+    "shorter."
+)
 IOUS = [round(0.5 + 0.05 * i, 2) for i in range(10)]
 
 
@@ -56,7 +60,7 @@ def of_set(comparison: Any, header: Sequence[str]) -> list[tuple[str, list[str]]
     known = [row for row in comparison.rows if row.runs]
     heading = comparison.verdicts[0] if comparison.verdicts else ""
     sections = [
-        ("", [page.text(summary(known)), page.table(header, comparison.table, left=3)]),
+        ("", [page.text(summary(known)), page.table(header, comparison.table, left=3), *lists(comparison.warnings)]),
         ("Better, or chance?", differences(comparison.results, heading, comparison.detectable)),
         ("Notes and published numbers", lists(comparison.notes)),
         ("During training", curves(known)),
@@ -232,7 +236,7 @@ def gradients(rows: list[Row]) -> list[str]:
             f"{words.capitalize()}: easy means a gradient norm below 0.1, outlier above 0.9. Mean of all observations."
         )
         drawn.append(page.figure(plot, words))
-    return [page.row(drawn)] if drawn else []
+    return [page.row(drawn)] if drawn else [page.text(NO_GRADIENTS)]
 
 
 def tuned(rows: list[Row]) -> list[str]:
@@ -255,7 +259,7 @@ def tuned(rows: list[Row]) -> list[str]:
 
 def pictures(rows: list[Row]) -> list[str]:
     """Validation images with the ground truth and the detections of each row's first seed."""
-    sheets: dict[str, list[torch.Tensor]] = {}
+    sheets: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     missing = []
     for row in rows:
         try:
@@ -263,10 +267,9 @@ def pictures(rows: list[Row]) -> list[str]:
         except UserError as error:
             missing.append(f"{row.name}: no pictures ({error})")
     parts = []
-    for images in zip(*sheets.values()):
-        truth = page.photo(images[0][:, :, :WIDTH].permute(1, 2, 0).numpy(), "ground truth")
-        halves = [image[:, :, WIDTH:].permute(1, 2, 0).numpy() for image in images]
-        parts.append(page.row([truth, *(page.photo(half, name) for name, half in zip(sheets, halves))]))
+    for pairs in zip(*sheets.values()):
+        images = [("labels", pairs[0][0]), *zip(sheets, (found for _, found in pairs))]
+        parts.append(page.row(page.photo(image.permute(1, 2, 0).numpy(), name) for name, image in images))
     if parts:
         words = "The first seed. Drawn are the highest-scoring boxes of the whole set, as many as it has labels."
         parts.insert(0, page.text(words))

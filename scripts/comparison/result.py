@@ -115,6 +115,8 @@ def write(path: Path, result: dict[str, Any]) -> None:
 
 def read(path: str | Path) -> dict[str, Any]:
     """Read a result file. Raises UserError for anything else."""
+    if Path(path).suffix != ".json":
+        raise UserError(f"{path}: not a result file (.json); give a file that scripts/ablate.py wrote, or a run folder")
     result = parse(Path(path), json.loads, "give a run folder or a result file")
     config, about = result.get("config"), result.get("metrics", result.get("failure"))
     losses = isinstance(config, dict) and all(

@@ -1,5 +1,6 @@
 """Runs as the rows of a comparison: one for each loss, over its seeds."""
 
+import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,12 +95,20 @@ def _read(paths: list[str]) -> list[tuple[str, Result]]:
     for path in paths:
         if not Path(path).exists():
             raise UserError(f"{path}: no such file or folder; give run folders or result files")
-        run = result.collect(Path(path)) if Path(path).is_dir() else result.read(path)
-        if "tried" not in run:
-            runs.append((path, run))
+        for file in _result_files(Path(path)) or [path]:
+            run = result.collect(Path(file)) if Path(file).is_dir() else result.read(file)
+            if "tried" not in run:
+                runs.append((file, run))
     if not runs:
         raise UserError("all of these are tuning runs; give the results of whole runs")
     return runs
+
+
+def _result_files(folder: Path) -> list[str]:
+    """The result files in a folder, or in the --output of ablate.py; none in a run folder."""
+    if any((folder / name).exists() for name in ("config.yaml", "metrics.json")):
+        return []
+    return sorted(map(str, folder.glob("results/*.json"))) or sorted(map(str, folder.glob("*.json")))
 
 
 def _rows(given: list[tuple[str, Result]]) -> list[Row]:
@@ -145,9 +154,9 @@ def numbers(run: Result) -> dict[str, float]:
 
 
 def costs(rows: list[Row]) -> Costs:
-    """Seconds and memory of a step, if each run had the same machine to itself or `ablate.py --time` measured them.
+    """Seconds of a step if `ablate.py --time` measured them, and memory if each run had the same machine to itself.
 
-    Otherwise nothing is shown: runs that share a machine slow each other down, and machines differ.
+    The seconds that a run took itself do not compare: other programs slow it down, and machines differ.
     """
     runs = [run for row in rows for run in row.runs]
     if not runs:
@@ -160,24 +169,22 @@ def costs(rows: list[Row]) -> Costs:
         reason = "the results do not say whether each run had the machine to itself"
     elif jobs != {1}:
         reason = f"runs shared the machine (--jobs {max(jobs)})"
-    elif all(timings) and not timed:
-        reason = "their steps were not timed together"
     elif len(machines) > 1:
         reason = "the runs are from different machines"
     else:
         reason = ""
-    seconds = {} if reason else _means(rows, "seconds_per_step")
-    memory = {} if reason else _means(rows, "peak_memory")
+    advice = "scripts/ablate.py --time measures the losses in turn"
     if timed:
         seconds = {row.name: row.runs[0]["timing"]["seconds"] for row in rows if row.runs}
-    remarks = [f"s/step: the losses took turns in one process, median of {timings[0]['steps']} steps"] if timed else []
-    if reason:
-        advice = "" if timed else "; scripts/ablate.py --time measures the losses in turn"
-        remarks.append(f"{'GB is' if timed else 's/step and GB are'} not shown: {reason}{advice}")
-    return Costs(seconds, memory, ". ".join(remarks))
+        remark = f"s/step: the losses took turns in one process, median of {timings[0]['steps']} steps"
+        remark += f". GB is not shown: {reason}" if reason else ""
+    else:
+        seconds = {}
+        remark = f"s/step and GB are not shown: {reason}; {advice}" if reason else f"s/step is not shown; {advice}"
+    return Costs(seconds, {} if reason else _mean_memory(rows), remark)
 
 
-def _means(rows: list[Row], key: str) -> dict[str, float]:
-    """The mean of the metric `key` by row, without the rows that lack it."""
-    values = {row.name: [run["metrics"][key] for run in row.runs if run["metrics"].get(key)] for row in rows}
-    return {name: sum(known) / len(known) for name, known in values.items() if known}
+def _mean_memory(rows: list[Row]) -> dict[str, float]:
+    """The mean peak by row, without the rows that lack it."""
+    values = {row.name: [peak for run in row.runs if (peak := run["metrics"].get("peak_memory"))] for row in rows}
+    return {name: statistics.fmean(known) for name, known in values.items() if known}

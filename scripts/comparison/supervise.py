@@ -92,16 +92,20 @@ def finished(run: Run) -> bool:
         return False
     then, now = flat_values(before), config.flat(run.cfg.model_dump(mode="json"))
     then["processes"], now["processes"] = kept.get("processes", 1) if kept else run.processes, run.processes
-    for key, value in run.notes.get("annotations", {}).items():  # older results do not have it
-        now[f"SHA-256 of {key}"], then[f"SHA-256 of {key}"] = value, kept.get("annotations", {}).get(key, value)
     if "auto" in (now.get("precision"), then.get("precision")):
         now.pop("precision"), then.pop("precision")
-    for key in dict.fromkeys([*now, *then]):
-        if now.get(key) != then.get(key) and not key.startswith(MACHINE_AND_PATHS):
-            raise UserError(
-                f"{where}: was trained with {key} {then.get(key)}, now {now.get(key)}: delete {what} to train the run "
-                "again, or give another --output"
-            )
+    changes = [
+        f"{key} {then.get(key)}, now {now.get(key)}"
+        for key in dict.fromkeys([*now, *then])
+        if now.get(key) != then.get(key) and not key.startswith(MACHINE_AND_PATHS)
+    ]
+    for key, digest in run.notes.get("annotations", {}).items():
+        if kept.get("annotations", {}).get(key, digest) != digest:  # older results do not have it
+            file = f"{key}.annotations"
+            changes.append(f"other annotations: {then.get(file)}, now {now[file]}, whose content differs")
+    if changes:
+        advice = f"delete {what} to train the run again, or give another --output"
+        raise UserError(f"{where}: was trained with {changes[0]}: {advice}")
     return bool(kept)
 
 

@@ -69,7 +69,9 @@ def read_yolo(file: Path, classes: Classes, notes: Notes) -> Labels:
             )
         label = int(label)
         if label >= len(classes.names):
-            notes["classes without a name"].append(f"{file}:{number}: {label}")
+            notes["boxes of a class without a name; add it to data.yaml or classes.txt"].append(
+                f"{file}:{number}: {label}"
+            )
         boxes.append(Box(classes.names[label] if label < len(classes.names) else f"class {label}", sides))
     return Labels(some(boxes, text.strip(), file), relative=True)
 

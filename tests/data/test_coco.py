@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from data.assemble import classes_without_boxes
 from data.coco import CocoDataset
 from data.images import read_image
 from data.transforms import EvalTransform
@@ -104,9 +105,12 @@ def test_boxes_are_converted_clipped_and_dropped(folder):
     assert data[1][1].boxes.tolist() == [[1, 2, 4, 6], [0, 0, 20, 50]]
     assert data[2][1].boxes.shape == (0, 4) and data[2][1].labels.shape == (0,)
     summary = data.summary()
-    assert "3 images, 3 boxes, 2 classes; 1 images without boxes, 1 crowd boxes" in summary
-    assert "1 boxes clipped" in summary  # 0.05 px outside the image count as rounding
-    assert "2 boxes without area dropped (annotation ids 4, 5)" in summary
+    assert "3 images, 3 boxes, 2 classes, 1 image without boxes, 1 crowd box left out of training, " in summary
+    assert "1 box clipped" in summary  # 0.05 px outside the image count as rounding
+    assert "2 boxes without area dropped (annotation ids [4, 5])" in summary
+    document = GOOD | {"images": GOOD["images"][1:2], "annotations": [GOOD["annotations"][0] | {"area": 12}]}
+    path = write(folder, document)
+    assert dataset(folder).summary() == f"{path}: 1 image, 1 box, 2 classes."  # counts of 0 are left out
 
 
 def test_pixels_are_those_of_the_file(folder):
@@ -267,6 +271,17 @@ def test_a_set_without_boxes_to_learn_from_says_why(folder, kind):
     parts = [f"{crowds} boxes are crowds", f"{flat} have no area"]
     parts += ["6 annotations with neither bbox nor segmentation left out"] if kind == "without place" else []
     one_line(excinfo, "no box to learn from", *parts, "data.trust=true")
+
+
+def test_classes_without_a_box_to_train_on_are_named(folder):
+    assert classes_without_boxes(dataset(folder)) == []
+    document = copy.deepcopy(GOOD)
+    for record in document["annotations"]:
+        if not record.get("iscrowd"):
+            record["category_id"] = 5
+    write(folder, document)
+    (remark,) = classes_without_boxes(dataset(folder))
+    assert remark == "no box of 1 of the 2 classes, which cannot be learnt (the first is 'dog')"
 
 
 # ---------------------------------------------------------------------------------------------- real images

@@ -18,7 +18,7 @@ def small():
 
 
 def test_the_line_of_metrics_by_eye(small):
-    assert metrics_line(small) == "AP 0.850, AP50 1.000, AP75 1.000, APs -1.000, APm 0.850, APl -1.000"
+    assert metrics_line(small) == "AP 85.0, AP50 100.0, AP75 100.0, APs -, APm 85.0, APl -"
 
 
 def test_the_tables_by_eye(small):

@@ -114,6 +114,7 @@ def test_strangers_files_are_refused_in_one_line(tmp_path, monkeypatch, kind):
     with pytest.raises(UserError) as error:
         checkpoint.read(path)
     assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
+    assert (f"is a folder; give a file, such as {path / 'best.pt'}" in str(error.value)) == (kind == "folder")
     assert not (tmp_path / "evil-was-here").exists()
 
 

@@ -55,6 +55,10 @@ def test_defaults_are_the_recipe_of_the_paper():
         ("class_loss: {name: focal, gama: 1}", "class_loss.gama: unknown option; did you mean 'gamma'?"),
         ("class_loss: {name: focal, wieght: 1}", "class_loss.wieght: unknown option; did you mean 'weight'?"),
         ("anchors: {name: grid, size: [1]}", "anchors.size: unknown option; did you mean 'sizes'?"),
+        ("lr: 1", "lr: unknown option; did you mean solver.lr?"),
+        ("solver: {norm: bn}", "solver.norm: unknown option; did you mean model.norm or model.head.norm?"),
+        ("class_loss: {name: ghmc}", "class_loss.name: no 'ghmc'; did you mean 'ghm_c'?"),
+        ("model: {backbone: resnet5}", "model.backbone: no 'resnet5'; did you mean 'resnet50'?"),
         ("box_loss: {name: l1, zzz: 1}", "box_loss.zzz: unknown option; it may be one of name, weight"),
         ("data: {train: {zzz: x}}", "data.train.zzz: unknown option; it may be one of annotations, images"),
     ],
@@ -91,6 +95,9 @@ def test_an_unknown_key_is_refused_with_a_suggestion(error_of, tmp_path, text, e
         ("box_coder: {weights: [1, 1]}", "box_coder.weights", "Field required"),
         ("class_loss: {name: focal, weight: 0}", "class_loss.weight", "0"),
         ("class_loss: {gamma: 1}", "class_loss.name", "required"),
+        ("solver: {epochs: true}", "solver.epochs", "True"),
+        ("solver: {ema: yes}", "solver.ema", "True"),
+        ("class_loss: {name: ghm_c, bins: on}", "class_loss.bins", "True"),
         ("precision: half", "precision", "half"),
         ("seed: -1", "seed", "-1"),
         ("data: {short_side: 1000000, long_side: 1000000}", "data.short_side", "1000000"),
@@ -269,6 +276,11 @@ def test_a_part_with_another_name_drops_its_old_options(tmp_path):
     assert load(tmp_path, "base: base.yaml", "class_loss.name=ce").class_loss.options == {"alpha": None}
 
 
+def test_options_without_a_name_belong_to_the_part_that_is_the_default(tmp_path):
+    cfg = load(tmp_path, "assigner: {fg_iou: 0.6}\nanchors: {octaves: 2}", "assigner.name=iou", "anchors.name=grid")
+    assert (cfg.assigner.options["fg_iou"], cfg.anchors.options["octaves"]) == (0.6, 2)
+
+
 def test_merge_leaves_its_arguments_unchanged():
     values, changes = {"a": {"b": 1}, "c": {"name": "x", "d": 1}}, {"a": {"e": 2}, "c": {"name": "y"}}
     assert merge(values, changes) == {"a": {"b": 1, "e": 2}, "c": {"name": "y"}}
@@ -397,6 +409,10 @@ def test_a_tilde_in_a_path_is_the_home_folder(tmp_path, monkeypatch):
         ("solver: {batch_size: 5}", ["solver.accumulate=2"], "--set solver.accumulate=2: solver: batch_size 5 cannot"),
         ("", ["seed=1", "model.norm=bn", "solver.skip_nonfinite=1"],
          "--set model.norm=bn solver.skip_nonfinite=1: solver.skip_nonfinite with model.norm bn: "),
+        ("", ["data.trust=true", "data.long_side=300", "data.cache=y"], "--set data.long_side=300: data: long_side"),
+        ("", ["data.cache=y", "data.long_side=300", "data.short_side=400"],
+         "--set data.long_side=300 data.short_side=400: data: long_side 300"),
+        ("", ["seed=x", "seed=x", "run=y"], "--set seed=x: seed: "),
         ("model: {norm: bn}", ["solver.skip_nonfinite=1"], "--set solver.skip_nonfinite=1: solver.skip_nonfinite with"),
         ("assigner: {name: iou, fg_iou: 0.4}", ["assigner.bg_iou=0.5"], "--set assigner.bg_iou=0.5: assigner: "),
         # These mistakes are in the file.

@@ -13,6 +13,7 @@ from detector.config import Config
 from detector.configure import complete
 from detector.engine import predict, train_until
 from detector.errors import Stopped, UserError
+from detector.gradients import observe
 from detector.stop import Stop
 from detector.structures import Batch, Detections, Losses, Predictions, Target
 
@@ -112,13 +113,23 @@ def test_an_error_in_place_of_a_batch_is_raised_after_the_step_before(error):
 
 def test_gradients_are_observed_on_request_and_change_nothing():
     states = []
-    for observe in ((), (2,)):
+    for steps in ((), (2,)):
         model, criterion, solver = make(steps=3)
-        logger = Recorder(observe)
+        logger = Recorder(steps)
         train(model, criterion, [batch(seed=i) for i in range(3)], solver, logger)
         states.append([*model.state_dict().values(), *criterion.state_dict().values()])
         assert all(observation is not None for observation in logger.observed.values())
     assert all(torch.equal(a, b) for a, b in zip(*states))
+
+
+def test_the_observed_gradient_counts_the_batch_once():
+    model, criterion, solver = make()
+    logger = Recorder((2,))
+    train_until(model, criterion, iter([batch(seed=0)]), solver, logger, until_step=1)
+    second, as_before = batch(size=(128, 128)), copy.deepcopy(criterion)
+    expected = observe(as_before, model(second.images, second.sizes), second.targets)
+    train_until(model, criterion, iter([second]), solver, logger, until_step=2)
+    torch.testing.assert_close(logger.observed[2].cells, expected.cells)
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])

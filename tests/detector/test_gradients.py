@@ -59,6 +59,22 @@ def test_with_ghm_the_gradient_of_a_region_is_proportional_to_its_norm():
     torch.testing.assert_close(cells.gradient[filled] * filled.sum(), centres[filled].double(), rtol=0, atol=0.5 / 30)
 
 
+@pytest.mark.parametrize("scope", ["batch", "level"])
+def test_in_training_the_observed_gradient_is_that_of_the_step(scope):
+    predictions, targets = random_case()
+    predictions = predictions._replace(levels=(ANCHORS // 2, ANCHORS - ANCHORS // 2))
+    criterion = build(GHMC(momentum=0.9, scope=scope), SmoothL1())
+    criterion(predictions._replace(logits=predictions.logits * 0.2), targets)  # the average now differs from the batch
+    cells, _ = gradients.observe(criterion, predictions, targets)
+    (gradient,) = torch.autograd.grad(criterion(predictions, targets).total, predictions.logits)
+
+    matches = criterion.match(predictions, targets)
+    one_hot = torch.nn.functional.one_hot(matches.anchor_labels(3), 4)[..., :3]
+    g = (predictions.logits.detach().double().sigmoid() - one_hot).abs()[matches.valid].flatten().numpy()
+    expected = np.histogram(g, 30, (0, 1), weights=gradient[matches.valid].abs().flatten().numpy())[0]
+    assert cells.gradient.numpy() == pytest.approx(expected, rel=1e-4)
+
+
 def test_observing_changes_nothing():
     predictions, targets = random_case()
     criterion = build(GHMC(), GHMR())

@@ -63,6 +63,13 @@ def test_a_checkpoint_of_other_classes_fills_all_but_the_class_outputs(initial, 
     assert "random" not in initial(path, classes=3)[1]
 
 
+def test_class_outputs_of_another_number_of_classes_are_left_out_even_if_their_shape_fits(make_run, saved):
+    path, _ = saved  # 9 anchors of 3 classes
+    run = make_run(9, model={"weights": str(path)}, anchors={"name": "grid", "octaves": 1})
+    description = load_initial_weights(run.solver.model, run.cfg)
+    assert "head.logits.weight" in description.partition("random: ")[2]
+
+
 @pytest.mark.parametrize("change", [{"backbone": "resnet34"}, {"norm": "gn"}], ids=str)
 def test_a_checkpoint_of_another_backbone_or_norm_is_refused(initial, saved, change):
     # ResNet-18 and -34 share most names and shapes: taking what fits would leave half the network random.

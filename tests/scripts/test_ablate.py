@@ -53,7 +53,10 @@ def test_a_variant_that_changes_more_than_the_loss_is_refused(base):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("--variants", "none"), r"none\.yaml: no such file"),
+        (("--variants", "focal", "focal+focal"), r"focal\+focal: has the losses of focal"),
+        (("--variants", "focal+ghm_r+focal"), "name one file, or two"),
+        (("--variants", "focl"), r"^error: --variants focl: no file .*/focl\.yaml; did you mean 'focal'\?$"),
+        (("--variants", "focal+none"), r"no file .*/none\.yaml; it may be one of focal, ghm_r$"),
         (("--variants", "focal", "--seeds", "0"), "give at least 1"),
         (("--variants", "focal", "--set", "class_loss.name=ce"), "--variants names the losses"),
         (("--variants", "focal", "--grid", "class_loss.gamma"), "write it as KEY=A,B,C"),
@@ -72,14 +75,41 @@ def test_mistakes_are_one_line(base, command, arguments, message):
     assert code == 2 and re.search(message, err) and err.count("\n") == 1
 
 
+def test_a_device_that_is_not_there_is_refused_before_the_runs(base, command, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    arguments = ["--config", base, "--variants", "focal", "--set", "device=cuda:99"]
+    for dry_run in (["--dry-run"], []):
+        code, _, err = command(ablate.main, *arguments, *dry_run)
+        assert code == 2 and err.startswith("error: device: 'cuda:99' cannot be used here") and err.count("\n") == 1
+
+
+def test_a_study_without_any_finished_run_has_failed(scored, tmp_path):
+    code, out, err, _ = scored(lambda values: None, "--output", tmp_path / "all")
+    assert code == 1 and "compare.py" not in out and f"no run has finished; {tmp_path}" in err
+    one = scored(lambda values: 0.3 if values["box_loss.name"] == "ghm_r" else None, "--output", tmp_path / "one")
+    assert one[0] == 0 and "compare.py" in one[1]
+
+
+def test_counts_of_one_are_singular(scored, base, tmp_path, command):
+    _, out, _ = command(ablate.main, "--config", base, "--variants", "focal", "--seeds", 1, "--dry-run")
+    assert out.startswith("1 run of 1 variant\n")
+    assert scored(lambda values: 0.3, "--output", tmp_path)[1].startswith("2 runs of 2 variants; they differ in run, ")
+
+
 def test_a_variant_may_be_based_on_another_one(base):
     (base.parent / "twice.yaml").write_text("base: focal.yaml\nbox_loss: {weight: 4}\n")
     changes = ablate.read_variant(base, "twice")
     assert changes == {"class_loss": {"name": "focal"}, "box_loss": {"name": "smooth_l1", "weight": 4}}
     (base.parent / "other.yaml").write_text("solver: {epochs: 9}\n")
     (base.parent / "stray.yaml").write_text("base: other.yaml\nclass_loss: {name: ce}\n")
-    with pytest.raises(UserError, match=r"stray\.yaml: solver\.epochs: a variant may set only"):
+    with pytest.raises(
+        UserError, match=r"stray\.yaml starts from \S+other\.yaml, not from \S+base\.yaml: give --config \S+other"
+    ):
         ablate.read_variant(base, "stray")
+    with pytest.raises(
+        UserError, match=r"ghm_r\.yaml starts from \S+base\.yaml, not from \S+focal\.yaml: give --config"
+    ):
+        ablate.read_variant(base.with_name("focal.yaml"), "ghm_r")
 
 
 def test_a_stopped_run_of_another_length_is_not_continued(base, tmp_path, command):
@@ -300,7 +330,7 @@ def test_another_number_of_processes_is_a_different_run(base, tmp_path, command)
     result.write(result_file, {"config": values, "failure": "none", **run.notes})
     arguments = ["--config", base, "--variants", "focal", "--seeds", 1, "--output", tmp_path / "out"]
     code, out, _ = command(ablate.main, *arguments)
-    assert code == 0 and "1 of 1 runs are already finished" in out
+    assert code == 1 and "1 of 1 runs are already finished" in out  # but it failed
     code, _, err = command(ablate.main, *arguments, "--processes", 2)
     assert code == 2 and "processes 1, now 2" in err
 
@@ -319,7 +349,7 @@ def test_results_with_other_data_or_precision_do_not_count_as_finished(base, tmp
     assert "1 of 1 runs are already finished" in command(ablate.main, *arguments, "--set", setting)[1]
     moved_file.write_bytes(file.read_bytes() + b" ")
     code, _, err = command(ablate.main, *arguments, "--set", setting)
-    assert code == 2 and "SHA-256 of data.train" in err and "delete it to train the run again" in err
+    assert code == 2 and f"with other annotations: {file}, now {moved_file}, whose content differs: delete it" in err
     moved_file.unlink()  # a finished run needs no data
     assert "1 of 1 runs are already finished" in command(ablate.main, *arguments, "--set", setting)[1]
 

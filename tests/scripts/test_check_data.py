@@ -92,7 +92,7 @@ def planted(folder):
 def test_planted_flaws_are_found(planted, call, folder, in_browser):
     code, out, err, printed = call(*planted)
     assert code == 0, err
-    assert "1 training images are also in val" in out
+    assert "warning: 1 training image also in val, equal or nearly so: remove them from one of the two" in out
     assert "train: 2.png" in printed and "val: again.jpg" in printed
     assert "classes without a box in val, which cannot be scored: b" in out
     for kind, place in {
@@ -101,7 +101,7 @@ def test_planted_flaws_are_found(planted, call, folder, in_browser):
         "more than ten times": r"1\.png: a \[2\.0, 80\.0, 92\.0, 86\.0\]",
         "the same class twice": r"0\.png: a \[10\.0, 10\.0, 50\.0, 51\.0\]",
     }.items():
-        assert re.search(rf"1 boxes, {kind}[^:]*: {place}", printed), kind
+        assert re.search(rf"1 box, {kind}[^:]*: {place}", printed), kind
     assert re.search(r"a 9 6 1 1 ", printed) and re.search(r"b 1 1 0 0 ", printed)  # boxes and images of each class
     for width in (400, 1280):
         layout = in_browser(folder / "new" / "page.html", width)
@@ -118,7 +118,7 @@ def test_a_clean_set_has_no_findings(folder, call):
     image_size = ("--set", "data.short_side=96", "data.long_side=96")
     code, out, err, printed = call("--train", train, "--val", val, *image_size)
     assert code == 0, err
-    assert "0 training images are" in out and "boxes:" not in out and "anchors.sizes" not in out
+    assert "no training image is also in val" in out and "boxes:" not in out and "anchors.sizes" not in out
     assert "Boxes to look at" not in printed and "In train and in val" not in printed
     code, out, _, _ = call("--train", train, *image_size)  # without val
     assert code == 0 and "in val" not in out
@@ -156,7 +156,7 @@ def test_images_are_searched_for_beside_each_annotation_file(folder, call):
     image_size = ("--set", "data.short_side=96", "data.long_side=96")
     code, out, err, _ = call("--train", files[0], "--val", files[1], *image_size)
     assert code == 0, err
-    assert out.count("1 images, 1 boxes") == 2
+    assert out.count("1 image, 1 box") == 2
     code, _, err, _ = call("--train", files[0], "--val", files[1], "--images", folder / "train", *image_size)
     assert code == 2 and f"1 of 1 images of {files[1]} are not there" in err and f"all are in {folder / 'valid'}" in err
 
@@ -236,5 +236,5 @@ def test_positives_and_negatives_are_counted_over_all_anchors(folder, call):
     assert code == 0, err
     cells = (2 * (positives + negatives) - positives) / positives
     line = f"1 positive to {negatives / positives:,.0f} negatives among the anchors of 2 training images, "
-    line += f"1 to {cells:,.0f} among their cells (iou)"
+    line += f"1 to {cells:,.0f} with 2 classes for each anchor (iou)"
     assert line in out and line in printed

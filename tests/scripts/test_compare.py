@@ -101,6 +101,12 @@ def kept(folder: Path, variant: str, seed: int, ap: float, luck: float = 0, **ch
     return str(path)
 
 
+def test_seeds_of_a_row_with_other_losses_are_named(tmp_path, capsys):
+    other = {"run": "ce-s1", "seed": 1, "class_loss": {"name": "ce", "weight": 50}, "box_loss": {"name": "l1"}}
+    main([kept(tmp_path, "ce", 0, 0.3), kept(tmp_path, "ce", 1, 0.3, config=other), kept(tmp_path, "ce", 2, 0.3)])
+    assert "- warning: not a fair comparison, the seeds of ce differ in class_loss.weight" in capsys.readouterr().out
+
+
 def test_seeds_of_a_variant_are_one_row(tmp_path, capsys):
     main([kept(tmp_path, "ce", seed, ap) for seed, ap in enumerate((0.30, 0.32, 0.34))])
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("ce")]
@@ -197,7 +203,7 @@ def test_the_detectable_difference_is_reported(tmp_path, capsys):
     assert re.search(r"4 of 5 studies detect a difference of 3\.\d AP between two rows, at", line)
 
 
-def test_costs_are_shown_only_for_runs_that_had_the_machine_to_themselves(tmp_path, capsys):
+def test_memory_is_shown_only_for_runs_that_had_the_machine_to_themselves(tmp_path, capsys):
     here, there = {"machine": {"device": "2 cores"}}, {"machine": {"device": "4 cores"}}
 
     def shown(*files):
@@ -205,11 +211,11 @@ def test_costs_are_shown_only_for_runs_that_had_the_machine_to_themselves(tmp_pa
         return capsys.readouterr().out
 
     out = shown(kept(tmp_path, "ce", 0, 0.3, jobs=1, **here), kept(tmp_path, "focal", 0, 0.3, jobs=1, **here))
-    assert out.count(" 0.250  2.00") == 2 and "not shown" not in out
+    assert out.count("   -  2.00") == 2 and "s/step is not shown; scripts/ablate.py --time" in out
     out = shown(kept(tmp_path, "ce", 0, 0.3, jobs=1, **here), kept(tmp_path, "focal", 0, 0.3, jobs=1, **there))
-    assert "0.250" not in out and "s/step and GB are not shown: the runs are from different machines" in out
+    assert "2.00" not in out and "s/step and GB are not shown: the runs are from different machines" in out
     out = shown(kept(tmp_path, "ce", 0, 0.3, jobs=1, **here), kept(tmp_path, "focal", 0, 0.3, jobs=2, **here))
-    assert "0.250" not in out and "not shown: runs shared the machine (--jobs 2)" in out
+    assert "2.00" not in out and "not shown: runs shared the machine (--jobs 2)" in out
 
 
 def test_seconds_measured_in_turn_are_shown_even_if_the_runs_shared_a_machine(tmp_path, capsys):
@@ -234,7 +240,9 @@ def test_any_row_can_be_the_baseline(tmp_path, capsys):
 
 def test_a_missing_seed_causes_a_warning(tmp_path, capsys):
     main([kept(tmp_path, "ce", 0, 0.3), kept(tmp_path, "ce", 1, 0.3), kept(tmp_path, "focal", 0, 0.3)])
-    assert "not a fair comparison, seeds differs" in capsys.readouterr().out
+    assert (
+        "not a fair comparison, ce seed 0, ce seed 1 / focal differ in seeds ([0, 1] / [0])" in capsys.readouterr().out
+    )
 
 
 def test_a_run_that_failed_is_a_row_with_its_reason(tmp_path, capsys):
@@ -267,20 +275,43 @@ def test_every_other_difference_causes_a_warning(tmp_path, capsys):
     ]
     main([*runs, "--markdown", str(tmp_path / "table.md")])
     out = capsys.readouterr().out.splitlines()
-    warnings = out[out.index(NO_COSTS) + 1 :]
-    assert sorted(warnings) == [
-        "- warning: not a fair comparison, crop differs: absent in a, b / true in c",
-        "- warning: not a fair comparison, metrics.epoch differs: 12 in a, b / 3 in c",
-        "- warning: not a fair comparison, seeds differs: [0] in a, c / [1] in b",
-        "- warning: not a fair comparison, solver.lr differs: 0.01 in a, c / 0.02 in b",
+    warnings = [
+        "- warning: not a fair comparison, a, c / b differ in solver.lr (0.01 / 0.02), seeds ([0] / [1])",
+        "- warning: not a fair comparison, a, b / c differ in metrics.epoch (12 / 3), crop (absent / true)",
     ]
-    assert (tmp_path / "table.md").read_text().splitlines()[-len(warnings) :] == warnings
+    for lines in (out, (tmp_path / "table.md").read_text().splitlines()):  # below the table, above the verdicts
+        place = lines.index(warnings[0])
+        assert lines[place - 1 : place + 4] == ["", *warnings, "", "AP minus that of a, with its 95% interval:"]
+        assert sum("warning" in line for line in lines) == 2
+
+
+def test_steps_that_follow_from_the_epochs_cause_no_warning_of_their_own(tmp_path, capsys):
+    longer = {"solver": {"lr": 0.01, "epochs": 24}}
+    main([make_run(tmp_path, "a"), make_run(tmp_path, "b", config=longer, epoch=24, step=200)])
+    assert "a / b differ in solver.epochs (12 / 24)\n" in (out := capsys.readouterr().out) and "metrics." not in out
+
+
+def test_a_folder_of_results_stands_for_its_files(tmp_path, capsys):
+    (tmp_path / "out" / "results").mkdir(parents=True)
+    (tmp_path / "out" / "tune_train.json").write_text("{}")  # no result
+    files = [kept(tmp_path / "out" / "results", name, 0, ap) for name, ap in (("ce", 0.3), ("focal", 0.4))]
+    main(files)
+    expected = capsys.readouterr().out
+    for folder in (tmp_path / "out", tmp_path / "out" / "results"):
+        main([str(folder)])
+        assert capsys.readouterr().out == expected
+    (tmp_path / "published.yaml").touch()
+    with pytest.raises(UserError, match=r"published\.yaml: not a result file \(\.json\); give"):
+        main([*files, str(tmp_path / "published.yaml")])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"empty/config\.yaml: no such file; this is not a run folder"):
+        main([str(tmp_path / "empty")])
 
 
 def test_runs_of_other_annotations_under_the_same_path_cause_a_warning(tmp_path, capsys):
     runs = [kept(tmp_path, name, 0, 0.3, annotations={"data.train": digest}) for name, digest in zip("ab", "12")]
     main(runs)
-    assert 'SHA-256 of data.train differs: "1" in a / "2" in b' in capsys.readouterr().out
+    assert 'a / b differ in SHA-256 of data.train ("1" / "2")' in capsys.readouterr().out
 
 
 def test_each_line_of_the_csv_has_the_verdict_of_its_row(tmp_path):
@@ -408,7 +439,10 @@ def test_failed_runs_and_tuned_values_at_an_end_of_their_range_are_reported(tmp_
     (line,) = [line for line in out.splitlines() if line.startswith("- focal: ")]
     assert line.endswith("; 1 of its runs failed")
     assert "- ce was tuned: box_loss.weight 9.5 (range 0.1 to 10, at an end of it), best trial 10.0 AP\n" in out
-    assert "- ce: no trial reached two thirds of the runs' AP, so longer ones (--tune-set) or cleaner labels may choose" in out
+    assert (
+        "- ce: no trial reached two thirds of the runs' AP, so longer ones (--tune-set) or cleaner labels may choose"
+        in out
+    )
     search["trials"].append({"values": {}, "AP": 0.201})  # of 0.3
     Path(files[0]).write_text(json.dumps(content | {"tuning": search}))
     main(files)

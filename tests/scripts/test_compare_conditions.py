@@ -43,6 +43,18 @@ def test_the_table_has_the_mean_of_each_condition_and_the_lost_ap(folder, comman
     assert (folder / "plot.png").stat().st_size > 5000
 
 
+def test_a_row_with_one_seed_has_no_verdict_and_stops_nothing(folder, command):
+    for value in (0, 20):
+        for seed, shift in enumerate((-0.01, 0.0, 0.01)):
+            write(folder, value, "ce", seed, 0.5 + shift)
+            write(folder, value, "qfl", seed, 0.52 + shift * (1 + value))
+        write(folder, value, "focal", 0, 0.55)
+    code, out, err = command(compare_conditions.main, folder, "--output", folder / "plot.png")
+    assert code == 0, err
+    changes = out.partition("Change of AP")[2]
+    assert "- focal: " in changes and "no verdict" in changes and "in the change of AP between two rows" in changes
+
+
 def test_all_conditions_are_corrected_together(folder, command):
     for value, gain in ((3, 0.04), (70, 0.01)):
         for seed, shift in enumerate((-0.01, 0.0, 0.01)):
@@ -101,6 +113,14 @@ def test_a_condition_that_is_still_tuned_is_left_out(folder, command):
     assert err == f"left out: {folder / '40'}: only tuning runs so far\n"
 
 
+def test_results_in_a_folder_without_a_number_are_named(folder, command):
+    for value in (0, 20, "40%"):
+        write(folder, value, "ce", 0, 0.5)
+    (folder / "notes").mkdir()
+    code, _, err = command(compare_conditions.main, folder, "--output", folder / "plot.png")
+    assert code == 0 and err == f"left out: {folder / '40%'}: its name is no number\n"
+
+
 def test_runs_of_a_condition_that_differ_in_more_than_the_losses_are_named(folder, command):
     for value in (0, 10):
         for name in ("ce", "focal"):
@@ -111,7 +131,7 @@ def test_runs_of_a_condition_that_differ_in_more_than_the_losses_are_named(folde
     result.write(file, content)
     code, _, err = command(compare_conditions.main, folder, "--output", folder / "plot.png")
     assert code == 0 and err.count("\n") == 1
-    assert err.startswith("warning: at 10 not a fair comparison, solver.epochs differs: 12 in ce / 99 in focal")
+    assert err.startswith("warning: at 10 not a fair comparison, ce / focal differ in solver.epochs (12 / 99)")
 
 
 def test_nothing_can_be_lost_from_an_ap_of_0(folder, command):

@@ -14,6 +14,7 @@ from PIL import Image
 
 from data.coco import CocoDataset
 from data.transforms import EvalTransform
+from detector.configure import configure
 from scripts import convert
 
 NAMES = ["cat", "dog & <co>", "größe"]
@@ -223,6 +224,9 @@ def test_commands_can_be_pasted(known, folder, command):
     _, out, _ = command(convert.main, "yolo", folder / "src", folder / "a b")
     words = shlex.split(next(line for line in out.splitlines() if line.startswith("look at it")))
     assert str(folder / "a b/train.json") in words
+    words = shlex.split(next(line for line in out.splitlines() if line.startswith("train:")))
+    cfg = configure(words[words.index("--config") + 1], words[words.index("--set") + 1 :])
+    assert cfg.data.val.annotations == str(folder / "a b/val.json")
 
 
 def test_unused_data_is_reported(known, folder, command):
@@ -242,7 +246,7 @@ def test_unused_data_is_reported(known, folder, command):
         "lines that are not class cx cy w h": 1,
         "boxes without area": 1,
         "cut off at the border": 1,
-        "classes without a name": 1,
+        "boxes of a class without a name; add it to data.yaml or classes.txt": 1,
         "not finite": 1,
         "without a label file, taken as without boxes": 1,
         "text without an image": 1,

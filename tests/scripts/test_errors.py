@@ -4,10 +4,13 @@ import json
 import re
 from html import unescape
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from data import analysis
+from data.matches import ClassOutcomes, Outcomes
 from scripts import errors
 
 
@@ -43,14 +46,44 @@ def test_known_errors_are_reported(call, folder, in_browser):
     (folder / "found.json").write_text(json.dumps(as_results(detections)))
     code, out, err, printed = call("--detections", folder / "found.json")
     assert code == 0, err
-    assert "2 detections are right" in printed and "page.html" in out
+    assert "2 of which are right" in printed and "page.html" in out
     for kind, count in (("classification", 1), ("localisation", 0), ("duplicate", 1), ("background", 1), ("missed", 1)):
         assert re.search(rf"{kind} [-\d.]+ {count} ", printed), (kind, printed)
     assert "0.png: " in printed and "1 duplicate" in printed and "1.png: " in printed
     for width in (400, 1280):
         layout = in_browser(folder / "new" / "page.html", width)
         assert layout["wide"] <= width and layout["broken"] == 0 and layout["remote"] == 0 and layout["overlaps"] == []
-        assert layout["images"] == 1 + 2 + 1 + 1 + 2  # costs, two curves, calibration, confusion, pictures
+        assert layout["images"] == 2 + 1 + 1 + 2  # two curves, calibration, confusion, pictures
+
+
+@pytest.fixture
+def plots(monkeypatch):
+    """The figures that a page would get."""
+    kept = []
+    monkeypatch.setattr(errors.page, "figure", lambda plot, words: kept.append(plot) or words)
+    return kept
+
+
+def test_only_classes_with_a_curve_are_in_the_legend(plots):
+    def of_class(*right):
+        right = np.array([right] * 10, dtype=bool)
+        return ClassOutcomes(np.zeros(right.shape[1], int), np.ones(right.shape[1]), right, ~right, np.array([2]))
+
+    classes = [of_class(True, False), of_class(), of_class(False)]
+    errors.curves(Outcomes(1, classes), {3: "found", 5: "no detections", 7: "all wrong"})
+    for plot in plots:
+        assert [text.get_text() for text in plot.axes[0].get_legend().get_texts()] == ["found"]
+    assert len(plots) == 2
+
+
+def test_shades_are_shares_of_the_labels_alone(plots, monkeypatch):
+    matrix = np.array([[3, 1, 0], [0, 0, 0], [9, 0, 0]])
+    monkeypatch.setattr(errors, "confusion", lambda *_: (matrix, ["a", "b", "background"]))
+    errors.confused(SimpleNamespace(annotations=None), [])
+    shades = plots[0].axes[0].images[0].get_array()
+    np.testing.assert_array_equal(shades[:2].filled(), [[0.75, 0.25, 0], [0, 0, 0]])
+    assert shades.mask[2].all()
+    assert [text.get_text() for text in plots[0].axes[0].texts] == ["3", "1", "9"]
 
 
 def test_the_model_scores_as_in_evaluation(learnt, call):
@@ -58,6 +91,7 @@ def test_the_model_scores_as_in_evaluation(learnt, call):
     assert code == 0, err
     metrics = json.loads((learnt / "metrics.json").read_text())
     assert f"AP {100 * metrics['AP']:.1f}, AP50 {100 * metrics['AP50']:.1f}" in out
+    assert metrics["APl"] == -1 and "APl" not in out  # no box is that large
     assert "No errors" in printed
 
 
@@ -75,6 +109,14 @@ def test_no_detections_and_another_data_set_are_accepted(call, folder, rectangle
     annotations, images = rectangles(folder, [[]], classes=3)
     code, _, err, _ = call("--data", annotations, images)
     assert code == 0, err
+
+
+@pytest.mark.parametrize("factor", [-1, 100])
+def test_scores_that_are_no_probabilities_are_refused(call, folder, factor):
+    entries = [entry | {"score": factor * entry["score"]} for entry in as_results(TRUTH)]
+    (folder / "found.json").write_text(json.dumps(entries))
+    code, _, err, _ = call("--detections", folder / "found.json")
+    assert code == 2 and "scores outside 0..1" in err and err.count("\n") == 1
 
 
 def test_a_class_that_the_scored_file_lacks_is_shown(call, learnt, folder, rectangles):

@@ -178,12 +178,21 @@ def test_the_example_needs_no_torch_and_finds_the_same_boxes(learnt, folder, com
     process = subprocess.run(command_line, capture_output=True, text=True, check=True, env=ascii_only)
     assert len(process.stdout.splitlines()) == len(lines) and " \\u7ec6\\u80de " in process.stdout
     code_lines = [line for line in script.read_text().split('"""')[2].splitlines() if line.strip()]
-    assert len(code_lines) <= 33
+    assert len(code_lines) <= 38
+    many = f"{sys.executable} {script} {folder / 'mine.onnx'} {f'{photo} ' * 200}| head -1"
+    process = subprocess.run(many, shell=True, capture_output=True, text=True)
+    assert process.stdout.count("\n") == 1 and process.stderr == ""
     process = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True)
     assert process.returncode == 0 and "run_onnx.py mine.onnx photo.jpg" in process.stdout
-    for arguments in ([], ["none.onnx", str(photo)], [str(folder / "mine.onnx"), "none.jpg"]):
+    for arguments, message in (
+        ([], "give a model and images"),
+        (["none.onnx", str(photo)], "none.onnx: not a model of scripts/export.py"),
+        ([str(folder / "mine.onnx"), "none.jpg"], "none.jpg: no such file\n"),
+        ([str(folder / "mine.onnx"), str(script)], "run_onnx.py: cannot be read as an image\n"),
+    ):
         process = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True)
         assert process.returncode == 2 and process.stderr.startswith("error: ") and process.stderr.count("\n") == 1
+        assert message in process.stderr
 
 
 def test_metadata_has_all_that_inference_needs(learnt, folder, command):

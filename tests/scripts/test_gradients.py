@@ -34,7 +34,7 @@ def regions(seed=0):
 def test_three_figures_are_written(checkpoint, folder, command):
     code, out, err = command(gradients.main, "--checkpoint", checkpoint, "--images", 3, "--output", folder)
     assert code == 0, err
-    assert " positive anchors: true class " in out
+    assert " positive anchors, median probability: true class " in out
     for name in ("gradient_norms.png", "gradient_class.png", "gradient_box.png"):
         picture = read_image(str(folder / name))
         assert name in out and picture.shape[1] > 400 and picture.float().std() > 10  # it is not blank
@@ -74,6 +74,25 @@ def test_some_images_are_of_all_shapes(checkpoint, folder, monkeypatch):
         assert statistics.mean(used) == pytest.approx(statistics.mean(sides), rel=0.1)
 
 
+def test_a_short_last_batch_does_not_stand_for_a_whole_one(checkpoint, folder):
+    content = gradients.checkpoint.read(checkpoint)
+    category = content["category_ids"][0]
+    names = gradients.checkpoint.class_names(content)
+    document = {"categories": [{"id": n, "name": name} for n, name in zip(content["category_ids"], names)]}
+    document["images"] = [{"id": n, "file_name": f"{n}.png", "width": 96, "height": 96} for n in range(5)]
+    document["annotations"] = [
+        {"id": n, "image_id": n, "category_id": category, "bbox": [2, 2, 20, 20]} for n in range(5)
+    ]
+    for number in range(5):
+        Image.new("RGB", (96, 96)).save(folder / f"{number}.png")
+    (folder / "a.json").write_text(json.dumps(document))
+
+    def cells(count):
+        return gradients.measure(str(checkpoint), [str(folder / "a.json"), str(folder)], count)[0].counts.sum()
+
+    assert cells(1) == cells(4) == cells(5) * 4 // 5  # batches of 4 and 1
+
+
 def test_probabilities_are_those_of_positive_and_of_background_anchors():
     rng = torch.Generator().manual_seed(0)
     logits, labels = torch.randn(2, 50, 3, generator=rng), torch.randint(3, (2, 50), generator=rng)
@@ -95,8 +114,8 @@ def test_probabilities_are_those_of_positive_and_of_background_anchors():
     first = sum(t > o for t, o in zip(true, other)) / len(true)
     medians = [statistics.median_low(values) for values in (true, other, highest)]
     assert measured.medians() == (
-        f"{len(true)} positive anchors: true class {medians[0]:.2f}, other class {medians[1]:.2f}, "
-        f"true class first in {first:.0%}; background {medians[2]:.2f}"
+        f"{len(true)} positive anchors, median probability: true class {medians[0]:.2f}, "
+        f"other class {medians[1]:.2f}, true class first in {first:.0%}; background {medians[2]:.2f}"
     )
     none = gradients.Probabilities(torch.zeros(0), torch.zeros(0), torch.ones(3))
     assert none.medians() == "no positive anchors in these images"

@@ -42,6 +42,15 @@ def test_rows_are_sorted_best_first_and_have_verdicts(files, folder, command):
     assert (folder / "plot.png").stat().st_size > 5000
 
 
+def test_the_legend_has_the_verdicts_of_the_rows_alone(files):
+    rows = read_rows(list(map(str, files)))
+    baseline = next(row for row in rows if row.name == "ce")
+    figure = summarize.draw(rows, baseline, {d.name: d for d in summarize.differences(rows, "ce")})
+    legend = figure.axes[0].get_legend()
+    shown = {text.get_text(): dot.get_color() for text, dot in zip(legend.get_texts(), legend.get_lines())}
+    assert shown == {key: summarize.VERDICT_COLOURS[key] for key in ("better", "undecided", "baseline")}
+
+
 def test_a_failed_row_is_named_and_left_out(files, folder, command):
     failed_result = {"config": {"run": "ghm", "seed": 0, **LOSSES}, "failure": "loss inf", "variant": "ghm", "seed": 0}
     result.write(folder / "ghm.json", failed_result)
@@ -64,7 +73,7 @@ def test_shares_are_the_mean_of_the_observed_ones(folder):
 def test_runs_that_differ_in_more_than_the_losses_are_named(folder, command):
     paths = [write(folder, name, 0, 0.5, annotations={"data.train": digest}) for name, digest in zip("ab", "12")]
     code, _, err = command(summarize.main, *paths, "--output", folder / "plot.png")
-    assert code == 0 and 'warning: not a fair comparison, SHA-256 of data.train differs: "1" in a / "2" in b' in err
+    assert code == 0 and 'warning: not a fair comparison, a / b differ in SHA-256 of data.train ("1" / "2")' in err
 
 
 def test_one_seed_gets_no_verdict(folder, command):

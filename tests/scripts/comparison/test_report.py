@@ -80,6 +80,7 @@ def test_the_page_shows_all_known_values(files, folder):
         "its run folder is missing",
     ):
         assert expected in printed, expected
+    assert report.NO_GRADIENTS not in printed
     assert (folder / "report.html").read_text().count("<img") == 1 + 4 + 1 + 2  # differences, curves, IoU, gradients
 
 
@@ -123,10 +124,10 @@ def test_a_search_is_shown_with_its_ranges_and_unequal_budgets_cause_a_warning(f
         "class_loss.weight 9 (range 0.1 to 10, at an end of it), box_loss.weight 2 (range 0.1 to 10, extended)"
         in printed
     )
-    assert "tuning differs" not in capsys.readouterr().out
+    assert "differ in tuning" not in capsys.readouterr().out
     result.write(folder / "ce.json", fabricated("ce", 0, 0.2) | {"tuning": search | {"trials": trials * 2}})
     compare.main(files)
-    assert "not a fair comparison, tuning differs" in capsys.readouterr().out
+    assert "not a fair comparison, ce / focal differ in tuning (" in capsys.readouterr().out
 
 
 def test_pictures_of_another_run_are_not_shown(learnt, folder, in_browser):
@@ -152,7 +153,7 @@ def test_the_page_shows_a_failed_run_and_a_run_with_few_known_values(folder):
         (folder / f"{name}.json").write_text(json.dumps(content))
     compare.main([str(folder / "a.json"), str(folder / "b.json"), "--html", str(folder / "report.html")])
     printed = words(folder / "report.html")
-    assert "the loss is nan" in printed and "focal" in printed
+    assert "the loss is nan" in printed and "focal" in printed and report.NO_GRADIENTS in printed
 
 
 def test_single_runs_get_no_verdict_on_the_page(folder):
