@@ -197,7 +197,7 @@ def draw(
             relative.errorbar(at, middle, reach, **style)
     relative.axhline(0, color=colours[baseline], linewidth=1)
     absolute.set(ylabel="AP, percent: mean and deviation over seeds")
-    relative.set(ylabel=f"AP minus that of {page.label(baseline)}, 95% interval")
+    relative.set(ylabel=f"AP minus that of {page.label(baseline)},\n95% interval")
     for axis in (absolute, relative):
         axis.set(xlabel=label, xscale="log" if log else "linear")
         axis.set_xticks(list(conditions), [f"{value:,g}" for value in conditions])
