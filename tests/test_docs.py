@@ -171,7 +171,9 @@ def test_the_lists_of_imbalance_are_current(tmp_path, monkeypatch, capsys):
     assert table in text and "\n\n".join(lists) in text
     compare_conditions.main(["results/few_digits", "--output", str(tmp_path / "few.png")])
     assert capsys.readouterr().out.rpartition("\n\n")[0] in text
-    compare_conditions.main(["results/limit", "--baseline", "ghm_c[max_weight=30]", "--output", str(tmp_path / "l.png")])
+    compare_conditions.main(
+        ["results/limit", "--baseline", "ghm_c[max_weight=30]", "--output", str(tmp_path / "l.png")]
+    )
     assert capsys.readouterr().out.rpartition("\n\n")[0] in text
     compare.main([*sorted(map(str, Path("results/imbalance").glob("*/*.json"))), "--baseline", "ce"])
     over_sets = [line for line in capsys.readouterr().out.splitlines() if "; by set " in line]

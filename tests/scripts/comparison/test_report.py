@@ -31,6 +31,7 @@ def fabricated(name: str, seed: int, ap: float) -> dict:
         "probability": [{"step": 10, "true_class_probability": ap}, {"step": 20, "true_class_probability": 2 * ap}],
         "resampled": {"AP": [ap + 0.001 * (i % 7) for i in range(500)]},
         "jobs": 1,
+        "timing": {"seconds": 0.5 if name == "ce" else 0.6, "steps": 20, "started": "2026-01-01T00:00:00"},
         "calibration_error": 0.1,
         "variant": name,
         "tuning": {
@@ -74,7 +75,7 @@ def test_the_page_shows_all_known_values(files, folder):
         "corrected for 2 comparisons",
         "4 of 5 studies detect",
         "cat <b>",
-        "+16.4%",  # seconds a step, 0.71 over 0.61
+        "+20.0%",  # seconds a step, 0.6 over 0.5
         "box_loss.weight",
         "box_loss.weight 1 (range 0.1 to 10), 1 of 2 trials failed",
         "its run folder is missing",
@@ -158,7 +159,7 @@ def test_the_page_shows_a_failed_run_and_a_run_with_few_known_values(folder):
 
 def test_single_runs_get_no_verdict_on_the_page(folder):
     for name, ap in (("ce", 0.2), ("focal", 0.4)):
-        result.write(folder / f"{name}.json", fabricated(name, 0, ap) | {"jobs": 2})
+        result.write(folder / f"{name}.json", fabricated(name, 0, ap) | {"jobs": 2, "timing": None})
     compare.main([str(folder / "ce.json"), str(folder / "focal.json"), "--html", str(folder / "report.html")])
     printed = words(folder / "report.html")
     assert "no verdict: ce has one seed" in printed and "--seeds 3" in printed and "studies" not in printed
