@@ -162,6 +162,16 @@ def test_the_table_of_short_and_long_tuning_is_current(folders):
         assert f"| {name} | {' | '.join(cells)} |" in text
 
 
+def test_the_table_of_prior_counts_is_current():
+    text = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    rows = []
+    for name in ("laptop", "cards", "scratch"):
+        files = [*(ROOT / "results" / name).glob("*.json"), *(ROOT / "results/prior_count" / name).glob("*.json")]
+        rows.append({row.name: mean_and_spread(aps(row)) for row in read_rows(sorted(map(str, files)))})
+    for name in ("ce", "focal", "ghm_c", "ghm_c_limited", "ghm_c[prior_count=1000]"):
+        assert f"| {name} | {' | '.join(row[name] for row in rows)} |" in text
+
+
 def test_the_lists_of_imbalance_are_current(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
