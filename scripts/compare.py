@@ -4,10 +4,9 @@
     python scripts/compare.py results/laptop/*.json --csv runs.csv
 
 A run is a folder that train.py wrote, or the small JSON file that scripts/ablate.py keeps of one. The --output of
-ablate.py, or another folder of such files, stands for all of them. Runs of one variant
-are one row: mean and standard deviation over its seeds. AP is in percent. ECE is the expected calibration error of the
-scores, GB the peak memory. In AP, AP50, AP75, AP80 and AP90 the highest value is marked if it is better than each other
-row beyond chance.
+ablate.py, or another folder of such files, stands for all of them. Runs of one variant are one row: mean and standard
+deviation over its seeds. AP is in percent. ECE is the expected calibration error of the scores, GB the peak memory. In
+AP, AP50, AP75, AP80 and AP90 the highest value is marked if it is better than each other row beyond chance.
 
 Below are the differences in AP (--metric) from the first row (or --baseline), each with its 95% interval over other
 seeds and other validation images. They hold for these loss weights; chance in tuning is not in them. "better" and
@@ -108,9 +107,9 @@ def main(argv: list[str] | None = None) -> None:
         report.write(Path(args.html), compared, HEADER, together)
     if args.markdown:
         text = "\n".join(whole(compared, together, markdown, heading="## ")) + "\n"
-        write("--markdown", args.markdown, text)
+        save("--markdown", args.markdown, text)
     if args.csv:
-        write("--csv", args.csv, as_csv(compared, args.metric))
+        save("--csv", args.csv, as_csv(compared, args.metric))
     print("\n".join(whole(compared, together, aligned)))
 
 
@@ -270,7 +269,7 @@ def as_csv(compared: list[Compared], metric: str) -> str:
     return text.getvalue()
 
 
-def write(flag: str, path: str, text: str) -> None:
+def save(flag: str, path: str, text: str) -> None:
     try:
         with open(path, "w", encoding="utf-8", newline="") as file:
             file.write(text)

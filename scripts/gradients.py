@@ -167,10 +167,7 @@ def draw_norms(cells: Regions, boxes: Regions, positives: Tensor) -> plt.Figure:
     edges = torch.linspace(0, 1, BARS + 1).numpy()
     words = (
         ("class cells", "gradient norm of a cell, |p - p*|"),
-        (
-            "box coordinates",
-            f"gradient norm of a coordinate, |d| / sqrt(d² + {MU}²)",
-        ),
+        ("box coordinates", f"gradient norm of a coordinate, |d| / sqrt(d² + {MU}²)"),
     )
     for axis, regions, (title, label) in zip(axes, (cells, boxes), words):
         counts = regions.counts.view(BARS, -1).sum(1)
