@@ -6,9 +6,9 @@
 Peers: GHM-C and GHM-R as a loop over bins, with the arithmetic of the released code; torchvision's focal loss, alone
 and as its RetinaNet head calls it; cross entropy on dense targets; a sort with two searches for exact density. They run
 on the GPU where there is one. All alternate in one process, so a slow moment of the machine affects all of them.
-Times are medians, with freed memory kept by the process. On a GPU each is the mean of five calls in a row, because in a
-training the GPU does not wait for the losses to start. Memory is the peak of one call beyond the memory in use before
-it, as a multiple of the logits' size.
+Times are medians, with freed memory kept by the process. On a GPU each is the GPU's mean time for five calls that are
+queued behind other work, because in a training Python starts the losses while the GPU still runs the model. Memory is
+the peak of one call beyond the memory in use before it, as a multiple of the logits' size.
 "Focal's gradient against float64": its relative error where background is confident, beside torchvision's.
 --step: a whole training step, ResNet-18 at 512 px, 2 images, GHM-C + GHM-R beside CE + smooth L1.
 """
@@ -205,9 +205,8 @@ def report(
     calls: dict[str, Callable[[], Tensor]], logits: Tensor, repeats: int, peaks: dict[str, float] | None
 ) -> None:
     """A row for each call: milliseconds of forward and backward, ratio to our CE, memory in logits, ours to peer."""
-    in_a_row = 5 if logits.is_cuda else 1
-    steps = {name: lambda call=call: [step(call, logits) for _ in range(in_a_row)] for name, call in calls.items()}
-    times = {name: [ms / in_a_row for ms in values] for name, values in measure.alternate(steps, repeats).items()}
+    steps = {name: lambda call=call: step(call, logits) for name, call in calls.items()}
+    times = measure.alternate(steps, repeats, clock=measure.gpu_milliseconds if logits.is_cuda else None)
     medians, rows = measure.medians(times), []
     for name, median in medians.items():
         ours = name.partition(",")[0]

@@ -28,14 +28,19 @@ def environment() -> str:
     return f"{machine}; Python {platform.python_version()}, {versions}"
 
 
-def alternate(calls: dict[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Milliseconds of each call, round by round."""
+def alternate(
+    calls: dict[str, Callable[[], object]],
+    repeats: int,
+    warmup: int = 1,
+    clock: Callable[[Callable[[], object]], float] | None = None,
+) -> dict[str, list[float]]:
+    """Milliseconds of each call by `clock`, the function `milliseconds` if None, round by round."""
     for call in [*calls.values()] * warmup:
         call()
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
-            times[name].append(milliseconds(call))
+            times[name].append((clock or milliseconds)(call))
     return times
 
 
@@ -45,6 +50,21 @@ def milliseconds(call: Callable[[], object]) -> float:
     call()
     wait()
     return 1000 * (time.perf_counter() - start)
+
+
+def gpu_milliseconds(call: Callable[[], object], in_a_row: int = 5) -> float:
+    """Mean of the GPU's time for some calls behind other work, as in a training: unless they wait, neither does it."""
+    matrix = torch.ones(8192, 8192, dtype=torch.bfloat16, device="cuda")
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    wait()
+    for _ in range(20):  # some 30 ms on an H100, in which Python starts the calls
+        matrix @ matrix
+    start.record()
+    for _ in range(in_a_row):
+        call()
+    end.record()
+    wait()
+    return start.elapsed_time(end) / in_a_row
 
 
 def medians(times: dict[str, list[float]]) -> dict[str, float]:
