@@ -12,6 +12,7 @@ import re
 from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import GenericAlias
@@ -20,7 +21,7 @@ from typing import Annotated, Any, cast
 import msgspec
 import numpy as np
 
-from data.images import MAX_PIXELS
+from data.images import MAX_PIXELS, image_size
 from data.json_lists import read_lists
 from data.segmentation import bounds
 from detector.errors import CONTROL, UserError
@@ -80,6 +81,19 @@ class Annotations:
     areas: np.ndarray  # (N,) float64, in COCO those of the masks
     crowds: np.ndarray  # (N,) bool
     remarks: list[str]  # accepted deviations from the format, one line for each kind
+
+    def complete_sizes(self, folder: Path, names: Sequence[str]) -> list[str]:
+        """Read the sizes that are 0 from the images, which have these names in the folder; returns remarks."""
+        missing = np.flatnonzero((self.sizes == 0).any(axis=1))
+        if not len(missing):
+            return []
+        with ThreadPoolExecutor() as pool:
+            self.sizes[missing] = list(pool.map(image_size, [folder / names[place] for place in missing.tolist()]))
+        first = self.image_ids[missing[0]]
+        return [
+            f"{len(missing):,} images without width and height, which are read from the image "
+            f"(the first is image id {first})"
+        ]
 
     def document(self, places: Sequence[int] | None = None) -> dict:
         """The content of a COCO file with these annotations; with `places`, of the images at these indices only."""

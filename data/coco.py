@@ -7,7 +7,6 @@ the data set is built.
 
 import hashlib
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -19,8 +18,8 @@ from torch.utils.data import Dataset
 from data.annotations import load_annotations, shortened
 from data.cache import Cache
 from data.image_folder import ImageFolder, elsewhere, find_folder
-from data.images import Remarks, add_remarks, image_size, read_image
-from data.plausibility import suspicion
+from data.images import Remarks, add_remarks, read_image
+from data.plausibility import refuse_unequal_repeats, suspicion
 from data.transforms import Augmented, scale_boxes
 from detector.errors import UserError, counted
 from detector.structures import Target
@@ -73,7 +72,7 @@ class CocoDataset(Dataset):
             raise UserError(f"{error}{elsewhere(self.path, names, self.folder)}") from None
         self.remarks = [*self.annotations.remarks, *other]
         self.image_ids: list[int] = self.annotations.image_ids.tolist()
-        self._complete_sizes()
+        self.remarks += self.annotations.complete_sizes(self.folder, self.file_names)
         self.sizes: list[tuple[int, int]] = list(map(tuple, self.annotations.sizes.tolist()))
         self.aspects: list[float] = [width / height for height, width in self.sizes]
         self._name_classes(category_ids, class_names)
@@ -81,7 +80,7 @@ class CocoDataset(Dataset):
             cure = "to use them unchanged, set data.trust=true (convert.py: --trust)"
             raise UserError(f"{self.path}: {flaw}; {cure}")
         self._collect_boxes()
-        self._compare_repeated()
+        refuse_unequal_repeats(self.path, self.file_names, self.image_ids, self._labelled_boxes)
         self._digest = self._digest_of_contents()
         self.image_remarks: Remarks = {}  # on the images read so far; the loader adds those of its processes
         self.cache = None
@@ -89,19 +88,6 @@ class CocoDataset(Dataset):
             files = [self.folder / name for name in self.file_names]
             self.cache = Cache(cache, files, self.sizes, [transform.cache_size(*size) for size in self.sizes])
             add_remarks(self.image_remarks, self.cache.remarks)
-
-    def _complete_sizes(self) -> None:
-        """Read from the images the sizes that the annotation file lacks."""
-        sizes = self.annotations.sizes
-        missing = np.flatnonzero((sizes == 0).any(axis=1))
-        if len(missing):
-            with ThreadPoolExecutor() as pool:
-                files = [self.folder / self.file_names[index] for index in missing]
-                sizes[missing] = list(pool.map(image_size, files))
-            self.remarks.append(
-                f"{len(missing):,} images without width and height, which are read from the image "
-                f"(the first is image id {self.image_ids[missing[0]]})"
-            )
 
     def _name_classes(self, category_ids: Sequence[int] | None, class_names: Sequence[str] | None) -> None:
         """Set `category_ids`, whose positions are the labels, and `class_names`."""
@@ -186,20 +172,6 @@ class CocoDataset(Dataset):
         """A digest that must be equal in all processes of a run, wherever the files are."""
         counts = f"{len(self)} images, {self.num_boxes} boxes, {len(self.category_ids)} classes"
         return f"{counts}, sha256 {self._digest}"
-
-    def _compare_repeated(self) -> None:
-        """Raise UserError if records of one image have different boxes: each would teach the other's as background."""
-        if len(set(self.file_names)) == len(self):
-            return
-        first: dict[str, int] = {}
-        for index, name in enumerate(self.file_names):
-            other = first.setdefault(name, index)
-            if self._labelled_boxes(index) != self._labelled_boxes(other):
-                ids = f"ids {self.image_ids[other]} and {self.image_ids[index]}"
-                raise UserError(
-                    f"{self.path}: {shortened(name)} is listed twice, with different boxes ({ids}); list it once with "
-                    "all its boxes, as scripts/convert.py coco does"
-                )
 
     def _labelled_boxes(self, index: int) -> list[tuple]:
         rows = slice(self._starts[index], self._starts[index + 1])

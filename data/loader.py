@@ -53,12 +53,13 @@ def collate(samples: Sequence[Sample], pad_to: int = STRIDE) -> Batch:
     images, targets, image_ids, original_sizes = zip(*samples)
     sizes = [tuple(image.shape[1:]) for image in images]
     height, width = (-(-max(side) // pad_to) * pad_to for side in zip(*sizes))
-    stacked = torch.empty(len(images), 3, height, width, dtype=torch.uint8)
-    for planes, image, (h, w) in zip(stacked.numpy(), images, sizes):
+    shape = len(images), 3, height, width
+    batch = Batch.allocate(shape, list(targets), list(image_ids), sizes, list(original_sizes))
+    for planes, image, (h, w) in zip(batch.images.numpy(), images, sizes):
         # Padded as (h, w, 3), the order in memory: torch's copy to planes takes four times as long.
         padded = cv2.copyMakeBorder(image.permute(1, 2, 0).numpy(), 0, height - h, 0, width - w, cv2.BORDER_CONSTANT)
         cv2.split(padded, list(planes))
-    return Batch(stacked, list(targets), list(image_ids), sizes, list(original_sizes))
+    return batch
 
 
 def _collate_with_remarks(dataset: CocoDataset, pad_to: int, samples: Sequence[Sample]) -> tuple[Batch, Remarks]:

@@ -1,8 +1,12 @@
-"""Whether the boxes of an annotation file look like another format than COCO's."""
+"""Boxes that no annotation file should have: of another format than COCO's, or two sets of boxes for one image."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from data.annotations import Annotations, shortened
+from detector.errors import UserError
 
 SAMPLED = 100_000  # boxes that are looked at, at most
 
@@ -40,3 +44,23 @@ def suspicion(annotations: Annotations) -> str | None:
                 f"it, the first {shortened(sides[0].tolist())}; COCO's are x, y, width, height: {cure}"
             )
     return None
+
+
+def refuse_unequal_repeats(
+    path: Path, names: Sequence[str], image_ids: Sequence[int], boxes_of: Callable[[int], list]
+) -> None:
+    """Raise UserError if records of one image have different boxes: each would teach the other's as background.
+
+    boxes_of: the sorted boxes and labels of the record at an index
+    """
+    if len(set(names)) == len(names):
+        return
+    first: dict[str, int] = {}
+    for index, name in enumerate(names):
+        other = first.setdefault(name, index)
+        if boxes_of(index) != boxes_of(other):
+            ids = f"ids {image_ids[other]} and {image_ids[index]}"
+            raise UserError(
+                f"{path}: {shortened(name)} is listed twice, with different boxes ({ids}); list it once with all its "
+                "boxes, as scripts/convert.py coco does"
+            )

@@ -256,4 +256,7 @@ def padded_alike(batches: Iterable[Batch]) -> Iterator[Batch]:
         if batch is None:
             return
         bottom, right = height - shape[0], width - shape[1]
-        yield batch._replace(images=F.pad(batch.images, (0, right, 0, bottom))) if bottom or right else batch
+        if bottom or right:
+            images = F.pad(batch.images, (0, right, 0, bottom))
+            batch = Batch.of(images, batch.targets, batch.image_ids, batch.sizes, batch.original_sizes)
+        yield batch

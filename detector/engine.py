@@ -99,25 +99,25 @@ def compute_gradients(
 ) -> tuple[Losses, Observation | None]:
     """Run model and losses, and add to the parameters' `grad`. If `observing`, measure the gradient by region too."""
 
-    def forward(part: Batch) -> Predictions:
-        with autocast(part.images.device, solver.precision):
-            return replica(part.images, part.sizes)
+    def forward(images: Tensor, sizes: Tensor) -> Predictions:
+        with autocast(images.device, solver.precision):
+            return replica(images, sizes)
 
-    size = len(batch.images) // solver.accumulate
-    parts = [Batch._make(values[i * size : (i + 1) * size] for values in batch) for i in range(solver.accumulate)]
+    size = len(batch.counts) // solver.accumulate
+    parts = list(zip(batch.images.split(size), batch.sizes.split(size)))
     if len(parts) > 1:
         # The loss needs the whole batch, because its normaliser and GHM's density count all images. So predict all
         # parts without a graph, take the loss's gradient with respect to the predictions, then run each part again and
         # backpropagate its share.
         buffers = [buffer.clone() for buffer in replica.buffers()]
         with torch.no_grad():
-            predicted = [forward(part) for part in parts]
+            predicted = [forward(*part) for part in parts]
             for buffer, before in zip(replica.buffers(), buffers):  # BatchNorm must not count the images twice
                 buffer.copy_(before)
         logits, deltas = (torch.cat(values).requires_grad_() for values in list(zip(*predicted))[:2])
         predictions = predicted[0]._replace(logits=logits, deltas=deltas)
     else:
-        predictions = forward(batch)
+        predictions = forward(*parts[0])
     observation = observe(criterion, predictions, batch.targets, matches=matches) if observing else None
     losses = criterion(predictions, batch.targets, matches)
     # Gradients are averaged over processes; the losses of all processes are meant to be summed.
@@ -127,7 +127,7 @@ def compute_gradients(
             images = slice(i * size, (i + 1) * size)
             gradients = [cast(Tensor, output.grad)[images] for output in (predictions.logits, predictions.deltas)]
             with distributed.averaging(replica, part is parts[-1]):  # once a step
-                again = forward(part)
+                again = forward(*part)
                 torch.autograd.backward([again.logits, again.deltas], gradients)
     return losses, observation
 
@@ -163,7 +163,7 @@ def predict(
                     # Raised after the loop: raised here, it would leave the other processes waiting.
                     not_finite = [batch.image_ids[index] for index in error.images]
                     break
-                rows = zip(batch.image_ids, detections, batch.sizes, batch.original_sizes)
+                rows = zip(batch.image_ids, detections, batch.sizes.tolist(), batch.original_sizes)
                 for image_id, (boxes, scores, labels), size, original in rows:
                     boxes = box_ops.rescale(boxes, size, original)
                     by_image[image_id] = Detections(boxes.cpu(), scores.cpu(), labels.cpu())

@@ -9,7 +9,7 @@ from detector.anchors import Anchors
 from detector.backbone import Backbone
 from detector.fpn import FPN
 from detector.head import Head
-from detector.structures import Grid, Predictions
+from detector.structures import Grid, Predictions, Sizes
 
 if TYPE_CHECKING:
     from detector.graphs import Graphs
@@ -35,15 +35,14 @@ class RetinaNet(nn.Module):
         self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
         self.graphs: Graphs | None = None  # runs the training passes unless None
 
-    def forward(self, images: Tensor, sizes: list[tuple[int, int]] | None = None) -> Predictions:
-        """Images (B, 3, H, W) uint8 RGB, H and W multiples of 32; sizes: (height, width) inside the padding."""
-        inside = None
+    def forward(self, images: Tensor, sizes: Tensor | Sizes | None = None) -> Predictions:
+        """Images (B, 3, H, W) uint8 RGB, H and W multiples of 32; sizes (B, 2): (height, width) inside the padding."""
         if sizes is not None:
-            inside = torch.tensor(sizes, pin_memory=images.is_cuda).to(images.device, non_blocking=images.is_cuda)
-        if inside is not None and self.graphs is not None and self.training and self.graphs.take(images):
-            logits, deltas = self.graphs(images, inside)
+            sizes = torch.as_tensor(sizes, device=images.device)
+        if sizes is not None and self.graphs is not None and self.training and self.graphs.take(images):
+            logits, deltas = self.graphs(images, sizes)
         else:
-            logits, deltas = self.outputs(images, inside)
+            logits, deltas = self.outputs(images, sizes)
         return Predictions(logits, deltas, *self.grid(images))
 
     def outputs(self, images: Tensor, sizes: Tensor | None) -> tuple[Tensor, Tensor]:

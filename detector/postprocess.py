@@ -47,8 +47,8 @@ class Postprocess:
         self.nms_iou, self.max_detections = nms_iou, max_detections
 
     @torch.no_grad()
-    def __call__(self, predictions: Predictions, sizes: list[tuple[int, int]]) -> list[Detections]:
-        """Sizes: (height, width) of each image inside its padding -> its Detections, in pixels of the resized image.
+    def __call__(self, predictions: Predictions, sizes: Tensor | list[tuple[int, int]]) -> list[Detections]:
+        """Sizes (B, 2): (height, width) inside the padding -> each image's Detections, in pixels of the resized image.
 
         Raises NonFiniteOutput if a logit or delta is NaN or infinite. Without this check a diverged model would
         silently find nothing, because NaN passes no threshold.
@@ -66,7 +66,7 @@ class Postprocess:
 
         cell, anchor, image = cell[best], anchor[best], image[best]
         label, scores = cell % num_classes, logits.flatten()[cell].sigmoid()
-        limits = torch.tensor(sizes, device=logits.device)[image]
+        limits = torch.as_tensor(sizes, device=logits.device)[image]
         boxes = self.coder.decode(predictions.deltas[image, anchor], predictions.anchors[anchor])
         boxes = box_ops.clip(boxes, limits.unbind(1))
         # In float64: batched_nms separates groups by large offsets, which would round float32 pixels.

@@ -218,7 +218,9 @@ class Run:
         """Save this process's images of a step whose loss is not finite; returns a text: where, and what to do."""
         path, batch = self.cfg.folder / f"nonfinite_{distributed.rank()}.pt", batch.to(torch.device("cpu"))
         try:
-            torch.save({**batch._asdict(), "targets": [target._asdict() for target in batch.targets]}, path)
+            targets = [{"boxes": target.boxes.clone(), "labels": target.labels.clone()} for target in batch.targets]
+            shared = {"images": batch.images.clone(), "targets": targets, "sizes": batch.sizes.tolist()}
+            torch.save(shared | {"image_ids": batch.image_ids, "original_sizes": batch.original_sizes}, path)
         except (OSError, RuntimeError):
             return f"they could not be saved in {path}"
         return (

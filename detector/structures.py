@@ -10,11 +10,15 @@ Boxes are float32 (x1, y1, x2, y2) in pixels, x2 and y2 exclusive. Labels are 0.
 a label (the class losses), it is C.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+Sizes = list[tuple[int, int]]  # (height, width) of each image of a batch
 
 
 class Target(NamedTuple):
@@ -25,39 +29,62 @@ class Target(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Images padded at the right and bottom to one size, a multiple of 32."""
+    """Images padded at the right and bottom to one size, their sides multiples of 32, and their targets.
 
-    images: Tensor  # (B, 3, H, W) uint8 RGB
-    targets: list[Target]
+    All is in the memory of one tensor: so a batch takes one transfer to a GPU, and one open file to another process.
+    """
+
+    data: Tensor  # uint8: images, boxes, labels, sizes
+    shape: tuple[int, ...]  # of the images
+    counts: list[int]  # boxes of each image
     image_ids: list[int]
-    sizes: list[tuple[int, int]]  # (height, width) of each image inside its padding
-    original_sizes: list[tuple[int, int]]  # (height, width) of each image on disk
+    original_sizes: Sizes  # of each image on disk
+
+    @classmethod
+    def allocate(
+        cls, shape: Sequence[int], targets: list[Target], image_ids: list[int], sizes: Sizes | Tensor, originals: Sizes
+    ) -> "Batch":
+        """A batch on the targets' device, whose images, of this shape, are still to be written."""
+        boxes, labels = map(torch.cat, zip(*targets))
+        rest = boxes.float(), labels.long(), torch.as_tensor(sizes, device=boxes.device)
+        length = math.prod(shape)
+        data = torch.empty(length + sum(each.nbytes for each in rest), dtype=torch.uint8, device=boxes.device)
+        torch.cat([each.flatten().view(torch.uint8) for each in rest], out=data[length:])
+        return cls(data, tuple(shape), [len(target.labels) for target in targets], image_ids, originals)
+
+    @classmethod
+    def of(cls, images: Tensor, *rest: Any) -> "Batch":
+        """A batch with a copy of these images (B, 3, H, W); the rest as in `allocate`."""
+        batch = cls.allocate(images.shape, *rest)
+        batch.images.copy_(images)
+        return batch
+
+    @property
+    def images(self) -> Tensor:
+        """(B, 3, H, W) uint8 RGB."""
+        return self.data[: math.prod(self.shape)].view(self.shape)
+
+    @property
+    def targets(self) -> list[Target]:
+        total = sum(self.counts)
+        boxes, labels = self.data[math.prod(self.shape) : -16 * len(self.counts)].split([16 * total, 8 * total])
+        columns = boxes.view(torch.float32).view(total, 4), labels.view(torch.int64)
+        return [Target(*values) for values in zip(*(column.split(self.counts) for column in columns))]
+
+    @property
+    def sizes(self) -> Tensor:
+        """(B, 2) int64: (height, width) of each image inside its padding."""
+        return self.data[-16 * len(self.counts) :].view(torch.int64).view(-1, 2)
 
     def pin_memory(self) -> "Batch":
-        return self._replace(images=self.images.pin_memory())
+        return self._replace(data=self.data.pin_memory())
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on the device, in three transfers. The transfer of pinned images to a GPU is asynchronous."""
-        if device.type == self.images.device.type:
+        """The batch on the device. The transfer to a GPU is asynchronous if the batch is pinned."""
+        if device.type == self.data.device.type:
             return self
-        non_blocking = device.type == "cuda"  # a non-blocking copy to the CPU could be read before it has arrived
-        images, joined, *rest = self._joined()
-        moved = Target(*(values.to(device, non_blocking=non_blocking) for values in joined))
-        return _split(images.to(device, non_blocking=non_blocking), moved, *rest)
-
-    def __reduce__(self) -> tuple:
-        """Send three tensors to another process, however many images: each takes an open file and 0.1 ms there."""
-        return _split, self._joined()
-
-    def _joined(self) -> tuple:
-        """The arguments of `_split` that make this batch."""
-        targets = Target(*map(torch.cat, zip(*self.targets)))
-        return self.images, targets, [len(target.labels) for target in self.targets], *self[2:]
-
-
-def _split(images: Tensor, joined: Target, counts: list[int], *rest: list) -> Batch:
-    """The batch whose targets, `counts` boxes in each image, are joined."""
-    return Batch(images, [Target(*values) for values in zip(*(values.split(counts) for values in joined))], *rest)
+        # A non-blocking copy to the CPU could be read before it has arrived.
+        return self._replace(data=self.data.to(device, non_blocking=device.type == "cuda"))
 
 
 class Grid(NamedTuple):

@@ -35,8 +35,7 @@ def copied_ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Bat
             with torch.cuda.stream(copying):
                 following = following.to(device)
         if ready is not None:
-            for tensor in (ready.images, *(value for target in ready.targets for value in target)):
-                tensor.record_stream(using)  # its memory may be reused only after this stream is done with it
+            ready.data.record_stream(using)  # its memory may be reused only after this stream is done with it
             yield ready
         if error is not None:
             raise error

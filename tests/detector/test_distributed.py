@@ -177,7 +177,7 @@ def in_parts(rank):
     """The gradients of a step in one part and in two, and how often the processes exchanged them."""
     cfg = complete(Config(class_loss={"name": "focal"}), "parts")
     images, targets = next(batches())
-    share = Batch(images[rank::2], targets[rank::2], [0, 1], [(SIDE, SIDE)] * 2, [(SIDE, SIDE)] * 2)
+    share = Batch.of(images[rank::2], targets[rank::2], [0, 1], [(SIDE, SIDE)] * 2, [(SIDE, SIDE)] * 2)
     gradients, exchanges = [], []
 
     def exchange(_, bucket):
@@ -210,7 +210,9 @@ def ended_together(rank):
         for height in range(32, 128, 32):
             if error is not None and height == 96:
                 raise error
-            yield Batch(torch.zeros(1, 3, height, 64 - 32 * rank), [], [], [], [])
+            images = torch.full((1, 3, height, 64 - 32 * rank), 7, dtype=torch.uint8)
+            target = Target(torch.full((2, 4), 5.0), torch.tensor([1, 2]))
+            yield Batch.of(images, [target], [rank], [images.shape[2:]], [(9, 9)])
 
     def seen(error):
         shapes = []
@@ -226,6 +228,17 @@ def ended_together(rank):
         "each": error_of(block, UserError(f"of {rank}")),
         "stopped": seen(Stopped(15) if rank == 1 else None),
         "whole": seen(None),
+        "contents": distributed.gather(
+            [
+                (
+                    batch.images.sum().item(),
+                    batch.sizes.tolist(),
+                    batch.image_ids,
+                    [v.tolist() for v in batch.targets[0]],
+                )
+                for batch in distributed.padded_alike(batches(None))
+            ]
+        ),
     }
 
 
@@ -284,6 +297,10 @@ def test_an_error_in_one_process_ends_both_after_the_same_batch(two_processes):
     assert errors[0]["block"] == "x.png: broken" and errors[0]["each"] == "of 0"
     assert errors[0]["whole"] == [(1, 3, height, 64) for height in (32, 64, 96)]
     assert errors[0]["stopped"] == [*errors[0]["whole"][:2], 15]
+    for rank, width in enumerate((64, 32)):  # padded with zeros, and nothing else has changed
+        pixels = [7 * 3 * height * width for height in (32, 64, 96)]
+        expected = zip(pixels, [[[height, width]] for height in (32, 64, 96)], [[rank]] * 3)
+        assert errors[0]["contents"][rank] == [(*values, [[[5.0] * 4] * 2, [1, 2]]) for values in expected]
 
 
 def test_a_step_in_parts_has_the_same_gradients_and_exchanges_them_once(two_processes):

@@ -72,7 +72,7 @@ def batch(ids=(1, 2), seed=0, size=(64, 64)) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (len(ids), 3, *size), generator=generator, dtype=torch.uint8)
     targets = [Target(torch.tensor([[4.0 + i, 6, 44, 40]]), torch.tensor([i % 3])) for i in range(len(ids))]
-    return Batch(images, targets, list(ids), [size] * len(ids), [size] * len(ids))
+    return Batch.of(images, targets, list(ids), [size] * len(ids), [size] * len(ids))
 
 
 def test_a_step_moves_the_weights_and_is_logged():
@@ -204,7 +204,6 @@ def test_accumulated_parts_equal_the_whole_batch(class_loss, box_loss):
         logger = Recorder()
         for step in range(2):
             full_batch = batch(ids=range(6), seed=step, size=(32, 32))
-            full_batch = full_batch._replace(images=full_batch.images.double())
             train(model, criterion, [full_batch], solver, logger)
         weight_change = torch.cat([(p.detach() - b).flatten() for p, b in zip(model.parameters(), before)])
         results.append((weight_change, [values for values, *_ in logger.steps], criterion.state_dict()))
@@ -265,7 +264,8 @@ def test_a_stream_continues_where_the_last_call_ended():
     stream = (loaded_batch for loaded_batch in batches)
     for step in (1, 3, 4):
         train_until(model, criterion, stream, solver, Recorder(), until_step=step)
-    assert all(images is loaded_batch.images for images, loaded_batch in zip(seen_images, batches, strict=True))
+    pairs = zip(seen_images, batches, strict=True)
+    assert all(images.data_ptr() == loaded_batch.data.data_ptr() for images, loaded_batch in pairs)
 
 
 class Fixed(nn.Module):
@@ -277,16 +277,17 @@ class Fixed(nn.Module):
 
 def test_predict_gives_every_image_once_in_pixels_of_the_original():
     sizes, originals = [(64, 96), (48, 64), (60, 30)], [(128, 192), (480, 320), (20, 10)]
-    batches = []
-    for size, original, image_id in zip(sizes, originals, (7, 5, 9)):
-        batches.append(Batch(torch.zeros(1, 3, 64, 96, dtype=torch.uint8), [None], [image_id], [size], [original]))
-    joined_batch = Batch(torch.zeros(2, 3, 64, 96, dtype=torch.uint8), [None] * 2, [7, 5], sizes[:2], originals[:2])
+    images, no_box = torch.zeros(3, 3, 64, 96, dtype=torch.uint8), Target(torch.zeros(0, 4), torch.zeros(0))
+    batches = [
+        Batch.of(images[part], [no_box] * len(images[part]), [7, 5, 9][part], sizes[part], originals[part])
+        for part in (slice(2), slice(2, 3))
+    ]
 
     def whole_image(predictions, sizes):
-        boxes = [torch.tensor([[0.0, 0, w, h], [w / 2, h / 4, w, h / 2]]) for h, w in sizes]
+        boxes = [torch.tensor([[0.0, 0, w, h], [w / 2, h / 4, w, h / 2]]) for h, w in sizes.tolist()]
         return [Detections(box, torch.tensor([0.9, 0.8]), torch.tensor([0, 1])) for box in boxes]
 
-    detections = predict(Fixed(), [joined_batch, batches[2]], whole_image, CPU)
+    detections = predict(Fixed(), batches, whole_image, CPU)
     assert list(detections) == [7, 5, 9]
     for image_id, (h, w) in zip((7, 5, 9), originals):
         expected = torch.tensor([[0.0, 0, w, h], [w / 2, h / 4, w, h / 2]])
@@ -296,7 +297,7 @@ def test_predict_gives_every_image_once_in_pixels_of_the_original():
 
 
 def test_predict_joins_the_shares_of_all_processes(monkeypatch):
-    own_batch = Batch(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), [None], [1], [(32, 32)], [(32, 32)])
+    own_batch = batch(ids=(1,))
     no_detections = Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
     # The other process's values: its detections and bad images; and None, for no error.
     other_share = {tuple: ({2: no_detections, 1: no_detections}, []), type(None): None}
@@ -349,7 +350,9 @@ def test_predict_does_not_depend_on_the_batch():
     model, _, _ = make(norm="bn")
     postprocess = assemble.build_postprocess(Config(postprocess={"score_threshold": 0}))
     full_batch, ids = batch(), (1, 2)
-    singles = [Batch(*(values[i : i + 1] for values in full_batch)) for i in range(2)]
+    singles = [
+        Batch.of(full_batch.images[[i]], [full_batch.targets[i]], [i + 1], [(64, 64)], [(64, 64)]) for i in (0, 1)
+    ]
     from_batch, from_singles = predict(model, [full_batch], postprocess, CPU), predict(model, singles, postprocess, CPU)
     for i in ids:
         assert torch.allclose(from_batch[i].scores, from_singles[i].scores, atol=1e-5)

@@ -16,12 +16,13 @@ def batch(number, boxes=(2, 0, 1)):
     rng = torch.Generator().manual_seed(number)
     images = torch.randint(0, 256, (len(boxes), 3, 64, 96), generator=rng, dtype=torch.uint8)
     targets = [Target(torch.rand(count, 4, generator=rng), torch.arange(count)) for count in boxes]
-    return Batch(images, targets, [number] * len(boxes), [(60, 90)] * len(boxes), [(120, 180)] * len(boxes))
+    return Batch.of(images, targets, [number] * len(boxes), [(60, 90)] * len(boxes), [(120, 180)] * len(boxes))
 
 
 def same(first, second):
-    pairs = [(first.images, second.images), *zip(sum(first.targets, ()), sum(second.targets, ()), strict=True)]
-    return first[2:] == second[2:] and all(torch.equal(a.cpu(), b.cpu()) and a.dtype == b.dtype for a, b in pairs)
+    pairs = [(first.images, second.images), (first.sizes, second.sizes)]
+    pairs += zip(sum(first.targets, ()), sum(second.targets, ()), strict=True)
+    return first[1:] == second[1:] and all(torch.equal(a.cpu(), b.cpu()) and a.dtype == b.dtype for a, b in pairs)
 
 
 def failing(batches):
@@ -79,22 +80,29 @@ def test_copies_to_a_gpu_on_a_separate_stream_are_complete():
     originals = [batch(number, boxes=(number % 3, 0, 40)) for number in range(20)]
     work = torch.rand(2000, 2000, device=device)
     for item, original in zip(copied_ahead((item.pin_memory() for item in originals), device), originals, strict=True):
-        assert item.images.is_cuda and all(value.is_cuda for target in item.targets for value in target)
+        assert item.data.is_cuda
         for _ in range(5):
             work = work @ work / work.norm()  # so the next copy is requested long before this one is read
-        parts = [item.images.clone(), *(value.clone() for target in item.targets for value in target)]
-        rebuilt = item._replace(images=parts[0], targets=[Target(*parts[i : i + 2]) for i in range(1, len(parts), 2)])
+        copied = item._replace(data=item.data.clone())
         del item
-        assert same(rebuilt, original)
+        assert same(copied, original)
 
 
 def test_a_batch_moves_with_all_its_targets():
     meta_batch = batch(1).to(torch.device("meta"))
-    assert meta_batch.images.is_meta and meta_batch[2:] == batch(1)[2:]
+    assert meta_batch.images.is_meta and meta_batch.sizes.is_meta and meta_batch[1:] == batch(1)[1:]
     assert [tuple(value.shape for value in target) for target in meta_batch.targets] == [
         ((count, 4), (count,)) for count in (2, 0, 1)
     ]
     assert all(value.is_meta for target in meta_batch.targets for value in target)
+
+
+def test_all_tensors_of_a_batch_are_in_the_memory_of_one():
+    joined = batch(1)
+    first, last = joined.data.data_ptr(), joined.data.data_ptr() + joined.data.nbytes
+    parts = [joined.images, joined.sizes, *(value for target in joined.targets for value in target)]
+    assert all(first <= part.data_ptr() and part.data_ptr() + part.nbytes <= last for part in parts if part.numel())
+    assert sum(part.nbytes for part in parts) == joined.data.nbytes
 
 
 def test_without_a_gpu_a_pending_copy_is_ready_at_once():
