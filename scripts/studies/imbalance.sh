@@ -26,11 +26,11 @@ while read -r folder width height fewest most scenes epochs limits forms; do
             --grid "class_loss.$form" </dev/null
     done
 done <<END
-imbalance/70 160 128 36 52 1500 2 null,30
+imbalance/70 160 128 36 52 1500 2 null,30 prior_count=1000
 imbalance/350 160 128 6 12 1500 2 null,30 prior_count=1000 momentum=0
-imbalance/1600 160 128 1 3 1500 2 null,30
-imbalance/11000 224 160 0 1 1500 2 null,30
-imbalance/46000 448 320 0 1 1500 2 null,30
+imbalance/1600 160 128 1 3 1500 2 null,30 prior_count=1000
+imbalance/11000 224 160 0 1 1500 2 null,30 prior_count=1000
+imbalance/46000 448 320 0 1 1500 2 null,30 prior_count=1000
 few_digits/70 160 128 36 52 68 44 30
 END
 [ -z "$only" ] || exit 0 # a picture needs all conditions

@@ -178,7 +178,8 @@ def test_the_largest_finite_outputs_are_accepted():
     predictions = random_predictions(images=1)
     predictions.logits[0, :, 0] = torch.finfo(torch.float32).max
     predictions.logits[0, :, 1] = torch.finfo(torch.float32).min
-    Postprocess(BoxCoder())(predictions, [SIZE])
+    (detections,) = Postprocess(BoxCoder())(predictions, [SIZE])
+    assert detections.labels[0] == 0 and detections.scores[0] == 1 and (detections.labels != 1).all()
 
 
 def test_boxes_are_decoded_by_the_given_coder():
