@@ -217,7 +217,7 @@ class TensorBoard(Options):
     enabled: bool = True  # write its files
     every: int = Field(20, ge=1)  # steps
     images: int = Field(8, ge=0)  # validation images drawn at each evaluation
-    gradients: int = Field(200, ge=0)  # steps between two histograms of the gradient; 0: none
+    gradients: int = Field(200, ge=0)  # steps between two histograms of the gradient, and at the end; 0: none
 
 
 class Config(Options):

@@ -22,7 +22,7 @@ class Logger:
         every: steps between two entries of the training curves
         first_step: where a resumed run goes on
         seconds_per_step: median of the run before it was resumed
-        gradients_every: steps between two observations of the gradient; 0: none
+        gradients_every: steps between two observations of the gradient, and one at the run's last step; 0: none
     """
 
     def __init__(
@@ -38,6 +38,7 @@ class Logger:
         self.tensorboard = TensorBoardWriter(folder, first_step)
         self.clock = StepClock(seconds_per_step)
         self._line: tqdm | None = None
+        self._last_step: int | None = None
 
     def say(self, text: str) -> None:
         if distributed.is_main():
@@ -46,6 +47,7 @@ class Logger:
 
     def start(self, step: int, total_steps: int) -> None:
         """Show the progress line, with `step` steps done, and start the clock for the next step."""
+        self._last_step = total_steps
         if self._line is None:
             terminal = sys.stderr.isatty()
             self._line = tqdm(
@@ -83,7 +85,7 @@ class Logger:
 
     def wants_gradients(self, step: int) -> bool:
         """Whether to observe the gradients of this step (counted from 1); the same on all processes."""
-        return self.gradients_every > 0 and step % self.gradients_every == 0
+        return self.gradients_every > 0 and (step % self.gradients_every == 0 or step == self._last_step)
 
     def gradients(self, observation: Observation, step: int) -> None:
         self.tensorboard.gradients(observation, step)

@@ -137,6 +137,8 @@ def test_class_names_of_any_kind_are_accepted(tmp_path, name):
 def test_gradients_are_logged_as_shares_and_histograms_at_their_interval(tmp_path):
     logger = Logger(tmp_path, every=1, gradients_every=50)
     assert [step for step in range(1, 151) if logger.wants_gradients(step)] == [50, 100, 150]
+    logger.start(0, 120)
+    assert [step for step in range(1, 121) if logger.wants_gradients(step)] == [50, 100, 120]
     regions = Regions(torch.tensor([90, 0, 0, 0, 0, 0, 0, 0, 0, 10]), torch.tensor([1.0] + [0] * 8 + [3]).double())
     logger.gradients(Observation(regions, regions), 50)
     logger.close()
@@ -153,7 +155,10 @@ def test_gradients_are_logged_as_shares_and_histograms_at_their_interval(tmp_pat
 
 
 def test_without_a_folder_no_gradients_are_wanted():
-    assert not Logger(None, every=1, gradients_every=1).wants_gradients(1)
+    logger = Logger(None, every=1, gradients_every=1)
+    logger.start(0, 2)
+    assert not logger.wants_gradients(1) and not logger.wants_gradients(2)
+    logger.close()
 
 
 def test_curves_that_cannot_be_written_are_reported_and_left_out(tmp_path, capsys):
