@@ -43,9 +43,9 @@ class CocoDataset(Dataset):
 
     Without `images`, it looks for their folder where common exporters put it. Give a validation set the training set's
     `category_ids`, so that a label means the same class in both; with `class_names` it also compares the names. `cache`
-    is a folder to keep the images in, decoded and resized for the transform, or empty. If the transform neither jitters
-    nor distorts, a cache does not change a bit of a sample. With `trust`, boxes are accepted even if they look like
-    another format.
+    is a folder to keep the images in, decoded and resized for the transform, or empty. Unless the transform jitters
+    or distorts, samples with and without a cache are identical bit for bit. With `trust`, boxes are accepted even if
+    they look like another format.
 
     Raises UserError for an error in the annotation file or its boxes and for a missing image. Images are checked when
     read (all at once with a cache): UserError if one cannot be decoded or its size differs from its record.
@@ -178,7 +178,7 @@ class CocoDataset(Dataset):
         return sorted(zip(self._labels[rows].tolist(), self._boxes[rows].tolist()))
 
     def _digest_of_contents(self) -> str:
-        """A digest of what training uses, wherever the images are: all of the annotation file but areas."""
+        """A digest of what training uses, wherever the images are: no areas, class names or annotation ids."""
         known = self.annotations
         digest = hashlib.sha256(repr((self.image_ids, known.file_names, self.sizes, self.category_ids)).encode())
         for values in (known.images, known.categories, known.boxes, known.crowds):

@@ -50,7 +50,7 @@ def score(
     results = np.column_stack([images, boxes, scores, categories])[categories >= 0]  # (N, 7)
 
     engine = engine or next(iter(ENGINES))
-    precision, recall, at_recalls = ENGINES[engine](truth, results, len(detections), len(index))
+    precision, recall, score_at_recall = ENGINES[engine](truth, results, len(detections), len(index))
     counts = np.bincount(truth.categories[~truth.crowds], minlength=len(index)).tolist()
     per_class: dict[str, ClassMetrics] = {}
     for category_id, name in names.items():
@@ -62,7 +62,7 @@ def score(
             "AP50": _mean(curves[IOUS["50"]]),
             "AP75": _mean(curves[IOUS["75"]]),
             "AR100": _mean(recall[:, k, 0, -1]),
-            "threshold": _best_threshold(curves[IOUS["50"]], at_recalls[IOUS["50"], :, k, 0, -1], scores_of_class),
+            "threshold": _best_threshold(curves[IOUS["50"]], score_at_recall[IOUS["50"], :, k, 0, -1], scores_of_class),
             "boxes": counts[k],
         }
     metrics = {
@@ -99,10 +99,10 @@ def _mean(values: np.ndarray) -> float:
     return float(valid.mean()) if valid.size else -1.0
 
 
-def _best_threshold(precision: np.ndarray, at_recalls: np.ndarray, scores: np.ndarray) -> float:
+def _best_threshold(precision: np.ndarray, score_at_recall: np.ndarray, scores: np.ndarray) -> float:
     """The score threshold with the best F1; -1 if no object was found.
 
-    precision, at_recalls (R,): precision and score at R recalls; scores: all scores of the class.
+    precision, score_at_recall (R,): precision and score at R recalls; scores: all scores of the class.
     Halfway between the lowest score that counts and the next lower one, so rounding by batch, precision or machine does
     not drop it.
     """
@@ -110,5 +110,5 @@ def _best_threshold(precision: np.ndarray, at_recalls: np.ndarray, scores: np.nd
     f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-9)
     if f1.max() <= 0:
         return -1.0
-    lowest = at_recalls[f1.argmax()]
+    lowest = score_at_recall[f1.argmax()]
     return float(lowest + scores[scores < lowest].max(initial=0)) / 2

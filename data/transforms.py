@@ -39,7 +39,7 @@ class TrainTransform:
     """Augmentation, and resizing as in evaluation.
 
     horizontal_flip, vertical_flip: probabilities. scale_jitter: both sides are multiplied by a factor drawn
-    log-uniformly from this range. strong: before that, mild shifts, zooms, rotations, crops and colour changes.
+    log-uniformly from this range. strong: before resizing, also shifts, zooms, rotations, crops and colour changes.
     """
 
     def __init__(

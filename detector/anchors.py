@@ -10,12 +10,12 @@ from torch import Tensor
 class Anchors:
     """RetinaNet's anchors: at each position of each level, `octaves` sizes x `ratios` shapes.
 
-    A position's anchors are centred on pixel (stride x column, stride x row), the centre of what a stack of stride-2
-    convolutions with padding 1 sees there. Shapes are ordered ratio first, then size.
+    A position's anchors are centred on pixel (stride x column, stride x row), the centre of its receptive field behind
+    stride-2 convolutions with padding 1. Shapes are ordered ratio first, then size.
 
     Args:
         sizes: side of the base anchor of each level P3..P7, in pixels
-        octaves: sizes per level: size x 2^(i / octaves), i = 0 .. octaves - 1
+        octaves: scales per octave: sizes are size x 2^(i / octaves), i = 0 .. octaves - 1
         ratios: height / width
         strides: pixels between neighbouring positions of each level
 

@@ -39,7 +39,7 @@ class IoUAssigner:
 
         G may be 0. Other arguments, such as the levels, are ignored.
         """
-        anchors = anchors.t().contiguous().t()  # each coordinate in one piece
+        anchors = anchors.t().contiguous().t()  # each coordinate contiguous in memory
         best_iou = anchors.new_zeros(*gt_boxes.shape[:-2], len(anchors))
         gt_index = torch.zeros_like(best_iou, dtype=torch.int64)
         best_of_some_box = torch.zeros_like(best_iou, dtype=torch.bool)
@@ -76,7 +76,7 @@ def split_boxes(compared: Tensor, gt_boxes: Tensor, counts: list[int]) -> list[T
 def _blocks(anchors: Tensor, gt_boxes: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Runs of anchors, each with the indices (k,) of the boxes that may overlap it.
 
-    On a CPU a run is short: its pairs fit the cache, and most boxes of a crowd do not reach its part of the image.
+    On a CPU a run is short: its pairs fit the cache, and in a crowded image most boxes do not reach its part of it.
     Elsewhere it is as long as memory allows, often all anchors, and gets all boxes: selecting some would wait for the
     device.
     """

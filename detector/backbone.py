@@ -18,7 +18,6 @@ BACKBONES = {
     "mobilenet_v3_large": (4, 7, 13, 16),
 }
 
-
 NORMS: dict[str, Callable[[nn.BatchNorm2d], nn.Module]] = {  # each in place of torchvision's BatchNorm
     "frozen_bn": lambda bn: FrozenBatchNorm(bn.num_features, bn.eps),
     "bn": lambda bn: bn,
@@ -89,6 +88,6 @@ class Backbone(nn.Module):
 
     def train(self, mode: bool = True) -> "Backbone":
         super().train(mode)
-        for stage in self._frozen:  # the statistics of a frozen BatchNorm must not move
+        for stage in self._frozen:  # in a frozen stage, BatchNorm must not update its statistics
             stage.eval()
         return self

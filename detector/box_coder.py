@@ -12,7 +12,7 @@ MAX_LOG_SCALE = math.log(1000 / 16)
 class BoxCoder:
     """(dx, dy, dw, dh): centre shift in anchor sides and log of the side ratio, each times its weight.
 
-    Source: Girshick et al., Rich feature hierarchies (R-CNN), 2014, appendix C. Both ways are float32.
+    Source: Girshick et al., Rich feature hierarchies (R-CNN), 2014, appendix C. Both directions compute in float32.
     """
 
     def __init__(self, weights: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)):
@@ -37,7 +37,7 @@ class BoxCoder:
         return torch.cat([centre - half, centre + half], dim=-1)
 
     def _factors(self, like: Tensor) -> Tensor:
-        """The weights (4,), made on the device of `like`, because a copy to a GPU would wait for it."""
+        """The weights (4,), made on the device of `like`: a copy from the CPU would wait for the GPU."""
         return torch.cat([torch.full((1,), weight, device=like.device) for weight in self.weights])
 
 

@@ -12,7 +12,7 @@ def area(boxes: Tensor) -> Tensor:
 
 
 def clip(boxes: Tensor, size: Iterable[int | Tensor]) -> Tensor:
-    """(D, 4) -> (D, 4) inside an image of (height, width), or each in its own, with (D,) heights and widths."""
+    """Clip boxes (D, 4) to an image: size (height, width), two numbers, or two tensors (D,) with one for each box."""
     height, width = (torch.as_tensor(side, dtype=boxes.dtype, device=boxes.device) for side in size)
     x1, y1, x2, y2 = boxes.clamp(min=0).unbind(-1)
     return torch.stack([x1.minimum(width), y1.minimum(height), x2.minimum(width), y2.minimum(height)], dim=-1)

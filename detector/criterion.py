@@ -18,7 +18,7 @@ from detector.transfer import PendingCopy
 class Criterion(nn.Module):
     """Predictions and targets of a batch -> Losses.
 
-    Each loss sums and normalises by itself: most divide by the number of positives, GHM-C by that of valid examples.
+    Each loss sums and normalises by itself: most divide by the number of positives, GHM-C by that of valid cells.
     One call of a loss gets all images and levels. With `scope` "level" it is called once for each level, and the values
     are added. Losses and boxes are float32, whatever the model's precision. The losses' state (GHM's moving averages)
     changes in training mode only, and is saved in this module's state dict.
@@ -61,12 +61,11 @@ class Criterion(nn.Module):
             quality[matches.rows] = box_ops.iou_of_pairs(decoded, matches.boxes)
             cells.append(quality.view_as(matches.valid))
         parts = predictions.levels if _by_level(self.class_loss) else (sum(predictions.levels),)
-        return sum(
-            self.class_loss(
-                *(value.flatten(0, 1) for value in part[:3]), matches.num_pos, *(q.flatten() for q in part[3:])
-            )
-            for part in zip(*(value.split(parts, dim=1) for value in cells))
-        )
+        losses = []
+        for part in zip(*(value.split(parts, dim=1) for value in cells)):
+            logits, labels, valid, *rest = (value.flatten(0, 1) for value in part)
+            losses.append(self.class_loss(logits, labels, valid, matches.num_pos, *rest))
+        return sum(losses)
 
     def _box_loss(self, predictions: Predictions, matches: "Matches", positive_deltas: Tensor) -> Tensor:
         if getattr(self.box_loss, "takes_boxes", False):

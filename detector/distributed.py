@@ -258,5 +258,6 @@ def padded_alike(batches: Iterable[Batch]) -> Iterator[Batch]:
         bottom, right = height - shape[0], width - shape[1]
         if bottom or right:
             images = F.pad(batch.images, (0, right, 0, bottom))
-            batch = Batch.of(images, batch.targets, batch.image_ids, batch.sizes, batch.original_sizes)
+            data = torch.cat([images.flatten(), batch.data[batch.images.numel() :]])
+            batch = batch._replace(data=data, shape=tuple(images.shape))
         yield batch

@@ -39,7 +39,7 @@ def train_until(
     *,
     until_step: int,
 ) -> None:
-    """Train to step `until_step`, to the solver's last step or to the last batch. The batches are on the device.
+    """Train to step `until_step`, the solver's last step or the last batch, whichever is first. Batches: on the device.
 
     `replica` is the solver's model as `distributed.replicate` returns it.
 
@@ -103,11 +103,11 @@ def compute_gradients(
         with autocast(images.device, solver.precision):
             return replica(images, sizes)
 
-    size = len(batch.counts) // solver.accumulate
-    parts = list(zip(batch.images.split(size), batch.sizes.split(size)))
+    per_part = len(batch.counts) // solver.accumulate
+    parts = list(zip(batch.images.split(per_part), batch.sizes.split(per_part)))
     if len(parts) > 1:
         # The loss needs the whole batch, because its normaliser and GHM's density count all images. So predict all
-        # parts without a graph, take the loss's gradient with respect to the predictions, then run each part again and
+        # parts without autograd, take the loss's gradient with respect to the predictions, then run each part again and
         # backpropagate its share.
         buffers = [buffer.clone() for buffer in replica.buffers()]
         with torch.no_grad():
@@ -116,6 +116,7 @@ def compute_gradients(
                 buffer.copy_(before)
         logits, deltas = (torch.cat(values).requires_grad_() for values in list(zip(*predicted))[:2])
         predictions = predicted[0]._replace(logits=logits, deltas=deltas)
+        del predicted  # otherwise the parts' logits stay in memory beside their copy
     else:
         predictions = forward(*parts[0])
     observation = observe(criterion, predictions, batch.targets, matches=matches) if observing else None
@@ -124,7 +125,7 @@ def compute_gradients(
     solver.backward(losses.total * distributed.world_size())
     if len(parts) > 1:
         for i, part in enumerate(parts):
-            images = slice(i * size, (i + 1) * size)
+            images = slice(i * per_part, (i + 1) * per_part)
             gradients = [cast(Tensor, output.grad)[images] for output in (predictions.logits, predictions.deltas)]
             with distributed.averaging(replica, part is parts[-1]):  # once a step
                 again = forward(*part)

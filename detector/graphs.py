@@ -17,7 +17,7 @@ from detector.model import RetinaNet
 
 MAX_PIXELS = 2**25  # of a batch: 31 images of 800 x 1344. Larger batches keep a GPU busy without graphs
 MAX_SIZES = 64  # image sizes that are recorded
-SEEN = 3  # the batch of a size at which its graph is recorded: by then its kernels are chosen and compiled
+SEEN = 3  # a graph is recorded at the third batch of its size: by then its kernels are chosen and compiled
 
 
 def speed_up(model: RetinaNet) -> None:
@@ -45,7 +45,7 @@ class Graphs:
         self.recorded: dict[tuple, _Recorded] = {}
 
     def take(self, images: Tensor) -> bool:
-        """Whether to use `__call__` for a batch of this size."""
+        """Whether to use `__call__` for a batch of this size. Also counts the batch, so call it once for each."""
         key = self._key(images)
         if not self.works or not torch.is_grad_enabled():
             return False

@@ -74,7 +74,7 @@ class Logger:
             self._line.set_postfix_str(
                 f"loss {total:.4f}, lr {lr:.2e}, {speed:.1f} img/s, data wait {wait:.0%}", refresh=False
             )
-            self._line.update()
+            self._line.update(step - self._line.n)  # not by 1: skipped steps count too
         if step % self.every and step != 1:
             return
         scalars = {"loss/total": total, "lr": lr, "speed/images_per_second": speed, "speed/data_wait": wait}

@@ -37,8 +37,10 @@ class RetinaNet(nn.Module):
 
     def forward(self, images: Tensor, sizes: Tensor | Sizes | None = None) -> Predictions:
         """Images (B, 3, H, W) uint8 RGB, H and W multiples of 32; sizes (B, 2): (height, width) inside the padding."""
+        if sizes is not None and not isinstance(sizes, Tensor):
+            sizes = torch.tensor(sizes, pin_memory=images.is_cuda)
         if sizes is not None:
-            sizes = torch.as_tensor(sizes, device=images.device)
+            sizes = sizes.to(images.device, non_blocking=images.is_cuda)
         if sizes is not None and self.graphs is not None and self.training and self.graphs.take(images):
             logits, deltas = self.graphs(images, sizes)
         else:

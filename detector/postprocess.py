@@ -73,7 +73,7 @@ class Postprocess:
         keep = batched_nms(boxes.double(), scores.double(), image * num_classes + label, self.nms_iou)
         keep = keep[_best(scores[keep], image[keep], self.max_detections)]
         finite = _finite(logits) & _finite(predictions.deltas)
-        counts, finite = torch.stack([image[keep].bincount(minlength=num_images), finite]).tolist()  # one wait for both
+        counts, finite = torch.stack([image[keep].bincount(minlength=num_images), finite]).tolist()  # one copy for both
         if not all(finite):
             raise NonFiniteOutput([index for index, is_finite in enumerate(finite) if not is_finite])
         return [Detections(*parts) for parts in zip(*(values[keep].split(counts) for values in (boxes, scores, label)))]

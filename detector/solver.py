@@ -152,13 +152,13 @@ class Solver:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load the model's weights before this. The optimizer's options stay those of the config.
 
-        Raises ValueError for another optimizer's state, which torch would accept, to fail at the next step.
+        Raises ValueError for the state of another optimizer: torch would accept it and fail at the next step.
         """
         groups, saved = (each["param_groups"] for each in (self.optimizer.state_dict(), state["optimizer"]))
         if [(g.keys(), g["params"]) for g in groups] != [(g.keys(), g["params"]) for g in saved]:
-            raise ValueError("the optimizer is another")
+            raise ValueError("the checkpoint has another optimizer's state")
         self.step_count, self.skipped = state["step"], state["skipped"]
-        groups = [group | {"lr": before["lr"]} for group, before in zip(groups, saved)]  # `step` sets it
+        groups = [group | {"lr": before["lr"]} for group, before in zip(groups, saved)]  # not an option: `step` sets it
         self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": groups})
         self.scaler.load_state_dict(state["scaler"])
         if self.averaged is not None:

@@ -13,7 +13,7 @@ a label (the class losses), it is C.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,7 +31,8 @@ class Target(NamedTuple):
 class Batch(NamedTuple):
     """Images padded at the right and bottom to one size, their sides multiples of 32, and their targets.
 
-    All is in the memory of one tensor: so a batch takes one transfer to a GPU, and one open file to another process.
+    All is in the memory of one tensor, so a batch takes one transfer to a GPU, and one open file to another process.
+    `images`, `targets` and `sizes` are views of it: clone what you keep.
     """
 
     data: Tensor  # uint8: images, boxes, labels, sizes
@@ -44,20 +45,15 @@ class Batch(NamedTuple):
     def allocate(
         cls, shape: Sequence[int], targets: list[Target], image_ids: list[int], sizes: Sizes | Tensor, originals: Sizes
     ) -> "Batch":
-        """A batch on the targets' device, whose images, of this shape, are still to be written."""
-        boxes, labels = map(torch.cat, zip(*targets))
-        rest = boxes.float(), labels.long(), torch.as_tensor(sizes, device=boxes.device)
+        """A batch on the targets' device, with room for images of this shape, which the caller writes."""
         length = math.prod(shape)
+        if length % 8 or not shape[0] == len(targets) == len(image_ids) == len(sizes) == len(originals):
+            raise ValueError(f"a batch needs sides that are multiples of 32, and all its values for {shape[0]} images")
+        boxes, labels = map(torch.cat, zip(*targets))
+        rest = boxes.float(), labels.long(), torch.as_tensor(sizes, device=boxes.device).long()
         data = torch.empty(length + sum(each.nbytes for each in rest), dtype=torch.uint8, device=boxes.device)
         torch.cat([each.flatten().view(torch.uint8) for each in rest], out=data[length:])
         return cls(data, tuple(shape), [len(target.labels) for target in targets], image_ids, originals)
-
-    @classmethod
-    def of(cls, images: Tensor, *rest: Any) -> "Batch":
-        """A batch with a copy of these images (B, 3, H, W); the rest as in `allocate`."""
-        batch = cls.allocate(images.shape, *rest)
-        batch.images.copy_(images)
-        return batch
 
     @property
     def images(self) -> Tensor:

@@ -1,6 +1,5 @@
 """Copies between the CPU and a GPU that neither has to wait for."""
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -24,11 +23,10 @@ def copied_ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Bat
     error: UserError | None = None
     while True:
         ready, following = following, None
-        with contextlib.suppress(StopIteration):
-            try:
-                following = next(iterator)
-            except UserError as raised:
-                error = raised
+        try:
+            following = next(iterator, None)
+        except UserError as raised:
+            error = raised
         using = torch.cuda.current_stream(device)
         using.wait_stream(copying)  # waits for the copy of `ready` only: the next copy is not queued yet
         if following is not None:
@@ -47,25 +45,25 @@ class PendingCopy:
     """A copy of a tensor to the host that does not block; `get` waits for it."""
 
     def __init__(self, tensor: Tensor):
-        self._tensor, self._device, self._came = tensor, tensor.device, None
+        self._tensor, self._device, self._copied = tensor, tensor.device, None
         if tensor.is_cuda:
             self._tensor = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
-            self._came = _now(tensor.device)
+            self._copied = _now(tensor.device)
 
     def get(self) -> Tensor:
-        if self._came is not None:
-            self._came.synchronize()
+        if self._copied is not None:
+            self._copied.synchronize()
         return self._tensor
 
     def idle(self) -> Callable[[], float] | None:
         """A function that returns the GPU's idle seconds between this tensor and now. None without a GPU."""
-        if (came := self._came) is None:
+        if (copied := self._copied) is None:
             return None
         now = _now(self._device)
 
         def seconds() -> float:
             now.synchronize()
-            return came.elapsed_time(now) / 1000
+            return copied.elapsed_time(now) / 1000
 
         return seconds
 

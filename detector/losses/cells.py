@@ -22,7 +22,7 @@ def logits_against_truth(logits: Tensor, labels: Tensor, valid: Tensor) -> Tenso
 
     logits (N, C); labels (N,) int64 in 0..C, C = background, anything where not valid; valid (N,) bool.
     """
-    x = logits.to(accumulator(logits)).masked_fill(~valid[:, None], 0)
+    x = logits.to(compute_dtype(logits)).masked_fill(~valid[:, None], 0)
     # At most one cell of a row changes its sign, so no one-hot target as large as the logits is built.
     column = labels.clamp(0, logits.shape[1] - 1)[:, None]
     at_label = x.gather(1, column)
@@ -40,7 +40,7 @@ def sum_cells(values: Tensor, valid: Tensor) -> Tensor:
     return values.sum(-1).masked_fill(~valid, 0).sum()
 
 
-def accumulator(logits: Tensor) -> torch.dtype:
+def compute_dtype(logits: Tensor) -> torch.dtype:
     """The type to compute in: float64 for float64, otherwise float32."""
     return torch.promote_types(logits.dtype, torch.float32)
 
@@ -56,7 +56,7 @@ def sigmoid_softplus(z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sigmoid_softplus_in_one_sweep(z: Tensor) -> tuple[Tensor, Tensor]:
-    """The same to float32's accuracy, where a compiler turns all of it into one sweep."""
+    """The same, accurate to float32, in a form that a compiler fuses into one sweep."""
     # From one exponential and one division. log(1 + e) = 2 artanh(s) with s = e / (2 + e), at most 1/3. The polynomial
     # of s^2 is within 5e-9 of artanh(s) / s, where Taylor's needs three terms more.
     e = torch.exp(-torch.abs(z))

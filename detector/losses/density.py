@@ -23,7 +23,7 @@ except ImportError:  # torch runs without it, and so do the losses
 Density = Literal["unit_region", "near_exact", "exact"]
 Scope = Literal["batch", "level"]
 Normalizer = Literal["valid_bins", "all_bins"]
-FINE = 128  # grid cells in the width of a window, for the gradient norms of "near_exact"
+FINE = 128  # grid steps in the width of a window, for the gradient norms of "near_exact"
 RELEASED: dict[str, Any] = {
     "density": "unit_region",
     "scope": "level",
@@ -40,7 +40,7 @@ class GradientDensity(nn.Module):
     density "unit_region": the unit interval is cut into `bins` equal regions; R_j counts the examples in region j.
 
         S_j = a S_j + (1 - a) R_j               moving average, a = momentum; without momentum S = R
-        S_j / (1 - a^t)                         corrected for its start at 0, t = training updates so far
+        S_j / (1 - a^t)                         bias correction as in Adam, t = training updates so far
         beta_j = N / (S_j n)                    n = regions that hold an example ("valid_bins") or `bins` ("all_bins")
 
     density "exact": a window of width e = 1 / `bins` around every example, clipped to 0..1; no moving average.
@@ -53,15 +53,15 @@ class GradientDensity(nn.Module):
 
     More switches:
 
-        max_weight      limit of beta, in neither the paper nor its code. A region has the same weight with three
+        max_weight      limit of beta, in neither the paper nor its code. A region has the same total weight with three
                         examples as with a million, so in small batches a few outliers may dominate.
         prior_count     k in beta_j = N / ((S_j + k) n): a region with S_j cells then gets S_j / (S_j + k) of a full
                         region's weight. For GHM-C with "unit_region"; 0 is the paper's form.
         scope           "batch": the caller calls it once on all cells. "level": the caller calls it once for each
                         pyramid level and adds the values; all calls share one moving average.
         local_counts    each process counts its own examples only, and the processes' losses are averaged.
-        corrected       False: S is not corrected for its start, so the first weights are 1 / (1 - a) times too
-                        large, and an empty region keeps its S.
+        corrected       False: no bias correction, so the first weights are 1 / (1 - a) times too large, and an
+                        empty region keeps its S.
 
     The paper describes one density for the batch, and "all_bins". `released()` sets all switches
     as the code that its authors released and others ported has them.
@@ -131,8 +131,8 @@ class GradientDensity(nn.Module):
     def shares(self, norms: Tensor, valid: Tensor | None = None) -> Tensor:
         """beta / N of every example, a constant for the backward pass; 0 in rows that are not valid.
 
-        norms (N, K) in [0, 1], valid (N,) bool or None for all -> (N, K). Over all processes the sum of share x loss is
-        the mean.
+        norms (N, K) in [0, 1], valid (N,) bool or None for all -> (N, K). The sum of share x loss over all processes is
+        the mean of beta x loss.
         """
         if self.density == "exact":
             return self._exact_shares(norms, valid)

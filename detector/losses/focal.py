@@ -1,4 +1,4 @@
-"""Focal loss: cross entropy, easy cells turned down."""
+"""Focal loss: cross entropy that down-weights easy cells."""
 
 from torch import Tensor, nn
 

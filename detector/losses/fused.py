@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from detector.losses import dispatch
-from detector.losses.cells import accumulator
+from detector.losses.cells import compute_dtype
 
 Curve = Callable[..., tuple[Tensor, Tensor]]
 
@@ -39,12 +39,12 @@ def cell_sum(
     """
     # Divide each cell, not the sum: then a gradient in half precision is rounded once. The scale is a tensor, because
     # torch.compile compiles again for each new number. full() makes it on the device, so nothing waits for a copy.
-    scale = torch.full((), 1.0, dtype=accumulator(logits), device=logits.device) / num_pos
+    scale = torch.full((), 1.0, dtype=compute_dtype(logits), device=logits.device) / num_pos
     return _CellSum.apply(logits, labels, valid, quality, curve, (scale, negative_weight, positive_weight), params)
 
 
 class SlopeByAutograd:
-    """Makes a curve from the value alone, (z, is_positive, *params) -> value in torch functions, by autograd."""
+    """A curve whose slope comes from autograd. value: (z, is_positive, *params) -> value, in torch functions."""
 
     def __init__(self, value: Callable[..., Tensor]):
         self.value = value
@@ -93,13 +93,13 @@ def _value_and_gradient(
     params: tuple,
 ) -> tuple[Tensor, Tensor]:
     if not isinstance(curve, SlopeByAutograd):
-        given = (labels, valid, quality, weights, params, _kept(logits))
+        given = (labels, valid, quality, weights, params, _gradient_dtype(logits))
         if (result := dispatch.by_triton(logits, "sweep", curve, *given)) is not None:
             return result
     scale, negative, positive = weights
     scales = negative * scale, positive * scale
     if logits.device.type != "cpu":
-        # The rows with a positive are not known here. Looking for its cell in every row costs a GPU nothing.
+        # Selecting the rows with a positive would wait for the GPU. Looking for its cell in every row costs nothing.
         return _all_rows(curve, logits, valid, labels, quality, scales, params)
     # A CPU sweeps all rows as background, then replaces the few that have a positive.
     is_positive = labels < logits.shape[1]
@@ -121,10 +121,13 @@ def _all_rows(
 ) -> tuple[Tensor, Tensor]:
     if dispatch.compiles(logits) and not isinstance(curve, SlopeByAutograd):
         return dispatch.compiled_or_plain(logits, _sweep, curve, logits, counted, labels, quality, scales, params)
-    value, gradient = logits.new_zeros((), dtype=accumulator(logits)), torch.empty_like(logits, dtype=_kept(logits))
+    value, gradient = (
+        logits.new_zeros((), dtype=compute_dtype(logits)),
+        torch.empty_like(logits, dtype=_gradient_dtype(logits)),
+    )
     for rows in dispatch.pieces(logits):
-        label, good = (None if given is None else given[rows] for given in (labels, quality))
-        part, gradient[rows] = _sweep(curve, logits[rows], counted[rows], label, good, scales, params)
+        labels_here, quality_here = (None if given is None else given[rows] for given in (labels, quality))
+        part, gradient[rows] = _sweep(curve, logits[rows], counted[rows], labels_here, quality_here, scales, params)
         value = value + part
     return value, gradient
 
@@ -140,7 +143,7 @@ def _sweep(
 ) -> tuple[Tensor, Tensor]:
     """The sum over the `counted` rows, a scalar, and its gradient (N, C). Without labels, all cells are background."""
     negative, positive = scales
-    z = logits.to(accumulator(logits))
+    z = logits.to(compute_dtype(logits))
     if labels is None:
         if quality is not None:
             params = (None, *params)
@@ -154,7 +157,7 @@ def _sweep(
         value = value * torch.where(at_label, positive, negative)
         slope = slope * torch.where(at_label, -positive, negative)
     value = torch.where(counted, value.sum(-1), 0).sum()  # by rows first: a flat float32 sum loses digits
-    return value, torch.where(counted[:, None], slope, 0).to(_kept(logits))
+    return value, torch.where(counted[:, None], slope, 0).to(_gradient_dtype(logits))
 
 
 def _value_and_slope(curve: Curve, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -164,6 +167,6 @@ def _value_and_slope(curve: Curve, *arguments: Any) -> tuple[Tensor, Tensor]:
     return result
 
 
-def _kept(logits: Tensor) -> torch.dtype:
+def _gradient_dtype(logits: Tensor) -> torch.dtype:
     """The gradient's dtype until backward: float16 would underflow before a loss scale is applied."""
     return torch.float32 if logits.dtype == torch.float16 else logits.dtype

@@ -24,8 +24,8 @@ from detector.losses import cells
 BLOCK = 2048  # cells of a program
 LONGEST_RUN = 8  # cells that a thread reads at once: 16 bytes of bfloat16
 COUNTED_BLOCK = 4096  # cells that a program counts at once
-COUNTED_BINS = 512  # up to which a program counts in its registers
-PROGRAMS = 4096  # of the kernels whose programs loop over blocks
+COUNTED_BINS = 512  # the most that a program counts in registers; for more, it adds to memory atomically
+PROGRAMS = 4096  # the most of a kernel whose programs loop over blocks
 
 
 # ---- The kernels. A block is (BLOCK / RUN, RUN) cells, in the order of memory. The cells of a run belong to one row,
@@ -96,20 +96,17 @@ def _histogram(
     counts_ptr += tl.program_id(0).to(tl.int64) * BINS  # separate counts, because additions to one number queue
     if PADDED > 0:
         counts = tl.zeros((PADDED,), tl.int32)
-        firsts = tl.zeros((BLOCK // RUN,), tl.int32)
     for block in range(tl.program_id(0).to(tl.int64), tl.cdiv(total, BLOCK), tl.num_programs(0)):
         _, _, _, code, at_label, z = _cells(x_ptr, codes_ptr, block, total, CLASSES, RUN, BLOCK)
         index = INDEX(z, at_label, *tables)
         counted = tl.expand_dims(code >= 0, 1) & (index < BINS)
-        if PADDED == 0:
-            tl.atomic_add(counts_ptr + index, 1, mask=counted, sem="relaxed")
-        elif tl.max(tl.ravel(tl.where(counted, index, 0))) > 0:
+        if PADDED > 0:
             counts += tl.histogram(tl.ravel(index), PADDED, mask=tl.ravel(counted))
-        else:  # most blocks of GHM-C have easy cells alone: a sum takes a fraction of the time
-            firsts += tl.sum(counted.to(tl.int32), 1)
+        else:
+            tl.atomic_add(counts_ptr + index, 1, mask=counted, sem="relaxed")
     if PADDED > 0:
         bin = tl.arange(0, PADDED)
-        tl.store(counts_ptr + bin, counts + tl.where(bin == 0, tl.sum(firsts), 0), mask=bin < BINS)
+        tl.store(counts_ptr + bin, counts, mask=bin < BINS)
 
 
 @triton.jit

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from detector.losses import dispatch
-from detector.losses.cells import accumulator, logits_against_truth, lookup, ordered_bits, sigmoid_softplus
+from detector.losses.cells import compute_dtype, logits_against_truth, lookup, ordered_bits, sigmoid_softplus
 from detector.losses.fused import cell_sum
 from detector.losses.regions import histogram
 
@@ -71,7 +71,7 @@ def kth_largest(logits: Tensor, labels: Tensor, valid: Tensor, k: Tensor | int, 
     logits = logits.detach()
     if logits.device.type != "cpu" and logits.dtype != torch.float64:
         return _by_digits(logits, labels, valid, k, negatives)
-    hardest = logits.new_empty(0, dtype=accumulator(logits))
+    hardest = logits.new_empty(0, dtype=compute_dtype(logits))
     bound: Tensor | float = -torch.inf
     k = int(k)
     for rows in dispatch.pieces(logits):

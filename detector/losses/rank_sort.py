@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from detector import distributed
 from detector.losses import dispatch
-from detector.losses.cells import accumulator
+from detector.losses.cells import compute_dtype
 
 DELTA = 0.5  # half the width of the smoothed step, in logits: the released code's
 PAIRS = 2**20  # of positives that are compared at once
@@ -77,7 +77,7 @@ class _ErrorDriven(torch.autograd.Function):
 def _value_and_gradient(
     logits: Tensor, labels: Tensor, valid: Tensor, quality: Tensor | None, num_pos: Tensor | float
 ) -> tuple[Tensor, Tensor]:
-    gradient = torch.zeros_like(logits, dtype=accumulator(logits))
+    gradient = torch.zeros_like(logits, dtype=compute_dtype(logits))
     rows = (valid & (labels < logits.shape[1])).nonzero()[:, 0]
     cells = rows, labels[rows]
     x = distributed.all_cat(logits[cells].double())
@@ -165,7 +165,7 @@ class _Steps(NamedTuple):
         """Piece by piece: rows, which of their cells are negative and not below all positives, interval, offset."""
         classes = torch.arange(logits.shape[1], device=logits.device)
         for rows in dispatch.pieces(logits):
-            x = logits[rows].to(accumulator(logits))
+            x = logits[rows].to(compute_dtype(logits))
             chosen = ~(x < self.edges[0]) & valid[rows, None] & (classes != labels[rows, None])  # NaN stays
             x = x[chosen].double()
             interval = torch.bucketize(x, self.edges, right=True).sub_(1).clamp_(min=0)

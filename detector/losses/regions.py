@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from detector.losses import dispatch
-from detector.losses.cells import accumulator, logits_against_truth, region_of
+from detector.losses.cells import compute_dtype, logits_against_truth, region_of
 
 PACKED_BINS = 128  # up to this number, counting by comparisons is faster on a CPU
 BLOCK = 127  # rows counted in one byte without its sign bit
@@ -58,7 +58,7 @@ def _count_cells(
     index: Index, logits: Tensor, labels: Tensor | None, valid: Tensor, bins: int, params: tuple
 ) -> Tensor:
     if labels is None:
-        return count(index(logits.to(accumulator(logits)), None, *params), valid, bins)
+        return count(index(logits.to(compute_dtype(logits)), None, *params), valid, bins)
     is_positive = torch.arange(logits.shape[1], device=logits.device) == labels[:, None]
     return count(index(logits_against_truth(logits, labels, valid), is_positive, *params), valid, bins)
 
@@ -101,7 +101,7 @@ def _count_packed(logits: Tensor, counted: Tensor, bins: int) -> Tensor:
 
 def _count_blocks(logits: Tensor, counted: Tensor, bins: int) -> Tensor:
     """The same of logits (B, R, C) and counted (B, R); R is at most BLOCK."""
-    region = _region(logits.to(accumulator(logits)), None, bins)
+    region = _region(logits.to(compute_dtype(logits)), None, bins)
     # Four counts share an int32, a byte each, which a class's column of a block cannot overflow. No scatter, and few
     # additions for each cell.
     unit = counted[..., None].to(torch.int32) << (region & 3) * 8

@@ -6,7 +6,7 @@
 Peers: GHM-C and GHM-R as a loop over bins, with the arithmetic of the released code; torchvision's focal loss, alone
 and as its RetinaNet head calls it; cross entropy on dense targets; a sort with two searches for exact density. They run
 on the GPU where there is one. All alternate in one process, so a slow moment of the machine affects all of them.
-Times are medians, with freed memory kept by the process. On a GPU each is the GPU's mean time for five calls that are
+Times are medians, with freed memory kept by the process. On a GPU each is the GPU's mean time for five calls, each
 queued behind other work, because in a training Python starts the losses while the GPU still runs the model. Memory is
 the peak of one call beyond the memory in use before it, as a multiple of the logits' size.
 "Focal's gradient against float64": its relative error where background is confident, beside torchvision's.

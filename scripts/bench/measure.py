@@ -52,19 +52,21 @@ def milliseconds(call: Callable[[], object]) -> float:
     return 1000 * (time.perf_counter() - start)
 
 
-def gpu_milliseconds(call: Callable[[], object], in_a_row: int = 5) -> float:
-    """Mean of the GPU's time for some calls behind other work, as in a training: unless they wait, neither does it."""
+def gpu_milliseconds(call: Callable[[], object], calls: int = 5) -> float:
+    """The GPU's mean time for a call behind other work, as in a training: it waits only if the call does."""
     matrix = torch.ones(8192, 8192, dtype=torch.bfloat16, device="cuda")
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    wait()
-    for _ in range(20):  # some 30 ms on an H100, in which Python starts the calls
-        matrix @ matrix
-    start.record()
-    for _ in range(in_a_row):
+    total = 0.0
+    for _ in range(calls):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        wait()
+        for _ in range(10):  # some 15 ms on an H100, in which Python starts the call
+            matrix @ matrix
+        start.record()
         call()
-    end.record()
-    wait()
-    return start.elapsed_time(end) / in_a_row
+        end.record()
+        wait()
+        total += start.elapsed_time(end)
+    return total / calls
 
 
 def medians(times: dict[str, list[float]]) -> dict[str, float]:

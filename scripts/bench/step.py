@@ -163,7 +163,8 @@ def our_step(
     solver = assemble.build_solver(cfg, model.train(), steps_per_epoch=1_000_000)
     sizes = [tuple(images.shape[-2:])] * len(images)
     speed_up(model)
-    batch = Batch.of(images, targets, list(range(len(images))), sizes, sizes)
+    batch = Batch.allocate(images.shape, targets, list(range(len(images))), sizes, sizes)
+    batch.images.copy_(images)
     return partial(training_step(model, criterion, solver), batch), model
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
+from data.loader import collate
 from detector import assemble, distributed, losses
 from detector.anchors import Anchors
 from detector.backbone import Backbone
@@ -20,7 +21,7 @@ from detector.fpn import FPN
 from detector.head import Head
 from detector.model import RetinaNet
 from detector.solver import Solver
-from detector.structures import Batch, Target
+from detector.structures import Target
 
 STEPS, BATCH, SIDE, CLASSES = 4, 4, 128, 3
 CASES = {name: {"class_loss": {"name": name}} for name in losses.CLASS_LOSSES}
@@ -177,7 +178,7 @@ def in_parts(rank):
     """The gradients of a step in one part and in two, and how often the processes exchanged them."""
     cfg = complete(Config(class_loss={"name": "focal"}), "parts")
     images, targets = next(batches())
-    share = Batch.of(images[rank::2], targets[rank::2], [0, 1], [(SIDE, SIDE)] * 2, [(SIDE, SIDE)] * 2)
+    share = collate(list(zip(images[rank::2], targets[rank::2], [0, 1], [(SIDE, SIDE)] * 2)))
     gradients, exchanges = [], []
 
     def exchange(_, bucket):
@@ -210,9 +211,9 @@ def ended_together(rank):
         for height in range(32, 128, 32):
             if error is not None and height == 96:
                 raise error
-            images = torch.full((1, 3, height, 64 - 32 * rank), 7, dtype=torch.uint8)
+            image = torch.full((3, height, 64 - 32 * rank), 7, dtype=torch.uint8)
             target = Target(torch.full((2, 4), 5.0), torch.tensor([1, 2]))
-            yield Batch.of(images, [target], [rank], [images.shape[2:]], [(9, 9)])
+            yield collate([(image, target, rank, (9, 9))])
 
     def seen(error):
         shapes = []

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from data.loader import collate
 from detector import assemble, engine, losses
 from detector.config import Config
 from detector.configure import complete
@@ -72,7 +73,7 @@ def batch(ids=(1, 2), seed=0, size=(64, 64)) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (len(ids), 3, *size), generator=generator, dtype=torch.uint8)
     targets = [Target(torch.tensor([[4.0 + i, 6, 44, 40]]), torch.tensor([i % 3])) for i in range(len(ids))]
-    return Batch.of(images, targets, list(ids), [size] * len(ids), [size] * len(ids))
+    return collate(list(zip(images, targets, ids, [size] * len(ids))))
 
 
 def test_a_step_moves_the_weights_and_is_logged():
@@ -277,11 +278,12 @@ class Fixed(nn.Module):
 
 def test_predict_gives_every_image_once_in_pixels_of_the_original():
     sizes, originals = [(64, 96), (48, 64), (60, 30)], [(128, 192), (480, 320), (20, 10)]
-    images, no_box = torch.zeros(3, 3, 64, 96, dtype=torch.uint8), Target(torch.zeros(0, 4), torch.zeros(0))
-    batches = [
-        Batch.of(images[part], [no_box] * len(images[part]), [7, 5, 9][part], sizes[part], originals[part])
-        for part in (slice(2), slice(2, 3))
+    no_box = Target(torch.zeros(0, 4), torch.zeros(0))
+    samples = [
+        (torch.zeros(3, *size, dtype=torch.uint8), no_box, image_id, original)
+        for size, image_id, original in zip(sizes, (7, 5, 9), originals)
     ]
+    batches = [collate(samples[:2]), collate(samples[2:])]
 
     def whole_image(predictions, sizes):
         boxes = [torch.tensor([[0.0, 0, w, h], [w / 2, h / 4, w, h / 2]]) for h, w in sizes.tolist()]
@@ -350,9 +352,7 @@ def test_predict_does_not_depend_on_the_batch():
     model, _, _ = make(norm="bn")
     postprocess = assemble.build_postprocess(Config(postprocess={"score_threshold": 0}))
     full_batch, ids = batch(), (1, 2)
-    singles = [
-        Batch.of(full_batch.images[[i]], [full_batch.targets[i]], [i + 1], [(64, 64)], [(64, 64)]) for i in (0, 1)
-    ]
+    singles = [collate([(full_batch.images[i], full_batch.targets[i], ids[i], (64, 64))]) for i in range(2)]
     from_batch, from_singles = predict(model, [full_batch], postprocess, CPU), predict(model, singles, postprocess, CPU)
     for i in ids:
         assert torch.allclose(from_batch[i].scores, from_singles[i].scores, atol=1e-5)

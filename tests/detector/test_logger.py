@@ -100,6 +100,15 @@ def test_the_progress_line_shows_and_times_all_but_the_first_steps(tmp_path, cap
     assert printed.out == "" and "10/10" in printed.err and "loss 0.7500" in printed.err
 
 
+def test_the_progress_line_counts_skipped_steps_too(tmp_path, capsys):
+    logger = Logger(tmp_path, every=1)
+    logger.start(0, 3)
+    for step in (1, 3):  # the second was skipped: its loss was not finite
+        logger.step(VALUES, ("class", "box"), 0.01, 4, step)
+    logger.close()
+    assert "3/3" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("idle", "share"), [(None, 1 / 3), (0.3, 0.1)], ids=["cpu", "gpu"])
 def test_waiting_for_data_is_part_of_a_step_and_shown(idle, share, tmp_path, monkeypatch):
     ticks = iter(range(1000))  # each reading of the clock is a second later

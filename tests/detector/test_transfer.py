@@ -4,6 +4,7 @@ import time
 import pytest
 import torch
 
+from data.loader import collate
 from detector.errors import UserError
 from detector.structures import Batch, Target
 from detector.transfer import PendingCopy, copied_ahead
@@ -14,9 +15,9 @@ NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 
 def batch(number, boxes=(2, 0, 1)):
     rng = torch.Generator().manual_seed(number)
-    images = torch.randint(0, 256, (len(boxes), 3, 64, 96), generator=rng, dtype=torch.uint8)
+    images = torch.randint(0, 256, (len(boxes), 3, 60, 90), generator=rng, dtype=torch.uint8)
     targets = [Target(torch.rand(count, 4, generator=rng), torch.arange(count)) for count in boxes]
-    return Batch.of(images, targets, [number] * len(boxes), [(60, 90)] * len(boxes), [(120, 180)] * len(boxes))
+    return collate(list(zip(images, targets, [number] * len(boxes), [(120, 180)] * len(boxes))))
 
 
 def same(first, second):
@@ -103,6 +104,17 @@ def test_all_tensors_of_a_batch_are_in_the_memory_of_one():
     parts = [joined.images, joined.sizes, *(value for target in joined.targets for value in target)]
     assert all(first <= part.data_ptr() and part.data_ptr() + part.nbytes <= last for part in parts if part.numel())
     assert sum(part.nbytes for part in parts) == joined.data.nbytes
+
+
+def test_a_batch_keeps_sizes_of_any_dtype_and_refuses_incomplete_values():
+    shape, no_box, whole = (2, 3, 32, 32), Target(torch.zeros(0, 4), torch.zeros(0)), [(32, 32)] * 2
+    kept = Batch.allocate(shape, [no_box] * 2, [1, 2], torch.tensor([[30.0, 31], [32, 9]]), whole)
+    assert kept.sizes.tolist() == [[30, 31], [32, 9]] and [len(target.boxes) for target in kept.targets] == [0, 0]
+    for values in ([no_box], [1, 2], whole), ([no_box] * 2, [1], whole), ([no_box] * 2, [1, 2], whole[:1]):
+        with pytest.raises(ValueError, match="for 2 images"):
+            Batch.allocate(shape, *values, whole)
+    with pytest.raises(ValueError, match="multiples of 32"):
+        Batch.allocate((2, 3, 31, 31), [no_box] * 2, [1, 2], whole, whole)
 
 
 def test_without_a_gpu_a_pending_copy_is_ready_at_once():
