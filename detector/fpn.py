@@ -40,8 +40,8 @@ class FPN(nn.Module):
 
 
 def _coarser(convolution: nn.Conv2d, finer: Tensor) -> Tensor:
-    """The next level; in float32 for a map of width 1, whose bfloat16 gradient is wrong on a CPU (torch 2.14)."""
-    if not torch.is_autocast_enabled(finer.device.type) or finer.shape[-1] > 1:
+    """The next level; in float32 if its width is 1: on some CPUs its bfloat16 gradient is wrong (torch 2.11, 2.14)."""
+    if not torch.is_autocast_enabled(finer.device.type) or finer.shape[-1] > 2:
         return convolution(finer)
     with torch.autocast(finer.device.type, enabled=False):
         return convolution(finer.float())

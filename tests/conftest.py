@@ -7,7 +7,9 @@ os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # before data.transforms is import
 if not os.path.exists("/dev/nvidiactl"):
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its kernels then run on a CPU
 # Commands that tests start import this checkout too, even if another one is installed in the environment.
-os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
 
 import gc
 import json

@@ -17,7 +17,8 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # everything here runs on the CPU
+if __name__ == "__main__":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # everything here runs on the CPU
 
 import numpy as np
 import torch
