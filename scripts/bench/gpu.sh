@@ -48,7 +48,7 @@ part "Tests that need a GPU" 90 $python -m pytest -q -n 4 -p no:cacheprovider -k
     tests/detector/losses/test_laws.py tests/detector/losses/test_fused.py
 part "Training step, batch 16" 100 $python scripts/bench/step.py --work $step --repeats 5
 part "Training step, batch 2" 60 $python scripts/bench/step.py --work $small --repeats 5
-part "Training step, batch 16, losses" 60 $python scripts/bench/step.py --work $step --repeats 7 --ours \
+part "Training step, batch 16, losses" 60 $python scripts/bench/step.py --work $step --repeats 9 --ours \
     --also "class_loss.name=ce" "class_loss.name=ghm_c box_loss.name=ghm_r" "class_loss.name=ohem" \
     "box_loss.name=giou" "box_loss.name=giou assigner.name=atss"
 part "Class losses" 60 $python scripts/bench/losses.py --rows $cells --dtype $type --repeats 5
