@@ -185,6 +185,9 @@ def test_the_lists_of_imbalance_are_current(tmp_path, monkeypatch, capsys):
         ["results/limit", "--baseline", "ghm_c[max_weight=30]", "--output", str(tmp_path / "l.png")]
     )
     assert capsys.readouterr().out.rpartition("\n\n")[0] in text
+    prior = ["results/prior_count/imbalance", "--baseline", "ghm_c[max_weight=30]"]
+    compare_conditions.main([*prior, "--output", str(tmp_path / "p.png")])
+    assert capsys.readouterr().out.rpartition("\n\n")[0] in text
     compare.main([*sorted(map(str, Path("results/imbalance").glob("*/*.json"))), "--baseline", "ce"])
     over_sets = [line for line in capsys.readouterr().out.splitlines() if "; by set " in line]
     assert len(over_sets) == 3 and "\n".join(over_sets) in text

@@ -34,6 +34,9 @@ for variant in ce:0.613 ghm_c_limited:2.45; do
     "${of_cards[@]}" class_loss.weight="${variant#*:}" box_loss.weight=0.01 --seeds 1 --variants "${variant%:*}" \
         --output runs/cards_weights --results results/cards_weights
 done
+# The same weights with a higher limit.
+"${of_cards[@]}" class_loss.weight=2.45 box_loss.weight=0.01 --seeds 3 --variants ghm_c \
+    --grid class_loss.max_weight=100 --output runs/cards_weights --results results/cards_weights
 
 python scripts/compare.py results/laptop/*.json results/cards/*.json --baseline ce
 python scripts/compare.py results/scratch/*.json --baseline ce
