@@ -202,7 +202,8 @@ def draw(
         axis.set(xlabel=label, xscale="log" if log else "linear")
         axis.set_xticks(list(conditions), [f"{value:,g}" for value in conditions])
         axis.minorticks_off()
-    absolute.legend()
+    handles, names = absolute.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper center", ncols=3)  # outside, where it covers no point
     return figure
 
 
