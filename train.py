@@ -87,7 +87,7 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False, accept_cha
         logger.say("\n".join([*lines, f"{cfg.model.backbone}: {model.describe()}, {weights}", solver.describe()]))
 
         replica = distributed.replicate(model, device)
-        # One stream over all epochs: at an epoch's end and during evaluation, the next epoch's batches load already.
+        # One stream over all epochs: at an epoch's end and during evaluation, the next epoch's batches already load.
         batches.batch_sampler.set_position(*run.position, until=cfg.solver.epochs)
         upcoming = stop.between(copied_ahead(batches, device))
         if run.evaluation_due:  # an evaluation was due when the run stopped, or the run is finished
@@ -102,7 +102,7 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False, accept_cha
 
 
 def advance(run: Run, replica: torch.nn.Module, batches: Iterator[Batch], logger: Logger, device: torch.device) -> None:
-    """Train to the next pause or interruption, then save a checkpoint; if loss or gradient is not finite, the batch."""
+    """Train to the next pause or interruption, then save a checkpoint, or the batch if its loss is not finite."""
     interruption: UserError | Stopped | None = None
     try:
         train_until(replica, run.criterion, batches, run.solver, logger, until_step=run.next_pause)

@@ -258,6 +258,6 @@ def padded_alike(batches: Iterable[Batch]) -> Iterator[Batch]:
         bottom, right = height - shape[0], width - shape[1]
         if bottom or right:
             images = F.pad(batch.images, (0, right, 0, bottom))
-            data = torch.cat([images.flatten(), batch.data[batch.images.numel() :]])
+            data = torch.cat([images.flatten(), batch.data[batch.images.numel() :]])  # boxes, labels and sizes stay
             batch = batch._replace(data=data, shape=tuple(images.shape))
         yield batch

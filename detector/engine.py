@@ -39,7 +39,7 @@ def train_until(
     *,
     until_step: int,
 ) -> None:
-    """Train to step `until_step`, the solver's last step or the last batch, whichever is first. Batches: on the device.
+    """Train to step `until_step`, the solver's last step or the last batch. The batches are on the device.
 
     `replica` is the solver's model as `distributed.replicate` returns it.
 

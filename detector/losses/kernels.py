@@ -107,7 +107,7 @@ def _histogram(
             both = tl.sum(tl.ravel(tl.where(counted, tl.where(index > 0, 65537, 1), 0)))
             if both >= 65536:
                 counts += tl.histogram(tl.ravel(index), PADDED, mask=tl.ravel(counted))
-            else:  # on an H200 a block of easy cells takes half as long, one with a hard cell a fifth longer
+            else:  # on an H200 a block of easy cells takes 0.6 of the time, and any other 1.2
                 in_first += both
     if PADDED > 0:
         bin = tl.arange(0, PADDED)
