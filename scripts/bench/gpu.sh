@@ -57,6 +57,12 @@ if [ -z "$data" ] && data=$out/demo && [ ! -d "$data" ]; then
     mkdir -p "$data/images" && mv "$data"/train/* "$data"/val/* "$data/images"
 fi
 part "A real training" 110 $python scripts/bench/real_training.py "$data" --output "$out/runs" --short-side $short
+of_data=()
+for set in train val; do
+    of_data+=("data.$set.annotations=$data/$set.json" "data.$set.images=$data/images")
+done
+part "Start" 60 $python scripts/bench/start.py --config configs/coco/focal.yaml --repeats 1 --set data.short_side=$short \
+    "model.weights=$out/runs/resnet50.pth" "${of_data[@]}"
 part "Inference" 50 $python scripts/bench/inference.py --work $inference --repeats 5
 part "Assignment" 30 $python scripts/bench/assigner.py --images ${step##*:} --sides $sides --boxes 1 10 100 --repeats 5
 echo "written: $page" >&2
