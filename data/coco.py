@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from data.annotations import load_annotations, shortened
 from data.cache import Cache
+from data.classes import match_classes
 from data.image_folder import ImageFolder, elsewhere, find_folder
 from data.images import Remarks, add_remarks, read_image
 from data.plausibility import refuse_unequal_repeats, suspicion
@@ -42,10 +43,10 @@ class CocoDataset(Dataset):
     """Samples of one annotation file.
 
     Without `images`, it looks for their folder where common exporters put it. Give a validation set the training set's
-    `category_ids`, so that a label means the same class in both; with `class_names` it also compares the names. `cache`
-    is a folder to keep the images in, decoded and resized for the transform, or empty. Unless the transform jitters
-    or distorts, samples with and without a cache are identical bit for bit. With `trust`, boxes are accepted even if
-    they look like another format.
+    `category_ids` and `class_names`, so that a label means the same class in both. `cache` is a folder to keep the
+    images in, decoded and resized for the transform, or empty. Unless the transform jitters or distorts, samples with
+    and without a cache are identical bit for bit. With `trust`, boxes are accepted even if they look like another
+    format.
 
     Raises UserError for an error in the annotation file or its boxes and for a missing image. Images are checked when
     read (all at once with a cache): UserError if one cannot be decoded or its size differs from its record.
@@ -75,7 +76,11 @@ class CocoDataset(Dataset):
         self.remarks += self.annotations.complete_sizes(self.folder, self.file_names)
         self.sizes: list[tuple[int, int]] = list(map(tuple, self.annotations.sizes.tolist()))
         self.aspects: list[float] = [width / height for height, width in self.sizes]
-        self._name_classes(category_ids, class_names)
+        # The id that each label has in this file.
+        self.category_ids, self.class_names, other = match_classes(
+            self.path, self.annotations, category_ids, class_names
+        )
+        self.remarks += other
         if not trust and (flaw := suspicion(self.annotations)):
             cure = "to use them unchanged, set data.trust=true (convert.py: --trust)"
             raise UserError(f"{self.path}: {flaw}; {cure}")
@@ -88,31 +93,6 @@ class CocoDataset(Dataset):
             files = [self.folder / name for name in self.file_names]
             self.cache = Cache(cache, files, self.sizes, [transform.cache_size(*size) for size in self.sizes])
             add_remarks(self.image_remarks, self.cache.remarks)
-
-    def _name_classes(self, category_ids: Sequence[int] | None, class_names: Sequence[str] | None) -> None:
-        """Set `category_ids`, whose positions are the labels, and `class_names`."""
-        names = self.annotations.names
-        self.category_ids: list[int] = sorted(names) if category_ids is None else list(category_ids)
-        expected = dict(zip(self.category_ids, class_names)) if class_names is not None else {}
-        known = set(self.category_ids)
-        used = set(np.unique(self.annotations.categories).tolist())
-        for category, name in names.items():
-            if category not in known and category in used:
-                raise UserError(
-                    f"{self.path}: category {category} ({shortened(name)}) is unknown to the model, whose category "
-                    f"ids are {shortened(self.category_ids)}; take an annotation file of the same data set"
-                )
-            if expected.get(category, name) != name:
-                raise UserError(
-                    f"{self.path}: category {category} is {shortened(name)} here and "
-                    f"{shortened(expected[category])} in training; give both annotation files the same categories"
-                )
-        if extra := [name for category, name in names.items() if category not in known]:
-            self.remarks.append(
-                f"{len(extra):,} categories unknown to training, none with a box (the first is {extra[0]!r})"
-            )
-        names = {**names, **expected}
-        self.class_names: list[str] = [names.get(category, f"category {category}") for category in self.category_ids]
 
     def _collect_boxes(self) -> None:
         """Gather the boxes of all images in one array, image by image, and count those left out.

@@ -56,17 +56,42 @@ def test_benchmark_reports_the_speed_of_each_stage_and_changes_no_metric(learnt,
 
 def test_detections_are_in_cocos_format_and_score_the_same(learnt, folder, command):
     command(evaluation.main, "--checkpoint", learnt / "last.pt", "--output", folder)
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO(checkpoint.read(learnt / "last.pt")["config"]["data"]["val"]["annotations"])
-        coco_eval = COCOeval(truth, truth.loadRes(str(folder / "detections.json")), "bbox")
-        coco_eval.evaluate()
-        coco_eval.accumulate()
-        coco_eval.summarize()
+    truth = checkpoint.read(learnt / "last.pt")["config"]["data"]["val"]["annotations"]
     metrics = read(folder / "metrics.json")
-    assert coco_eval.stats[:3].tolist() == pytest.approx([metrics["AP"], metrics["AP50"], metrics["AP75"]], abs=1e-3)
+    expected = [metrics["AP"], metrics["AP50"], metrics["AP75"]]
+    assert by_pycocotools(truth, folder / "detections.json") == pytest.approx(expected, abs=1e-3)
     results = read(folder / "detections.json")
     assert {result["category_id"] for result in results} <= {3, 7, 11}
     assert {result["image_id"] for result in results} == {50, 51}
+
+
+def test_a_file_that_numbers_its_categories_differently_scores_the_same(learnt, folder, command):
+    data = checkpoint.read(learnt / "last.pt")["config"]["data"]["val"]
+    document, other = read(Path(data["annotations"])), {3: 11, 7: 3, 11: 8}
+    for category in document["categories"]:
+        category["id"] = other[category["id"]]
+    for annotation in document["annotations"]:
+        annotation["category_id"] = other[annotation["category_id"]]
+    (folder / "test.json").write_text(json.dumps(document))
+    files = ("--data", folder / "test.json", data["images"])
+    code, out, err = command(evaluation.main, "--checkpoint", learnt / "last.pt", *files, "--output", folder)
+    assert code == 0, err
+    assert "matched by name" in out
+    metrics, expected = read(folder / "metrics.json"), read(learnt / "metrics.json")
+    assert metrics["per_class"] == expected["per_class"] and metrics["AP"] == expected["AP"] > 0.5
+    # The detections have the file's ids.
+    assert by_pycocotools(folder / "test.json", folder / "detections.json")[0] == pytest.approx(metrics["AP"], abs=1e-3)
+
+
+def by_pycocotools(truth: Path | str, detections: Path) -> list[float]:
+    """AP, AP50 and AP75."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        known = COCO(str(truth))
+        coco_eval = COCOeval(known, known.loadRes(str(detections)), "bbox")
+        coco_eval.evaluate()
+        coco_eval.accumulate()
+        coco_eval.summarize()
+    return coco_eval.stats[:3].tolist()
 
 
 def test_metrics_and_detections_are_written_before_metrics_are_printed(learnt, folder, command, monkeypatch):

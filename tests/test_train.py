@@ -157,12 +157,12 @@ def test_a_missing_data_set_is_reported(tmp_path, command):
 
 def test_validation_classes_must_be_those_of_training(tiny, demo, folder, command):
     document = json.loads((demo / "val.json").read_text())
-    document["categories"][0]["name"], document["categories"][1]["name"] = "1", "0"
-    (folder / "swapped.json").write_text(json.dumps(document))
-    setting = f"data.val.annotations={folder / 'swapped.json'}"
+    document["categories"][0]["name"] = "nought"
+    (folder / "renamed.json").write_text(json.dumps(document))
+    setting = f"data.val.annotations={folder / 'renamed.json'}"
     code, _, err = command(train.main, "--config", tiny(folder), "--set", setting)
     assert code == 2 and one_line(err)
-    assert "category 1 is '1' here and '0' in training" in err
+    assert "category 1 is 'nought' here and '0' in training" in err
 
 
 def test_a_diverging_run_ends_in_one_line_and_exit_code_1(tiny, folder, command):

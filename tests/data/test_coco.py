@@ -143,6 +143,38 @@ def test_validation_may_have_an_extra_class_only_without_boxes(folder):
     one_line(excinfo, "category 6 ('bird') is unknown to the model")
 
 
+def test_categories_that_a_file_numbers_by_itself_are_matched_by_name(folder):
+    training = {"category_ids": [5, 6, 90], "class_names": ["cat", "bird", "dog"]}
+    labels = [target.labels.tolist() for _, target, _, _ in dataset(folder, **training)]
+    for other in ({90: 5, 5: 90}, {90: 1, 5: 2}, {90: 6, 5: 5}, {90: 91, 5: 6}):  # swapped, new, half, and bird's
+        document = copy.deepcopy(GOOD)
+        for category in document["categories"]:
+            category["id"] = other[category["id"]]
+        for annotation in document["annotations"]:
+            annotation["category_id"] = other[annotation["category_id"]]
+        write(folder, document)
+        data = dataset(folder, **training)
+        assert [target.labels.tolist() for _, target, _, _ in data] == labels
+        assert data.class_names == training["class_names"]
+        assert [data.category_ids[0], data.category_ids[2]] == [other[5], other[90]]
+        assert len(set(data.category_ids)) == 3 and data.category_ids[1] not in other.values()
+        example = ("dog", other[90], 90) if other[5] == 5 else ("cat", other[5], 5)
+        assert "matched by name, because '{}' has the id {} here and {} in training".format(*example) in data.summary()
+
+
+def test_names_that_do_not_decide_leave_the_error(folder):
+    document = copy.deepcopy(GOOD)
+    document["categories"] = [{"id": 90, "name": "cat"}, {"id": 5, "name": "fox"}]  # the cat moved; what is the fox?
+    write(folder, document)
+    with pytest.raises(UserError) as excinfo:
+        dataset(folder, category_ids=[5, 90], class_names=["cat", "dog"])
+    one_line(excinfo, "category 90 is 'cat' here and 'dog' in training")
+    write(folder, document | {"annotations": [a for a in GOOD["annotations"] if a["category_id"] == 90]})
+    data = dataset(folder, category_ids=[5, 90], class_names=["cat", "dog"])  # without a box of the fox
+    assert data.category_ids[0] == 90 and data[1][1].labels.tolist() == [0]
+    assert "1 categories unknown to training, none with a box (the first is 'fox')" in data.summary()
+
+
 def test_the_fingerprint_tells_what_training_and_scoring_read(folder):
     changes = {
         "a label": lambda document: document["annotations"][0].update(category_id=5),
