@@ -1,12 +1,13 @@
-"""YOLO, VOC, labelme or COCO files -> COCO files, split into train and val. Everything left out is reported.
+"""YOLO, VOC, labelme or COCO files -> COCO files, split into train, val and test. Everything left out is reported.
 
     python scripts/convert.py yolo hands_yolo/ datasets/hands
     python scripts/convert.py voc VOCdevkit/VOC2007 datasets/voc --val 0.1 --seed 1
     python scripts/convert.py coco export/instances_default.json datasets/hands
+    python scripts/convert.py yolo new_photos/ datasets/new --val 1
 
 Writes the new folder DST, whole or not at all:
 
-    train.json, val.json  COCO annotation files with the same classes
+    train.json, val.json  COCO annotation files with the same classes; test.json too if SRC has a labelled test part
     images/               SRC's images, in SRC's folders; hard links where the disk allows it, copies elsewhere
     report.txt            all that was left out or read with a remark; the screen shows three examples of each kind
 
@@ -26,8 +27,8 @@ if the label file names the image, or if the file name is unique. With voc and l
 out, because it may show objects that nobody labelled. Boxes are clipped to the image, except in COCO files.
 
 If SRC has its own split, this is used: that of data.yaml, obj.data, lists called train.txt and val.txt, ImageSets/Main,
-or files and folders with train and val (valid, validation, dev) in their names; its test part is left out. Otherwise,
-and with --split random, a share --val of the images is drawn by --seed.
+or files and folders with train, val (valid, validation, dev) and test in their names. Otherwise, and with --split
+random, a share --val of the images is drawn by --seed. --val 1 puts all images into val.json, to score a model on them.
 """
 
 import argparse
@@ -74,15 +75,15 @@ def main(argv: list[str] | None = None) -> None:
         "--split", choices=("own", "random"), default="own", help="SRC's own where it has one (default: own)"
     )
     parser.add_argument(
-        "--val", type=float, default=0.2, metavar="SHARE", help="of the images, for validation (default: 0.2)"
+        "--val", type=float, default=0.2, metavar="SHARE", help="of the images, for validation (default: 0.2); 1: all"
     )
     parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help="the same seed gives the same split (default: 0)"
     )
     parser.add_argument("--trust", action="store_true", help="use boxes that look like another format unchanged")
     args = parser.parse_args(argv)
-    if not 0 < args.val < 1:
-        raise UserError(f"--val {args.val}: give a share between 0 and 1")
+    if not 0 < args.val <= 1:
+        raise UserError(f"--val {args.val}: give a share above 0, at most 1")
     if args.format != "coco" and len(args.sources) > 1:
         raise UserError(f"{args.sources[1]}: {args.format} is converted one SRC at a time; merge the results with coco")
     for source in args.sources:
@@ -95,8 +96,11 @@ def main(argv: list[str] | None = None) -> None:
     report(args, *made)
 
 
-def convert(args: argparse.Namespace, beside: Path) -> tuple[dict[str, Picture], set[str], str, Notes]:
-    """Write the new folder at `beside`; returns its images, those of val, how val was chosen, and the remarks."""
+Parts = dict[str, list[str]]  # train, val, test -> names of their images
+
+
+def convert(args: argparse.Namespace, beside: Path) -> tuple[dict[str, Picture], Parts, str, Notes]:
+    """Write the new folder at `beside`; returns its images, those of each part, how they were split, and remarks."""
     notes: Notes = defaultdict(list)
     if args.format == "coco":
         source = read_coco(args.sources, notes)
@@ -106,8 +110,8 @@ def convert(args: argparse.Namespace, beside: Path) -> tuple[dict[str, Picture],
     for name in [*source.names, *(box.name for labels in source.labels.values() for box in labels.boxes)]:
         if not name.strip() or CONTROL.search(name):
             raise UserError(f"{named}: a class is called {name!r}; give it a name without line breaks")
-    split = Split(set(), {}, "")
-    if args.split == "own":
+    split = Split(set(), set(), {}, "")
+    if args.split == "own" and args.val < 1:
         split = own_split(source, notes)
     for name, why in split.left_out.items():
         if name in source.labels:
@@ -118,17 +122,26 @@ def convert(args: argparse.Namespace, beside: Path) -> tuple[dict[str, Picture],
             f"{named}: no boxes in the format of {args.format} ({source.about})"
             + "".join(f"; {kind}: {where[0]}" for kind, where in notes.items())
         )
-    val, how = split.val & pictures.keys(), split.how
-    if not split.val:
-        val, how = at_random(list(pictures), args.val, args.seed), f"drawn by --seed {args.seed}"
-    if not val or len(val) == len(pictures):
+    test = split.test & pictures.keys()
+    if test and not any(pictures[name].boxes for name in test):
+        notes["left out: images of the test part, which has no boxes"] += sorted(test)
+        pictures = {name: picture for name, picture in pictures.items() if name not in test}
+    rest = pictures.keys() - test
+    val, how = split.val & rest, split.how
+    if args.val == 1:
+        val, how = rest, "--val 1"
+    elif not split.val:
+        val, how = at_random(list(rest), args.val, args.seed), f"drawn by --seed {args.seed}"
+    if not val or (len(val) == len(rest) and args.val < 1):
         part = "score" if not val else "train"
         raise UserError(
             f"{named}: no image that can be used is left to {part} on, the split is {how}; --split random draws one"
             + "".join(f"; {kind}: {where[0]}" for kind, where in notes.items())
         )
-    write(beside, pictures, val, source.names, notes, args.trust)
-    return pictures, val, how, notes
+    parts = {"train": sorted(rest - val), "val": sorted(val), "test": sorted(pictures.keys() - rest)}
+    parts = {part: chosen for part, chosen in parts.items() if chosen}
+    write(beside, pictures, parts, source.names, notes, args.trust)
+    return pictures, parts, how, notes
 
 
 def look_at(source: Source, split: Split, notes: Notes) -> dict[str, Picture]:
@@ -194,7 +207,7 @@ def whole_or_not(target: Path) -> Iterator[Path]:
 
 
 def write(
-    beside: Path, pictures: dict[str, Picture], val: set[str], names: list[str], notes: Notes, trust: bool = False
+    beside: Path, pictures: dict[str, Picture], parts: Parts, names: list[str], notes: Notes, trust: bool = False
 ) -> None:
     """Write the new folder, and check it as training will."""
     used = {box.name for picture in pictures.values() for box in picture.boxes}
@@ -209,8 +222,7 @@ def write(
         except OSError:
             shutil.copyfile(file, image)
     shutil.rmtree(beside / "decoded", ignore_errors=True)
-    for split in ("train", "val"):
-        chosen = [name for name in sorted(pictures) if (name in val) == (split == "val")]
+    for split, chosen in parts.items():
         (beside / f"{split}.json").write_text(json.dumps(document(chosen, pictures, category)), encoding="utf-8")
         try:
             CocoDataset(beside / f"{split}.json", beside / "images", EvalTransform(800, 1333), trust=trust)
@@ -236,34 +248,38 @@ def document(chosen: list[str], pictures: dict, category: dict[str, int]) -> dic
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
-def report(args: argparse.Namespace, pictures: dict, val: set[str], how: str, notes: Notes) -> None:
+def report(args: argparse.Namespace, pictures: dict[str, Picture], parts: Parts, how: str, notes: Notes) -> None:
+    purpose = {"train": "training", "val": "validation", "test": "a test"}
+    sizes = [f"{len(chosen)} images for {purpose[part]}" for part, chosen in parts.items()]
+    print(f"{args.target}: {', '.join(sizes)}; the split is {how}")
     counts = {
-        split: Counter(
-            box.name for name, picture in pictures.items() if (name in val) == (split == "val") for box in picture.boxes
-        )
-        for split in ("train", "val")
+        part: Counter(box.name for name in chosen for box in pictures[name].boxes) for part, chosen in parts.items()
     }
-    train = len(pictures) - len(val)
-    print(f"{args.target}: {train} images for training, {len(val)} for validation; the split is {how}")
-    for name in sorted(set(counts["train"]) | set(counts["val"])):
-        lack = [split for split in counts if not counts[split][name]]
+    for name in sorted(set().union(*counts.values())):
+        lack = [part for part in ("train", "val") if part in parts and not counts[part][name]]
         remark = f", none in {lack[0]}: it cannot be {'learnt' if lack[0] == 'train' else 'scored'}" if lack else ""
-        print(f"    {name}: {counts['train'][name]} and {counts['val'][name]} boxes{remark}")
+        print(f"    {name}: {' and '.join(str(count[name]) for count in counts.values())} boxes{remark}")
     for kind, where in notes.items():
         examples = "; ".join(where[:EXAMPLES]) + ("; ..." if len(where) > EXAMPLES else "")
         print(f"{kind}: {len(where)} ({examples})")
     if notes:
         print(f"all of them: {args.target / 'report.txt'}")
     folder = shlex.quote(str(args.target))
-    config = f"configs/{'coco' if torch.cuda.is_available() else 'laptop'}/focal.yaml"
-    files = f"--train {folder}/train.json --val {folder}/val.json --images {folder}/images"
-    print(f"look at it: python scripts/check_data.py --config {config} {files}")
-    settings = [f"run={shlex.quote(args.target.name)}"]
-    for split in ("train", "val"):
-        settings += [f"data.{split}.annotations={folder}/{split}.json", f"data.{split}.images={folder}/images"]
-    if torch.cuda.is_available() and train < SMALL:  # COCO's recipe would train such a set for a few dozen steps
-        settings += ["solver.batch_size=4", "solver.epochs=40", "solver.warmup_steps=50"]
-    print(f"train:      python train.py --config {config} --set {' '.join(settings)}")
+    if "train" in parts:
+        config = f"configs/{'coco' if torch.cuda.is_available() else 'laptop'}/focal.yaml"
+        files = f"--train {folder}/train.json --val {folder}/val.json --images {folder}/images"
+        print(f"look at it: python scripts/check_data.py --config {config} {files}")
+        settings = [f"run={shlex.quote(args.target.name)}"]
+        for split in ("train", "val"):
+            settings += [f"data.{split}.annotations={folder}/{split}.json", f"data.{split}.images={folder}/images"]
+        if torch.cuda.is_available() and len(parts["train"]) < SMALL:
+            # COCO's recipe would train such a set for a few dozen steps.
+            settings += ["solver.batch_size=4", "solver.epochs=40", "solver.warmup_steps=50"]
+        print(f"train:      python train.py --config {config} --set {' '.join(settings)}")
+    if "train" not in parts or "test" in parts:
+        run, scored = ("RUN", "val") if "train" not in parts else (shlex.quote(args.target.name), "test")
+        command = f"python eval.py --checkpoint runs/{run}/best.pt --data {folder}/{scored}.json {folder}/images"
+        print(f"{'test:' if 'test' in parts else 'score:':<11} {command}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Split a set as its owner did: images for training, for validation and to leave out (test).
+"""Split a set as its owner did: images for training, for validation and for a test.
 
 It tries in turn: data.yaml or Darknet's obj.data, lists of images called train.txt, val.txt or similar, COCO files and
 folders of such names. If a file names a part that is missing, that is an error: its images would join another part.
@@ -23,6 +23,7 @@ FILLERS = {"set", "list", "file", "files", "image", "images", "ids", "names", "s
 
 class Split(NamedTuple):
     val: set[str]
+    test: set[str]
     left_out: dict[str, str]  # image -> why
     how: str  # how val was chosen; empty if it was not
 
@@ -38,19 +39,27 @@ def own_split(source: Source, notes: Notes) -> Split:
     test, _ = finder.named("test")
     if not test:
         test = (source.parts.get("test") or finder.by_folder("test")) - train
-    left_out = dict.fromkeys(sorted(test - val), "images of the test part, which are not used")
+    for name in sorted(val & test):
+        notes["images in both validation and test part, used for validation only"].append(name)
+    test -= val
+    left_out: dict[str, str] = {}
     if listed:
         rest = sorted(source.images.keys() - train - val - test)
-        left_out |= dict.fromkeys(rest, "images that are in no part of the set's own split")
-    used = source.images.keys() - left_out.keys()
+        left_out = dict.fromkeys(rest, "images that are in no part of the set's own split")
+    used = source.images.keys() - left_out.keys() - test
     if not used:
-        raise UserError(f"all {len(source.images)} images are in the test part; to draw from them, --split random")
+        raise UserError(
+            f"all {len(source.images)} images are in the test part; to draw from them, --split random; to only score "
+            "them, --val 1"
+        )
     if val and not used - val:
         notes["training and validation part are the same, so validation images are drawn at random"].append(how)
-        return Split(set(), left_out, "")
+        return Split(set(), test, left_out, "")
     for name in sorted(val & train):
         notes["images in both training and validation part, used for validation only"].append(name)
-    return Split(val, left_out, how)
+    for name in sorted(test & train):
+        notes["images in both training and test part, used for the test only"].append(name)
+    return Split(val, test, left_out, how)
 
 
 class Finder:

@@ -2,7 +2,6 @@
 
 import json
 import random
-import re
 import shlex
 from pathlib import Path
 from xml.sax.saxutils import escape
@@ -79,9 +78,9 @@ def as_labelme(folder, images):
 
 
 def read(folder):
-    """Returns name -> (size, boxes) over both files, and the file names of each split."""
+    """Returns name -> (size, boxes) over all files, and the file names of each split."""
     images, splits = {}, {}
-    for split in ("train", "val"):
+    for split in [split for split in ("train", "val", "test") if (folder / f"{split}.json").exists()]:
         document = json.loads((folder / f"{split}.json").read_text())
         names = {entry["id"]: entry["name"] for entry in document["categories"]}
         splits[split] = {entry["file_name"] for entry in document["images"]}
@@ -148,8 +147,8 @@ def test_the_split_of_the_set_is_kept(known, folder, command, how):
     assert "drawn by" not in out
 
 
-@pytest.mark.parametrize("how", ["data.yaml", "folders", "voc"])
-def test_test_images_are_in_neither_split(known, folder, command, how):
+@pytest.mark.parametrize("how", ["data.yaml", "folders", "voc", "list and same val"])
+def test_the_test_part_gets_a_file_of_its_own(known, folder, command, how):
     names = list(known)
     if how == "voc":
         as_voc(folder / "src", known)
@@ -159,16 +158,48 @@ def test_test_images_are_in_neither_split(known, folder, command, how):
     else:
         parts = {"test": names[:2], "valid": names[2:4], "train": names[4:]}
         entries = {"val": "images/valid", "test": "images/test"} if how == "data.yaml" else {}
+        if how == "list and same val":  # then validation images are drawn, but not from the test part
+            entries = {"val": "images/train", "test": "test.txt"}
+            parts = {"test": names[:2], "train": names[2:]}
         for part in parts:
             (folder / "src" / "labels" / part).mkdir(parents=True)
         images = {f"{part}/{name}": known[name] for part, part_names in parts.items() for name in part_names}
         as_yolo(folder / "src", images, **entries)
+        (folder / "src" / "test.txt").write_text("".join(f"images/test/{name}\n" for name in parts["test"]))
         test_images = set(parts["test"])
     code, out, err = command(convert.main, "voc" if how == "voc" else "yolo", folder / "src", folder / "dst")
     assert code == 0, err
     converted, splits = read(folder / "dst")
-    assert {Path(name).name for name in converted} == set(known) - test_images and splits["train"] and splits["val"]
-    assert re.search(r"images of the test part.*: 2 ", out)
+    same(converted, known)
+    assert {Path(name).name for name in splits["test"]} == test_images and splits["train"] and splits["val"]
+    assert sum(map(len, splits.values())) == len(known) and "2 images for a test" in out
+    assert f"--data {folder / 'dst' / 'test.json'} {folder / 'dst' / 'images'}" in out
+
+
+def test_a_test_part_without_labels_is_left_out(known, folder, command):
+    names = list(known)
+    images = {f"{'test' if name in names[:2] else 'train'}/{name}": known[name] for name in names}
+    for part in ("test", "train"):
+        (folder / "src" / "labels" / part).mkdir(parents=True)
+    as_yolo(folder / "src", images)
+    for name in names[:2]:
+        (folder / "src" / "labels" / "test" / name).with_suffix(".txt").unlink()
+    code, out, err = command(convert.main, "yolo", folder / "src", folder / "dst")
+    assert code == 0, err
+    assert read(folder / "dst")[1].keys() == {"train", "val"}
+    assert "left out: images of the test part, which has no boxes: 2" in out
+
+
+def test_all_images_can_be_for_scoring(known, folder, command):
+    images = {f"{'test' if name == '3.jpg' else 'train'}/{name}": value for name, value in known.items()}
+    for part in ("test", "train"):
+        (folder / "src" / "labels" / part).mkdir(parents=True)
+    as_yolo(folder / "src", images)
+    code, out, err = command(convert.main, "yolo", folder / "src", folder / "dst", "--val", 1)
+    assert code == 0, err
+    converted, splits = read(folder / "dst")
+    same(converted, known)
+    assert splits.keys() == {"val"} and "eval.py" in out and "train.py" not in out
 
 
 def test_a_list_may_hold_paths_and_names_with_spaces(known, folder, command):

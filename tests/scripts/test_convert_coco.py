@@ -40,7 +40,7 @@ def paint(*paths):
 def read(folder):
     """Returns split -> file_name -> [(class, *box)]. Checks that the ids are 1, 2, ... and that every image exists."""
     splits = {}
-    for split in ("train", "val"):
+    for split in [split for split in ("train", "val", "test") if (folder / f"{split}.json").exists()]:
         document = json.loads((folder / f"{split}.json").read_text())
         names = {entry["id"]: entry["name"] for entry in document["categories"]}
         for kind in ("images", "annotations", "categories"):
@@ -163,12 +163,12 @@ def test_the_split_of_the_files_is_kept(run, folder, layout, whole):
         files.append(folder / "src" / file)
     code, out, err, splits = run(*([folder / "src"] if whole else files))
     assert code == 0, err
-    for split, part in (("train", "train"), ("val", "valid")):
+    for split, part in (("train", "train"), ("val", "valid"), ("test", "test")):
         expected = {f"{n}.jpg": boxes(n) for n in parts[part]}
         if layout != "files":
             expected["same.jpg"] = boxes(20 + parts[part][0])
         assert {Path(name).name: members for name, members in splits[split].items()} == expected
-    assert "images of the test part" in out and "the split is that of its files" in out
+    assert "for a test" in out and "the split is that of its files" in out
 
 
 def test_the_part_folders_of_one_file_are_kept_unless_the_split_is_random(run, folder):
@@ -177,7 +177,8 @@ def test_the_part_folders_of_one_file_are_kept_unless_the_split_is_random(run, f
     paint(*(folder / "images" / name for name in image_boxes))
     code, _, err, splits = run(folder / "all.json")
     assert code == 0, err
-    assert set(splits["train"]) == {"train/0.jpg", "train/1.jpg"} and set(splits["val"]) == {"val/2.jpg"}
+    assert set(splits["train"]) == {"train/0.jpg", "train/1.jpg"}
+    assert set(splits["val"]) == {"val/2.jpg"} and set(splits["test"]) == {"test/3.jpg"}
     (folder / "dst").rename(folder / "first")
     code, out, err, splits = run(folder / "all.json", options=("--split", "random", "--val", "0.5"))
     assert code == 0 and len(splits["val"]) == len(splits["train"]) == 2 and "drawn" in out, err
