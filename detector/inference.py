@@ -116,12 +116,12 @@ def _as_array(image: str | Path | np.ndarray | Image.Image) -> np.ndarray:
     if isinstance(image, str | Path):
         image = Image.open(image)
     if isinstance(image, Image.Image):
+        image = ImageOps.exif_transpose(image)  # PIL does not apply the EXIF rotation by itself
         if image.mode.startswith("I;16"):  # PIL would clip 16 bits at 255
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         elif image.mode in ("I", "F"):
             raise ValueError(f"pixels of PIL mode {image.mode!r} have no fixed range; convert the image to 8 bits")
-        # PIL does not apply the EXIF rotation by itself.
-        image = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+        image = np.array(image.convert("RGB"))
     if not (isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3):
         given = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
         raise ValueError(f"an image is a path, a PIL image or a uint8 array (height, width, 3) RGB, not {given}")

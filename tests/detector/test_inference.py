@@ -114,6 +114,11 @@ def test_an_image_is_rotated_as_its_exif_says(learnt, val_set, tmp_path):
     for given in (tmp_path / "lying.png", str(tmp_path / "lying.png"), Image.open(tmp_path / "lying.png")):
         detections = detector(given)
         assert torch.equal(detections.boxes, expected.boxes) and detections.names == expected.names
+    grey_image = np.asarray(Image.fromarray(image).convert("L"))
+    deep_image = Image.fromarray(np.ascontiguousarray(np.rot90(grey_image)).astype(np.uint16) * 256)
+    deep_image.save(tmp_path / "deep.png", exif=exif)
+    deep, grey = (detector(given, min_score=0) for given in (tmp_path / "deep.png", Image.fromarray(grey_image)))
+    assert torch.equal(deep.boxes, grey.boxes) and len(grey.scores) > 0
 
 
 def test_a_checkpoint_without_thresholds_uses_one_for_all_classes(learnt, folder):
