@@ -250,7 +250,7 @@ def as_csv(compared: list[Compared], metric: str) -> str:
     writer.writerow(["set"] * several + header)
     for comparison in compared:
         of_rows = {
-            diff.name: [metric, diff.mean, diff.low, diff.high, diff.p, diff.verdict, diff.reason]
+            diff.name: [metric, diff.mean, *(diff.interval or (None, None)), diff.p, diff.verdict, diff.reason]
             for diff in comparison.results
         }
         of_set = [comparison.title] * several

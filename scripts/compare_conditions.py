@@ -133,11 +133,13 @@ def table(conditions: Conditions, names: list[str]) -> list[str]:
 
 def loss_of_ap(first: Row, last: Row) -> str:
     (result,) = differences([first._replace(name="first"), last._replace(name="last")])
+    assert result.mean is not None  # both rows have an AP
     lost = -result.mean or 0.0  # not -0.0
-    if result.low is None:
+    if result.interval is None:
         return f"{lost:.1f}, no interval"
     images_only = " over images only" if result.p is None else ""  # one seed
-    interval = f"[{-result.high:.1f}, {-result.low:.1f}]{images_only}"
+    low, high = result.interval
+    interval = f"[{-high:.1f}, {-low:.1f}]{images_only}"
     of_first = statistics.fmean(aps(first))
     return f"{lost:.1f} {interval}" + (f", {lost / of_first:.0%}" if of_first else "")
 
@@ -183,18 +185,16 @@ def draw(
         style = dict(marker="o", capsize=3, color=colours[name], label=page.label(name))
         absolute.errorbar(values, means, spread, **style)
         points = [
-            (value, result)
+            (value, result.mean, result.interval[1] - result.mean)
             for value, results in by_condition.items()
             for result in results
-            if result.name == name and result.low is not None
+            if result.name == name and result.mean is not None and result.interval
         ]
         if points:
             span = max(conditions) - min(conditions)
             shift = (place - (len(names) - 1) / 2) * 0.012  # so that the intervals do not hide one another
-            at = [value * (1 + 5 * shift) if log else value + shift * span for value, _ in points]
-            middle = [result.mean for _, result in points]
-            reach = [result.high - result.mean for _, result in points]
-            relative.errorbar(at, middle, reach, **style)
+            at = [value * (1 + 5 * shift) if log else value + shift * span for value, _, _ in points]
+            relative.errorbar(at, [mean for _, mean, _ in points], [reach for _, _, reach in points], **style)
     relative.axhline(0, color=colours[baseline], linewidth=1)
     absolute.set(ylabel="AP, percent: mean and deviation over seeds")
     relative.set(ylabel=f"AP minus that of {page.label(baseline)},\n95% interval")

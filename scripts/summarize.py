@@ -19,7 +19,7 @@ from matplotlib import pyplot as plt
 
 from detector.errors import UserError, run_main
 from scripts.comparison import page
-from scripts.comparison.differences import Difference, differences, known_value, named
+from scripts.comparison.differences import Difference, differences, in_brackets, known_value, named
 from scripts.comparison.fairness import differing
 from scripts.comparison.rows import Row, read_rows
 
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     for line in differing(rows)[1]:
         print(f"warning: {line}", file=sys.stderr)
     baseline = named(rows, args.baseline)
-    known = sorted((row for row in rows if mean(row, "AP") is not None), key=lambda row: -mean(row, "AP"))
+    known = sorted((row for row in rows if values(row, "AP")), key=mean_ap, reverse=True)
     if baseline not in known:
         raise UserError(f"{baseline.name}: no run of it has an AP; name another row by --baseline")
     by_name = {difference.name: difference for difference in differences(rows, baseline.name)}
@@ -60,8 +60,8 @@ def values(row: Row, metric: str) -> list[float]:
     return [known for run in row.runs if (known := known_value(run, metric)) is not None]
 
 
-def mean(row: Row, metric: str) -> float | None:
-    return statistics.fmean(values(row, metric)) if values(row, metric) else None
+def mean_ap(row: Row) -> float:
+    return statistics.fmean(values(row, "AP"))
 
 
 def table(rows: list[Row], baseline: Row, by_name: dict[str, Difference]) -> list[str]:
@@ -80,8 +80,7 @@ def mean_and_spread(known: list[float]) -> str:
 
 
 def in_brief(difference: Difference) -> str:
-    interval = "" if difference.low is None else f" [{difference.low:+.1f}, {difference.high:+.1f}]"
-    return f"{difference.verdict}: {difference.mean:+.1f}{interval}"
+    return f"{difference.verdict}: {difference.mean:+.1f}{in_brackets(difference)}"
 
 
 def escaped(text: str) -> str:
@@ -100,16 +99,17 @@ def draw(rows: list[Row], baseline: Row, by_name: dict[str, Difference]) -> plt.
     figure, (left, right) = plt.subplots(
         1, 2, sharey=True, figsize=(8, 1.35 + 0.27 * len(rows)), width_ratios=(1.25, 1), layout="constrained"
     )
-    center = mean(baseline, "AP")
+    center = mean_ap(baseline)
     left.axvline(center, color="black", linewidth=1, linestyle=(0, (4, 3)), zorder=0)
     dots: dict[str, plt.Line2D] = {}  # one of each verdict, for the legend
     for place, row in enumerate(rows):
         difference = by_name.get(row.name)
         verdict = difference.verdict if difference else "baseline"
         colour = VERDICT_COLOURS[verdict]
-        if difference and difference.low is not None:
-            left.plot([center + difference.low, center + difference.high], [place, place], color=colour, linewidth=2.5)
-        (dots[verdict],) = left.plot([mean(row, "AP")], [place], "o", color=colour, markersize=6.5)
+        if difference and difference.interval:
+            ends = [center + end for end in difference.interval]
+            left.plot(ends, [place, place], color=colour, linewidth=2.5)
+        (dots[verdict],) = left.plot([mean_ap(row)], [place], "o", color=colour, markersize=6.5)
         start = 0.0
         for band, share in (shares(row) or {}).items():
             right.barh(place, share, left=start, color=BANDS[band], height=0.72)

@@ -9,13 +9,16 @@ import gc
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torchvision
 
 MIB = 2**20
+
+Name = TypeVar("Name")  # of a call
 
 
 def environment() -> str:
@@ -29,15 +32,15 @@ def environment() -> str:
 
 
 def alternate(
-    calls: dict[str, Callable[[], object]],
+    calls: Mapping[Name, Callable[[], object]],
     repeats: int,
     warmup: int = 1,
     clock: Callable[[Callable[[], object]], float] | None = None,
-) -> dict[str, list[float]]:
+) -> dict[Name, list[float]]:
     """Milliseconds of each call by `clock`, the function `milliseconds` if None, round by round."""
     for call in [*calls.values()] * warmup:
         call()
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    times: dict[Name, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
             times[name].append((clock or milliseconds)(call))
@@ -69,7 +72,7 @@ def gpu_milliseconds(call: Callable[[], object], calls: int = 5) -> float:
     return total / calls
 
 
-def medians(times: dict[str, list[float]]) -> dict[str, float]:
+def medians(times: dict[Name, list[float]]) -> dict[Name, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -100,9 +103,9 @@ def peak(call: Callable[[], object]) -> float:
         return float("nan")
 
 
-def table(header: list[str], rows: Iterable[list[object]]) -> str:
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A Markdown table: the first column aligned left, the others right."""
-    lines = [header, ["---"] + ["--:"] * (len(header) - 1), *rows]
+    lines: list[Sequence[object]] = [header, ["---"] + ["--:"] * (len(header) - 1), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 

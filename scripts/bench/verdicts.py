@@ -126,12 +126,13 @@ def simulate(setting: Setting, seeds: int, simulations: int, random: np.random.G
         counts["false, bootstrap"] += old[0]
         counts["family, bootstrap"] += any(old)
         if seeds > 1:
-            ps = [estimate.p for estimate in estimates]
+            ps = [estimate.p for estimate in estimates if estimate.p is not None]
             counts["false"] += ps[0] <= verdict.LEVEL
             counts["family"] += min(verdict.hochberg(ps)) <= verdict.LEVEL
             counts["family, one t"] += min(satterthwaite(row, base) for row in others) <= verdict.LEVEL / FAMILY
             better = others[0]._replace(aps=others[0].aps + gap, draws=others[0].draws + gap)
-            counts["seen"] += verdict.difference(better, base).p <= verdict.LEVEL
+            p = verdict.difference(better, base).p
+            counts["seen"] += p is not None and p <= verdict.LEVEL
     shares = {name: f"{100 * count / simulations:.1f}" for name, count in counts.items()}
     if seeds == 1:
         shares |= dict.fromkeys(("false", "seen", "family", "family, one t"), "no verdict")

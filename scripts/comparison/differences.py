@@ -21,14 +21,13 @@ class Difference(NamedTuple):
 
     name: str
     mean: float | None  # None where it cannot be computed
-    low: float | None  # of the 95% interval; None where it cannot be computed
-    high: float | None
+    interval: tuple[float, float] | None  # that covers 95%; None where it cannot be computed
     p: float | None  # corrected for the number of comparisons; None where there is no verdict
     reason: str = ""  # why there is no verdict
 
     @property
     def verdict(self) -> str:
-        if self.p is None:
+        if self.p is None or self.mean is None:
             return "no verdict"
         return "undecided" if self.p > verdict.LEVEL else "better" if self.mean > 0 else "worse"
 
@@ -88,7 +87,7 @@ def differences_in_change(
         if name != baseline:
             estimate = verdict.difference(runs, changes[baseline])
             reason = "" if estimate.p is not None else f"train at least {SEEDS} seeds of each"
-            results.append(Difference(name, estimate.mean, estimate.low, estimate.high, estimate.p, reason))
+            results.append(Difference(name, estimate.mean, (estimate.low, estimate.high), estimate.p, reason))
     results = _corrected(results)
     without_verdict = {result.name for result in results if result.p is None}
     compared = [runs for name, runs in changes.items() if name not in without_verdict]
@@ -105,7 +104,7 @@ def differing_pairs(rows: Sequence[Row], metric: str = "AP") -> list[str]:
     for (first, second), of_pair in sorted(tested, key=lambda item: 1.0 if item[1].p is None else item[1].p):
         if of_pair.verdict == "worse":
             first, second = second, first
-            of_pair = of_pair._replace(mean=-of_pair.mean, low=-of_pair.high, high=-of_pair.low)
+            of_pair = _difference([(first, second)], metric)._replace(p=of_pair.p)
         if of_pair.verdict == "better":
             lines.append(_line(of_pair._replace(name=f"{first.name} over {second.name}")).rpartition(",")[0])
     heading = f"Of all {len(pairs)} pairs of rows, corrected together, these differ in {metric}:"
@@ -133,8 +132,8 @@ def differences_over_sets(
 
 
 def _corrected(results: list[Difference], correct: Correction = verdict.hochberg) -> list[Difference]:
-    with_p = [index for index, result in enumerate(results) if result.p is not None]
-    for index, p in zip(with_p, correct([results[index].p for index in with_p])):
+    ps = {index: result.p for index, result in enumerate(results) if result.p is not None}
+    for index, p in zip(ps, correct(list(ps.values()))):
         results[index] = results[index]._replace(p=p)
     return results
 
@@ -158,12 +157,12 @@ def _difference(sets: Sequence[tuple[Row, Row]], metric: str, weights: Sequence[
         known = all(side for pair in values for side in pair)
         means = [statistics.fmean(of_row) - statistics.fmean(of_base) for of_row, of_base in values] if known else []
         mean = sum(weight * of_set for weight, of_set in zip(weights, means)) if known else None
-        return Difference(name, mean, None, None, None, str(error))
+        return Difference(name, mean, None, None, str(error))
     reason = ""
     if estimate.p is None:
         single = next(side.name for row, base in sets for side in (base, row) if len(side.runs) == 1)
         reason = f"{single} has one seed; train at least {SEEDS} (--seeds {SEEDS})"
-    return Difference(name, estimate.mean, estimate.low, estimate.high, estimate.p, reason)
+    return Difference(name, estimate.mean, (estimate.low, estimate.high), estimate.p, reason)
 
 
 def _comparable(row: Row, base: Row, metric: str) -> tuple[verdict.Runs, verdict.Runs]:
@@ -234,13 +233,18 @@ def describe(results: Sequence[Difference], baseline: str, metric: str = "AP", s
 
 
 def _line(result: Difference) -> str:
-    interval = "" if result.low is None else f" [{result.low:+.1f}, {result.high:+.1f}]"
+    interval = in_brackets(result)
     if result.mean is None:
         return f"- {result.name}: no verdict: {result.reason}"
     if result.p is None:
         images = " over images only" if interval else ""
         return f"- {result.name}: {result.mean:+.1f}{interval}{images}; no verdict: {result.reason}"
     return f"- {result.name}: {result.mean:+.1f}{interval}, p {in_digits(result.p)}, {result.verdict}"
+
+
+def in_brackets(result: Difference) -> str:
+    """The interval after a blank; empty without one."""
+    return " [{:+.1f}, {:+.1f}]".format(*result.interval) if result.interval else ""
 
 
 def in_digits(p: float) -> str:

@@ -60,9 +60,9 @@ def differing(rows: list[Row]) -> tuple[list[str], list[str]]:
             else:
                 divisions.setdefault(runs, {})[key] = " / ".join(runs_by_value)
     unfair = [line for row in rows for line in _mixed_losses(row)]
-    for runs, values in divisions.items():
-        follow = ("metrics.step", "metrics.epoch") if "solver.epochs" in values else ()
-        differ = ", ".join(f"{key} ({of_key})" for key, of_key in values.items() if key not in follow)
+    for runs, by_key in divisions.items():
+        follow = ("metrics.step", "metrics.epoch") if "solver.epochs" in by_key else ()
+        differ = ", ".join(f"{key} ({of_key})" for key, of_key in by_key.items() if key not in follow)
         unfair.append(f"not a fair comparison, {' / '.join(runs)} differ in {differ}")
     return about_tuned, unfair
 

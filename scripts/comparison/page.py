@@ -75,8 +75,10 @@ def figure(plot: Figure, caption: str) -> str:
     return _picture(data.getvalue(), "png", caption, kind)
 
 
-def save(plot: Figure, target: io.BytesIO | Path, **options: object) -> None:
-    """Save a matplotlib figure with fonts that have all its characters; `options` go to savefig."""
+def save(
+    plot: Figure, target: io.BytesIO | Path, *, dpi: int, format: str | None = None, bbox_inches: str | None = None
+) -> None:
+    """Save a matplotlib figure with fonts that have all its characters; the options are those of savefig."""
     for axis in plot.axes:
         axis.get_xticklabels(), axis.get_yticklabels()  # creates the tick labels, which matplotlib makes on demand
     texts = plot.findobj(Text)
@@ -88,7 +90,7 @@ def save(plot: Figure, target: io.BytesIO | Path, **options: object) -> None:
         text.set_fontfamily(families)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # data/fonts.py reports them once
-        plot.savefig(target, **options)
+        plot.savefig(target, dpi=dpi, format=format, bbox_inches=bbox_inches)
 
 
 def label(name: str) -> str:

@@ -91,22 +91,22 @@ def summary(rows: list[Row]) -> str:
 def differences(results: list[Difference], heading: str, detectable: list[str]) -> list[str]:
     if not results:
         return []
-    drawn = [diff for diff in results if diff.low is not None]
+    drawn = [(diff, diff.mean, diff.interval) for diff in results if diff.mean is not None and diff.interval]
     plot, axis = plt.subplots(figsize=(page.FIGURE[0], 1 + 0.35 * len(drawn)), layout="constrained")
     colours = {"better": "#2ca02c", "worse": "#d62728"}
-    for place, diff in enumerate(reversed(drawn)):
+    for place, (diff, mean, interval) in enumerate(reversed(drawn)):
         colour = colours.get(diff.verdict, "#7f7f7f")
-        axis.plot([diff.low, diff.high], [place, place], color=colour, linewidth=3)
-        axis.plot([diff.mean], [place], "o", color=colour)
+        axis.plot(interval, [place, place], color=colour, linewidth=3)
+        axis.plot([mean], [place], "o", color=colour)
     axis.axvline(0, color="black", linewidth=0.8)
-    axis.set_yticks(range(len(drawn)), [diff.name for diff in reversed(drawn)])
+    axis.set_yticks(range(len(drawn)), [diff.name for diff, _, _ in reversed(drawn)])
     axis.set_xlabel("difference from the baseline, percent")
     lines = [
         (
             diff.name,
             diff.verdict + (f": {diff.reason}" if diff.reason else ""),
             "-" if diff.mean is None else f"{diff.mean:+.1f}",
-            *("-" if end is None else f"{end:+.1f}" for end in (diff.low, diff.high)),
+            *("-" if end is None else f"{end:+.1f}" for end in diff.interval or (None, None)),
             "-" if diff.p is None else in_digits(diff.p),
         )
         for diff in results

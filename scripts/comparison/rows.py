@@ -161,11 +161,11 @@ def costs(rows: list[Row]) -> Costs:
     runs = [run for row in rows for run in row.runs]
     if not runs:
         return Costs({}, {}, "")
-    timings = [run.get("timing") for run in runs]
-    timed = all(timings) and len({timing["started"] for timing in timings}) == 1
-    jobs = {run.get("jobs") for run in runs}
+    timings = [run["timing"] for run in runs if run.get("timing")]
+    timed = len(timings) == len(runs) and len({timing["started"] for timing in timings}) == 1
+    jobs = {run["jobs"] for run in runs if "jobs" in run}
     machines = {str(run.get("machine", {}).get("device")) for run in runs}
-    if None in jobs:
+    if not all("jobs" in run for run in runs):
         reason = "the results do not say whether each run had the machine to itself"
     elif jobs != {1}:
         reason = f"runs shared the machine (--jobs {max(jobs)})"

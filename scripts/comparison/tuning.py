@@ -37,14 +37,17 @@ def propose(trials: Sequence[Trial]) -> dict[str, float]:
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     start = trials[0].values
-    spans = {key: optuna.distributions.FloatDistribution(*span) for key, span in ranges(trials).items()}
+    spans = ranges(trials)
+    distributions: dict[str, optuna.distributions.BaseDistribution] = {
+        key: optuna.distributions.FloatDistribution(*span) for key, span in spans.items()
+    }
     sampler = optuna.samplers.GPSampler(seed=len(trials), n_startup_trials=RANDOM)
     study = optuna.create_study(direction="maximize", sampler=sampler)
     for trial in trials:
         # The clamp is for values that were rounded to just outside of the range.
-        params = {key: min(max(_decades(trial, key, start), s.low), s.high) for key, s in spans.items()}
-        study.add_trial(optuna.trial.create_trial(params=params, distributions=spans, value=_score(trial)))
-    proposed = study.ask(spans).params
+        params = {key: min(max(_decades(trial, key, start), low), high) for key, (low, high) in spans.items()}
+        study.add_trial(optuna.trial.create_trial(params=params, distributions=distributions, value=_score(trial)))
+    proposed = study.ask(distributions).params
     return {key: float(f"{start[key] * 10 ** proposed[key]:.3g}") for key in start}
 
 

@@ -25,7 +25,7 @@ scripts/bench/verdicts.py measures all this.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from scipy import optimize, special, stats
@@ -36,7 +36,7 @@ MOST_SEEDS = 1000
 STUDIES = 2000
 TINY = 1e-12
 
-Numbers = float | np.ndarray
+Numbers = TypeVar("Numbers", float, np.ndarray)
 
 
 class Runs(NamedTuple):
