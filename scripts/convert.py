@@ -236,7 +236,8 @@ def write(
 
 def document(chosen: list[str], pictures: dict, category: dict[str, int]) -> dict:
     """A COCO annotation file of the images `chosen`."""
-    images, annotations = [], []
+    images: list[dict] = []
+    annotations: list[dict] = []
     for number, name in enumerate(chosen, start=1):
         _, (width, height), boxes = pictures[name]
         images.append({"id": number, "file_name": name, "width": width, "height": height})

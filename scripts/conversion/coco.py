@@ -190,7 +190,8 @@ def place_of(
 
 def merged(place: str, claims: list[Claim], notes: Notes) -> Labels:
     """The labels of an image from all records of it. Raises UserError if they disagree about its size."""
-    boxes, sizes = list(claims[0].labels.boxes), {}
+    boxes = list(claims[0].labels.boxes)
+    sizes: dict[tuple[int, int], str] = {}
     for claim in claims:
         if claim.labels.size:
             sizes.setdefault(claim.labels.size, f"{claim.labels.size[0]} x {claim.labels.size[1]} in {claim.document}")

@@ -75,21 +75,21 @@ def darknet(text: str) -> dict:
 
 def classes_of(source: Path, files: dict[str, Path], described: Described | None) -> Classes:
     """The class names of a YOLO set: those of data.yaml or obj.data, else those of classes.txt or *.names."""
-    content = described.content if described else {}
+    place, content = described or Described("", {})
     named, keypoints = content.get("names"), content.get("kpt_shape")
     if isinstance(named, str):  # obj.data names a file
         suffix = PurePosixPath(named).suffix
-        lists = Index(name for name in files if name.endswith(suffix)).find(named, described.name)
+        lists = Index(name for name in files if name.endswith(suffix)).find(named, place)
         if not lists:
-            raise UserError(f"{files[described.name]}: names {named!r} is not in {source}; put it there")
+            raise UserError(f"{files[place]}: names {named!r} is not in {source}; put it there")
         named = lines_of(files[lists[0]])
     elif isinstance(named, dict):
-        named = in_order(named, files[described.name])
+        named = in_order(named, files[place])
     elif named is None:
         named = from_lists(source, {name: path for name, path in files.items() if is_names(name)})
     if not isinstance(named, list) or len(set(map(str, named))) != len(named):
         raise UserError(f"{source}: the names of its classes are not a list, or a name is there twice")
-    return Classes(list(map(str, named)), None if keypoints is None else shape_of(keypoints, files[described.name]))
+    return Classes(list(map(str, named)), None if keypoints is None else shape_of(keypoints, files[place]))
 
 
 def shape_of(keypoints: object, file: Path) -> tuple[int, int]:

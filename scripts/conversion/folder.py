@@ -67,9 +67,10 @@ def read_folder(form: str, source: Path, decoded: Path, notes: Notes) -> Source:
             + (f", but {' '.join(sorted(unread))}; save those as .jpg" if unread else "")
         )
     read = read_labels(form, images, labels, pairs, doubtful, classes, notes)
-    parts = defaultdict(set)
+    parts: dict[str, set[str]] = defaultdict(set)
     for name, label in pairs.items():
-        parts[part_of(folder_of(label))].add(name)
+        if part := part_of(folder_of(label)):
+            parts[part].add(name)
     return Source(images, read, classes.names, about, files, lists, described, parts)
 
 
@@ -121,7 +122,7 @@ def decode(label: str, file: Path, folder: Path, notes: Notes) -> str | None:
             return None
         data = base64.b64decode(data.rpartition(",")[2])  # a data URL has its kind before the comma
         with Image.open(io.BytesIO(data)) as image:
-            suffix = {"JPEG": ".jpg"}.get(image.format, f".{image.format.lower()}")
+            suffix = ".jpg" if image.format == "JPEG" else f".{image.format}".lower()
     except UserError:
         return None  # not labelme's
     except Exception as error:  # decoders raise all kinds

@@ -123,7 +123,7 @@ class Index:
         alike = self.by_name.get(parts[-1]) or self._by_stem(parts[-1])
         part = part_of("/".join(parts[-3:-1]))  # the folders further up are where the user keeps data sets
         alike = [name for name in alike if part is None or part_of(folder_of(name)) in (None, part)]
-        near_part, near = part_of(near), pieces(near)
+        near_part, near_pieces = part_of(near), pieces(near)
         plain = text.replace("\\", "/").split("/")
 
         def agreement(name: str) -> tuple:
@@ -132,7 +132,7 @@ class Index:
                 common(reversed(pieces(name)), reversed(parts)),
                 common(reversed(name.split("/")), reversed(plain)),  # before another spelling
                 near_part is not None and part_of_name == near_part,
-                common(pieces(name), near),
+                common(pieces(name), near_pieces),
             )
 
         scores = {name: agreement(name) for name in alike}

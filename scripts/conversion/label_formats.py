@@ -37,7 +37,12 @@ class Labels(NamedTuple):
         """The boxes in pixels of an image of this (width, height)."""
         if not self.relative:
             return self.boxes
-        return [box._replace(sides=tuple(a * b for a, b in zip(box.sides, (*size, *size)))) for box in self.boxes]
+        across, down = size
+        return [
+            box._replace(sides=(x * across, y * down, w * across, h * down))
+            for box in self.boxes
+            for x, y, w, h in (box.sides,)
+        ]
 
 
 class Classes(NamedTuple):
@@ -109,8 +114,9 @@ def read_voc(file: Path, classes: Classes, notes: Notes) -> Labels:
     objects = root.findall(".//object")
     for thing in objects:
         name = (thing.findtext("name") or "").strip()
-        edges = [number(thing.findtext(f"bndbox/{edge}")) for edge in ("xmin", "ymin", "xmax", "ymax")]
-        if not name or None in edges:
+        texts = [thing.findtext(f"bndbox/{edge}") for edge in ("xmin", "ymin", "xmax", "ymax")]
+        edges = [edge for edge in map(number, texts) if edge is not None]
+        if not name or len(edges) < 4:
             notes["left out: objects without a name or a box"].append(f"{file}: {name or 'no name'}")
             continue
         x1, y1, x2, y2 = edges
@@ -189,11 +195,9 @@ def read_labelme(file: Path, classes: Classes, notes: Notes) -> Labels:
         all_xs += xs
         all_ys += ys
     boxes = [Box(name, bounds(xs, ys)) for name, xs, ys in objects.values()]
-    stated = tuple(number(content.get(side)) or 0 for side in ("imageWidth", "imageHeight"))
-    return Labels(
-        some(boxes, content["shapes"], file),
-        tuple(map(int, stated)) if all(math.isfinite(side) and side > 0 for side in stated) else None,
-    )
+    width, height = (number(content.get(side)) or 0 for side in ("imageWidth", "imageHeight"))
+    stated = all(math.isfinite(side) and side > 0 for side in (width, height))
+    return Labels(some(boxes, content["shapes"], file), (int(width), int(height)) if stated else None)
 
 
 def labelme_content(file: Path) -> dict:
@@ -232,8 +236,8 @@ def bounds(xs: list[float], ys: list[float]) -> tuple[float, float, float, float
 
 def number(value: object) -> float | None:
     try:
-        return float(value)
-    except (TypeError, ValueError, OverflowError):
+        return float(value) if isinstance(value, str | int | float) else None
+    except (ValueError, OverflowError):
         return None
 
 

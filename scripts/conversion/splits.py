@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from detector.errors import UserError
+from scripts.conversion.description import Described
 from scripts.conversion.found_files import PARTS, Index, common, folder_of, kind_of, part_of, pieces
 from scripts.conversion.label_formats import Notes, number, text_of
 from scripts.conversion.source import Source
@@ -66,7 +67,8 @@ class Finder:
     """Finds the parts of a set."""
 
     def __init__(self, source: Source, notes: Notes):
-        self.images, self.files, self.described, self.notes = source.images, source.files, source.described, notes
+        self.images, self.files, self.notes = source.images, source.files, notes
+        self.described = source.described or Described("", {})
         self.index = Index(self.images)
         parents = (parent.as_posix() for name in self.images for parent in PurePosixPath(name).parents)
         self.folders = {"", *parents} - {"."}
@@ -77,7 +79,7 @@ class Finder:
 
     def named(self, part: str) -> tuple[set[str], str]:
         """The images of a part that a file names, and "that of FILE". Raises UserError if none of them are found."""
-        entry = self.described and self.described.part(part)
+        entry = self.described.part(part)
         if entry:
             hits = set().union(*(self.by_entry(line) for line in entry))
             where, what = self.described.name, ", ".join(entry)
