@@ -7,6 +7,8 @@ anchors and boxes. "differ" is the number of anchors with different matches. ATS
 """
 
 import argparse
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -32,13 +34,13 @@ def main() -> None:
     device = pick_device("auto")
     iou, atss = (Criterion(rule, BoxCoder(), nn.Identity(), nn.Identity()) for rule in (IoUAssigner(), ATSSAssigner()))
     cases = [(side, count, *case(args.images, side, count, device)) for side in args.sides for count in args.boxes]
-    calls = [
+    calls: list[dict[str, Callable[[], object]]] = [
         {
-            "torchvision": lambda c=c: theirs(*c),
-            "ours": lambda c=c: iou.match(*c),
-            "ATSS": lambda c=c: atss.match(*c),
+            "torchvision": partial(theirs, grid, targets),
+            "ours": partial(iou.match, grid, targets),
+            "ATSS": partial(atss.match, grid, targets),
         }
-        for _, _, *c in cases
+        for _, _, grid, targets in cases
     ]
     memory = [{name: measure.peak(call) / measure.MIB for name, call in three.items()} for three in calls]
     keep_freed_memory(device)

@@ -14,7 +14,7 @@ import io
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 
 if __name__ == "__main__":
@@ -34,6 +34,7 @@ NUMBERS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "A
 CLASSES = 80
 
 Case = tuple[Annotations, dict[int, Detections], list[int]]
+Scoring = Callable[[], Mapping[str, object]]  # to NUMBERS, and more
 
 
 def main() -> None:
@@ -111,11 +112,11 @@ def random_boxes(rng: np.random.Generator, count: int) -> np.ndarray:
     return np.concatenate([rng.uniform(0, 1, (count, 2)) * ((640, 480) - sides), sides], axis=1)
 
 
-def ours(case: Case) -> Callable[[], dict]:
+def ours(case: Case) -> Scoring:
     return lambda: score(*case)
 
 
-def pycocotools(case: Case) -> Callable[[], dict]:
+def pycocotools(case: Case) -> Scoring:
     annotations, detections, category_ids = case
     truth = COCO()
     truth.dataset = annotations.document()

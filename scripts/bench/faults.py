@@ -25,11 +25,13 @@ import random
 import shutil
 import signal
 import socket
+import statistics
 import sys
 import tempfile
 import time
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -103,7 +105,8 @@ def faults(folder: Path, wanted: int, steps: int, rng: random.Random) -> int:
     config = write_config(folder, steps)
     truth: dict[int, dict] = {}
     lasts: dict[int, dict[str, float]] = {}  # number of processes -> seconds of each phase
-    struck, wrong, runs, lives = Counter(), [], 0, 0
+    struck: Counter[tuple[str, str]] = Counter()  # by strike and phase
+    wrong, runs, lives = [], 0, 0
     while struck.total() < wanted:
         processes, name = rng.choice((1, 2)), f"run{runs}"
         if processes not in truth:
@@ -228,7 +231,7 @@ def members(group: int) -> list[str]:
     return running
 
 
-def until(life: Life, reached: object) -> None:
+def until(life: Life, reached: Callable[[], bool]) -> None:
     while not life.codes and not reached():
         time.sleep(0.002)
         life.poll()
@@ -236,12 +239,11 @@ def until(life: Life, reached: object) -> None:
 
 def durations(life: Life) -> dict[str, float]:
     """Mean seconds of each phase of an uninterrupted life."""
-    spent, times = Counter(), Counter()
+    spent: dict[str, list[float]] = {mark: [] for mark in PHASES}
     turns = [(moment, mark) for moment, mark in life.marks if mark in PHASES]
     for (begin, mark), (end, _) in pairwise(turns):
-        spent[mark] += end - begin
-        times[mark] += 1
-    return {mark: round(spent[mark] / times[mark], 3) for mark in PHASES}
+        spent[mark].append(end - begin)
+    return {mark: round(statistics.fmean(seconds), 3) for mark, seconds in spent.items()}
 
 
 def write_config(folder: Path, steps: int) -> Path:
@@ -302,7 +304,7 @@ def live(words: list[str], environment: dict[str, str], born: list[int], log: Pa
         run_main(train.main)
         code = 0
     except SystemExit as end:
-        code = end.code
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)  # None is success
     except BaseException:
         traceback.print_exc()
     finally:
@@ -314,7 +316,7 @@ def live(words: list[str], environment: dict[str, str], born: list[int], log: Pa
 def mark_calls(pipe: int) -> None:
     """Write a letter at the start of each phase, and a dot after each step."""
 
-    def marking(call, before: bytes, after: bytes = b""):
+    def marking(call, before: bytes, after: bytes):
         def marked(*arguments, **named):
             os.write(pipe, before)
             result = call(*arguments, **named)
@@ -324,10 +326,14 @@ def mark_calls(pipe: int) -> None:
         return marked
 
     os.write(pipe, b"b")
-    train.train_until = marking(train.train_until, b"t")
-    train.predict = marking(train.predict, b"e")
-    checkpoint.save = marking(checkpoint.save, b"s")
-    Solver.step = marking(Solver.step, b"", b".")
+    marks = (
+        (train, "train_until", b"t", b""),
+        (train, "predict", b"e", b""),
+        (checkpoint, "save", b"s", b""),
+        (Solver, "step", b"", b"."),
+    )
+    for owner, name, before, after in marks:
+        setattr(owner, name, marking(getattr(owner, name), before, after))
 
 
 def saved(run: Path) -> int:
@@ -339,16 +345,16 @@ def saved(run: Path) -> int:
 def state(path: Path) -> dict:
     """The parts of a checkpoint that must not depend on interruptions."""
     content = checkpoint.read(path)
-    del content["run"]["seconds_per_step"], content["run"]["peak_memory"], content["config"]
-    return content
+    run = {key: value for key, value in content["run"].items() if key not in ("seconds_per_step", "peak_memory")}
+    return {key: value for key, value in content.items() if key != "config"} | {"run": run}
 
 
 def equal(first: object, second: object) -> bool:
-    if isinstance(first, torch.Tensor):
+    if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
         return torch.equal(first, second)
-    if isinstance(first, dict):
+    if isinstance(first, dict) and isinstance(second, dict):
         return first.keys() == second.keys() and all(equal(value, second[key]) for key, value in first.items())
-    if isinstance(first, (list, tuple)):
+    if isinstance(first, (list, tuple)) and isinstance(second, (list, tuple)):
         return len(first) == len(second) and all(map(equal, first, second))
     return first == second
 

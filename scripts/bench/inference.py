@@ -18,6 +18,7 @@ from detector import assemble
 from detector.device import autocast, keep_freed_memory, pick_device, pick_precision
 from detector.model import RetinaNet
 from detector.solver import PRECISIONS
+from detector.structures import Detections, Predictions
 from scripts.bench import measure, step
 
 CELLS = 500  # cells of an image that pass the threshold in a trained network
@@ -65,17 +66,19 @@ def compare(name: str, side: int, batch: int, trained: bool, repeats: int) -> No
     print(f"\nOurs: postprocessing is {100 * medians['after'] / medians['ours']:.1f}%, {medians['after']:.1f} ms")
 
 
-def our_calls(cfg: assemble.Config, model: RetinaNet, images: Tensor) -> list[Callable[[], object]]:
+def our_calls(
+    cfg: assemble.Config, model: RetinaNet, images: Tensor
+) -> tuple[Callable[[], list[Detections]], Callable[[], Predictions], Callable[[], list[Detections]]]:
     """Functions for images to boxes, the network alone, and the postprocessing alone."""
     precision = PRECISIONS[pick_precision(cfg.precision, images.device)[0]]
-    postprocess, sizes = assemble.build_postprocess(cfg), [tuple(images.shape[-2:])] * len(images)
+    postprocess, sizes = assemble.build_postprocess(cfg), [(images.shape[2], images.shape[3])] * len(images)
 
-    def network() -> object:
+    def network() -> Predictions:
         with torch.no_grad(), autocast(images.device, precision):
             return model(images, sizes)
 
     predictions = network()
-    return [lambda: postprocess(network(), sizes), network, lambda: postprocess(predictions, sizes)]
+    return lambda: postprocess(network(), sizes), network, lambda: postprocess(predictions, sizes)
 
 
 @torch.no_grad()
@@ -85,10 +88,11 @@ def spread(output: nn.Conv2d, logits: Callable[[], Tensor]) -> None:
     best, last = values[:, 0].mean(), values[:, -1].mean()
     scale = (2.2 + 2.944) / (best - last)  # logits of 0.9 and 0.05
     output.weight *= scale
+    assert output.bias is not None
     output.bias.copy_(output.bias * scale + 2.2 - best * scale)
 
 
-def peer_logits(peer: nn.Module, images: Tensor) -> Tensor:
+def peer_logits(peer: step.TorchvisionRetinaNet, images: Tensor) -> Tensor:
     inputs, _ = peer.transform(list(images.float() / 255))
     return peer.head(list(peer.backbone(inputs.tensors).values()))["cls_logits"]
 

@@ -19,8 +19,10 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import cv2
 import numpy as np
@@ -42,6 +44,16 @@ from scripts.bench import measure
 SIDES = {"512x384": (384, 512), "1067x800": (800, 1333)}  # short and long side
 HEIGHT, WIDTH, BOXES, BATCH = 480, 640, 8, 8
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Samples(Protocol):
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, key: tuple[int, int], /) -> tuple:
+        """The key is an index and the seed of the augmentation."""
+
+
+Run = tuple[Samples, Callable[[list], tuple]]  # with what makes a batch of samples
 
 
 def main() -> None:
@@ -69,8 +81,8 @@ def main() -> None:
 
 
 def compare(size: str, ours: CocoDataset, cached: CocoDataset, sides: tuple[int, int], repeats: int) -> str:
-    runs = {**peers(ours, sides), "ours": (ours, collate), "ours, cached": (cached, collate)}
-    times = measure.alternate({name: lambda run=run: epoch(*run) for name, run in runs.items()}, repeats)
+    runs: dict[str, Run] = {**peers(ours, sides), "ours": (ours, collate), "ours, cached": (cached, collate)}
+    times = measure.alternate({name: partial(epoch, *run) for name, run in runs.items()}, repeats)
     rows = []
     for name, ms in measure.medians(times).items():
         ratios = [f"{measure.ratio(times, name, mine):.2f}x" for mine in ("ours", "ours, cached")]
@@ -95,12 +107,12 @@ def stages(dataset: CocoDataset, repeats: int) -> str:
     return measure.table(["stage", "ms an image"], [[name, f"{ms / len(files):.2f}"] for name, ms in times.items()])
 
 
-def epoch(dataset: Sequence, join: Callable[[list], object]) -> None:
+def epoch(dataset: Samples, join: Callable[[list], tuple]) -> None:
     for start in range(0, len(dataset), BATCH):
         join([dataset[index, index] for index in range(start, min(start + BATCH, len(dataset)))])
 
 
-def batch_bytes(dataset: Sequence, join: Callable[[list], tuple]) -> int:
+def batch_bytes(dataset: Samples, join: Callable[[list], tuple]) -> int:
     return BATCH * join([dataset[0, 0]])[0].nbytes
 
 
@@ -116,7 +128,7 @@ def loader_speed(dataset: CocoDataset, workers: int, repeats: int) -> float:
     return 1 / statistics.median(durations[1:])
 
 
-def peers(ours: CocoDataset, sides: tuple[int, int]) -> dict[str, tuple[Sequence, Callable[[list], tuple]]]:
+def peers(ours: CocoDataset, sides: tuple[int, int]) -> dict[str, Run]:
     """Data sets of the same images and boxes, each with a function that makes a batch of its samples."""
     short_side, long_side = sides
     flipping, resizing = v2.RandomHorizontalFlip(0.5), v2.Resize(short_side, max_size=long_side)
@@ -168,7 +180,8 @@ def write_images(folder: Path, count: int) -> int:
     """Write JPEG files and their annotations.json; returns the bytes of all images."""
     random = np.random.default_rng(0)
     photos, written = load_sample_images().images, 0
-    images, annotations = [], []
+    images: list[dict] = []
+    annotations: list[dict] = []
     for number in range(count):
         photo = photos[number % len(photos)]
         height = int(random.integers(300, photo.shape[0]))

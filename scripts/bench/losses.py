@@ -15,6 +15,7 @@ the peak of one call beyond the memory in use before it, as a multiple of the lo
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -48,18 +49,19 @@ def main() -> None:
     args = parser.parse_args()
     print(measure.environment())
     device, dtype = pick_device("auto"), getattr(torch, args.dtype)
+    mean, std = args.logits
     memory = {}
     for rows in args.rows:  # measured before freed memory is kept, which would count as used
-        logits, *rest = cells(rows, args.classes, *args.logits, device, dtype)
-        calls = class_losses(logits, *rest, args.slow)
+        logits, labels, valid = cells(rows, args.classes, mean, std, device, dtype)
+        calls = class_losses(logits, labels, valid, args.slow)
         memory[rows] = {name: peak(call, logits) for name, call in calls.items()}
     if device.type == "cpu":
         keep_freed_memory()
     for rows in args.rows:
-        logits, *rest = cells(rows, args.classes, *args.logits, device, dtype)
+        logits, labels, valid = cells(rows, args.classes, mean, std, device, dtype)
         share = (logits.sigmoid() >= 1 / 30).any(1).float().mean()
         print(f"\n{rows:,} x {args.classes} cells, {share:.0%} of rows with a cell past the first of 30 regions\n")
-        report(class_losses(logits, *rest, args.slow), logits, args.repeats, memory[rows])
+        report(class_losses(logits, labels, valid, args.slow), logits, args.repeats, memory[rows])
     print(f"\nBoxes, {POSITIVES} positives\n")
     report(box_losses(device), torch.zeros(POSITIVES, 4, device=device), args.repeats * 10, None)
     gradient_error()
@@ -95,7 +97,9 @@ def class_losses(logits: Tensor, labels: Tensor, valid: Tensor, slow: bool) -> d
     if slow:
         ours |= {"GHM-C exact": GHMC(density="exact")}
     ours = {name: loss.to(logits.device) for name, loss in ours.items()}
-    calls = {name: lambda loss=loss: loss(x, labels, valid, POSITIVES) for name, loss in ours.items()}
+    calls: dict[str, Callable[[], Tensor]] = {
+        name: partial(loss, x, labels, valid, POSITIVES) for name, loss in ours.items()
+    }
 
     def cross_entropy() -> Tensor:
         losses = F.binary_cross_entropy_with_logits(x, targets, reduction="none")
@@ -176,15 +180,13 @@ def gradient_error(rows: int = 20_000, classes: int = 80) -> None:
     }
     slope = {}
     for name, (x, form) in forms.items():
-        x.requires_grad_().grad = None
-        form(x).backward()
-        slope[name] = x.grad.double()
-    rows = []
+        slope[name] = torch.autograd.grad(form(x.requires_grad_()), x)[0].double()
+    lines = []
     for name in list(forms)[1:]:
         error = ((slope[name] - slope["truth"]) / slope["truth"]).abs()
-        rows.append([name, f"{error.median():.1e}", f"{error.max():.1e}"])
+        lines.append([name, f"{error.median():.1e}", f"{error.max():.1e}"])
     print("\nFocal's gradient against float64\n")
-    print(measure.table(["relative error", "median", "worst"], rows))
+    print(measure.table(["relative error", "median", "worst"], lines))
 
 
 def whole_step(repeats: int, side: int = 512, images: int = 2) -> None:
@@ -205,7 +207,7 @@ def report(
     calls: dict[str, Callable[[], Tensor]], logits: Tensor, repeats: int, peaks: dict[str, float] | None
 ) -> None:
     """A row for each call: milliseconds of forward and backward, ratio to our CE, memory in logits, ours to peer."""
-    steps = {name: lambda call=call: step(call, logits) for name, call in calls.items()}
+    steps = {name: partial(step, call, logits) for name, call in calls.items()}
     times = measure.alternate(steps, repeats, clock=measure.gpu_milliseconds if logits.is_cuda else None)
     medians, rows = measure.medians(times), []
     for name, median in medians.items():

@@ -88,7 +88,8 @@ def repeat(coco: dict, count: int) -> dict:
     by_image: dict[int, list[dict]] = {}
     for annotation in coco["annotations"]:
         by_image.setdefault(annotation["image_id"], []).append(annotation)
-    images, annotations = [], []
+    images: list[dict] = []
+    annotations: list[dict] = []
     for number, image in enumerate(islice(cycle(coco["images"]), count)):
         images.append(image | {"id": number})
         for annotation in by_image.get(image["id"], []):

@@ -15,7 +15,7 @@ is that of one call beyond the weights.
 import argparse
 import contextlib
 import multiprocessing
-import os
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from multiprocessing.connection import Connection
@@ -43,7 +43,7 @@ COCO = Path(__file__).resolve().parents[2] / "configs/coco/base.yaml"
 CLASSES = 80
 # Forks of a process that has only imported this file: a fork of this process would inherit its threads and its GPU's
 # context.
-servers = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
+servers = multiprocessing.get_context("spawn") if sys.platform == "win32" else multiprocessing.get_context("forkserver")
 servers.set_forkserver_preload(["scripts.bench.step"])  # or each child imports PyTorch again
 WORK = ["resnet18:512:2", "resnet50:512:4"]
 
@@ -84,10 +84,12 @@ def compare(builders: dict[str, Callable], name: str, side: int, batch: int, box
             pipes[label] = pipe
         memory = {label: pipe.recv() for label, pipe in pipes.items()}  # they start at the same time
         as_in_training = {}  # whether a row, in its last step, used all that train.py would
-        calls = {
-            label: lambda label=label, pipe=pipe: (pipe.send(True), as_in_training.update({label: pipe.recv()}))
-            for label, pipe in pipes.items()
-        }
+
+        def take_turn(label: str) -> None:
+            pipes[label].send(True)
+            as_in_training[label] = pipes[label].recv()
+
+        calls = {label: partial(take_turn, label) for label in pipes}
         warmup = 4 if torch.cuda.is_available() else 1  # a graph is recorded at the third
         times = measure.alternate(calls, repeats, warmup)
     rows = [
@@ -161,14 +163,14 @@ def our_step(
     cfg, model = our_model(name, state, f"solver.batch_size={len(images)}", *settings)
     criterion = assemble.build_criterion(cfg).to(images.device).train()
     solver = assemble.build_solver(cfg, model.train(), steps_per_epoch=1_000_000)
-    sizes = [tuple(images.shape[-2:])] * len(images)
+    sizes = [(images.shape[2], images.shape[3])] * len(images)
     speed_up(model)
     batch = Batch.allocate(images.shape, targets, list(range(len(images))), sizes, sizes)
     batch.images.copy_(images)
     return partial(training_step(model, criterion, solver), batch), model
 
 
-def torchvision_model(name: str, state: dict[str, Tensor], side: int, **options: object) -> nn.Module:
+def torchvision_model(name: str, state: dict[str, Tensor], side: int, **options: object) -> TorchvisionRetinaNet:
     """torchvision's RetinaNet as `retinanet_resnet50_fpn` builds it; images stay as large as they are."""
     torch.manual_seed(0)
     last = LastLevelP6P7(2048 if name == "resnet50" else 512, 256)
