@@ -270,7 +270,7 @@ def tune(
 ) -> dict[str, Values]:
     """Train the tuning runs; return the variants with their best values. Exits if a tuning run has no result."""
     study.hold_out()
-    small = {"curve": [], "probability": [], "resampled": []}
+    small: dict[str, list] = {"curve": [], "probability": [], "resampled": []}
     if not train_all(searches, trials * len(searches), jobs, keep=lambda full: full | small):
         sys.exit(1)
     tuned = dict(variants)

@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
         ("", [page.items(lines)]),
         ("Classes", [classes(both)]),
         ("Boxes and anchors", fit(train, anchors, best)),
-        ("In both train and val", duplicate_pictures(pairs, train, val)),
+        ("In both train and val", duplicate_pictures(pairs, train, val) if val else []),
         ("Boxes to check", suspicious_tables(suspicious)),
         ("Samples", [page.row(samples(train))]),
     ]
@@ -128,10 +128,11 @@ def small(cfg: Config):
 def read_dataset(cfg: Config, split: str, like: CocoDataset | None = None) -> Seen:
     """Read a whole data set. Raises UserError at the end if images cannot be read."""
     files = getattr(cfg.data, split)
-    given = {"category_ids": like.category_ids, "class_names": like.class_names} if like else {}
     size = EvalTransform(cfg.data.short_side, cfg.data.long_side)
-    dataset = CocoDataset(files.annotations, files.images, size, **given, trust=cfg.data.trust)
-    if split == "train" and not cfg.data.trust:
+    ids, names = (like.category_ids, like.class_names) if like else (None, None)
+    trust = cfg.data.trust
+    dataset = CocoDataset(files.annotations, files.images, size, category_ids=ids, class_names=names, trust=trust)
+    if split == "train" and not trust:
         dataset.refuse_without_boxes()
     boxes, labels, image, sizes, hashes, errors = [], [], [], [], [], []
     for index in tqdm(range(len(dataset)), desc=f"reading {split}", unit="image"):
@@ -143,11 +144,10 @@ def read_dataset(cfg: Config, split: str, like: CocoDataset | None = None) -> Se
         boxes.append(target.boxes.numpy())
         labels.append(target.labels.numpy())
         image.append(np.full(len(target.labels), index))
-        sizes.append(tuple(pixels.shape[1:]))
+        sizes.append((pixels.shape[1], pixels.shape[2]))
         hashes.append(np.packbits(imagehash.phash(Image.fromarray(pixels.permute(1, 2, 0).numpy())).hash.flatten()))
     if errors:
-        for error in errors:
-            print(error, file=sys.stderr)
+        print("\n".join(errors), file=sys.stderr)
         count = f"{len(errors)} of {len(dataset)} images cannot be used"
         raise UserError(f"{files.annotations}: {count}, the first: {errors[0]}")
     columns = (np.concatenate([np.zeros((0, 4), np.float32), *boxes]), np.concatenate([np.zeros(0, int), *labels]))
@@ -158,6 +158,17 @@ def read_dataset(cfg: Config, split: str, like: CocoDataset | None = None) -> Se
 # ----------------------------------------------------------------------------------------------------------- anchors
 
 
+def size_of_map(size: tuple[int, int], stride: int) -> tuple[int, int]:
+    """(height, width) of the level's map of an image of this size."""
+    height, width = size
+    return -(-height // stride), -(-width // stride)
+
+
+def padded(size: tuple[int, int], multiple: int) -> tuple[int, int]:
+    rows, columns = size_of_map(size, multiple)
+    return rows * multiple, columns * multiple
+
+
 def best_iou(anchors: Anchors, boxes: np.ndarray, sizes: list[tuple[int, int]]) -> np.ndarray:
     """The best IoU that any anchor of its image has with each box (N, 4); sizes: (height, width) of its image.
 
@@ -166,13 +177,13 @@ def best_iou(anchors: Anchors, boxes: np.ndarray, sizes: list[tuple[int, int]]) 
     best = np.zeros(len(boxes), np.float32)
     by_size: dict[tuple[int, int], list[int]] = {}
     for index, size in enumerate(sizes):
-        by_size.setdefault(tuple(-(-side // STRIDE) * STRIDE for side in size), []).append(index)
+        by_size.setdefault(padded(size, STRIDE), []).append(index)
     for size, indices in by_size.items():
         of_size = torch.from_numpy(boxes[indices])
         centres = (of_size[:, :2] + of_size[:, 2:]) / 2
         of_level = []
         for level, shapes in enumerate(anchors.shapes):
-            map_size = tuple(-(-side // anchors.strides[level]) for side in size)
+            map_size = size_of_map(size, anchors.strides[level])
             steps = torch.tensor(anchors.steps(map_size, level, size)[::-1])  # x first
             positions = (centres / steps).round().clamp(min=torch.zeros(2), max=torch.tensor(map_size[::-1]) - 1)
             placed = (positions * steps).repeat(1, 2)[:, None] + shapes  # (n, shapes, 4)
@@ -189,8 +200,8 @@ def balance(cfg: Config, anchors: Anchors, train: Seen) -> str:
     chosen = sorted(random.Random(0).sample(range(len(train.sizes)), min(ASSIGNED, len(train.sizes))))
     positives = negatives = 0
     for index in chosen:
-        size = tuple(-(-side // cfg.data.pad_to) * cfg.data.pad_to for side in train.sizes[index])
-        map_sizes = [tuple(-(-side // stride) for side in size) for stride in anchors.strides]
+        size = padded(train.sizes[index], cfg.data.pad_to)
+        map_sizes = [size_of_map(size, stride) for stride in anchors.strides]
         levels = [height * width * anchors.per_position for height, width in map_sizes]
         boxes = torch.from_numpy(train.boxes[train.image == index])
         assignment = assigner(anchors(map_sizes, size, torch.device("cpu")), boxes, levels, anchors.per_position)
@@ -346,7 +357,7 @@ def fit(train: Seen, anchors: Anchors, best: np.ndarray) -> list[str]:
         (ratio, heights / widths, "height / width of boxes"),
     ):
         plot, axis = plt.subplots(figsize=page.FIGURE, layout="constrained")
-        edges = np.geomspace(max(values.min(), 1e-2) * 0.99, values.max() * 1.01 + 1e-6, 50)
+        edges = np.geomspace(max(values.min(), 1e-2) * 0.99, values.max() * 1.01 + 1e-6, 50).tolist()
         axis.hist([values[best >= FITS], values[best < FITS]], edges, stacked=True, color=["#1f77b4", "#d62728"],
                   label=["an anchor fits", "no anchor fits"])  # fmt: skip
         for mark in np.unique(marks.round(3)):
@@ -360,7 +371,7 @@ def fit(train: Seen, anchors: Anchors, best: np.ndarray) -> list[str]:
     return [table, page.row(plots)]
 
 
-def duplicate_pictures(pairs: list[tuple[int, int]], train: Seen, val: Seen | None) -> list[str]:
+def duplicate_pictures(pairs: list[tuple[int, int]], train: Seen, val: Seen) -> list[str]:
     shown = []
     for train_index, val_index in pairs[:SHOWN]:
         for seen, index, split in ((train, train_index, "train"), (val, val_index, "val")):

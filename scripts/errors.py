@@ -33,6 +33,7 @@ from detector import checkpoint
 from detector.device import keep_freed_memory, pick_device
 from detector.errors import UserError, run_main
 from detector.inference import UNKNOWN_THRESHOLD
+from detector.metrics import AP, Metrics
 from eval import detect
 from scripts.comparison import page, result
 
@@ -105,11 +106,11 @@ def main(argv: list[str] | None = None) -> None:
     print(f"written: {target}")
 
 
-def summary(dataset: CocoDataset, metrics: dict, matches: Outcomes) -> str:
-    keys = [key for key in ("AP", "AP50", "AP75", "APs", "APm", "APl") if metrics[key] >= 0]
+def summary(dataset: CocoDataset, metrics: Metrics, matches: Outcomes) -> str:
+    keys: tuple[AP, ...] = ("AP", "AP50", "AP75", "APs", "APm", "APl")
     parts = [
         f"{dataset.path}: {len(dataset)} images, {dataset.num_boxes} boxes",
-        ", ".join(f"{key} {percent(metrics[key])}" for key in keys),
+        ", ".join(f"{key} {percent(metrics[key])}" for key in keys if metrics[key] >= 0),
     ]
     if (error := calibration_error(matches)) >= 0:
         parts.append(f"calibration error {error:.3f}")
@@ -133,7 +134,7 @@ def by_image(dataset: CocoDataset, entries: list[dict]) -> dict[int, list[dict]]
     return grouped
 
 
-def by_class(metrics: dict) -> str:
+def by_class(metrics: Metrics) -> str:
     lines = [
         (
             name,

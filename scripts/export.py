@@ -47,6 +47,9 @@ from detector.structures import Predictions
 PIXELS, SCORE = 0.05, 1e-4  # tolerances of boxes and scores
 TIES = 0.02  # of the boxes may be such that NMS kept another, as good within rounding
 TIMED = 10  # images
+
+Found = tuple[np.ndarray, np.ndarray, np.ndarray]  # boxes, scores and labels of an image
+
 # Comes before the network if preprocessing is inside. If torch.export traced it too, each size in the network would be
 # an expression of the size before padding, and the export would take several times as long.
 HEAD = """
@@ -246,7 +249,8 @@ def to_onnx(exported: Exported, about: dict):
     dynamic = torch.export.Dim.DYNAMIC
     # No side is a multiple of another, so the exporter takes none for a constant.
     example = [torch.zeros(2, 3, 5 * STRIDE, 7 * STRIDE)]
-    inputs, free = ["images"], [{0: dynamic, 2: dynamic, 3: dynamic}]
+    inputs = ["images"]
+    free: list[dict | None] = [{0: dynamic, 2: dynamic, 3: dynamic}]
     if exported.preprocessing:
         example.append(torch.tensor([5.0 * STRIDE, 7.0 * STRIDE]))
         inputs, free = ["pixels", "size"], [*free, None]
@@ -263,6 +267,7 @@ def to_onnx(exported: Exported, about: dict):
             external_data=False,
             verbose=False,
         )
+    assert program is not None  # the older exporter returns none
     graph = program.model_proto
     version = {"ir": graph.ir_version, "opset": graph.opset_import[0].version}
     if exported.preprocessing:
@@ -299,8 +304,8 @@ def images_of(exported: Exported, dataset: CocoDataset, count: int):
 
 
 @torch.no_grad()
-def reference(exported: Exported, images: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Boxes, scores and labels of each image from the code that evaluation uses."""
+def reference(exported: Exported, images: np.ndarray) -> list[Found]:
+    """What the code that evaluation uses finds in each image."""
     pixels = torch.from_numpy(images)
     if exported.preprocessing:
         size = tuple(images.shape[1:3])
@@ -311,10 +316,10 @@ def reference(exported: Exported, images: np.ndarray) -> list[tuple[np.ndarray, 
         size = tuple(images.shape[2:])
         predictions = exported.predictions(pixels)
     detections = exported.postprocess(predictions, [size] * len(images))
-    return [tuple(value.numpy() for value in of_image) for of_image in detections]
+    return [(boxes.numpy(), scores.numpy(), labels.numpy()) for boxes, scores, labels in detections]
 
 
-def onnx_detections(exported: Exported, session, images: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def onnx_detections(exported: Exported, session, images: np.ndarray) -> list[Found]:
     """The same from onnxruntime. If NMS is outside the graph, this project's NMS follows."""
     outputs = session.run(None, {"images": images})
     by_name = {output.name: value for output, value in zip(session.get_outputs(), outputs)}
@@ -357,7 +362,7 @@ def check(exported: Exported, session, dataset: CocoDataset, count: int) -> dict
     return worst
 
 
-def compare(theirs: tuple, ours: tuple, after: Postprocess, worst: dict[str, float]) -> None:
+def compare(theirs: Found, ours: Found, after: Postprocess, worst: dict[str, float]) -> None:
     """Match two sets of detections. Raises UserError if one has a detection that the other lacks.
 
     Of two boxes whose scores are equal within rounding, NMS may keep one here and the other there: that is a tie.

@@ -173,8 +173,8 @@ def draw_norms(cells: Regions, boxes: Regions, positives: Tensor) -> plt.Figure:
         counts = regions.counts.view(BARS, -1).sum(1)
         axis.stairs(counts.numpy(), edges, fill=True, color="#9ecae1", label="all")
         axis.set(xlabel=label, ylabel="count", yscale="log", xlim=(0, 1), title=f"{int(counts.sum()):,} {title}")
-    counts = torch.histc(positives, BARS, 0, 1).numpy()
-    axes[0].stairs(counts, edges, color="#d62728", linewidth=1.5, label=f"{len(positives):,} positive")
+    of_positives = torch.histc(positives, BARS, 0, 1).numpy()
+    axes[0].stairs(of_positives, edges, color="#d62728", linewidth=1.5, label=f"{len(positives):,} positive")
     axes[0].legend()
     return figure
 

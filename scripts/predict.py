@@ -91,8 +91,8 @@ def main(argv: list[str] | None = None) -> None:
     for kind, where in skipped.items():
         print(f"{kind}: {len(where)} ({'; '.join(where[:3])}{'; ...' * (len(where) > 3)})")
     errors += [UserError(f"{path}: this image format cannot be read; save it as .jpg") for path in unreadable]
-    for error in errors:
-        print(f"skipped: {error}", file=sys.stderr)
+    for refusal in errors:
+        print(f"skipped: {refusal}", file=sys.stderr)
     if errors:
         total = len(files) + len(unreadable)
         raise UserError(f"{len(errors)} of {total} files could not be used, the first: {errors[0]}")
@@ -173,7 +173,7 @@ def process_video(
             for image in images:
                 if not count:
                     size = image.shape[1], image.shape[0]
-                    writer.open(str(beside), cv2.VideoWriter_fourcc(*"mp4v"), rate, size)
+                    writer.open(str(beside), cv2.VideoWriter.fourcc(*"mp4v"), rate, size)
                 detections = detector(image)
                 writer.write(cv2.cvtColor(draw(image, detections, detector), cv2.COLOR_RGB2BGR))
                 about = {"image_id": number + count, "file_name": str(source), "frame": count}

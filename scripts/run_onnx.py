@@ -1,6 +1,7 @@
 """Run a model that scripts/export.py wrote, without torch: python scripts/run_onnx.py mine.onnx photo.jpg ...
 
-Needs onnxruntime, numpy and OpenCV. Prints a line for each box: file, class, score, x1, y1, x2, y2 in pixels.
+Needs onnxruntime, numpy and OpenCV. Prints a line for each box: file, class, score, x1, y1, x2, y2 in pixels. Letters
+of class names that the terminal lacks are escaped.
 """
 
 import json
@@ -11,7 +12,7 @@ import cv2
 import numpy as np
 import onnxruntime
 
-sys.stdout.reconfigure(errors="backslashreplace")  # class names may have letters that the terminal lacks
+sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # typeshed takes it for any TextIO
 if hasattr(signal, "SIGPIPE"):  # not on Windows
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end silently once the reader has: | head -5
 
@@ -34,10 +35,10 @@ except Exception as error:
 
 for path in sys.argv[2:]:
     try:
-        height, width = (image := cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)).shape[:2]
+        height, width = (image := np.asarray(cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR))).shape[:2]
     except FileNotFoundError:
         refuse(f"{path}: no such file")
-    except (AttributeError, OSError, cv2.error):  # not an image, or too large
+    except (ValueError, OSError, cv2.error):  # not an image (None, without sides), or too large
         refuse(f"{path}: cannot be read as an image")
     scale = min(short_side / min(height, width), long_side / max(height, width))
     size = max(1, round(width * scale)), max(1, round(height * scale))

@@ -92,8 +92,10 @@ def sources(options: type[Options]) -> dict[str, tuple[str, ast.expr | None, str
         for token in tokenize.generate_tokens(io.StringIO(text).readline)
         if token.type == tokenize.COMMENT
     }
+    (definition,) = ast.parse(text).body
+    assert isinstance(definition, ast.ClassDef)
     found_options = {}
-    for node in ast.parse(text).body[0].body:
+    for node in definition.body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             words = [comments[node.end_lineno][0]] if node.end_lineno in comments else []
             above = node.lineno - 1
@@ -116,9 +118,8 @@ def may_be(kind: str, value: ast.expr | None) -> str:
         kind = kind.replace(name, word)
     limits = []
     if isinstance(value, ast.Call):
-        keywords = [keyword for keyword in value.keywords if keyword.arg in BOUNDS]
-        bounds = {keyword.arg: eval(ast.unparse(keyword.value), {}) for keyword in keywords}  # such as 2**14
-        limits = [f"{BOUNDS[name]} {bound}" for name, bound in bounds.items()]
+        bounds = ((keyword.arg, ast.unparse(keyword.value)) for keyword in value.keywords)
+        limits = [f"{BOUNDS[name]} {eval(bound, {})}" for name, bound in bounds if name in BOUNDS]  # such as 2**14
     return escaped(", ".join([kind, *limits]))
 
 
