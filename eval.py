@@ -4,7 +4,7 @@
 
 Scores on its own validation set or on --data. Prints the COCO table and writes metrics.json and detections.json (COCO's
 results format) into the checkpoint's folder; with --data, into a subfolder named after the annotation file and its
-folder.
+folder, which scripts/compare.py compares like a run's folder.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from data.coco_results import coco_results, write_results
 from data.images import remark_lines
 from data.loader import eval_loader
 from data.tables import metrics_table, per_class_table
-from detector import assemble, checkpoint, distributed
+from detector import assemble, checkpoint, config, distributed
 from detector.checkpoint import Content
 from detector.config import Config
 from detector.device import keep_freed_memory, pick_device, pick_precision, place
@@ -77,9 +77,7 @@ def evaluate(
     """
     dataset = open_dataset(source, content, cfg, data)
     run: Mapping[str, Any] = content.get("run") or {}
-    if folder is None:
-        own = not data and run.get("data", {}).get("data.val") in (None, dataset.fingerprint())
-        folder = Path(source).parent / ("" if own else f"{dataset.path.resolve().parent.name}_{dataset.path.stem}")
+    folder = folder or results_folder(source, content, dataset, given=bool(data))
     distributed.same_everywhere({"--data": dataset.fingerprint()})
     if distributed.is_main():
         print(f"{source} on {dataset.summary()}")
@@ -97,6 +95,10 @@ def evaluate(
     except OSError as error:
         raise UserError(f"--output: {folder} cannot be written ({error.strerror})") from None
     # Before printing, so an error there does not lose the results.
+    if folder.resolve() != Path(source).parent.resolve():  # so compare.py can read it like a run's folder
+        val = cfg.data.val.model_copy(update={"annotations": str(dataset.path), "images": str(dataset.folder)})
+        scored = cfg.model_copy(update={"data": cfg.data.model_copy(update={"val": val})})
+        (folder / "config.yaml").write_text(config.dump(scored), encoding="utf-8")
     write_results(folder, metrics, coco_results(detections, dataset.category_ids))
     print(f"{metrics_table(metrics)}\n\n{per_class_table(metrics)}")
     for line in remark_lines(*remarks):
@@ -104,6 +106,13 @@ def evaluate(
     print(f"written: {folder / 'metrics.json'}, {folder / 'detections.json'}")
     if watch:
         print(f"\n{speeds(watch, -(-len(dataset) // distributed.world_size()))}")
+
+
+def results_folder(source: str, content: Content, dataset: CocoDataset, *, given: bool) -> Path:
+    """The checkpoint's folder; for another set than the run's own, one in it named after the set."""
+    run: Mapping[str, Any] = content.get("run") or {}
+    own = not given and run.get("data", {}).get("data.val") in (None, dataset.fingerprint())
+    return Path(source).parent / ("" if own else f"{dataset.path.resolve().parent.name}_{dataset.path.stem}")
 
 
 def detect(

@@ -28,7 +28,8 @@ out, because it may show objects that nobody labelled. Boxes are clipped to the 
 
 If SRC has its own split, this is used: that of data.yaml, obj.data, lists called train.txt and val.txt, ImageSets/Main,
 or files and folders with train, val (valid, validation, dev) and test in their names. Otherwise, and with --split
-random, a share --val of the images is drawn by --seed. --val 1 puts all images into val.json, to score a model on them.
+random, a share --val of the images outside the test part is drawn by --seed. --val 1 puts all images into val.json, to
+score a model on them.
 """
 
 import argparse
@@ -54,7 +55,7 @@ from scripts.conversion.coco import read_coco
 from scripts.conversion.folder import LABELS, read_folder
 from scripts.conversion.label_formats import Box, Notes
 from scripts.conversion.source import Source
-from scripts.conversion.splits import Split, at_random, own_split
+from scripts.conversion.splits import Split, at_random, own_split, test_alone
 
 EXAMPLES = 3
 SMALL = 1000  # images for training
@@ -111,8 +112,8 @@ def convert(args: argparse.Namespace, beside: Path) -> tuple[dict[str, Picture],
         if not name.strip() or CONTROL.search(name):
             raise UserError(f"{named}: a class is called {name!r}; give it a name without line breaks")
     split = Split(set(), set(), {}, "")
-    if args.split == "own" and args.val < 1:
-        split = own_split(source, notes)
+    if args.val < 1:
+        split = own_split(source, notes) if args.split == "own" else test_alone(source, notes)
     for name, why in split.left_out.items():
         if name in source.labels:
             notes[f"left out: {why}"].append(name)

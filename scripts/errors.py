@@ -34,7 +34,7 @@ from detector.device import keep_freed_memory, pick_device
 from detector.errors import UserError, run_main
 from detector.inference import UNKNOWN_THRESHOLD
 from detector.metrics import AP, Metrics
-from eval import detect
+from eval import detect, results_folder
 from scripts.comparison import page, result
 
 COLOURS = {RIGHT: "#2ca02c", IGNORED: "#7f7f7f", "classification": "#e377c2", "localisation": "#ff7f0e"}
@@ -54,17 +54,23 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--detections", type=Path, metavar="FILE", help="use these detections, in COCO's results format"
     )
-    parser.add_argument("--output", type=Path, metavar="FILE", help="default: errors.html beside the checkpoint")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="default: errors.html beside the checkpoint, with --data one folder down",
+    )
     parser.add_argument("--images", type=int, default=12, metavar="N", help="number of pictures (default: 12)")
     args = parser.parse_args(argv)
     if args.images < 0:
         raise UserError(f"--images {args.images}: give 0 or more")
 
     content = checkpoint.read(args.checkpoint)
-    target = args.output or Path(args.checkpoint).parent / "errors.html"
-    page.refuse_folder(target)
     model, cfg = checkpoint.build_model(content, args.checkpoint)
     dataset = open_dataset(args.checkpoint, content, cfg, args.data)
+    folder = results_folder(args.checkpoint, content, dataset, given=bool(args.data))
+    target = args.output or folder / "errors.html"
+    page.refuse_folder(target)
     if args.detections:
         given = result.parse(args.detections, json.loads, "give a file that eval.py or train.py wrote", kind=list)
         try:

@@ -128,7 +128,8 @@ def place(demo, folder, monkeypatch):
             (split, "datasets/bccd/images"),
             (f"{split}.json", f"datasets/demo_quick/{split}.json"),
             (split, f"datasets/demo_quick/{split}"),
-            (split, "hands_yolo/images"),
+            ("train", "hands_yolo/images"),
+            ("val", "hands_yolo/images/test"),
             ("val", "images"),
             ("val", "photos"),
             ("val", "new_photos"),
@@ -151,8 +152,8 @@ def place(demo, folder, monkeypatch):
 
 
 def as_yolo(folder, demo):
-    (folder / "labels").mkdir()
-    for split in ("train", "val"):
+    for split, place in (("train", folder / "labels"), ("val", folder / "labels" / "test")):
+        place.mkdir(exist_ok=True)
         document = json.loads((demo / f"{split}.json").read_text())
         label = {entry["id"]: number for number, entry in enumerate(document["categories"])}
         for image in document["images"]:
@@ -163,7 +164,7 @@ def as_yolo(folder, demo):
                 if entry["image_id"] == image["id"]
                 for x, y, w, h in [entry["bbox"]]
             ]
-            (folder / "labels" / f"{Path(image['file_name']).stem}.txt").write_text("".join(lines))
+            (place / f"{Path(image['file_name']).stem}.txt").write_text("".join(lines))
     (folder / "classes.txt").write_text("\n".join(entry["name"] for entry in document["categories"]))
 
 

@@ -14,6 +14,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from detector import checkpoint
+from scripts import compare
 
 # Not by `import eval`: the name is Python's own.
 spec = importlib.util.spec_from_file_location("evaluation", Path(__file__).parents[1] / "eval.py")
@@ -136,6 +137,23 @@ def test_results_on_another_set_leave_those_of_the_run(learnt, rectangles, folde
     assert read(folder / named_after(annotations) / "metrics.json")["images"] == 1
 
 
+def test_results_on_another_set_are_compared_like_runs(learnt, rectangles, folder, command):
+    annotations, images = rectangles(folder / "other", [[(0, [18, 24, 60, 72])]], classes=2, side=192)
+    for seed in (0, 1):
+        (folder / f"mine-s{seed}").mkdir()
+        content = checkpoint.read(learnt / "last.pt")
+        content["config"] |= {"run": f"mine-s{seed}", "seed": seed}
+        torch.save(content, folder / f"mine-s{seed}" / "best.pt")
+        arguments = ("--checkpoint", folder / f"mine-s{seed}" / "best.pt", "--data", annotations, images)
+        assert command(evaluation.main, *arguments)[0] == 0
+    code, out, err = command(compare.main, *(folder / f"mine-s{seed}" / "other_annotations" for seed in (0, 1)))
+    assert code == 0, err
+    (row,) = [line.split() for line in out.splitlines() if line.startswith("mine")]
+    ap = 100 * read(folder / "mine-s0" / "other_annotations" / "metrics.json")["AP"]
+    assert row[0] == "mine" and row[3] == f"{ap:.1f}±0.0"  # a row of two seeds
+    assert not (folder / "mine-s0" / "config.yaml").exists()  # a run's own folder keeps what it has
+
+
 def test_set_changes_options(learnt, folder, command):
     settings = ("postprocess.max_detections=1", "evaluation.batch_size=1")
     code, _, err = command(evaluation.main, "--checkpoint", learnt / "last.pt", "--output", folder, "--set", *settings)
@@ -146,7 +164,8 @@ def test_set_changes_options(learnt, folder, command):
 def test_a_mistake_gives_one_line_and_exit_code_2(learnt, rectangles, folder, command):
     annotations, images = rectangles(folder, [[(0, [5, 5, 20, 20])]], classes=1)
     document = read(Path(annotations))
-    document["categories"][0]["id"] = document["annotations"][0]["category_id"] = 4
+    document["categories"] = [{"id": 4, "name": "other"}]
+    document["annotations"][0]["category_id"] = 4
     Path(annotations).write_text(json.dumps(document))
     (folder / "text.pt").write_text("hello")
     last = learnt / "last.pt"

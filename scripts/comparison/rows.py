@@ -96,12 +96,19 @@ def _read(paths: list[str]) -> list[tuple[str, Result]]:
         if not Path(path).exists():
             raise UserError(f"{path}: no such file or folder; give run folders or result files")
         for file in _result_files(Path(path)) or [path]:
-            run = result.collect(Path(file)) if Path(file).is_dir() else result.read(file)
+            run = _of_folder(Path(file)) if Path(file).is_dir() else result.read(file)
             if "tried" not in run:
                 runs.append((file, run))
     if not runs:
         raise UserError("all of these are tuning runs; give the results of whole runs")
     return runs
+
+
+def _of_folder(folder: Path) -> Result:
+    """The result of a run folder, or of one that eval.py wrote. ablate.py names runs VARIANT-sSEED."""
+    run = result.collect(folder)
+    name, ending = str(run["config"].get("run")), f"-s{run['config'].get('seed', 0)}"
+    return run | ({"variant": name.removesuffix(ending)} if name.endswith(ending) else {})
 
 
 def _result_files(folder: Path) -> list[str]:

@@ -39,10 +39,12 @@ def read_coco(sources: list[Path], notes: Notes) -> Source:
     documents: dict[str, tuple[list[str], Records]] = {}
     every: dict[str, Path] = {}  # candidates for their images
     walked: set[str] = set()  # those of them in the given folders
+    given: set[str] = set()  # documents that are named one by one
     for source in map(Path, map(os.path.abspath, sources)):
         if source.is_file():
             documents[str(source)] = coco_labels(source, notes)
             every |= images_beside(source, documents[str(source)][1])
+            given.add(str(source))
         else:
             files = {str(path): path for path in list_files(source, notes).values()}
             coco_files = {name: coco_labels(path, notes) for name, path in files.items() if is_coco(path)}
@@ -70,9 +72,11 @@ def read_coco(sources: list[Path], notes: Notes) -> Source:
                 )
     labels: dict[str, Labels] = {}
     parts: dict[str, set[str]] = defaultdict(set)
+    used: set[str] = set()  # documents
     for place in claims:
         if kept := of_one_image(place, claims[place], notes):
             labels[place] = merged(place, kept, notes)
+            used |= {claim.document for claim in kept}
             for part in {claim.part for claim in kept if claim.part}:
                 parts[part].add(place)
     if not labels:
@@ -82,6 +86,13 @@ def read_coco(sources: list[Path], notes: Notes) -> Source:
             f"{', '.join(map(str, sources))}: none of the images is found, such as {first!r}; looked below {root} in: "
             f"{tried}; put them beside the file or into images/ beside it"
         )
+    for document, (_, records) in documents.items():
+        meant = document in given or part_of(key[document]) in ("train", "val")
+        if records and meant and len(documents) > 1 and key[document] not in used:
+            raise UserError(
+                f"{document}: none of its {len(records)} images is found, such as {records[0][0]!r}; put them "
+                "beside it or into images/ beside it, or leave the file out"
+            )
     unnamed = sorted({key[name] for name in walked} - labels.keys())
     tell_unused([name for name in unnamed if name not in pool], notes)
     for name in filter(pool.get, unnamed):

@@ -37,9 +37,7 @@ def own_split(source: Source, notes: Notes) -> Split:
     val, how = finder.named("val")
     if not val:
         val, how = source.parts.get("val") or finder.by_folder("val"), "that of its files and folders"
-    test, _ = finder.named("test")
-    if not test:
-        test = (source.parts.get("test") or finder.by_folder("test")) - train
+    test = finder.test_part(train)
     for name in sorted(val & test):
         notes["images in both validation and test part, used for validation only"].append(name)
     test -= val
@@ -63,11 +61,17 @@ def own_split(source: Source, notes: Notes) -> Split:
     return Split(val, test, left_out, how)
 
 
+def test_alone(source: Source, notes: Notes) -> Split:
+    """The set's own test part, unless it is the whole set."""
+    test = Finder(source, notes).test_part(set())
+    return Split(set(), set() if test == source.images.keys() else test, {}, "")
+
+
 class Finder:
     """Finds the parts of a set."""
 
     def __init__(self, source: Source, notes: Notes):
-        self.images, self.files, self.notes = source.images, source.files, notes
+        self.images, self.files, self.parts, self.notes = source.images, source.files, source.parts, notes
         self.described = source.described or Described("", {})
         self.index = Index(self.images)
         parents = (parent.as_posix() for name in self.images for parent in PurePosixPath(name).parents)
@@ -100,6 +104,10 @@ class Finder:
                 )
             self.notes[f"{where}: its test part is not there"].append(what)
         return hits, f"that of {where}"
+
+    def test_part(self, train: set[str]) -> set[str]:
+        """The test images that a file names; else those in files or folders of that name, without `train`."""
+        return self.named("test")[0] or (self.parts.get("test") or self.by_folder("test")) - train
 
     def by_folder(self, part: str) -> set[str]:
         return {name for name in self.images if part_of(folder_of(name)) == part}

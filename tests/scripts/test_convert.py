@@ -176,6 +176,24 @@ def test_the_test_part_gets_a_file_of_its_own(known, folder, command, how):
     assert f"--data {folder / 'dst' / 'test.json'} {folder / 'dst' / 'images'}" in out
 
 
+def test_a_random_split_keeps_the_test_part(known, folder, command):
+    names = list(known)
+    images = {f"{'test' if name in names[:2] else 'train'}/{name}": known[name] for name in names}
+    for part in ("test", "train"):
+        (folder / "src" / "labels" / part).mkdir(parents=True)
+    as_yolo(folder / "src", images)
+    for source, kept in ((folder / "src", 2), (folder / "src" / "images" / "test", 0)):  # the second is all test
+        if not kept:
+            for place in ("images", "labels"):
+                (folder / "src" / place / "train").rename(folder / f"{place}_away")
+            source = folder / "src"
+        code, out, err = command(convert.main, "yolo", source, folder / f"dst{kept}", "--split", "random")
+        assert code == 0, err
+        splits = read(folder / f"dst{kept}")[1]
+        assert len(splits.get("test", ())) == kept and "drawn by --seed 0" in out
+        assert {Path(name).name for name in splits.get("test", ())} == set(names[:kept])
+
+
 def test_a_test_part_without_labels_is_left_out(known, folder, command):
     names = list(known)
     images = {f"{'test' if name in names[:2] else 'train'}/{name}": known[name] for name in names}

@@ -171,7 +171,7 @@ def test_the_split_of_the_files_is_kept(run, folder, layout, whole):
     assert "for a test" in out and "the split is that of its files" in out
 
 
-def test_the_part_folders_of_one_file_are_kept_unless_the_split_is_random(run, folder):
+def test_the_part_folders_of_one_file_are_kept_and_only_the_test_part_if_the_split_is_random(run, folder):
     image_boxes = {f"{part}/{n}.jpg": boxes(n) for part, n in (("train", 0), ("train", 1), ("val", 2), ("test", 3))}
     write(folder / "all.json", image_boxes)
     paint(*(folder / "images" / name for name in image_boxes))
@@ -181,7 +181,8 @@ def test_the_part_folders_of_one_file_are_kept_unless_the_split_is_random(run, f
     assert set(splits["val"]) == {"val/2.jpg"} and set(splits["test"]) == {"test/3.jpg"}
     (folder / "dst").rename(folder / "first")
     code, out, err, splits = run(folder / "all.json", options=("--split", "random", "--val", "0.5"))
-    assert code == 0 and len(splits["val"]) == len(splits["train"]) == 2 and "drawn" in out, err
+    assert code == 0 and len(splits["val"]) == 2 and len(splits["train"]) == 1 and "drawn" in out, err
+    assert set(splits["test"]) == {"test/3.jpg"}  # never trained on
 
 
 def test_an_image_in_two_files_appears_once_and_in_val_if_one_file_says_so(run, folder):
@@ -231,6 +232,22 @@ def test_missing_images_of_a_part_are_not_taken_from_another(run, folder, layout
         f"{n}.jpg": boxes(10 + n) for n in range(2)
     }
     assert "images that are not there: 3 (" in out
+
+
+def test_a_file_of_a_part_without_any_of_its_images_stops_the_conversion(run, folder):
+    for part, first in (("train", 0), ("valid", 10)):
+        write(folder / "src" / f"{part}.json", {f"{part}_{first + n}.jpg": boxes(n) for n in range(3)})
+    write(folder / "src" / "more.json", {"gone.jpg": boxes(0)})
+    paint(*(folder / "src" / "images" / f"train_{n}.jpg" for n in range(3)))
+    files = {part: folder / "src" / f"{part}.json" for part in ("train", "valid", "more")}
+    for sources, missing in (
+        ([folder / "src"], "valid.json"),
+        ([files["train"], files["valid"]], "valid.json"),
+        ([files["train"], files["more"]], "more.json"),
+    ):
+        code, _, err, _ = run(*sources)
+        assert code == 2 and f"{missing}: none of its" in err and "\n" not in err, err
+        assert not (folder / "dst").exists()
 
 
 def test_two_names_that_fit_one_image_equally_are_left_out(run, folder):

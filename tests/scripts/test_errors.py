@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from html import unescape
 from pathlib import Path
 from types import SimpleNamespace
@@ -109,6 +110,16 @@ def test_no_detections_and_another_data_set_are_accepted(call, folder, rectangle
     annotations, images = rectangles(folder, [[]], classes=3)
     code, _, err, _ = call("--data", annotations, images)
     assert code == 0, err
+
+
+def test_the_page_of_another_set_leaves_that_of_the_run(learnt, folder, rectangles, command):
+    shutil.copy(learnt / "last.pt", folder)
+    (folder / "errors.html").write_text("of the run")
+    annotations, images = rectangles(folder / "other", [[(0, [9, 12, 30, 36])]], classes=3, side=96)
+    code, out, err = command(errors.main, "--checkpoint", folder / "last.pt", "--data", annotations, images)
+    assert code == 0, err
+    assert (folder / "errors.html").read_text() == "of the run"
+    assert str(folder / "other_annotations" / "errors.html") in out
 
 
 @pytest.mark.parametrize("factor", [-1, 100])
