@@ -19,7 +19,6 @@ from data.coco import CocoDataset
 from data.coco_eval import score
 from data.coco_results import coco_results, write_results
 from data.draw import side_by_side, validation_pictures, write_contact_sheet
-from data.images import remark_lines
 from data.loader import eval_loader, train_loader
 from data.tables import metrics_line, metrics_table
 from data.workers import BatchLoader
@@ -30,6 +29,7 @@ from detector.device import keep_freed_memory, peak_memory, pick_device, pick_pr
 from detector.engine import NonFiniteLoss, predict, train_until
 from detector.errors import Stopped, UserError, run_main
 from detector.graphs import speed_up
+from detector.images import remark_lines
 from detector.logger import Logger
 from detector.metrics import Metrics
 from detector.pretrained import load_initial_weights
