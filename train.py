@@ -66,7 +66,7 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False, accept_cha
 
     saved = checkpoint_to_resume(cfg, resume=resume)
     model = assemble.build_model(cfg, num_classes=len(train_set.category_ids))
-    weights = f"weights from {saved.path}" if saved else load_initial_weights(model, cfg)
+    weights = f"weights from {saved.path}" if saved else load_initial_weights(model, cfg, train_set.class_names)
     place(model, device, channels_last=cfg.channels_last)
     criterion = assemble.build_criterion(cfg).to(device)
     solver = assemble.build_solver(cfg, model, steps_per_epoch=len(batches))
