@@ -19,7 +19,6 @@ from data.assemble import open_dataset
 from data.coco import CocoDataset
 from data.coco_eval import score
 from data.coco_results import coco_results, write_results
-from data.images import remark_lines
 from data.loader import eval_loader
 from data.tables import metrics_table, per_class_table
 from detector import assemble, checkpoint, config, distributed
@@ -28,6 +27,7 @@ from detector.config import Config
 from detector.device import keep_freed_memory, pick_device, pick_precision, place
 from detector.engine import predict
 from detector.errors import UserError, run_main
+from detector.images import remark_lines
 from detector.model import RetinaNet
 from detector.solver import PRECISIONS
 from detector.stopwatch import Stopwatch

@@ -19,7 +19,6 @@ from data.coco import CocoDataset
 from data.coco_eval import score
 from data.coco_results import coco_results, write_results
 from data.draw import side_by_side, validation_pictures, write_contact_sheet
-from data.images import remark_lines
 from data.loader import eval_loader, train_loader
 from data.tables import metrics_line, metrics_table
 from data.workers import BatchLoader
@@ -30,6 +29,7 @@ from detector.device import keep_freed_memory, peak_memory, pick_device, pick_pr
 from detector.engine import NonFiniteLoss, predict, train_until
 from detector.errors import Stopped, UserError, run_main
 from detector.graphs import speed_up
+from detector.images import remark_lines
 from detector.logger import Logger
 from detector.metrics import Metrics
 from detector.pretrained import load_initial_weights
@@ -66,7 +66,7 @@ def train(cfg: Config, device: torch.device, *, resume: bool = False, accept_cha
 
     saved = checkpoint_to_resume(cfg, resume=resume)
     model = assemble.build_model(cfg, num_classes=len(train_set.category_ids))
-    weights = f"weights from {saved.path}" if saved else load_initial_weights(model, cfg)
+    weights = f"weights from {saved.path}" if saved else load_initial_weights(model, cfg, train_set.class_names)
     place(model, device, channels_last=cfg.channels_last)
     criterion = assemble.build_criterion(cfg).to(device)
     solver = assemble.build_solver(cfg, model, steps_per_epoch=len(batches))

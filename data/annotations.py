@@ -21,10 +21,10 @@ from typing import Annotated, Any, cast
 import msgspec
 import numpy as np
 
-from data.images import MAX_PIXELS, image_size
 from data.json_lists import read_lists
 from data.segmentation import bounds
 from detector.errors import CONTROL, UserError
+from detector.images import MAX_PIXELS, image_size
 
 MAX_ID = 2**63 - 1  # pycocotools puts ids in arrays
 NO_ID = -(2**63)  # stands for a missing id

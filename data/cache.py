@@ -19,10 +19,10 @@ from typing import TextIO
 import numpy as np
 from tqdm import tqdm
 
-from data.images import Remarks, read_image
 from data.transforms import resize
 from detector.atomic import replacing
 from detector.errors import UserError
+from detector.images import Remarks, read_image
 
 FORMAT = 1  # raise it if the same images give other bytes
 

@@ -19,10 +19,10 @@ from data.annotations import load_annotations, shortened
 from data.cache import Cache
 from data.classes import match_classes
 from data.image_folder import ImageFolder, elsewhere, find_folder
-from data.images import Remarks, add_remarks, read_image
 from data.plausibility import refuse_unequal_repeats, suspicion
 from data.transforms import Augmented, scale_boxes
 from detector.errors import UserError, counted
+from detector.images import Remarks, add_remarks, read_image
 from detector.structures import Target
 
 MIN_SIDE = 1e-3  # pixels; a box thinner than this, after clipping, has no area

@@ -8,9 +8,9 @@ import torch
 from torch.utils.data import Sampler
 
 from data.coco import CocoDataset, Sample
-from data.images import Remarks
 from data.samplers import EvalSampler, TrainSampler
 from data.workers import BatchLoader, start_worker
+from detector.images import Remarks
 from detector.resize import STRIDE
 from detector.structures import Batch
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 from pycocotools import mask
 
-from data.images import MAX_PIXELS
+from detector.images import MAX_PIXELS
 
 MAX_VALUE = 1e9
 MASK = re.compile(r"[0-o]*[0-O]")  # a compressed mask: six bits a letter; the last one ends a number

@@ -22,8 +22,8 @@ from torch._C import _error_if_any_worker_fails
 from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader
 
-from data.images import add_remarks
 from detector.errors import SIGNALS, UserError
+from detector.images import add_remarks
 from detector.structures import Batch
 
 

@@ -131,7 +131,8 @@ class HeadOptions(Options):
 class Model(Options):
     # resnet18, 34, 50, 101, 152, resnext50_32x4d, resnext101_32x8d, mobilenet_v2 or mobilenet_v3_large
     backbone: str = "resnet50"
-    weights: FilePath = "imagenet"  # imagenet | none | a file: of the backbone, or a checkpoint to fine-tune from
+    # imagenet | none | a file: of the backbone, or a checkpoint to fine-tune from, whose classes are matched by name
+    weights: FilePath = "imagenet"
     norm: Literal["frozen_bn", "bn", "sync_bn", "gn"] = "frozen_bn"  # of the backbone
     frozen_stages: int | None = Field(None, ge=0, le=4)  # by default 1 (stem and first stage), from scratch 0
     p6_from: Literal["c5", "p5"] = "c5"  # the map that the coarser levels start from

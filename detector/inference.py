@@ -7,12 +7,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from detector import assemble, checkpoint
 from detector import boxes as box_ops
 from detector.device import autocast, keep_freed_memory, pick_device, pick_precision, place
+from detector.images import from_pil, read_image
 from detector.model import RetinaNet
 from detector.postprocess import Postprocess
 from detector.resize import STRIDE, resize_image, target_size
@@ -57,7 +58,11 @@ class Detector:
         self.precision, self.device = precision, device or torch.device("cpu")
 
     def __call__(self, image: str | Path | np.ndarray | Image.Image, min_score: float | None = None) -> NamedDetections:
-        """Objects that reach `min_score` or their class's threshold, in a file, a (h, w, 3) uint8 RGB or PIL image."""
+        """Objects that reach `min_score` or their class's threshold, in an image.
+
+        It is a file, a PIL image or an array, (h, w, 3) uint8 RGB or (h, w) uint8 gray. Raises UserError if the file
+        cannot be read, and ValueError for anything else.
+        """
         lowest = self.thresholds if min_score is None else torch.full_like(self.thresholds, min_score)
         ((boxes, scores, labels),) = self.detect([_as_array(image)], float(lowest.min()))
         shown = scores >= lowest[labels]
@@ -114,15 +119,16 @@ def load(path: str | Path, device: str = "auto") -> Detector:
 
 def _as_array(image: str | Path | np.ndarray | Image.Image) -> np.ndarray:
     if isinstance(image, str | Path):
-        image = Image.open(image)
-    if isinstance(image, Image.Image):
-        image = ImageOps.exif_transpose(image)  # PIL does not apply the EXIF rotation by itself
-        if image.mode.startswith("I;16"):  # PIL would clip 16 bits at 255
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        elif image.mode in ("I", "F"):
-            raise ValueError(f"pixels of PIL mode {image.mode!r} have no fixed range; convert the image to 8 bits")
-        image = np.array(image.convert("RGB"))
-    if not (isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3):
-        given = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
-        raise ValueError(f"an image is a path, a PIL image or a uint8 array (height, width, 3) RGB, not {given}")
-    return image
+        return read_image(image)
+    array = from_pil(image) if isinstance(image, Image.Image) else image
+    given = type(array).__name__
+    if isinstance(array, np.ndarray):
+        if array.dtype == np.uint8 and array.size and array.ndim == 2:
+            return np.repeat(array[:, :, None], 3, axis=2)
+        if array.dtype == np.uint8 and array.size and array.shape[2:] == (3,):
+            return array
+        given = f"{array.dtype} {array.shape}"
+    raise ValueError(
+        "an image is a path, a PIL image or a uint8 array (height, width, 3) RGB or (height, width) gray, with "
+        f"pixels, not {given}"
+    )

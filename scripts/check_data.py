@@ -26,7 +26,6 @@ from tqdm import tqdm
 
 from data.coco import CocoDataset
 from data.draw import GROUND_TRUTH, draw_boxes, enlarge
-from data.images import remark_lines
 from data.transforms import EvalTransform
 from detector import assemble, config, config_files
 from detector import boxes as box_ops
@@ -34,6 +33,7 @@ from detector.anchors import Anchors
 from detector.config import Config
 from detector.configure import build_part, configure, resolve
 from detector.errors import UserError, counted, run_main
+from detector.images import remark_lines
 from detector.resize import STRIDE
 from scripts.comparison import page
 

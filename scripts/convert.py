@@ -48,9 +48,9 @@ import torch
 from tqdm import tqdm
 
 from data.coco import CLIP_TOLERANCE, MIN_SIDE, CocoDataset
-from data.images import Remarks, image_size, read_image
 from data.transforms import EvalTransform
 from detector.errors import CONTROL, UserError, run_main
+from detector.images import Remarks, image_size, read_image
 from scripts.conversion.coco import read_coco
 from scripts.conversion.folder import LABELS, read_folder
 from scripts.conversion.label_formats import Box, Notes

@@ -27,11 +27,11 @@ from data.coco import CocoDataset
 from data.coco_eval import score
 from data.coco_results import coco_results, from_coco_results
 from data.draw import draw_boxes, enlarge
-from data.images import read_image
 from data.matches import Outcomes, calibration_error, match, precision_recall, reliability
 from detector import checkpoint
 from detector.device import keep_freed_memory, pick_device
 from detector.errors import UserError, run_main
+from detector.images import read_image
 from detector.inference import UNKNOWN_THRESHOLD
 from detector.metrics import AP, Metrics
 from eval import detect, results_folder

@@ -32,9 +32,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from data.draw import annotate
-from data.images import Remarks, read_image, remark_lines, suffixes
 from detector import atomic, load
 from detector.errors import UserError, run_main
+from detector.images import Remarks, read_image, remark_lines, suffixes
 from detector.inference import Detector, NamedDetections
 from scripts.conversion.found_files import Notes, kind_of, tell_unused
 from scripts.conversion.found_files import list_files as files_below

@@ -31,6 +31,7 @@ FROM_DATA = {
     "detector.boxes",
     "detector.resize",
     "detector.atomic",
+    "detector.images",
 }
 FROM_DATA_ASSEMBLE = FROM_DATA | {"detector.config", "detector.checkpoint"}
 SHARED_BY_LOSSES = ("cells", "density", "dispatch", "fused", "kernels", "regions")  # files of losses/ that are no loss
@@ -94,7 +95,7 @@ def violations(module, imported, modules):
     detector_modules = {target for target in project_modules(imported, modules) if target.split(".")[0] == "detector"}
     allowed = FROM_DATA_ASSEMBLE if module == "data.assemble" else FROM_DATA
     if top == "data" and (detector_modules - allowed or "detector.*" in imported or "detector" in detector_modules):
-        broken.append("data imports more of detector than its types, errors, boxes and sizes")
+        broken.append("data imports more of detector than its types, errors, boxes, sizes and image reader")
     if module in SEPARATE and any(knows(imported, other) for other in {*SEPARATE, "detector.losses"} - {module}):
         broken.append("anchors, assigner, box coder and losses import one another")
     if module.startswith("detector.losses.") and project_modules(imported, modules) - FROM_LOSSES:

@@ -35,10 +35,10 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.transforms import v2
 
 from data.coco import CocoDataset
-from data.images import read_image
 from data.loader import collate, train_loader
 from data.transforms import TrainTransform, flip, resize
 from detector.device import keep_freed_memory
+from detector.images import read_image
 from scripts.bench import measure
 
 SIDES = {"512x384": (384, 512), "1067x800": (800, 1333)}  # short and long side

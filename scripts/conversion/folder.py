@@ -7,8 +7,8 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
-from data.images import suffixes
 from detector.errors import UserError
+from detector.images import suffixes
 from scripts.conversion.description import classes_of, describe, is_names
 from scripts.conversion.found_files import folder_of, kind_of, list_files, part_of, tell_unused
 from scripts.conversion.label_formats import (

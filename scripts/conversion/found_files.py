@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path, PurePosixPath
 
-from data.images import OTHER_PICTURES, suffixes
 from data.spelling import spelling
 from detector.errors import CONTROL
+from detector.images import OTHER_PICTURES, suffixes
 
 Notes = dict[str, list[str]]  # kind of remark -> where
 

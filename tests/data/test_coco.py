@@ -8,9 +8,9 @@ from PIL import Image, ImageOps
 
 from data.assemble import classes_without_boxes
 from data.coco import CocoDataset
-from data.images import read_image
 from data.transforms import EvalTransform
 from detector.errors import UserError
+from detector.images import read_image
 from tests.data.helpers import one_line
 
 REAL = Path(__file__).parents[2].parent / "shared" / "data"

@@ -2,10 +2,10 @@ import pytest
 import torch
 
 from data.coco import CocoDataset
-from data.images import remark_lines
 from data.loader import collate, eval_loader, train_loader
 from data.samplers import TrainSampler
 from data.transforms import EvalTransform, TrainTransform
+from detector.images import remark_lines
 from detector.structures import Target
 
 

@@ -10,13 +10,15 @@ from PIL import Image
 
 from data.coco import CocoDataset
 from data.coco_eval import score
-from data.images import read_image
 from data.loader import eval_loader
 from data.transforms import EvalTransform
 from detector import assemble, checkpoint, load
 from detector.engine import predict
 from detector.errors import UserError
+from detector.images import read_image
 from detector.inference import UNKNOWN_THRESHOLD
+from detector.structures import Detections
+from tests.data.helpers import one_line
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +123,43 @@ def test_an_image_is_rotated_as_its_exif_says(learnt, val_set, tmp_path):
     assert torch.equal(deep.boxes, grey.boxes) and len(grey.scores) > 0
 
 
+def seen_by(detector, given):
+    """The pixels of an image, in any form, that the model gets."""
+    seen, nothing = [], Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
+    detector.detect = lambda images, *_: seen.extend(images) or [nothing]
+    detector(given)
+    return seen[0]
+
+
+def test_files_and_pil_images_are_read_as_in_training(learnt, tmp_path):
+    detector = load(learnt, "cpu")
+    pixels = np.random.default_rng(4).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    twelve = pixels[:, :, 0].astype(np.uint16) << 4
+    Image.fromarray(twelve).save(tmp_path / "twelve.tif", tiffinfo={281: 4095})  # MaxSampleValue
+    Image.fromarray(pixels).convert("P").save(tmp_path / "palette.png", transparency=bytes(range(256)))
+    Image.fromarray(pixels).save(tmp_path / "cut.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:-2])
+    assert np.array_equal(seen_by(detector, tmp_path / "twelve.tif")[:, :, 0], pixels[:, :, 0])
+    for path in sorted(tmp_path.iterdir()):
+        assert np.array_equal(seen_by(detector, str(path)), read_image(path)), path
+        if path.suffix != ".jpg":  # PIL cannot decode it
+            assert np.array_equal(seen_by(detector, Image.open(path)), read_image(path)), path
+
+
+def test_a_gray_array_is_as_a_gray_pil_image(learnt, val_set):
+    detector = load(learnt, "cpu")
+    gray_image = Image.fromarray(pictures(val_set)[0]).convert("L")
+    assert np.array_equal(seen_by(detector, np.asarray(gray_image)), seen_by(detector, gray_image))
+
+
+def test_a_file_that_cannot_be_read_is_an_error_of_one_line(learnt, tmp_path):
+    (tmp_path / "text.jpg").write_text("no image")
+    for path, reason in ((tmp_path / "gone.jpg", "No such file"), (tmp_path / "text.jpg", "no image format")):
+        with pytest.raises(UserError) as excinfo:
+            load(learnt, "cpu")(path)
+        one_line(excinfo, str(path), reason)
+
+
 def test_a_checkpoint_without_thresholds_uses_one_for_all_classes(learnt, folder):
     content = checkpoint.read(learnt)
     torch.save({**content, "score_thresholds": [0.7, -1.0, -1.0]}, folder / "some.pt")
@@ -130,7 +169,19 @@ def test_a_checkpoint_without_thresholds_uses_one_for_all_classes(learnt, folder
     assert load(folder / "older.pt", "cpu").thresholds.tolist() == pytest.approx([UNKNOWN_THRESHOLD] * 3)
 
 
-@pytest.mark.parametrize("image", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3), np.float32), 7])
+NO_IMAGES = [
+    np.zeros((4, 4), np.float32),
+    np.zeros((4, 4, 3), np.float32),
+    np.zeros((4, 4, 4), np.uint8),
+    np.zeros(4, np.uint8),
+    np.zeros((0, 4, 3), np.uint8),
+    np.zeros((4, 0), np.uint8),
+    Image.new("RGB", (0, 4)),
+    7,
+]
+
+
+@pytest.mark.parametrize("image", NO_IMAGES, ids=lambda image: f"{type(image).__name__} {getattr(image, 'shape', '')}")
 def test_an_input_that_is_no_image_is_refused(learnt, image):
     with pytest.raises(ValueError, match="an image is"):
         load(learnt, "cpu")(image)

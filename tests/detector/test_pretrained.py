@@ -23,9 +23,10 @@ RESNET18 = get_model_weights("resnet18")["IMAGENET1K_V1"]
 def initial(make_run):
     """Makes a model with weights from a file. Gives the model and the description of its weights."""
 
-    def fill(weights, classes=3, **changes):
-        run = make_run(classes, model={"weights": str(weights), **changes})
-        return run.solver.model, load_initial_weights(run.solver.model, run.cfg)
+    def fill(weights, names=("cat", "dog", "cow"), anchors=None, **changes):
+        sections = {"anchors": anchors} if anchors else {}
+        run = make_run(len(names), model={"weights": str(weights), **changes}, **sections)
+        return run.solver.model, load_initial_weights(run.solver.model, run.cfg, names)
 
     return fill
 
@@ -34,7 +35,7 @@ def test_no_weights_leave_the_random_ones(make_run, same):
     run = make_run()
     model = run.solver.model
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    assert load_initial_weights(model, run.cfg) == "random weights"
+    assert load_initial_weights(model, run.cfg, run.class_names) == "random weights"
     assert same(before, dict(model.state_dict()))
 
 
@@ -51,23 +52,73 @@ def test_a_backbones_file_fills_the_backbone(initial, folder):
     assert "\n" not in str(error.value)
 
 
-def test_a_checkpoint_of_other_classes_fills_all_but_the_class_outputs(initial, saved):
+def class_outputs(model, names):
+    """The filters and biases of each class: anchors x (weights + 1), by name."""
+    head, count = model.head, model.anchors.per_position
+    every = torch.cat([head.logits.weight.flatten(1), head.logits.bias[:, None]], dim=1)
+    return {name: every.view(count, len(names), -1)[:, label] for label, name in enumerate(names)}
+
+
+FEW = {"name": "grid", "octaves": 1}  # 3 anchors
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("cat", "dog", "cow"),
+        ("dog", "cow", "cat"),
+        ("cat", "owl", "cow"),
+        ("owl", "cow", "ant", "cat", "bee"),
+        ("dog",),
+    ],
+    ids=" ".join,
+)
+def test_class_outputs_are_filled_by_name(initial, saved, names):
+    path, run = saved  # of cat, dog and cow
+    torch.manual_seed(9)
+    fresh, _ = initial("none", names)
+    torch.manual_seed(9)
+    model, description = initial(path, names)
+    theirs, random = class_outputs(run.solver.model, run.class_names), class_outputs(fresh, names)
+    shared = [name for name in names if name in theirs]
+    assert f"from {path}, {len(shared)} of {len(names)} classes by name" in description and "random" not in description
+    for name, outputs in class_outputs(model, names).items():
+        assert torch.equal(outputs, theirs[name] if name in theirs else random[name]), name
+
+
+@pytest.mark.parametrize(
+    ("names", "changes"),
+    [
+        (("ant", "bee", "owl"), {}),
+        (("ant", "bee", "owl", "fox", "hen"), {}),
+        (("cat", "dog", "cow"), {"anchors": FEW}),
+        (("cat", "dog", "cow", "ant", "bee", "owl", "fox", "hen", "pig"), {"anchors": FEW}),  # 3 x 9, not 9 x 3
+        (("cat", "dog", "cow"), {"head": {"width": 64, "depth": 1}}),
+    ],
+)
+def test_class_outputs_stay_random_without_a_shared_name_or_with_other_anchors_or_channels(
+    initial, saved, names, changes
+):
     path, run = saved
-    trained_model = run.solver.model
-    model, description = initial(path, classes=5)
-    class_outputs = {"head.logits.weight", "head.logits.bias"}
-    state = trained_model.state_dict()
-    for key, value in model.state_dict().items():
-        assert (key in class_outputs) != (value.shape == state[key].shape and torch.equal(value, state[key])), key
-    assert all(key in description for key in class_outputs) and str(path) in description
-    assert "random" not in initial(path, classes=3)[1]
+    torch.manual_seed(9)
+    fresh, _ = initial("none", names, **changes)
+    torch.manual_seed(9)
+    model, description = initial(path, names, **changes)
+    keys = {"head.logits.weight", "head.logits.bias"}
+    assert keys <= {*description.partition("random: ")[2].split(", ")}
+    state, theirs = model.state_dict(), run.solver.model.state_dict()
+    assert all(torch.equal(state[key], fresh.state_dict()[key]) for key in keys)
+    assert ("0 of" in description) == (names[0] == "ant") and "3 of" not in description
+    for key in state.keys() - keys:
+        assert state[key].shape != theirs[key].shape or torch.equal(state[key], theirs[key]), key
 
 
-def test_class_outputs_of_another_number_of_classes_are_left_out_even_if_their_shape_fits(make_run, saved):
-    path, _ = saved  # 9 anchors of 3 classes
-    run = make_run(9, model={"weights": str(path)}, anchors={"name": "grid", "octaves": 1})
-    description = load_initial_weights(run.solver.model, run.cfg)
-    assert "head.logits.weight" in description.partition("random: ")[2]
+def test_a_checkpoint_without_names_fills_as_many_classes_in_order(initial, saved, folder):
+    path, run = folder / "nameless.pt", saved[1]
+    torch.save({**torch.load(saved[0], weights_only=True), "class_names": []}, path)
+    model, description = initial(path, ("cow", "ant", "cat"))
+    assert torch.equal(model.head.logits.weight, run.solver.model.head.logits.weight) and "by name" not in description
+    assert "random: head.logits.weight, head.logits.bias" in initial(path, ("cat", "dog"))[1]
 
 
 @pytest.mark.parametrize("change", [{"backbone": "resnet34"}, {"norm": "gn"}], ids=str)

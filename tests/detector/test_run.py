@@ -186,7 +186,7 @@ def test_a_run_of_another_version_is_not_resumed_but_its_weights_can_be_used(mak
         assert same(before, dict(run.solver.model.state_dict()))
         rebuilt_model, _ = checkpoint.build_model(checkpoint.read(path), path)
         new_run = make_run(model={"weights": str(path)})
-        load_initial_weights(new_run.solver.model, new_run.cfg)
+        load_initial_weights(new_run.solver.model, new_run.cfg, new_run.class_names)
         assert same(dict(rebuilt_model.state_dict()), dict(model.state_dict()))
         assert same(dict(new_run.solver.model.state_dict()), dict(model.state_dict()))
 

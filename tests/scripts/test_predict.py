@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from data.images import read_image
 from detector import checkpoint
+from detector.images import read_image
 from scripts import predict
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile, ImageOps, PngImagePlugin
 
-from data.images import MAX_PIXELS, OTHER_PICTURES, UPRIGHT, image_size, read_image, suffixes
 from detector.errors import UserError
+from detector.images import MAX_PIXELS, OTHER_PICTURES, UPRIGHT, image_size, read_image, suffixes
 from tests.data.helpers import one_line
 
 ROOT = Path(__file__).parents[2]
@@ -341,7 +341,7 @@ def test_an_image_whose_size_differs_from_its_record_is_not_decoded(tmp_path):
     jpeg(tmp_path / "x.jpg", 13_000, 13_000)
     code = (
         "import resource, sys\n"
-        "from data.images import read_image\n"
+        "from detector.images import read_image\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "before = peak()\n"
         "for path in sys.argv[1:]:\n"

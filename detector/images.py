@@ -107,6 +107,13 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None, remarks: R
     return np.ascontiguousarray(image)
 
 
+def from_pil(image: Image.Image) -> np.ndarray:
+    """A PIL image as read_image gives its file. Raises ValueError if its pixels have no fixed range."""
+    pixels = _pixels(image, _stored_bits(image, b""))
+    orientation = image.getexif().get(ORIENTATION, 1)  # asked after decoding, as in read_image
+    return np.ascontiguousarray(UPRIGHT[orientation](pixels) if orientation in UPRIGHT else pixels)
+
+
 def image_size(path: str | Path) -> tuple[int, int]:
     """(height, width) of an image file, turned by its EXIF orientation. Raises UserError if it cannot be read."""
     try:
@@ -152,16 +159,21 @@ def _decode(file: Image.Image, data: bytes) -> tuple[np.ndarray, list[str]]:
             raise
         file, whole = Image.open(io.BytesIO(data + END_MARK["JPEG"])), False
     odd = [] if whole else ["their last bytes missing (read as far as possible)"]
+    bits = _stored_bits(file, data)
+    image = _pixels(file, bits)
+    return image, odd + _darkness(image, bits)
+
+
+def _pixels(image: Image.Image, bits: int) -> np.ndarray:
+    """A PIL image as (h, w, 3) uint8 RGB, not turned; the upper 8 of `bits` if it is gray and has more than 8."""
     # PIL has scaled a PPM to 16 bits from the range that the file declares, and would clip other formats at 255.
-    if file.mode.startswith("I;16") or (file.mode == "I" and file.format == "PPM"):
-        bits = _stored_bits(file, data)
-        gray = np.clip(np.asarray(file) >> (bits - 8), 0, 255).astype(np.uint8)
-        return np.repeat(gray[:, :, None], 3, axis=2), odd + _darkness(gray, bits)
-    if file.mode in ("F", "I"):
-        raise ValueError(f"its pixels, of PIL mode {file.mode!r}, have no fixed range; convert it to 8 or 16 bits")
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+        gray = np.clip(np.asarray(image) >> (bits - 8), 0, 255).astype(np.uint8)
+        return np.repeat(gray[:, :, None], 3, axis=2)
+    if image.mode in ("F", "I"):
+        raise ValueError(f"its pixels, of PIL mode {image.mode!r}, have no fixed range; convert it to 8 or 16 bits")
     # A palette goes through RGBA, since PIL warns if a palette with alpha becomes RGB.
-    image = np.array(file.convert("RGBA" if file.mode == "P" else "RGB"))[:, :, :3]
-    return image, odd + _darkness(image, _stored_bits(file, data))
+    return np.array(image.convert("RGBA" if image.mode == "P" else "RGB"))[:, :, :3]
 
 
 def _darkness(image: np.ndarray, bits: int) -> list[str]:
@@ -175,7 +187,9 @@ def _stored_bits(file: Image.Image, data: bytes) -> int:
     """Bits of a sample: 8 or 16, or those of its 16 that a gray image claims to use, as microscopes write 12."""
     gray = file.mode.startswith("I")
     if not isinstance(file, TiffImageFile):
-        return 16 if gray or (file.format == "PNG" and data[24] == 16) else 8  # a PNG's first chunk has its depth
+        return (
+            16 if gray or (file.format == "PNG" and data[24:25] == b"\x10") else 8
+        )  # a PNG's first chunk has its depth
     bits, most = (file.tag_v2.get(tag, 0) for tag in (BITS_PER_SAMPLE, MAX_SAMPLE_VALUE))
     bits, most = (max(value) if isinstance(value, tuple) and value else value for value in (bits, most))
     if not gray:
