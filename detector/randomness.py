@@ -16,7 +16,7 @@ def seed_everything(seed: int) -> None:
 def random_states(device: torch.device) -> dict[str, Any]:
     """All states as plain types and tensors, as a checkpoint needs them; those of GPUs only if `device` is one.
 
-    To ask for them would take memory of each GPU.
+    To ask for them would take memory of a GPU.
     """
     name, keys, *rest = cast(tuple, np.random.get_state())
     return {

@@ -105,7 +105,7 @@ def test_resume_restores_the_state(make_run, saved, same):
 
 
 def test_states_of_gpus_belong_to_trainings_on_gpus(make_run, monkeypatch):
-    """To ask for them would take memory of each GPU. A checkpoint of any training has some if it is older."""
+    """To ask for them would take memory of a GPU. A checkpoint of any training has some if it is older."""
     restored, on_gpus = [], [torch.zeros(16), torch.ones(16)]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
