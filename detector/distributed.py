@@ -35,17 +35,22 @@ def group(device: torch.device) -> Iterator[torch.device]:
     """
     try:
         yield setup(device)
+    except (UserError, Stopped):  # all processes raise them together
+        shutdown()
+        raise
     except RuntimeError as error:
         if "RANK" in os.environ and GONE.search(str(error)):
             raise LostProcess(f"process {os.environ['RANK']} has lost another one, whose message says why") from None
         raise
-    finally:
-        shutdown()
+    # Not after other errors, which one process may have alone: NCCL would wait for the others before the error shows.
+    shutdown()
 
 
 def setup(device: torch.device) -> torch.device:
     """Join the group that torchrun announces in the environment, if any; returns this process's device."""
     if not {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys() or os.environ["WORLD_SIZE"] == "1":
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # also for libraries, and calls that name no GPU
         return device
     if device.type == "cuda":
         local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()

@@ -4,6 +4,7 @@ In plain PyTorch a GPU waits for Python, which starts 1,700 kernels one by one. 
 images, and starts all kernels of a forward or backward pass at once.
 """
 
+import os
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -21,9 +22,13 @@ SEEN = 3  # a graph is recorded at the third batch of its size: by then its kern
 
 
 def speed_up(model: RetinaNet) -> None:
-    """Call before training: on a GPU, the model's training passes then run as CUDA graphs."""
+    """Call before training: on a GPU, the model's training passes then run as CUDA graphs.
+
+    The environment variable DETECTOR_CUDA_GRAPHS=0 prevents it, for failures that `Graphs` does not catch.
+    """
     waits = any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())  # for other processes
-    model.graphs = Graphs(model) if model.mean.device.type == "cuda" and not waits else None
+    wanted = os.environ.get("DETECTOR_CUDA_GRAPHS") != "0"
+    model.graphs = Graphs(model) if model.mean.device.type == "cuda" and wanted and not waits else None
 
 
 class Graphs:
@@ -74,7 +79,8 @@ class Graphs:
             except RuntimeError as error:
                 self.works = False
                 reason = str(error).strip().partition("\n")[0]
-                warnings.warn(f"training passes run without CUDA graphs, which is slower: {reason}", stacklevel=2)
+                advice = "if training fails after this, set DETECTOR_CUDA_GRAPHS=0 in the environment"
+                warnings.warn(f"training passes run without CUDA graphs, slower: {reason}; {advice}", stacklevel=2)
             with torch.no_grad():
                 for buffer, before in zip(self.module.buffers(), buffers):  # BatchNorm must not count the images again
                     buffer.copy_(before)

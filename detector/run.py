@@ -56,6 +56,10 @@ class Run:
         self.score_thresholds = self.score_thresholds or [-1.0] * len(self.category_ids)
 
     @property
+    def device(self) -> torch.device:
+        return self.solver.parameters[0].device
+
+    @property
     def step(self) -> int:
         return self.solver.step_count
 
@@ -121,7 +125,7 @@ class Run:
                 "model": self.solver.model.state_dict(),
                 "solver": self.solver.state_dict(),
                 "criterion": self.criterion.state_dict(),
-                "rng": random_states(),
+                "rng": random_states(self.device),
                 "epoch": self.epoch,
                 "evaluated": self.evaluated_step,
                 "best": float(self.best_ap),
@@ -159,7 +163,7 @@ class Run:
         except (RuntimeError, ValueError, KeyError) as error:
             detail = str(error).strip().splitlines()[-1].strip()
             raise UserError(f"{path}: is of another model, loss or optimizer than the config says ({detail})") from None
-        set_random_states(state["rng"])
+        set_random_states(state["rng"], self.device)
         if not any(change.startswith("data.val") for change in changes):  # AP of other images does not compare
             self.evaluated_step, self.best_ap = state["evaluated"], state["best"]
         self.seconds_per_step, self.peak_memory = state["seconds_per_step"], state["peak_memory"]

@@ -60,11 +60,12 @@ Values = dict[str, Any]  # the nested values of a config
 
 def main() -> None:
     args = parse_arguments()
-    jobs = args.jobs or max(1, torch.cuda.device_count() // args.processes)
     # What a variant's file may set goes on top of it, or the file would win.
     on_variants = [setting for setting in args.set if setting.startswith(VARIANT_KEYS)]
     common = [setting for setting in args.set if setting not in on_variants]
     study = Study(args.config, common, args.output, args.results, args.processes)
+    gpus = 0 if study.common.device == "cpu" else torch.cuda.device_count()
+    jobs = args.jobs or max(1, gpus // args.processes)
     variants = read_variants(study.base, args.variants, on_variants, args.grid)
     runs = study.runs(variants, args.seeds)
     short = f", {args.tune} tuning runs of each" if args.tune else ""
@@ -136,7 +137,7 @@ def parse_arguments() -> argparse.Namespace:
         "--jobs",
         type=int,
         metavar="N",
-        help="runs at once (default: as many as the GPUs allow with --processes each; 1 without GPUs)",
+        help="runs at once (default: as many as the GPUs allow with --processes each; 1 without GPUs or on the CPU)",
     )
     parser.add_argument(
         "--processes", type=int, default=1, metavar="N", help="processes of each run, with torchrun (default: 1)"

@@ -3,9 +3,11 @@
 import os
 from pathlib import Path
 
+import torch
+
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # before data.transforms is imported: it would access the network
-if not os.path.exists("/dev/nvidiactl"):
-    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its kernels then run on a CPU
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its kernels then run on a CPU
 # Commands that tests start import this checkout too, even if another one is installed in the environment.
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -26,7 +28,6 @@ from contextlib import contextmanager
 import cv2
 import numpy as np
 import pytest
-import torch
 import yaml
 from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen

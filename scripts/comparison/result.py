@@ -55,7 +55,7 @@ def collect(folder: Path) -> dict[str, Any]:
             raise UserError(f"{folder / 'config.yaml'}: no {loss}.name; give a run folder that train.py wrote")
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
-    result = {"config": config, "metrics": metrics, "machine": machine()}
+    result = {"config": config, "metrics": metrics, "machine": machine(config.get("device", "auto"))}
     result |= {"curve": points(events, "eval", CURVE), "gradient": points(events, "gradient", SHARES)}
     result["probability"] = means(points(events, "diagnostics", (PROBABILITY,)), PARTS)
     if (folder / "detections.json").exists():
@@ -92,16 +92,17 @@ def means(points: list[dict[str, float]], parts: int) -> list[dict[str, float]]:
     return [{key: round(statistics.fmean(point[key] for point in run), 5) for key in run[0]} for run in runs]
 
 
-def machine() -> dict[str, str]:
-    """The machine that the result's seconds and bytes were measured on."""
+def machine(device: str) -> dict[str, str]:
+    """What the seconds and bytes of a run with this option `device` were measured on: a GPU or the processor."""
     processor = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         processor = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), processor)
     except OSError:
         pass
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores of {processor}"
-    return {"device": device, "torch": torch.__version__, "python": platform.python_version(), "os": sys.platform}
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    name = torch.cuda.get_device_name() if on_gpu else f"{os.cpu_count()} cores of {processor}"
+    return {"device": name, "torch": torch.__version__, "python": platform.python_version(), "os": sys.platform}
 
 
 def write(path: Path, result: dict[str, Any]) -> None:

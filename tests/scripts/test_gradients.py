@@ -47,7 +47,7 @@ def test_measure_takes_the_norm_of_every_cell_and_coordinate(checkpoint):
     positives = boxes.counts.sum() / 4
     assert len(probabilities.true) == len(probabilities.other) == positives
     in_regions = torch.histc(1 - probabilities.true, gradients.FINE, 0, 1)
-    near = cells.counts + cells.counts.roll(1) + cells.counts.roll(-1)  # a GPU rounds 1 - p and |p - 1| differently
+    near = cells.counts + cells.counts.roll(1) + cells.counts.roll(-1)  # processors round 1 - p differently
     assert (in_regions <= near).all() and len(probabilities.background) > 1000
     for part in (cells, boxes):
         filled = part.counts > 0

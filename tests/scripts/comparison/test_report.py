@@ -131,6 +131,13 @@ def test_a_search_is_shown_with_its_ranges_and_unequal_budgets_cause_a_warning(f
     assert "not a fair comparison, ce / focal differ in tuning (" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("device", "name"), [("cpu", "cores of"), ("auto", "a GPU"), ("cuda:1", "a GPU")])
+def test_a_run_on_the_cpu_and_one_on_the_gpu_beside_it_had_different_machines(device, name, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "a GPU")
+    assert name in result.machine(device)["device"]
+
+
 def test_pictures_of_another_run_are_not_shown(learnt, folder, in_browser):
     content = result.collect(learnt)
     parts = report.pictures([Row("mine", [content], [])])
