@@ -34,7 +34,8 @@ FROM_DATA = {
     "detector.images",
 }
 FROM_DATA_ASSEMBLE = FROM_DATA | {"detector.config", "detector.checkpoint"}
-SHARED_BY_LOSSES = ("cells", "density", "dispatch", "fused", "kernels", "regions")  # files of losses/ that are no loss
+# Files of losses/ that are no loss.
+SHARED_BY_LOSSES = ("cells", "checks", "density", "dispatch", "fused", "kernels", "regions")
 FROM_LOSSES = {"detector.distributed", *(f"detector.losses.{name}" for name in SHARED_BY_LOSSES)}
 
 

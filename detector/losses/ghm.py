@@ -15,6 +15,7 @@ from detector.losses.cells import (
     sigmoid_softplus,
     sum_cells,
 )
+from detector.losses.checks import check_cells
 from detector.losses.density import RELEASED, Density, GradientDensity, Normalizer, Scope
 from detector.losses.fused import cell_sum
 from detector.losses.regions import count_regions
@@ -42,6 +43,7 @@ class GHMC(GradientDensity):
 
     def forward(self, logits: Tensor, labels: Tensor, valid: Tensor, num_pos: Tensor | float) -> Tensor:
         """logits (N, C), labels (N,) int64 with C = background, valid (N,) bool -> scalar."""
+        check_cells(logits, labels, valid)
         if self.density == "exact":  # each cell has its own weight, so there is no table
             z = logits_against_truth(logits, labels, valid)
             return sum_cells(self.shares(z.sigmoid(), valid) * cross_entropy(z), valid)

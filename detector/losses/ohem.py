@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from detector.losses import dispatch
 from detector.losses.cells import compute_dtype, logits_against_truth, lookup, ordered_bits, sigmoid_softplus
+from detector.losses.checks import check_cells
 from detector.losses.fused import cell_sum
 from detector.losses.regions import histogram
 
@@ -43,6 +44,7 @@ class OHEM(nn.Module):
 
     def forward(self, logits: Tensor, labels: Tensor, valid: Tensor, num_pos: Tensor | float) -> Tensor:
         """logits (N, C), labels (N,) int64 with C = background, valid (N,) bool -> scalar."""
+        check_cells(logits, labels, valid)
         keep_positives = self.top_k is None
         limits = kth_largest(logits, labels, valid, self._places(logits, labels, valid), negatives=keep_positives)
         return cell_sum(_curve, logits, labels, valid, limits, keep_positives, num_pos=num_pos)

@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 from detector import distributed
 from detector.losses import dispatch
 from detector.losses.cells import compute_dtype
+from detector.losses.checks import check_cells
 
 DELTA = 0.5  # half the width of the smoothed step, in logits: the released code's
 PAIRS = 2**20  # of positives that are compared at once
@@ -57,6 +58,7 @@ class RankSort(nn.Module):
 
         Without `quality`, every positive has quality 1.
         """
+        check_cells(logits, labels, valid)
         return _ErrorDriven.apply(logits, labels, valid, quality, num_pos)
 
 

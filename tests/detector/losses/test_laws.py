@@ -75,6 +75,26 @@ def test_ignored_rows_change_nothing(make, cells):
         assert torch.equal(buffer, second.state_dict()[name]), name
 
 
+@class_losses
+def test_a_label_that_is_no_class_and_other_shapes_are_refused(make, cells):
+    logits, labels, valid, num_pos = cells()
+    loss = make()
+    before = {name: buffer.clone() for name, buffer in loss.state_dict().items()}
+    for wrong in (-1, logits.shape[1] + 1):  # -1 is background to some libraries, and ignored to others
+        others = labels.clone()
+        others[valid.nonzero()[0]] = wrong
+        with pytest.raises(ValueError, match=f"label {wrong} of a valid row"):
+            loss(logits, others, valid, num_pos)
+    for arguments in (
+        (logits[None], labels[None], valid[None]),
+        (logits, labels[:, None], valid),
+        (logits, labels, valid[1:]),
+    ):
+        with pytest.raises(ValueError, match=r"must be \(N, C\), \(N,\) and \(N,\)"):
+            loss(*arguments, num_pos)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in loss.state_dict().items())
+
+
 @pytest.mark.parametrize("make", [make for make in CLASS_LOSSES.values() if getattr(make(), "takes_quality", False)])
 def test_quality_is_read_only_on_positives(make, cells):
     logits, labels, valid, num_pos = cells()
