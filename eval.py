@@ -21,7 +21,7 @@ from data.coco_eval import score
 from data.coco_results import coco_results, write_results
 from data.loader import eval_loader
 from data.tables import metrics_table, per_class_table
-from detector import assemble, checkpoint, config, distributed
+from detector import assemble, atomic, checkpoint, config, distributed
 from detector.checkpoint import Content
 from detector.config import Config
 from detector.device import keep_freed_memory, pick_device, pick_precision, place
@@ -78,6 +78,8 @@ def evaluate(
     dataset = open_dataset(source, content, cfg, data)
     run: Mapping[str, Any] = content.get("run") or {}
     folder = folder or results_folder(source, content, dataset, given=bool(data))
+    if (folder / "last.pt").exists() and folder.resolve() != Path(source).parent.resolve():
+        raise UserError(f"--output: {folder} is the folder of another run, whose results would be replaced")
     distributed.same_everywhere({"--data": dataset.fingerprint()})
     if distributed.is_main():
         print(f"{source} on {dataset.summary()}")
@@ -92,13 +94,13 @@ def evaluate(
     metrics["seconds_per_step"], metrics["peak_memory"] = run.get("seconds_per_step"), run.get("peak_memory", 0)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if folder.resolve() != Path(source).parent.resolve():  # so compare.py can read it like a run's folder
+            val = cfg.data.val.model_copy(update={"annotations": str(dataset.path), "images": str(dataset.folder)})
+            scored = cfg.model_copy(update={"data": cfg.data.model_copy(update={"val": val})})
+            atomic.write(folder / "config.yaml", config.dump(scored))
     except OSError as error:
         raise UserError(f"--output: {folder} cannot be written ({error.strerror})") from None
     # Before printing, so an error there does not lose the results.
-    if folder.resolve() != Path(source).parent.resolve():  # so compare.py can read it like a run's folder
-        val = cfg.data.val.model_copy(update={"annotations": str(dataset.path), "images": str(dataset.folder)})
-        scored = cfg.model_copy(update={"data": cfg.data.model_copy(update={"val": val})})
-        (folder / "config.yaml").write_text(config.dump(scored), encoding="utf-8")
     write_results(folder, metrics, coco_results(detections, dataset.category_ids))
     print(f"{metrics_table(metrics)}\n\n{per_class_table(metrics)}")
     for line in remark_lines(*remarks):

@@ -29,8 +29,9 @@ def match_classes(
     if problem := _contradiction(path, names, used, ids, expected):
         id_here, id_there = ({name: number for number, name in both.items()} for both in (names, expected))
         shared = id_here.keys() & id_there.keys()
-        if not shared or any(names[category] not in shared for category in used):
-            raise UserError(problem)
+        unknown = {category: names[category] for category in used if names[category] not in shared}
+        if unknown or not shared:  # the others could be matched by name, so the message is about these
+            raise UserError(_contradiction(path, unknown, used, ids, expected) or problem)
         unused = count(max(names) + 1)
         ids = [id_here[name] if name in shared else next(unused) for name in id_there]
         if moved := sorted(name for name in shared if id_here[name] != id_there[name]):
@@ -38,7 +39,8 @@ def match_classes(
             remarks.append(f"categories matched by name, because {example}")
         expected = dict(zip(ids, id_there))
     if extra := [name for category, name in names.items() if category not in set(ids)]:
-        remarks.append(f"{len(extra):,} categories unknown to training, none with a box (the first is {extra[0]!r})")
+        number = "1 category" if len(extra) == 1 else f"{len(extra):,} categories"
+        remarks.append(f"{number} unknown to training, none with a box (the first is {extra[0]!r})")
     known = {**names, **expected}
     return ids, [known.get(category, f"category {category}") for category in ids], remarks
 
@@ -48,7 +50,7 @@ def _contradiction(
 ) -> str | None:
     """Why categories cannot be matched by id, in one line; None if they can."""
     for category, name in names.items():
-        if category not in ids and category in used:
+        if category not in ids and (category in used or name in expected.values()):
             return (
                 f"{path}: category {category} ({shortened(name)}) is unknown to the model, whose category "
                 f"ids are {shortened(ids)}; take an annotation file of the same data set"

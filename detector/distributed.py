@@ -35,7 +35,7 @@ def group(device: torch.device) -> Iterator[torch.device]:
     """
     try:
         yield setup(device)
-    except (UserError, Stopped):  # all processes raise them together
+    except (UserError, Stopped):  # most are raised by all processes together
         shutdown()
         raise
     except RuntimeError as error:

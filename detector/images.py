@@ -108,7 +108,10 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None, remarks: R
 
 
 def from_pil(image: Image.Image) -> np.ndarray:
-    """A PIL image as read_image gives its file. Raises ValueError if its pixels have no fixed range."""
+    """A PIL image as read_image gives its file. Raises ValueError if its pixels have no fixed range.
+
+    Copies and crops have lost their file's tags: then a 12-bit TIFF counts as one of 16 bits.
+    """
     pixels = _pixels(image, _stored_bits(image, b""))
     orientation = image.getexif().get(ORIENTATION, 1)  # asked after decoding, as in read_image
     return np.ascontiguousarray(UPRIGHT[orientation](pixels) if orientation in UPRIGHT else pixels)

@@ -61,7 +61,7 @@ class Detector:
         """Objects that reach `min_score` or their class's threshold, in an image.
 
         It is a file, a PIL image or an array, (h, w, 3) uint8 RGB or (h, w) uint8 gray. Raises UserError if the file
-        cannot be read, and ValueError for anything else.
+        cannot be read, OSError if PIL cannot decode its image, and ValueError for anything else.
         """
         lowest = self.thresholds if min_score is None else torch.full_like(self.thresholds, min_score)
         ((boxes, scores, labels),) = self.detect([_as_array(image)], float(lowest.min()))

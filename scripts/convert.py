@@ -111,9 +111,7 @@ def convert(args: argparse.Namespace, beside: Path) -> tuple[dict[str, Picture],
     for name in [*source.names, *(box.name for labels in source.labels.values() for box in labels.boxes)]:
         if not name.strip() or CONTROL.search(name):
             raise UserError(f"{named}: a class is called {name!r}; give it a name without line breaks")
-    split = Split(set(), set(), {}, "")
-    if args.val < 1:
-        split = own_split(source, notes) if args.split == "own" else test_alone(source, notes)
+    split = own_split(source, notes) if args.split == "own" and args.val < 1 else test_alone(source, notes)
     for name, why in split.left_out.items():
         if name in source.labels:
             notes[f"left out: {why}"].append(name)
@@ -127,10 +125,10 @@ def convert(args: argparse.Namespace, beside: Path) -> tuple[dict[str, Picture],
     if test and not any(pictures[name].boxes for name in test):
         notes["left out: images of the test part, which has no boxes"] += sorted(test)
         pictures = {name: picture for name, picture in pictures.items() if name not in test}
-    rest = pictures.keys() - test
+    rest = pictures.keys() - (test if args.val < 1 else set())
     val, how = split.val & rest, split.how
     if args.val == 1:
-        val, how = rest, "--val 1"
+        val, how = set(rest), "--val 1"
     elif not split.val:
         val, how = at_random(list(rest), args.val, args.seed), f"drawn by --seed {args.seed}"
     if not val or (len(val) == len(rest) and args.val < 1):

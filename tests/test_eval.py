@@ -146,12 +146,20 @@ def test_results_on_another_set_are_compared_like_runs(learnt, rectangles, folde
         torch.save(content, folder / f"mine-s{seed}" / "best.pt")
         arguments = ("--checkpoint", folder / f"mine-s{seed}" / "best.pt", "--data", annotations, images)
         assert command(evaluation.main, *arguments)[0] == 0
-    code, out, err = command(compare.main, *(folder / f"mine-s{seed}" / "other_annotations" for seed in (0, 1)))
+    results = [folder / f"mine-s{seed}" / "other_annotations" for seed in (0, 1)]
+    code, out, err = command(compare.main, *results, "--html", folder / "page.html")
     assert code == 0, err
+    assert "no pictures" not in (folder / "page.html").read_text()
     (row,) = [line.split() for line in out.splitlines() if line.startswith("mine")]
     ap = 100 * read(folder / "mine-s0" / "other_annotations" / "metrics.json")["AP"]
     assert row[0] == "mine" and row[3] == f"{ap:.1f}±0.0"  # a row of two seeds
     assert not (folder / "mine-s0" / "config.yaml").exists()  # a run's own folder keeps what it has
+    (folder / "again").mkdir()
+    shutil.copytree(folder / "mine-s0", folder / "again" / "mine-s0")
+    code, out, err = command(compare.main, results[0], folder / "again" / "mine-s0" / "other_annotations")
+    assert code == 0 and out.count("mine (") >= 2, err  # two folders of one name and seed: a row each
+    code, _, err = command(evaluation.main, "--checkpoint", folder / "mine-s0" / "best.pt", "--output", learnt)
+    assert code == 2 and one_line(err) and "of another run" in err
 
 
 def test_set_changes_options(learnt, folder, command):

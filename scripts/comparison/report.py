@@ -279,7 +279,7 @@ def pictures(rows: list[Row]) -> list[str]:
 def of_run(run: dict[str, Any]):
     """Pictures of a run from its folder. Raises UserError if the folder is gone."""
     config = run["config"]
-    folder = Path(config.get("output", "runs")) / config.get("run", "")
+    folder = Path(run.get("folder") or Path(config.get("output", "runs")) / config.get("run", ""))
     metrics = result.parse(folder / "metrics.json", json.loads, "its run folder is missing")
     if metrics.get("AP") != run["metrics"]["AP"]:
         raise UserError(f"{folder} holds another run")
@@ -288,5 +288,7 @@ def of_run(run: dict[str, Any]):
     size = EvalTransform(data["short_side"], data["long_side"])
     val = data["val"]
     dataset = CocoDataset(val["annotations"], val["images"], size, trust=data.get("trust", False))
+    classes = {*dataset.category_ids}  # the model may also find classes that another set's file lacks
+    entries = [entry for entry in entries if entry.get("category_id") in classes]
     detections = from_coco_results(entries, dataset.image_ids, dataset.category_ids)
     return validation_pictures(dataset, detections, PICTURES)

@@ -106,7 +106,7 @@ def _read(paths: list[str]) -> list[tuple[str, Result]]:
 
 def _of_folder(folder: Path) -> Result:
     """The result of a run folder, or of one that eval.py wrote. ablate.py names runs VARIANT-sSEED."""
-    run = result.collect(folder)
+    run = result.collect(folder) | {"folder": str(folder)}
     name, ending = str(run["config"].get("run")), f"-s{run['config'].get('seed', 0)}"
     return run | ({"variant": name.removesuffix(ending)} if name.endswith(ending) else {})
 
@@ -124,9 +124,12 @@ def _rows(given: list[tuple[str, Result]]) -> list[Row]:
         by_name.setdefault(str(run.get("variant") or run["config"].get("run", path)), []).append((path, run))
     rows = []
     for name, runs in by_name.items():
-        if all("variant" in run for _, run in runs):
+        one_row = all("variant" in run for _, run in runs)  # otherwise, equal names do not mean equal configs
+        if any("folder" in run for _, run in runs):  # the variant is from the run's name, which two folders may share
+            one_row = one_row and len({run["config"].get("seed", 0) for _, run in runs}) == len(runs)
+        elif one_row:
             _refuse_twice(name, runs)
-        if len(runs) > 1 and not all("variant" in run for _, run in runs):  # equal names do not mean equal configs
+        if len(runs) > 1 and not one_row:
             rows += [_row(f"{name} ({path})", [run]) for path, run in runs]
         else:
             rows.append(_row(name, [run for _, run in runs]))

@@ -7,11 +7,12 @@ folders of such names. If a file names a part that is missing, that is an error:
 import posixpath
 import random
 import re
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from detector.errors import UserError
+from detector.errors import UserError, counted
 from scripts.conversion.description import Described
 from scripts.conversion.found_files import PARTS, Index, common, folder_of, kind_of, part_of, pieces
 from scripts.conversion.label_formats import Notes, number, text_of
@@ -41,6 +42,9 @@ def own_split(source: Source, notes: Notes) -> Split:
     for name in sorted(val & test):
         notes["images in both validation and test part, used for validation only"].append(name)
     test -= val
+    if train and train <= test:
+        notes["images in both training and test part, which has all of them, used for training"] += sorted(train)
+        test -= train
     left_out: dict[str, str] = {}
     if listed:
         rest = sorted(source.images.keys() - train - val - test)
@@ -62,8 +66,11 @@ def own_split(source: Source, notes: Notes) -> Split:
 
 
 def test_alone(source: Source, notes: Notes) -> Split:
-    """The set's own test part, unless it is the whole set."""
-    test = Finder(source, notes).test_part(set())
+    """The test part of the set's own split; none if all images are in it."""
+    try:
+        test = own_split(source, defaultdict(list)).test
+    except UserError:  # another part is missing
+        test = Finder(source, notes).test_part(set())
     return Split(set(), set() if test == source.images.keys() else test, {}, "")
 
 
@@ -181,7 +188,10 @@ def holds_boxes(content: str) -> bool:
 
 def at_random(names: list[str], share: float, seed: int) -> set[str]:
     if len(names) < 2:
-        raise UserError(f"{len(names)} image can be used: one is needed for training and another for validation")
+        raise UserError(
+            f"{counted(len(names), 'image')} can be used, without those of a test part: one is needed for training and "
+            "another for validation; to only score images, --val 1"
+        )
     names = sorted(names)
     random.Random(seed).shuffle(names)
     return set(names[: min(max(1, round(share * len(names))), len(names) - 1)])

@@ -135,7 +135,7 @@ def test_validation_may_have_an_extra_class_only_without_boxes(folder):
     write(folder, document)
     data = dataset(folder, category_ids=[5, 90], class_names=["cat", "dog"])
     assert data[1][1].labels.tolist() == [1, 0] and data.class_names == ["cat", "dog"]
-    assert "1 categories unknown to training, none with a box (the first is 'bird')" in data.summary()
+    assert "1 category unknown to training, none with a box (the first is 'bird')" in data.summary()
     document["annotations"][0]["category_id"] = 6
     write(folder, document)
     with pytest.raises(UserError) as excinfo:
@@ -168,11 +168,11 @@ def test_names_that_do_not_decide_leave_the_error(folder):
     write(folder, document)
     with pytest.raises(UserError) as excinfo:
         dataset(folder, category_ids=[5, 90], class_names=["cat", "dog"])
-    one_line(excinfo, "category 90 is 'cat' here and 'dog' in training")
+    one_line(excinfo, "category 5 is 'fox' here and 'cat' in training")
     write(folder, document | {"annotations": [a for a in GOOD["annotations"] if a["category_id"] == 90]})
     data = dataset(folder, category_ids=[5, 90], class_names=["cat", "dog"])  # without a box of the fox
     assert data.category_ids[0] == 90 and data[1][1].labels.tolist() == [0]
-    assert "1 categories unknown to training, none with a box (the first is 'fox')" in data.summary()
+    assert "1 category unknown to training, none with a box (the first is 'fox')" in data.summary()
 
 
 def test_the_fingerprint_tells_what_training_and_scoring_read(folder):

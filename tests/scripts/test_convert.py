@@ -194,6 +194,21 @@ def test_a_random_split_keeps_the_test_part(known, folder, command):
         assert {Path(name).name for name in splits.get("test", ())} == set(names[:kept])
 
 
+def test_a_test_part_that_repeats_another_part_is_none(known, folder, command):
+    names = list(known)
+    images = {f"{'val' if name in names[:2] else 'train'}/{name}": known[name] for name in names}
+    for part in ("val", "train"):
+        (folder / "src" / "labels" / part).mkdir(parents=True)
+    for number, (test, options) in enumerate([("val", ()), ("val", ("--split", "random")), ("train", ())]):
+        as_yolo(folder / "src", images, train="images/train", val="images/val", test=f"images/{test}")
+        code, _, err = command(convert.main, "yolo", folder / "src", folder / f"dst{number}", *options)
+        assert code == 0, err
+        splits = read(folder / f"dst{number}")[1]
+        assert splits.keys() == {"train", "val"} and sum(map(len, splits.values())) == len(known)
+        if not options:
+            assert {Path(name).name for name in splits["val"]} == set(names[:2])
+
+
 def test_a_test_part_without_labels_is_left_out(known, folder, command):
     names = list(known)
     images = {f"{'test' if name in names[:2] else 'train'}/{name}": known[name] for name in names}
@@ -202,10 +217,12 @@ def test_a_test_part_without_labels_is_left_out(known, folder, command):
     as_yolo(folder / "src", images)
     for name in names[:2]:
         (folder / "src" / "labels" / "test" / name).with_suffix(".txt").unlink()
-    code, out, err = command(convert.main, "yolo", folder / "src", folder / "dst")
-    assert code == 0, err
-    assert read(folder / "dst")[1].keys() == {"train", "val"}
-    assert "left out: images of the test part, which has no boxes: 2" in out
+    for target, options, parts in (("dst", (), {"train", "val"}), ("all", ("--val", 1), {"val"})):
+        code, out, err = command(convert.main, "yolo", folder / "src", folder / target, *options)
+        assert code == 0, err
+        converted, splits = read(folder / target)
+        assert splits.keys() == parts and {Path(name).name for name in converted} == set(names[2:])
+        assert "left out: images of the test part, which has no boxes: 2" in out
 
 
 def test_all_images_can_be_for_scoring(known, folder, command):

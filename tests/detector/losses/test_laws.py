@@ -92,6 +92,8 @@ def test_a_label_that_is_no_class_and_other_shapes_are_refused(make, cells):
     ):
         with pytest.raises(ValueError, match=r"must be \(N, C\), \(N,\) and \(N,\)"):
             loss(*arguments, num_pos)
+    with pytest.raises(ValueError, match="must be bool"):
+        loss(logits, labels, valid.to(torch.uint8), num_pos)
     assert all(torch.equal(buffer, before[name]) for name, buffer in loss.state_dict().items())
 
 
