@@ -38,7 +38,7 @@ def match_classes(
             example = f"{shortened(moved[0])} has the id {id_here[moved[0]]} here and {id_there[moved[0]]} in training"
             remarks.append(f"categories matched by name, because {example}")
         expected = dict(zip(ids, id_there))
-    if extra := [name for category, name in names.items() if category not in set(ids)]:
+    if extra := sorted(names[category] for category in names.keys() - set(ids)):
         number = "1 category" if len(extra) == 1 else f"{len(extra):,} categories"
         remarks.append(f"{number} unknown to training, none with a box (the first is {extra[0]!r})")
     known = {**names, **expected}

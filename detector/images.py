@@ -190,9 +190,8 @@ def _stored_bits(file: Image.Image, data: bytes) -> int:
     """Bits of a sample: 8 or 16, or those of its 16 that a gray image claims to use, as microscopes write 12."""
     gray = file.mode.startswith("I")
     if not isinstance(file, TiffImageFile):
-        return (
-            16 if gray or (file.format == "PNG" and data[24:25] == b"\x10") else 8
-        )  # a PNG's first chunk has its depth
+        deep_png = file.format == "PNG" and data[24:25] == b"\x10"  # a PNG's first chunk has its depth
+        return 16 if gray or deep_png else 8
     bits, most = (file.tag_v2.get(tag, 0) for tag in (BITS_PER_SAMPLE, MAX_SAMPLE_VALUE))
     bits, most = (max(value) if isinstance(value, tuple) and value else value for value in (bits, most))
     if not gray:

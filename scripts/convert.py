@@ -55,7 +55,7 @@ from scripts.conversion.coco import read_coco
 from scripts.conversion.folder import LABELS, read_folder
 from scripts.conversion.label_formats import Box, Notes
 from scripts.conversion.source import Source
-from scripts.conversion.splits import Split, at_random, own_split, test_alone
+from scripts.conversion.splits import Split, at_random, own_split, own_test_part
 
 EXAMPLES = 3
 SMALL = 1000  # images for training
@@ -111,7 +111,7 @@ def convert(args: argparse.Namespace, beside: Path) -> tuple[dict[str, Picture],
     for name in [*source.names, *(box.name for labels in source.labels.values() for box in labels.boxes)]:
         if not name.strip() or CONTROL.search(name):
             raise UserError(f"{named}: a class is called {name!r}; give it a name without line breaks")
-    split = own_split(source, notes) if args.split == "own" and args.val < 1 else test_alone(source, notes)
+    split = own_split(source, notes) if args.split == "own" and args.val < 1 else own_test_part(source, notes)
     for name, why in split.left_out.items():
         if name in source.labels:
             notes[f"left out: {why}"].append(name)

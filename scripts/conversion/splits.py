@@ -43,7 +43,7 @@ def own_split(source: Source, notes: Notes) -> Split:
         notes["images in both validation and test part, used for validation only"].append(name)
     test -= val
     if train and train <= test:
-        notes["images in both training and test part, which has all of them, used for training"] += sorted(train)
+        notes["images of the training part, which lies in the test part, used for training"] += sorted(train)
         test -= train
     left_out: dict[str, str] = {}
     if listed:
@@ -65,7 +65,7 @@ def own_split(source: Source, notes: Notes) -> Split:
     return Split(val, test, left_out, how)
 
 
-def test_alone(source: Source, notes: Notes) -> Split:
+def own_test_part(source: Source, notes: Notes) -> Split:
     """The test part of the set's own split; none if all images are in it."""
     try:
         test = own_split(source, defaultdict(list)).test

@@ -44,8 +44,8 @@ def paint(folder, images):
 
 def as_yolo(folder, images, names=NAMES, **entries):
     paint(folder / "images", images)
-    (folder / "labels").mkdir(exist_ok=True)
     for name, ((width, height), boxes) in images.items():
+        (folder / "labels" / name).parent.mkdir(parents=True, exist_ok=True)
         lines = [
             f"{names.index(n)} {(x + w / 2) / width} {(y + h / 2) / height} {w / width} {h / height}"
             for n, (x, y, w, h) in boxes
@@ -136,8 +136,6 @@ def test_the_split_of_the_set_is_kept(known, folder, command, how):
         (folder / "src" / "ImageSets" / "Main" / "val.txt").write_text("3\n5\n")
     else:
         images = {("valid/" if name in ("3.jpg", "5.jpg") else "train/") + name: image for name, image in known.items()}
-        for part in ("valid", "train"):
-            (folder / "src" / "labels" / part).mkdir(parents=True)
         entries = {"data.yaml": {"val": "../images/valid"}, "list": {"val": "val.txt"}, "folders": {}}[how]
         as_yolo(folder / "src", images, **entries)
         (folder / "src" / "val.txt").write_text("images/valid/3.jpg\nimages/valid/5.jpg\n")
@@ -161,8 +159,6 @@ def test_the_test_part_gets_a_file_of_its_own(known, folder, command, how):
         if how == "list and same val":  # then validation images are drawn, but not from the test part
             entries = {"val": "images/train", "test": "test.txt"}
             parts = {"test": names[:2], "train": names[2:]}
-        for part in parts:
-            (folder / "src" / "labels" / part).mkdir(parents=True)
         images = {f"{part}/{name}": known[name] for part, part_names in parts.items() for name in part_names}
         as_yolo(folder / "src", images, **entries)
         (folder / "src" / "test.txt").write_text("".join(f"images/test/{name}\n" for name in parts["test"]))
@@ -178,27 +174,19 @@ def test_the_test_part_gets_a_file_of_its_own(known, folder, command, how):
 
 def test_a_random_split_keeps_the_test_part(known, folder, command):
     names = list(known)
-    images = {f"{'test' if name in names[:2] else 'train'}/{name}": known[name] for name in names}
-    for part in ("test", "train"):
-        (folder / "src" / "labels" / part).mkdir(parents=True)
-    as_yolo(folder / "src", images)
-    for source, kept in ((folder / "src", 2), (folder / "src" / "images" / "test", 0)):  # the second is all test
-        if not kept:
-            for place in ("images", "labels"):
-                (folder / "src" / place / "train").rename(folder / f"{place}_away")
-            source = folder / "src"
-        code, out, err = command(convert.main, "yolo", source, folder / f"dst{kept}", "--split", "random")
+    of_parts = {f"{'test' if name in names[:2] else 'train'}/{name}": known[name] for name in names}
+    all_test = {f"test/{name}": known[name] for name in names}
+    for source, images, kept in (("parts", of_parts, set(names[:2])), ("all", all_test, set())):
+        as_yolo(folder / source, images)
+        target = folder / f"{source}_converted"
+        code, out, err = command(convert.main, "yolo", folder / source, target, "--split", "random")
         assert code == 0, err
-        splits = read(folder / f"dst{kept}")[1]
-        assert len(splits.get("test", ())) == kept and "drawn by --seed 0" in out
-        assert {Path(name).name for name in splits.get("test", ())} == set(names[:kept])
+        assert {Path(name).name for name in read(target)[1].get("test", ())} == kept and "drawn by --seed 0" in out
 
 
 def test_a_test_part_that_repeats_another_part_is_none(known, folder, command):
     names = list(known)
     images = {f"{'val' if name in names[:2] else 'train'}/{name}": known[name] for name in names}
-    for part in ("val", "train"):
-        (folder / "src" / "labels" / part).mkdir(parents=True)
     for number, (test, options) in enumerate([("val", ()), ("val", ("--split", "random")), ("train", ())]):
         as_yolo(folder / "src", images, train="images/train", val="images/val", test=f"images/{test}")
         code, _, err = command(convert.main, "yolo", folder / "src", folder / f"dst{number}", *options)
@@ -212,8 +200,6 @@ def test_a_test_part_that_repeats_another_part_is_none(known, folder, command):
 def test_a_test_part_without_labels_is_left_out(known, folder, command):
     names = list(known)
     images = {f"{'test' if name in names[:2] else 'train'}/{name}": known[name] for name in names}
-    for part in ("test", "train"):
-        (folder / "src" / "labels" / part).mkdir(parents=True)
     as_yolo(folder / "src", images)
     for name in names[:2]:
         (folder / "src" / "labels" / "test" / name).with_suffix(".txt").unlink()
@@ -227,8 +213,6 @@ def test_a_test_part_without_labels_is_left_out(known, folder, command):
 
 def test_all_images_can_be_for_scoring(known, folder, command):
     images = {f"{'test' if name == '3.jpg' else 'train'}/{name}": value for name, value in known.items()}
-    for part in ("test", "train"):
-        (folder / "src" / "labels" / part).mkdir(parents=True)
     as_yolo(folder / "src", images)
     code, out, err = command(convert.main, "yolo", folder / "src", folder / "dst", "--val", 1)
     assert code == 0, err
@@ -240,8 +224,6 @@ def test_all_images_can_be_for_scoring(known, folder, command):
 def test_a_list_may_hold_paths_and_names_with_spaces(known, folder, command):
     image = known["3.jpg"]
     known = {"a/1.jpg": image, "b/1.jpg": image, "b/a photo.jpg": image, "b/v1.2.jpg": image}
-    for part in ("a", "b"):
-        (folder / "src" / "labels" / part).mkdir(parents=True)
     as_yolo(folder / "src", known, val="val.txt")
     (folder / "src" / "val.txt").write_text("./images/b/1.jpg\n/home/me/src/images/b/a photo.jpg\nv1.2\ngone.jpg\n")
     code, out, err = command(convert.main, "yolo", folder / "src", folder / "dst")
