@@ -18,13 +18,13 @@ export NO_ALBUMENTATIONS_UPDATE := 1
 demo: .venv/user
 	$(BIN)/python -m data.demo --quick
 	@mkdir -p runs
-	@echo "training ce, focal, ghm_c and ghm, two at a time, one or two minutes each; progress is in runs/demo_*.log"
-	@printf '%s\n' ce focal ghm_c ghm | OMP_NUM_THREADS=1 xargs -n 1 -P 2 sh -c '\
+	@echo "training ce, focal, ghm_c_limited and ghm_limited, two at a time, one or two minutes each; progress is in runs/demo_*.log"
+	@printf '%s\n' ce focal ghm_c_limited ghm_limited | OMP_NUM_THREADS=1 xargs -n 1 -P 2 sh -c '\
 	    log=runs/demo_$$0.log; \
 	    $(BIN)/python train.py --config configs/demo/$$0.yaml --resume >$$log 2>&1 || { tail -n 1 $$log; exit 255; }; \
 	    echo "demo_$$0: $$(tr "\r" "\n" <$$log | grep "^epoch .* AP " | tail -n 1)"'
-	$(BIN)/python scripts/compare.py $(addprefix runs/demo_,ce focal ghm_c ghm) --html runs/demo.html
-	@echo "Detections beside the ground truth: runs/demo_ghm/detections.png"
+	$(BIN)/python scripts/compare.py $(addprefix runs/demo_,ce focal ghm_c_limited ghm_limited) --html runs/demo.html
+	@echo "Detections beside the ground truth: runs/demo_ghm_limited/detections.png"
 	@echo "The comparison as a page:           runs/demo.html"
 	@echo "Curves and pictures of all four:    $(BIN)/tensorboard --logdir runs"
 

@@ -2,7 +2,7 @@
 # How many cells GHM-C's regions hold as a training goes on: short trainings of several lengths, each with its schedule.
 # In batches of up to 64 images, and of the last training up to 1,024. Also of BCCD, if short_tuning.sh has trained it.
 # Tables and figures go into results/regions.
-# Arguments: the config (configs/demo_long/ghm_c.yaml, without a limit), the numbers of steps, further KEY=VALUE.
+# Arguments: the config (configs/demo_long/ghm_c.yaml), the numbers of steps, further KEY=VALUE.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 config=${1:-configs/demo_long/ghm_c.yaml} steps=${2:-30 100 300 564}
@@ -10,7 +10,7 @@ name=$(basename "$(dirname "$config")")
 [ $# -gt 0 ] || python -m data.demo --output datasets/demo
 
 for step in $steps; do
-    python train.py --config "$config" --resume --set class_loss.max_weight=null "${@:3}" run="regions/$step/$name" \
+    python train.py --config "$config" --resume --set "${@:3}" run="regions/$step/$name" \
         "solver.max_steps=$step" tensorboard.images=0 evaluation.every=1000
 done
 python scripts/batch_regions.py --checkpoints $(for step in $steps; do echo "runs/regions/$step/$name/last.pt"; done) \

@@ -11,7 +11,7 @@ jobs=${1:-1} seeds=${2:-5}
 for share in ${3:-0 20 40}; do
     data=datasets/demo$share
     python -m data.demo --output "$data" --wrong-labels "$(printf 0.%02d "$share")"
-    python scripts/ablate.py --config configs/demo_long/base.yaml --variants ce focal ghm_c --seeds "$seeds" \
+    python scripts/ablate.py --config configs/demo_long/base.yaml --variants ce focal ghm_c_limited --seeds "$seeds" \
         --jobs "$jobs" --tune 8 --output "runs/wrong_labels/$share" --results "results/wrong_labels/$share" \
         --set "data.train.annotations=$data/train.json" "data.train.images=$data/train" \
         "data.val.annotations=$data/val.json" "data.val.images=$data/val" \
