@@ -16,6 +16,7 @@ from detector.losses import CrossEntropy
 from scripts import compare, compare_conditions, summarize, write_config_docs
 from scripts.compare_conditions import aps, mean_and_spread
 from scripts.comparison.rows import read_rows
+from scripts.studies import overview
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
@@ -23,9 +24,13 @@ DOCUMENTS += sorted((ROOT / "docs").glob("*.md"))
 IMBALANCE = (70, 350, 1600, 11000, 46000)  # negative anchors for each positive one, in results/imbalance
 
 
+def page(name):
+    return (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+
+
 def test_the_losses_example_trains_a_foreign_detector():
     """Run the loop of the example, with minimal stand-ins for the names that it does not define."""
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "losses.md").read_text(encoding="utf-8"), re.S)
+    (code,) = re.findall(r"```python\n(.*?)```", page("losses"), re.S)
     torch.manual_seed(0)
     layer = torch.nn.Linear(2, 3 + 4)
     anchors, features = torch.rand(30, 4), torch.rand(30, 2)
@@ -62,7 +67,7 @@ def test_the_config_reference_is_current(command):
 
 
 def test_the_example_of_a_new_loss_trains(tiny, tmp_path, monkeypatch):
-    text = (ROOT / "docs" / "new_loss.md").read_text(encoding="utf-8")
+    text = page("new_loss")
     (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
     (config,) = re.findall(r"```yaml\n(.*?)```", text, re.S)
     names = {"__name__": "generalized"}
@@ -80,19 +85,19 @@ def test_the_example_of_a_new_loss_trains(tiny, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("document", "results", "baseline"),
     [
-        ("docs/results.md", ["laptop/*"], "ce"),
-        ("docs/results.md", ["cards/*"], "ce"),
-        ("docs/results.md", ["scratch/*"], "ce"),
-        ("docs/results.md", ["batches/4/*", "forms/demo/*"], "ghm_c[max_weight=null]"),
-        ("docs/results.md", ["imbalance/350/*", "forms/imbalance/350/*"], "ghm_c[max_weight=null]"),
+        ("results", ["laptop/*"], "ce"),
+        ("results", ["cards/*"], "ce"),
+        ("results", ["scratch/*"], "ce"),
+        ("results_ghm", ["batches/4/*", "forms/demo/*"], "ghm_c[max_weight=null]"),
+        ("results_ghm", ["imbalance/350/*", "forms/imbalance/350/*"], "ghm_c[max_weight=null]"),
         (
-            "docs/results.md",
+            "results_ghm",
             ["laptop_short/ce-s*", "laptop_short/ghm_c-s*", "laptop_short/ghm_c_limited-s*", "forms/bccd/*"],
             "ghm_c",
         ),
-        ("docs/results.md", ["switches/*"], "ghm_c[scope=batch]"),
-        ("docs/results.md", ["counts/*"], "ghm_c[local_counts=false]"),
-        ("docs/results.md", ["scope/*"], "ghm_c[scope=batch][weight=4]"),
+        ("results_ghm", ["switches/*"], "ghm_c_limited[scope=batch]"),
+        ("results_ghm", ["counts/*"], "ghm_c_limited[local_counts=false]"),
+        ("results_ghm", ["scope/*"], "ghm_c_limited[scope=batch][weight=4]"),
     ],
 )
 def test_a_table_of_results_is_current(tmp_path, monkeypatch, document, results, baseline):
@@ -103,7 +108,7 @@ def test_a_table_of_results_is_current(tmp_path, monkeypatch, document, results,
     compare.main([*runs, "--baseline", baseline, *pairs, "--markdown", str(tmp_path / "table.md")])
     table = (tmp_path / "table.md").read_text(encoding="utf-8")
     assert table.count("\n| ") >= 2 and "warning" not in table
-    assert table in (ROOT / document).read_text(encoding="utf-8")
+    assert table in page(document)
 
 
 def test_the_table_of_the_readme_is_current(tmp_path, monkeypatch, capsys):
@@ -112,6 +117,15 @@ def test_the_table_of_the_readme_is_current(tmp_path, monkeypatch, capsys):
     summarize.main([*runs, "--baseline", "ce", "--output", str(tmp_path / "losses.png")])
     table = "\n".join(line for line in capsys.readouterr().out.splitlines() if line.startswith("|"))
     assert table.count("\n") == 9 and f"\n\n{table}\n\n" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_overview_is_current(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["overview.py", "--output", str(tmp_path / "overview.png")])
+    overview.main()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("- ")]
+    decided = [line for line in lines if not line.endswith(", undecided")]
+    assert (len(lines), len(decided)) == (38, 8)
+    assert "corrected for all 38, and eight are decided" in page("results").replace("\n", " ")
 
 
 def test_the_readme_is_short_and_shows_pictures():
@@ -140,11 +154,11 @@ def test_the_table_of_wrong_labels_is_current(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     compare_conditions.main(["results/wrong_labels", "--output", str(tmp_path / "noise.png")])
     table = "\n".join(line for line in capsys.readouterr().out.splitlines() if line.startswith("|"))
-    assert table.count("\n") == 4 and table in (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert table.count("\n") == 4 and table in page("results_demo")
 
 
 def test_the_table_of_sparse_regions_comes_from_the_results():
-    section = (ROOT / "docs/results.md").read_text(encoding="utf-8").partition("## Why GHM-C needs a limit")[2]
+    section = page("results_ghm").partition("## Why GHM-C needs a limit")[2]
     rows = [line for line in section.partition("\n##")[0].splitlines() if line.startswith("|")]
     files = [ROOT / "results/regions" / name / "batch_regions.md" for name in ("bccd", "bccd_large")]
     written = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
@@ -153,7 +167,7 @@ def test_the_table_of_sparse_regions_comes_from_the_results():
 
 @pytest.mark.parametrize("folders", [("cards_short", "cards"), ("laptop_short", "laptop")])
 def test_the_table_of_short_and_long_tuning_is_current(folders):
-    text = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    text = page("results")
     files = [sorted(map(str, (ROOT / "results" / name).glob("*.json"))) for name in folders]
     short, long = ({row.name: row for row in read_rows(of_folder)} for of_folder in files)
     assert len(long) >= 4
@@ -163,7 +177,7 @@ def test_the_table_of_short_and_long_tuning_is_current(folders):
 
 
 def test_the_table_of_prior_counts_is_current():
-    text = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    text = page("results")
     rows = []
     for name in ("laptop", "cards", "scratch"):
         files = [*(ROOT / "results" / name).glob("*.json"), *(ROOT / "results/prior_count" / name).glob("*.json")]
@@ -174,7 +188,7 @@ def test_the_table_of_prior_counts_is_current():
 
 def test_the_lists_of_imbalance_are_current(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    text = page("results_demo")
     compare_conditions.main(["results/imbalance", "--output", str(tmp_path / "imbalance.png")])
     table, *lists, _ = capsys.readouterr().out.split("\n\n")  # of each condition, of the change
     assert table.count("\n| ") == 5 and "\n\n".join(lists).count("\n- ") == 18
@@ -211,7 +225,7 @@ def test_the_table_of_separation_is_current():
         folder, name, *values = found.groups()
         if folder in folders:
             seeds.setdefault(name, {}).setdefault(folder, []).append([float(value) for value in values])
-    text = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    text = page("results_ghm")
     assert len(seeds) > 8
     for name, of_row in seeds.items():
         cells = []
@@ -229,4 +243,4 @@ def test_the_table_of_batches_is_current(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     compare_conditions.main(["results/batches", "--baseline", "focal", "--output", str(tmp_path / "batches.png")])
     table = "\n".join(line for line in capsys.readouterr().out.splitlines() if line.startswith("|"))
-    assert table.count("\n") == 4 and table in (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert table.count("\n") == 4 and table in page("results_ghm")

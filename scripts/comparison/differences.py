@@ -227,7 +227,7 @@ def describe(results: Sequence[Difference], baseline: str, metric: str = "AP", s
     if not results:
         return []
     count = sum(result.p is not None for result in results)
-    corrected = f"; p and verdict are corrected for {count} comparisons" if count > 1 else ""
+    corrected = f"; p and verdict are corrected for {count} comparisons, intervals are not" if count > 1 else ""
     over = f", the mean over {sets} sets," if sets > 1 else ","
     return [f"{metric} minus that of {baseline}{over} with its 95% interval{corrected}:", "", *map(_line, results)]
 

@@ -13,11 +13,13 @@ MUST_AGREE = ("step", "epoch", "images")  # metrics that say what was scored, an
 
 
 def remarks(rows: list[Row]) -> list[str]:
-    """A line for each failed run, each tuned row, and each tuned setting in which the runs differ."""
+    """A line for each failed run, on the tuning of the rows, and for each tuned setting in which the runs differ."""
     lines = [f"- failed: {row.name}, {failure}" for row in rows for failure in row.failures]
     for row in rows:
         if row.runs and "tuning" in row.runs[0]:
             lines.append(f"- {row.name} was tuned: {described(row.runs[0]['tuning'])}")
+    if sum(bool(row.runs) for row in rows) > 1 and not any("tuning" in run for row in rows for run in row.runs):
+        lines.append("- no row was tuned, so the weights may favour some losses (scripts/ablate.py --tune)")
     if too_short := [row.name for row in rows if _short_trials(row)]:
         remark = "no trial reached two thirds of the runs' AP, so longer ones (--tune-set) or cleaner labels may choose"
         lines.append(f"- {', '.join(too_short)}: {remark} other values")

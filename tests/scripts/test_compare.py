@@ -53,6 +53,7 @@ NO_COSTS = (
     "- s/step and GB are not shown: the results do not say whether each run had the machine to itself; "
     "scripts/ablate.py --time measures the losses in turn"
 )
+NO_TUNING = "- no row was tuned, so the weights may favour some losses (scripts/ablate.py --tune)"
 NO_DRAWS = "- ghm_c: +0.1; no verdict: AP of ghm_c on resampled images is not known"
 
 
@@ -68,6 +69,7 @@ def test_terminal_table(two, capsys):
         NO_DRAWS,
         "",
         NO_COSTS,
+        NO_TUNING,
     ]
 
 
@@ -84,6 +86,7 @@ def test_markdown_table(two, tmp_path):
         NO_DRAWS,
         "",
         NO_COSTS,
+        NO_TUNING,
     ]
 
 
