@@ -14,7 +14,7 @@ export NO_ALBUMENTATIONS_UPDATE := 1
 	$(BIN)/pip install --quiet --requirement requirements-dev.txt
 	touch $@
 
-# Train CE, Focal, GHM-C and GHM-C + GHM-R on the demo set and compare them.
+# Train CE, Focal, GHM-C and GHM-C + GHM-R, both with a limit, on the demo set and compare them.
 demo: .venv/user
 	$(BIN)/python -m data.demo --quick
 	@mkdir -p runs

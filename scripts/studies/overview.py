@@ -29,14 +29,16 @@ STUDIES = {
     "playing cards, pretrained": ("cards", "prior_count/cards"),
     "BCCD, from scratch": ("scratch", "prior_count/scratch"),
     **{
-        f"digits, 1 positive to {ratio:,}": (f"imbalance/{ratio}", f"prior_count/imbalance/{ratio}")
+        f"{ratio:,} negatives for each positive": (f"imbalance/{ratio}", f"prior_count/imbalance/{ratio}")
         for ratio in (70, 350, 1600, 11000, 46000)
     },
-    "750 scenes of digits": ("wrong_labels/0",),
-    "20% wrong labels": ("wrong_labels/20",),
-    "40% wrong labels": ("wrong_labels/40",),
+    "750 scenes": ("wrong_labels/0",),
+    "750 scenes, 20% wrong labels": ("wrong_labels/20",),
+    "750 scenes, 40% wrong labels": ("wrong_labels/40",),
 }
+PHOTOS = 3  # the first of them; the others are demo scenes
 COLOURS = {"better": "#1a7f37", "worse": "#cf222e", "undecided": "#6e7781"}
+MARKERS = {"better": "^", "worse": "v", "undecided": "o"}
 
 
 def main() -> None:
@@ -45,7 +47,7 @@ def main() -> None:
     args = parser.parse_args()
     studies = [rows_of(folders) for folders in STUDIES.values()]
     results = differences_by_condition(studies, "CE")
-    labels = [f"{name} (CE {statistics.fmean(aps(rows[0])):.1f})" for name, rows in zip(STUDIES, studies)]
+    labels = [f"{name} (CE: {statistics.fmean(aps(rows[0])):.1f} AP)" for name, rows in zip(STUDIES, studies)]
     for label, of_study in zip(labels, results):
         for of in of_study:
             assert of.mean is not None and of.p is not None  # each row has several seeds
@@ -80,8 +82,12 @@ def draw(labels: list[str], results: list[list[Difference]]) -> plt.Figure:
     for axis, (loss, points) in zip(axes, drawn.items()):
         for y, of in points:
             axis.plot(of.interval, [y, y], color=COLOURS[of.verdict], linewidth=2.5)
-            axis.plot([of.mean], [y], "o", color=COLOURS[of.verdict], markersize=5)
+            axis.plot([of.mean], [y], MARKERS[of.verdict], color=COLOURS[of.verdict], markersize=6)
+        for y in set(range(len(labels))) - {y for y, _ in points}:
+            axis.text(0.5, y, "not trained", transform=axis.get_yaxis_transform(), color="#8c959f", fontsize=8,
+                      ha="center", va="center")  # fmt: skip
         axis.axvline(0, color="black", linewidth=1)
+        axis.axhline(PHOTOS - 0.5, color="#d0d7de", linewidth=1)
         axis.set_title(loss.replace(", ", ",\n").replace(" without", "\nwithout"), fontsize=10)
         low, high = limits[loss]
         axis.set(xlim=(low, high), xticks=[tick for tick in range(-60, 61, 10) if low < tick < high])
@@ -90,8 +96,9 @@ def draw(labels: list[str], results: list[list[Difference]]) -> plt.Figure:
         axis.spines[["top", "right", "left"]].set_visible(False)
     axes[0].set_yticks(range(len(labels)), labels)
     axes[0].invert_yaxis()
-    figure.supxlabel("AP minus that of CE, 95% interval", fontsize=10)
-    dots = [plt.Line2D([], [], marker="o", color=colour, label=verdict) for verdict, colour in COLOURS.items()]
+    figure.supxlabel("AP minus that of CE. Bars: 95% intervals, not corrected", fontsize=10)
+    labels_of = {"better": "better than CE", "worse": "worse than CE", "undecided": "undecided"}
+    dots = [plt.Line2D([], [], marker=MARKERS[of], color=COLOURS[of], label=label) for of, label in labels_of.items()]
     figure.legend(handles=dots, loc="outside upper right", ncols=3, frameon=False)
     return figure
 
