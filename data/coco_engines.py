@@ -42,29 +42,37 @@ class Curves(NamedTuple):
 Engine = Callable[[GroundTruth, np.ndarray, int, int], Curves]
 
 
+def pycocotools_evaluation(
+    images: list[dict], categories: list[dict], boxes: list[dict], detections: list[dict]
+) -> COCOeval:
+    """An evaluation of COCO annotations and results, whose ids it sets. Like all of COCOeval's methods, it prints."""
+    for entry in detections:
+        entry["area"] = entry["bbox"][2] * entry["bbox"][3]
+    indexed = []
+    for entries in (boxes, detections):
+        for number, entry in enumerate(entries, start=1):  # COCOeval takes a match with id 0 for no match
+            entry["id"] = number
+        # Not COCO.loadRes, which fails on an empty list and gives every detection a polygon.
+        coco = COCO()
+        coco.dataset = {"images": images, "categories": categories, "annotations": entries}
+        coco.createIndex()
+        indexed.append(coco)
+    return COCOeval(*indexed, "bbox")
+
+
 def _pycocotools(truth: GroundTruth, results: np.ndarray, num_images: int, num_categories: int) -> Curves:
     images = [{"id": i} for i in range(num_images)]
     categories = [{"id": k} for k in range(num_categories)]
-
-    def index(boxes: list[dict]) -> COCO:
-        # Not COCO.loadRes, which fails on an empty list and gives every detection a polygon.
-        coco = COCO()
-        coco.dataset = {"images": images, "categories": categories, "annotations": boxes}
-        coco.createIndex()
-        return coco
-
-    # COCOeval takes a match with id 0 for no match.
-    expected = [
-        {"id": number, "image_id": i, "category_id": k, "bbox": box, "area": area, "iscrowd": int(crowd)}
-        for number, (i, k, box, area, crowd) in enumerate(zip(*(column.tolist() for column in truth)), start=1)
+    boxes = [
+        {"image_id": i, "category_id": k, "bbox": box, "area": area, "iscrowd": int(crowd)}
+        for i, k, box, area, crowd in zip(*(column.tolist() for column in truth))
     ]
     detections = [
-        {"id": number, "image_id": int(i), "category_id": int(k), "bbox": box, "area": box[2] * box[3], "score": value}
-        for number, (i, *box, value, k) in enumerate(results.tolist(), start=1)
+        {"image_id": int(i), "category_id": int(k), "bbox": box, "score": value}
+        for i, *box, value, k in results.tolist()
     ]
-    # COCOeval always prints.
     with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = COCOeval(index(expected), index(detections), "bbox")
+        evaluation = pycocotools_evaluation(images, categories, boxes, detections)
         evaluation.evaluate()
         evaluation.accumulate()
     return Curves(*(evaluation.eval[key] for key in Curves._fields))
