@@ -27,8 +27,8 @@ from typing import Any
 
 import cv2
 import numpy as np
-import torch
 from PIL import Image
+from torchvision.ops import box_convert
 from tqdm import tqdm
 
 from data.draw import annotate
@@ -206,8 +206,7 @@ def frames(reader: cv2.VideoCapture) -> Iterator[np.ndarray]:
 def entries(detections: NamedDetections, detector: Detector, about: dict[str, Any]) -> list[dict[str, Any]]:
     """The detections in COCO's results format, each with `about` added."""
     category = dict(zip(detector.class_names, detector.category_ids))
-    boxes = detections.boxes
-    sides = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1).double().numpy().round(3)
+    sides = box_convert(detections.boxes, "xyxy", "xywh").double().numpy().round(3)
     return [
         {**about, "category_id": category[name], "category": name, "bbox": box, "score": round(score, 5)}
         for name, box, score in zip(detections.names, sides.tolist(), detections.scores.tolist())
