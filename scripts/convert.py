@@ -53,11 +53,11 @@ from detector.errors import CONTROL, UserError, run_main
 from detector.images import Remarks, image_size, read_image
 from scripts.conversion.coco import read_coco
 from scripts.conversion.folder import LABELS, read_folder
-from scripts.conversion.label_formats import Box, Notes
+from scripts.conversion.found_files import Notes, lines_of_notes
+from scripts.conversion.label_formats import Box
 from scripts.conversion.source import Source
 from scripts.conversion.splits import Split, at_random, own_split, own_test_part
 
-EXAMPLES = 3
 SMALL = 1000  # images for training
 
 
@@ -206,7 +206,7 @@ def whole_or_not(target: Path) -> Iterator[Path]:
 
 
 def write(
-    beside: Path, pictures: dict[str, Picture], parts: Parts, names: list[str], notes: Notes, trust: bool = False
+    beside: Path, pictures: dict[str, Picture], parts: Parts, names: list[str], notes: Notes, trust: bool
 ) -> None:
     """Write the new folder, and check it as training will."""
     used = {box.name for picture in pictures.values() for box in picture.boxes}
@@ -259,9 +259,8 @@ def report(args: argparse.Namespace, pictures: dict[str, Picture], parts: Parts,
         lack = [part for part in ("train", "val") if part in parts and not counts[part][name]]
         remark = f", none in {lack[0]}: it cannot be {'learnt' if lack[0] == 'train' else 'scored'}" if lack else ""
         print(f"    {name}: {' and '.join(str(count[name]) for count in counts.values())} boxes{remark}")
-    for kind, where in notes.items():
-        examples = "; ".join(where[:EXAMPLES]) + ("; ..." if len(where) > EXAMPLES else "")
-        print(f"{kind}: {len(where)} ({examples})")
+    for line in lines_of_notes(notes):
+        print(line)
     if notes:
         print(f"all of them: {args.target / 'report.txt'}")
     folder = shlex.quote(str(args.target))
