@@ -93,7 +93,7 @@ def finished(run: Run) -> bool:
     then, now = flat_values(before), config.flat(run.cfg.model_dump(mode="json"))
     then["processes"], now["processes"] = kept.get("processes", 1) if kept else run.processes, run.processes
     if "auto" in (now.get("precision"), then.get("precision")):
-        now.pop("precision"), then.pop("precision")
+        then["precision"] = now.get("precision")
     changes = [
         f"{key} {then.get(key)}, now {now.get(key)}"
         for key in dict.fromkeys([*now, *then])
@@ -153,8 +153,8 @@ def train_all(
     if stop.number is not None:
         print(f"stopped by {signal.Signals(stop.number).name}; the same command continues", file=sys.stderr)
         sys.exit(128 + stop.number)
-    for line in lost:
-        print(line, file=sys.stderr)
+    for reason in lost:
+        print(reason, file=sys.stderr)
     return not lost
 
 
