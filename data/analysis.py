@@ -13,13 +13,13 @@ applies:
 A box is missed if no detection is right about it, nor a localisation or classification error on it.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from pycocotools import mask
 
 from data.annotations import Annotations
-from data.coco_engines import hotcoco
+from data.coco_engines import GroundTruth, hotcoco, hotcoco_evaluation
 
 HIT, NOTHING = 0.5, 0.1
 RIGHT, IGNORED, MISSED = "right", "ignored", "missed"
@@ -94,21 +94,15 @@ def confusion(annotations: Annotations, results: list[dict]) -> tuple[np.ndarray
     return confused["matrix"].astype(np.int64), [*confused["cat_names"], "background"]
 
 
-def _evaluation(annotations: Annotations, results: list[dict]) -> "hotcoco.COCOeval":
+def _evaluation(annotations: Annotations, results: list[dict]) -> Any:
     image = {number: place for place, number in enumerate(annotations.image_ids.tolist())}
     category = {number: place for place, number in enumerate(annotations.names)}
-    expected = hotcoco.COCO.from_arrays(
-        [{"id": place} for place in image.values()],
-        [{"id": category[number], "name": name} for number, name in annotations.names.items()],
-        annotations.images,
-        np.array([category[number] for number in annotations.categories.tolist()], np.int64),
-        annotations.boxes,
-        area=annotations.areas,
-        iscrowd=annotations.crowds,
-    )
+    categories = np.array([category[number] for number in annotations.categories.tolist()], np.int64)
+    truth = GroundTruth(annotations.images, categories, annotations.boxes, annotations.areas, annotations.crowds)
     rows = [
         (image[result["image_id"]], *result["bbox"], result["score"], category[result["category_id"]])
         for result in results
         if result["category_id"] in category
     ]
-    return hotcoco.COCOeval(expected, expected.load_res(np.array(rows, np.float64).reshape(-1, 7)), "bbox")
+    table = np.array(rows, np.float64).reshape(-1, 7)
+    return hotcoco_evaluation(truth, table, len(image), list(annotations.names.values()))

@@ -5,7 +5,7 @@ pycocotools is the reference; hotcoco, if it is installed, gives the same number
 
 import contextlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -78,17 +78,22 @@ def _pycocotools(truth: GroundTruth, results: np.ndarray, num_images: int, num_c
     return Curves(*(evaluation.eval[key] for key in Curves._fields))
 
 
-def _hotcoco(truth: GroundTruth, results: np.ndarray, num_images: int, num_categories: int) -> Curves:
+def hotcoco_evaluation(truth: GroundTruth, results: np.ndarray, num_images: int, names: Sequence[str]) -> Any:
+    """hotcoco's COCOeval; names: of the categories."""
     expected = hotcoco.COCO.from_arrays(
         [{"id": i} for i in range(num_images)],
-        [{"id": k, "name": str(k)} for k in range(num_categories)],
+        [{"id": k, "name": name} for k, name in enumerate(names)],
         truth.images,
         truth.categories,
         truth.boxes,
         area=truth.areas,
         iscrowd=truth.crowds,
     )
-    evaluation = hotcoco.COCOeval(expected, expected.load_res(results), "bbox")
+    return hotcoco.COCOeval(expected, expected.load_res(results), "bbox")
+
+
+def _hotcoco(truth: GroundTruth, results: np.ndarray, num_images: int, num_categories: int) -> Curves:
+    evaluation = hotcoco_evaluation(truth, results, num_images, [str(k) for k in range(num_categories)])
     evaluation.evaluate()
     evaluation.accumulate()
     return Curves(*(evaluation.eval[key] for key in Curves._fields))
