@@ -197,7 +197,7 @@ def balance(cfg: Config, anchors: Anchors, train: Seen) -> str:
     classes = len(train.dataset.class_names)
     cells = (classes * (positives + negatives) - positives) / positives
     ratio = f"1 positive to {negatives / positives:,.0f} negatives among the anchors"
-    of_cells = f"1 to {cells:,.0f} with {classes} classes for each anchor"
+    of_cells = f"1 to {cells:,.0f} with {counted(classes, 'class')} for each anchor"
     return f"{ratio} of {len(chosen):,} training images, {of_cells} ({cfg.assigner.name})"
 
 
