@@ -92,6 +92,8 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"{source}: no such folder or file")
     if args.target.exists() and (not args.target.is_dir() or any(args.target.iterdir())):
         raise UserError(f"{args.target}: is there already; give a folder that is new, or empty")
+    if not args.target.name:  # ".", whose name is that of the run
+        args.target = args.target.resolve()
     with whole_or_not(args.target) as beside:
         made = convert(args, beside)
     report(args, *made)
@@ -191,12 +193,11 @@ def cut(box: Box, size: tuple[int, int], name: str, notes: Notes, as_is: bool) -
 @contextmanager
 def whole_or_not(target: Path) -> Iterator[Path]:
     """A folder beside the target. It takes the target's place if nothing fails; otherwise it is deleted."""
-    place = Path(os.path.abspath(target))  # "." has no name
-    beside = place.with_name(f".{place.name}.part")
+    beside = target.with_name(f".{target.name}.part")
     try:
         shutil.rmtree(beside, ignore_errors=True)
         yield beside
-        os.replace(beside, place)
+        os.replace(beside, target)
     except OSError as error:
         raise UserError(
             f"{target}: cannot be written ({error.strerror}); nothing was written. Free space or choose another folder"
