@@ -181,10 +181,11 @@ def start(run: Run, rest: Iterator[Run], slot: int, jobs: int) -> Child:
     if run.processes > 1:
         command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={run.processes}"]
     log = run.log.open("a", encoding="utf-8")
+    begin = log.tell()  # before the process writes, which moves it
     # In a session of its own: otherwise Ctrl-C would reach it too, and our SIGTERM would be its second signal, which
     # ends it at once.
     process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
-    return Child(run, process, log, log.tell(), rest)
+    return Child(run, process, log, begin, rest)
 
 
 def cards(slot: int, processes: int) -> list[str]:
