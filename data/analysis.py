@@ -16,14 +16,10 @@ A box is missed if no detection is right about it, nor a localisation or classif
 from typing import Any, NamedTuple
 
 import numpy as np
+from pycocotools import mask
 
 from data.annotations import Annotations
-
-hotcoco: Any
-try:
-    import hotcoco
-except ImportError:
-    hotcoco = None
+from data.coco_engines import GroundTruth, hotcoco, hotcoco_evaluation
 
 HIT, NOTHING = 0.5, 0.1
 RIGHT, IGNORED, MISSED = "right", "ignored", "missed"
@@ -40,50 +36,38 @@ class ImageErrors(NamedTuple):
 
 def classify_errors(truth: list[dict], detections: list[dict]) -> ImageErrors:
     """truth: an image's boxes (COCO annotations). detections: COCO results, best first, all of which count."""
-    real = [box for box in truth if not box.get("iscrowd")]
-    crowds = [box for box in truth if box.get("iscrowd")]
-    iou = overlaps([detection["bbox"] for detection in detections], [box["bbox"] for box in real])
-    in_crowd = overlaps([detection["bbox"] for detection in detections], [box["bbox"] for box in crowds], of_first=True)
-    same = np.array([[d["category_id"] == t["category_id"] for t in real] for d in detections], bool).reshape(iou.shape)
-    free = np.ones(len(real), bool)
+    boxes, others = ([entry["bbox"] for entry in entries] for entries in (detections, truth))
+    crowd = np.array([bool(box.get("iscrowd")) for box in truth], bool)
+    shape = len(detections), len(truth)
+    iou = np.reshape(mask.iou(boxes, others, crowd), shape)  # with a crowd: the share of the detection's area
+    same = np.array([[d["category_id"] == t["category_id"] for t in truth] for d in detections], bool).reshape(shape)
+    in_crowd = (same & crowd & (iou >= HIT)).any(axis=1)
+    same_class, other_class = np.where(same & ~crowd, iou, 0), np.where(~same & ~crowd, iou, 0)
+    free = ~crowd
     kinds = [""] * len(detections)
     for d in range(len(detections)):  # the right ones first
-        hits = np.where(same[d] & free, iou[d], 0)
-        if hits.size and hits.max() >= HIT:
+        hits = np.where(free, same_class[d], 0)
+        if hits.max(initial=0) >= HIT:
             free[hits.argmax()] = False
             kinds[d] = RIGHT
-    near = np.zeros(len(real), bool)
+    near = np.zeros(len(truth), bool)
     for d in range(len(detections)):
-        same_class, other_class = np.where(same[d], iou[d], 0), np.where(same[d], 0, iou[d])
-        best_same, best_other = same_class.max(initial=0), other_class.max(initial=0)
+        best_same, best_other = same_class[d].max(initial=0), other_class[d].max(initial=0)
         if kinds[d]:
             continue
-        if any(
-            t["category_id"] == detections[d]["category_id"] and in_crowd[d, c] >= HIT for c, t in enumerate(crowds)
-        ):
+        if in_crowd[d]:
             kinds[d] = IGNORED
         elif NOTHING <= best_same < HIT:
             kinds[d] = "localisation"
-            near[same_class.argmax()] = True
+            near[same_class[d].argmax()] = True
         elif best_other >= HIT:
             kinds[d] = "classification"
-            near[other_class.argmax()] = True
+            near[other_class[d].argmax()] = True
         elif best_same >= HIT:
             kinds[d] = "duplicate"
         else:
             kinds[d] = "background" if max(best_same, best_other) < NOTHING else "both"
-    places = [t for t, box in enumerate(truth) if not box.get("iscrowd")]
-    return ImageErrors(kinds, [places[t] for t in range(len(real)) if free[t] and not near[t]])
-
-
-def overlaps(boxes: list, others: list, *, of_first: bool = False) -> np.ndarray:
-    """IoU of boxes (D) and others (G) in x, y, width, height -> (D, G); `of_first`: share of the first's area."""
-    a, b = (np.asarray(sides, float).reshape(-1, 4) for sides in (boxes, others))
-    low = np.maximum(a[:, None, :2], b[None, :, :2])
-    high = np.minimum(a[:, None, :2] + a[:, None, 2:], b[None, :, :2] + b[None, :, 2:])
-    shared = np.clip(high - low, 0, None).prod(-1)
-    area, other_area = a[:, 2:].prod(-1)[:, None], b[:, 2:].prod(-1)[None]
-    return shared / np.maximum(area if of_first else area + other_area - shared, 1e-12)
+    return ImageErrors(kinds, np.flatnonzero(free & ~near).tolist())
 
 
 def costs(annotations: Annotations, results: list[dict]) -> dict[str, float] | None:
@@ -110,21 +94,15 @@ def confusion(annotations: Annotations, results: list[dict]) -> tuple[np.ndarray
     return confused["matrix"].astype(np.int64), [*confused["cat_names"], "background"]
 
 
-def _evaluation(annotations: Annotations, results: list[dict]) -> "hotcoco.COCOeval":
+def _evaluation(annotations: Annotations, results: list[dict]) -> Any:
     image = {number: place for place, number in enumerate(annotations.image_ids.tolist())}
     category = {number: place for place, number in enumerate(annotations.names)}
-    expected = hotcoco.COCO.from_arrays(
-        [{"id": place} for place in image.values()],
-        [{"id": category[number], "name": name} for number, name in annotations.names.items()],
-        annotations.images,
-        np.array([category[number] for number in annotations.categories.tolist()], np.int64),
-        annotations.boxes,
-        area=annotations.areas,
-        iscrowd=annotations.crowds,
-    )
+    categories = np.array([category[number] for number in annotations.categories.tolist()], np.int64)
+    truth = GroundTruth(annotations.images, categories, annotations.boxes, annotations.areas, annotations.crowds)
     rows = [
         (image[result["image_id"]], *result["bbox"], result["score"], category[result["category_id"]])
         for result in results
         if result["category_id"] in category
     ]
-    return hotcoco.COCOeval(expected, expected.load_res(np.array(rows, np.float64).reshape(-1, 7)), "bbox")
+    table = np.array(rows, np.float64).reshape(-1, 7)
+    return hotcoco_evaluation(truth, table, len(image), list(annotations.names.values()))

@@ -5,7 +5,7 @@ pycocotools is the reference; hotcoco, if it is installed, gives the same number
 
 import contextlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,45 +42,58 @@ class Curves(NamedTuple):
 Engine = Callable[[GroundTruth, np.ndarray, int, int], Curves]
 
 
+def pycocotools_evaluation(
+    images: list[dict], categories: list[dict], boxes: list[dict], detections: list[dict]
+) -> COCOeval:
+    """An evaluation of COCO annotations and results, whose ids it sets. Like all of COCOeval's methods, it prints."""
+    for entry in detections:
+        entry["area"] = entry["bbox"][2] * entry["bbox"][3]
+    indexed = []
+    for entries in (boxes, detections):
+        for number, entry in enumerate(entries, start=1):  # COCOeval takes a match with id 0 for no match
+            entry["id"] = number
+        # Not COCO.loadRes, which fails on an empty list and gives every detection a polygon.
+        coco = COCO()
+        coco.dataset = {"images": images, "categories": categories, "annotations": entries}
+        coco.createIndex()
+        indexed.append(coco)
+    return COCOeval(*indexed, "bbox")
+
+
 def _pycocotools(truth: GroundTruth, results: np.ndarray, num_images: int, num_categories: int) -> Curves:
     images = [{"id": i} for i in range(num_images)]
     categories = [{"id": k} for k in range(num_categories)]
-
-    def index(boxes: list[dict]) -> COCO:
-        # Not COCO.loadRes, which fails on an empty list and gives every detection a polygon.
-        coco = COCO()
-        coco.dataset = {"images": images, "categories": categories, "annotations": boxes}
-        coco.createIndex()
-        return coco
-
-    # COCOeval takes a match with id 0 for no match.
-    expected = [
-        {"id": number, "image_id": i, "category_id": k, "bbox": box, "area": area, "iscrowd": int(crowd)}
-        for number, (i, k, box, area, crowd) in enumerate(zip(*(column.tolist() for column in truth)), start=1)
+    boxes = [
+        {"image_id": i, "category_id": k, "bbox": box, "area": area, "iscrowd": int(crowd)}
+        for i, k, box, area, crowd in zip(*(column.tolist() for column in truth))
     ]
     detections = [
-        {"id": number, "image_id": int(i), "category_id": int(k), "bbox": box, "area": box[2] * box[3], "score": value}
-        for number, (i, *box, value, k) in enumerate(results.tolist(), start=1)
+        {"image_id": int(i), "category_id": int(k), "bbox": box, "score": value}
+        for i, *box, value, k in results.tolist()
     ]
-    # COCOeval always prints.
     with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = COCOeval(index(expected), index(detections), "bbox")
+        evaluation = pycocotools_evaluation(images, categories, boxes, detections)
         evaluation.evaluate()
         evaluation.accumulate()
     return Curves(*(evaluation.eval[key] for key in Curves._fields))
 
 
-def _hotcoco(truth: GroundTruth, results: np.ndarray, num_images: int, num_categories: int) -> Curves:
+def hotcoco_evaluation(truth: GroundTruth, results: np.ndarray, num_images: int, names: Sequence[str]) -> Any:
+    """hotcoco's COCOeval; names: of the categories."""
     expected = hotcoco.COCO.from_arrays(
         [{"id": i} for i in range(num_images)],
-        [{"id": k, "name": str(k)} for k in range(num_categories)],
+        [{"id": k, "name": name} for k, name in enumerate(names)],
         truth.images,
         truth.categories,
         truth.boxes,
         area=truth.areas,
         iscrowd=truth.crowds,
     )
-    evaluation = hotcoco.COCOeval(expected, expected.load_res(results), "bbox")
+    return hotcoco.COCOeval(expected, expected.load_res(results), "bbox")
+
+
+def _hotcoco(truth: GroundTruth, results: np.ndarray, num_images: int, num_categories: int) -> Curves:
+    evaluation = hotcoco_evaluation(truth, results, num_images, [str(k) for k in range(num_categories)])
     evaluation.evaluate()
     evaluation.accumulate()
     return Curves(*(evaluation.eval[key] for key in Curves._fields))

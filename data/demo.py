@@ -114,7 +114,7 @@ def plan_scene(
         "crowded": int(rng.integers(*style.crowded)),
         "usual": int(rng.integers(*style.usual)),
     }[kind]
-    largest = max(20, style.smallest) if kind == "crowded" else style.largest
+    largest = min(max(20, style.smallest), style.largest) if kind == "crowded" else style.largest
     weights = CLASS_WEIGHTS[: style.classes] / CLASS_WEIGHTS[: style.classes].sum()
     for _ in range(wanted):
         label = int(rng.choice(style.classes, p=weights))

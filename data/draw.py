@@ -79,11 +79,11 @@ def write_contact_sheet(path: Path, pictures: list[Tensor]) -> None:
     write_png(contact_sheet(pictures), str(path))
 
 
-def contact_sheet(pictures: list[Tensor], columns: int = 2) -> Tensor:
-    """Pictures (3, h, w) uint8 of one width -> one (3, H, W) uint8, set in rows."""
+def contact_sheet(pictures: list[Tensor]) -> Tensor:
+    """Pictures (3, h, w) uint8 of one width -> one (3, H, W) uint8, set in rows of two."""
     height = max(picture.shape[1] for picture in pictures)
     padded = [F.pad(picture, (0, 0, 0, height - picture.shape[1]), value=255) for picture in pictures]
-    return make_grid(padded, nrow=columns, padding=GAP, pad_value=255)
+    return make_grid(padded, nrow=2, padding=GAP, pad_value=255)
 
 
 def _score_of_rank(detections: dict[int, Detections], rank: int) -> float:

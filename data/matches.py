@@ -13,10 +13,9 @@ import io
 from typing import NamedTuple
 
 import numpy as np
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 from data.annotations import Annotations
+from data.coco_engines import pycocotools_evaluation
 
 RECALLS = np.linspace(0, 1, 101)
 
@@ -43,19 +42,11 @@ def match(annotations: Annotations, results: list[dict]) -> Outcomes:
 
     All images of the file count, in the order of their ids.
     """
-    with contextlib.redirect_stdout(io.StringIO()):  # COCOeval always prints
-        truth, detected = COCO(), COCO()
-        truth.dataset = annotations.document()
-        for number, box in enumerate(truth.dataset["annotations"], start=1):
-            box["id"] = number  # COCOeval takes a match with id 0 for no match
-        detected.dataset = {key: truth.dataset[key] for key in ("images", "categories")}
-        detected.dataset["annotations"] = [
-            {**result, "id": number, "area": result["bbox"][2] * result["bbox"][3], "iscrowd": 0}
-            for number, result in enumerate(results, start=1)
-        ]
-        truth.createIndex()
-        detected.createIndex()
-        evaluation = COCOeval(truth, detected, "bbox")
+    document, detections = annotations.document(), [result.copy() for result in results]
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation = pycocotools_evaluation(
+            document["images"], document["categories"], document["annotations"], detections
+        )
         evaluation.params.areaRng = evaluation.params.areaRng[:1]
         evaluation.evaluate()
     count = len(evaluation.params.imgIds)

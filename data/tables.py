@@ -15,7 +15,7 @@ SIZES: tuple[tuple[AP, AR, str], ...] = (
 def metrics_line(metrics: Metrics) -> str:
     """The main numbers, in percent; "-" for -1."""
     names: tuple[AP, ...] = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-    return ", ".join(f"{name} {_percent(metrics[name])}" for name in names)
+    return ", ".join(f"{name} {percent(metrics[name])}" for name in names)
 
 
 def metrics_table(metrics: Metrics) -> str:
@@ -23,7 +23,7 @@ def metrics_table(metrics: Metrics) -> str:
     lines = [f"{metrics['images']} images, {metrics['engine']}, in percent", ""]
     for names in (AP_NAMES, AR_NAMES):
         lines.append("".join(f"{name:>7}" for name in names))
-        lines.append("".join(f"{_percent(metrics[name]):>7}" for name in names))
+        lines.append("".join(f"{percent(metrics[name]):>7}" for name in names))
     missing = explain_missing(metrics)
     if metrics["AP"] == 0:
         missing.append("AP is 0: docs/troubleshooting.md says why that may be")
@@ -36,7 +36,7 @@ def per_class_table(metrics: Metrics) -> str:
     width = max(len(name) for name in ["class", *per_class])
     lines = [f"{'class':<{width}}{'boxes':>9}{'AP':>7}{'AP50':>7}{'AP75':>7}"]
     for name, values in per_class.items():
-        numbers = "".join(f"{_percent(values[key]):>7}" for key in ("AP", "AP50", "AP75"))
+        numbers = "".join(f"{percent(values[key]):>7}" for key in ("AP", "AP50", "AP75"))
         lines.append(f"{name:<{width}}{values['boxes']:>9}{numbers}")
     return "\n".join(lines)
 
@@ -55,5 +55,6 @@ def explain_missing(metrics: Metrics) -> list[str]:
     return lines
 
 
-def _percent(value: float) -> str:
+def percent(value: float) -> str:
+    """One decimal; "-" for -1."""
     return "-" if value < 0 else f"{100 * value:.1f}"

@@ -310,7 +310,7 @@ def read_variants(base: Path, names: list[str], settings: list[str], grids: list
     """
     variants = {name: config_files.with_settings(read_variant(base, name), settings) for name in names}
     for grid in grids:
-        key, values = parse_choice("--grid", grid)
+        key, values = parse_grid(grid)
         short = key.rpartition(".")[2]
         variants = {f"{n}[{short}={v}]": with_values(c, {key: v}) for n, c in variants.items() for v in values}
     known: dict[str, str] = {}
@@ -361,11 +361,11 @@ def changes_to(base: Path, file: Path) -> Values:
     return config_files.merge(changes_to(base, below), values)
 
 
-def parse_choice(flag: str, text: str) -> tuple[str, list[str]]:
+def parse_grid(text: str) -> tuple[str, list[str]]:
     """Split KEY=A,B,C into the key and its values."""
     key, _, values = text.partition("=")
     if not key or not all(values.split(",")):
-        raise UserError(f"{flag} {text}: write it as KEY=A,B,C, such as class_loss.bins=5,10,20")
+        raise UserError(f"--grid {text}: write it as KEY=A,B,C, such as class_loss.bins=5,10,20")
     return key, values.split(",")
 
 

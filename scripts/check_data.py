@@ -27,11 +27,11 @@ from tqdm import tqdm
 from data.coco import CocoDataset
 from data.draw import GROUND_TRUTH, draw_boxes, enlarge
 from data.transforms import EvalTransform
-from detector import assemble, config, config_files
 from detector import boxes as box_ops
+from detector import config_files
 from detector.anchors import Anchors
 from detector.config import Config
-from detector.configure import build_part, configure, resolve
+from detector.configure import build_part, resolve
 from detector.errors import UserError, counted, run_main
 from detector.images import remark_lines
 from detector.resize import STRIDE
@@ -44,7 +44,6 @@ TRIED = 20_000  # boxes to try them on
 ASSIGNED = 500  # images to count positive and negative anchors in
 SHOWN = 12  # pictures, and examples of each kind
 SIZES = {"below 16": (0, 16), "16 to 32": (16, 32), "32 to 96": (32, 96), "96 to 256": (96, 256), "above": (256, 1e9)}
-ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1)  # number of set bits of each byte
 
 
 class Seen(NamedTuple):
@@ -73,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     train = read_dataset(cfg, "train")
     val = read_dataset(cfg, "val", like=train.dataset) if cfg.data.val.annotations else None
     both = [seen for seen in (train, val) if seen is not None]
-    anchors: Anchors = assemble.build_model(cfg.model_copy(update={"model": small(cfg)}), 1).anchors
+    anchors: Anchors = build_part(cfg, "anchors")
     best = best_iou(anchors, train.boxes, [train.sizes[i] for i in train.image])
     imbalance = balance(cfg, anchors, train)
     advice = suggest(cfg, train, best) if len(best) and (best < FITS).mean() > MANY else None
@@ -100,29 +99,16 @@ def options(args: argparse.Namespace) -> Config:
         raise UserError("give --config FILE, or --train FILE")
     if args.images and not (args.train or args.val):
         raise UserError(f"--images {args.images}: goes with --train or --val; of a config, --set data.train.images=...")
-    files = {"train": {"annotations": args.train}, "val": {"annotations": args.val}}
-    for split in files.values():
-        if split["annotations"]:
-            split["images"] = args.images or ""
-    named = {split: given if given["annotations"] else {} for split, given in files.items()}
+    given = {"train": args.train, "val": args.val}
+    files = {split: {"annotations": file, "images": args.images or ""} for split, file in given.items() if file}
     if args.train and not args.val:
-        named["val"] = {"annotations": "", "images": ""}
+        files["val"] = {"annotations": "", "images": ""}
     source = args.config or "the defaults"
-    values = config.build(
-        {"model": {"weights": "none", "norm": "bn"}}, source
-    )  # the default weights would be downloaded
-    if args.config:
-        values = configure(args.config)
-    changed = config_files.merge(values.model_dump(mode="json"), {"data": named})
-    cfg = resolve(changed, source, args.set)
+    values = config_files.read(args.config) if args.config else {}
+    cfg = resolve(config_files.merge(values, {"data": files}), source, args.set)
     if not cfg.data.train.annotations:
         raise UserError(f"{source}: names no training set; give --train FILE")
     return cfg
-
-
-def small(cfg: Config):
-    """A small model: only its anchors matter here."""
-    return cfg.model.model_copy(update={"backbone": "resnet18", "weights": "none", "norm": "bn", "frozen_stages": 0})
 
 
 def read_dataset(cfg: Config, split: str, like: CocoDataset | None = None) -> Seen:
@@ -150,9 +136,8 @@ def read_dataset(cfg: Config, split: str, like: CocoDataset | None = None) -> Se
         print("\n".join(errors), file=sys.stderr)
         count = f"{len(errors)} of {len(dataset)} images cannot be used"
         raise UserError(f"{files.annotations}: {count}, the first: {errors[0]}")
-    columns = (np.concatenate([np.zeros((0, 4), np.float32), *boxes]), np.concatenate([np.zeros(0, int), *labels]))
-    hashed = np.stack(hashes) if hashes else np.zeros((0, 8), np.uint8)
-    return Seen(dataset, *columns, np.concatenate([np.zeros(0, int), *image]), sizes, hashed)
+    columns = np.concatenate(boxes), np.concatenate(labels), np.concatenate(image)
+    return Seen(dataset, *columns, sizes, np.stack(hashes))
 
 
 # ----------------------------------------------------------------------------------------------------------- anchors
@@ -212,7 +197,7 @@ def balance(cfg: Config, anchors: Anchors, train: Seen) -> str:
     classes = len(train.dataset.class_names)
     cells = (classes * (positives + negatives) - positives) / positives
     ratio = f"1 positive to {negatives / positives:,.0f} negatives among the anchors"
-    of_cells = f"1 to {cells:,.0f} with {classes} classes for each anchor"
+    of_cells = f"1 to {cells:,.0f} with {counted(classes, 'class')} for each anchor"
     return f"{ratio} of {len(chosen):,} training images, {of_cells} ({cfg.assigner.name})"
 
 
@@ -257,7 +242,7 @@ def near_duplicates(train: Seen, val: Seen) -> list[tuple[int, int]]:
     """Pairs (train image, val image) whose perceptual hashes differ in at most BITS bits."""
     pairs = []
     for index, val_hash in enumerate(val.hashes):
-        gaps = ONES[train.hashes ^ val_hash].sum(axis=1)
+        gaps = np.unpackbits(train.hashes ^ val_hash, axis=1).sum(axis=1)
         pairs += [(int(train_index), index) for train_index in np.flatnonzero(gaps <= BITS)]
     return pairs
 

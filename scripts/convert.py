@@ -53,11 +53,11 @@ from detector.errors import CONTROL, UserError, run_main
 from detector.images import Remarks, image_size, read_image
 from scripts.conversion.coco import read_coco
 from scripts.conversion.folder import LABELS, read_folder
-from scripts.conversion.label_formats import Box, Notes
+from scripts.conversion.found_files import Notes, lines_of_notes
+from scripts.conversion.label_formats import Box
 from scripts.conversion.source import Source
 from scripts.conversion.splits import Split, at_random, own_split, own_test_part
 
-EXAMPLES = 3
 SMALL = 1000  # images for training
 
 
@@ -92,6 +92,8 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"{source}: no such folder or file")
     if args.target.exists() and (not args.target.is_dir() or any(args.target.iterdir())):
         raise UserError(f"{args.target}: is there already; give a folder that is new, or empty")
+    if not args.target.name:  # ".", whose name is that of the run
+        args.target = args.target.resolve()
     with whole_or_not(args.target) as beside:
         made = convert(args, beside)
     report(args, *made)
@@ -191,12 +193,11 @@ def cut(box: Box, size: tuple[int, int], name: str, notes: Notes, as_is: bool) -
 @contextmanager
 def whole_or_not(target: Path) -> Iterator[Path]:
     """A folder beside the target. It takes the target's place if nothing fails; otherwise it is deleted."""
-    place = Path(os.path.abspath(target))  # "." has no name
-    beside = place.with_name(f".{place.name}.part")
+    beside = target.with_name(f".{target.name}.part")
     try:
         shutil.rmtree(beside, ignore_errors=True)
         yield beside
-        os.replace(beside, place)
+        os.replace(beside, target)
     except OSError as error:
         raise UserError(
             f"{target}: cannot be written ({error.strerror}); nothing was written. Free space or choose another folder"
@@ -206,7 +207,7 @@ def whole_or_not(target: Path) -> Iterator[Path]:
 
 
 def write(
-    beside: Path, pictures: dict[str, Picture], parts: Parts, names: list[str], notes: Notes, trust: bool = False
+    beside: Path, pictures: dict[str, Picture], parts: Parts, names: list[str], notes: Notes, trust: bool
 ) -> None:
     """Write the new folder, and check it as training will."""
     used = {box.name for picture in pictures.values() for box in picture.boxes}
@@ -259,9 +260,8 @@ def report(args: argparse.Namespace, pictures: dict[str, Picture], parts: Parts,
         lack = [part for part in ("train", "val") if part in parts and not counts[part][name]]
         remark = f", none in {lack[0]}: it cannot be {'learnt' if lack[0] == 'train' else 'scored'}" if lack else ""
         print(f"    {name}: {' and '.join(str(count[name]) for count in counts.values())} boxes{remark}")
-    for kind, where in notes.items():
-        examples = "; ".join(where[:EXAMPLES]) + ("; ..." if len(where) > EXAMPLES else "")
-        print(f"{kind}: {len(where)} ({examples})")
+    for line in lines_of_notes(notes):
+        print(line)
     if notes:
         print(f"all of them: {args.target / 'report.txt'}")
     folder = shlex.quote(str(args.target))

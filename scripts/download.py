@@ -137,19 +137,17 @@ def fetch(address: str, archive: Archive, folder: Path) -> Path:
     """The archive in `folder`, downloaded if it is missing. A file with its final name is complete and checked."""
     part = part_of(archive, folder)
     file = part.with_suffix("")
+    if file.exists():
+        return file
     for _ in range(2):  # again if the data was damaged on the way
-        if file.exists():
-            return file
         receive(address, part, archive.size)
         digest = md5(part)
         version_of(part).unlink(missing_ok=True)
         if digest == archive.md5:
             os.replace(part, file)
-        else:
-            part.unlink()
-            print(f"{address}: damaged on the way, its MD5 is {digest} instead of {archive.md5}", file=sys.stderr)
-    if file.exists():
-        return file
+            return file
+        part.unlink()
+        print(f"{address}: damaged on the way, its MD5 is {digest} instead of {archive.md5}", file=sys.stderr)
     raise UserError(
         f"{address}: is not the official file, or is damaged each time (MD5 {digest}); try another --mirror"
     )

@@ -14,12 +14,12 @@ import argparse
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from torchvision.ops import box_convert
 
 from data.analysis import IGNORED, KINDS, MISSED, RIGHT, ImageErrors, classify_errors, confusion, costs
 from data.assemble import open_dataset
@@ -28,6 +28,7 @@ from data.coco_eval import score
 from data.coco_results import coco_results, from_coco_results
 from data.draw import draw_boxes, enlarge
 from data.matches import Outcomes, calibration_error, match, precision_recall, reliability
+from data.tables import percent
 from detector import checkpoint
 from detector.device import keep_freed_memory, pick_device
 from detector.errors import UserError, run_main
@@ -93,7 +94,8 @@ def main(argv: list[str] | None = None) -> None:
     results = coco_results(detections, dataset.category_ids)
     thresholds = dict(zip(dataset.category_ids, checkpoint.score_thresholds(content, UNKNOWN_THRESHOLD)))
     sure = [entry for entry in results if entry["score"] >= thresholds[entry["category_id"]]]
-    judged = judge_all(dataset, sure)
+    truth, shown = by_image(dataset, dataset.annotations.document()["annotations"]), by_image(dataset, sure)
+    judged = {image: classify_errors(truth[image], shown[image]) for image in dataset.image_ids}
     matches = match(dataset.annotations, results)
     lost = costs(dataset.annotations, results)
 
@@ -105,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
         ("Precision and recall", [page.row(curves(matches, names))]),
         ("Calibration of the scores", [page.row([page.figure(calibration(matches), calibration_in_words(matches))])]),
         ("Which classes are confused", confused(dataset, sure)),
-        ("The images with the most errors", pictures(dataset, sure, judged, args.images)),
+        ("The images with the most errors", pictures(dataset, truth, shown, judged, args.images)),
     ]
     page.write(target, f"Errors of {args.checkpoint}", sections)
     print(summary(dataset, metrics, matches))
@@ -121,16 +123,6 @@ def summary(dataset: CocoDataset, metrics: Metrics, matches: Outcomes) -> str:
     if (error := calibration_error(matches)) >= 0:
         parts.append(f"calibration error {error:.3f}")
     return "; ".join(filter(None, parts))
-
-
-def percent(value: float) -> str:
-    return f"{100 * value:.1f}" if value >= 0 else "-"
-
-
-def judge_all(dataset: CocoDataset, sure: list[dict]) -> dict[int, ImageErrors]:
-    """The errors among the detections that are shown, by image id."""
-    truth = by_image(dataset, dataset.annotations.document()["annotations"])
-    return {image: classify_errors(truth[image], detections) for image, detections in by_image(dataset, sure).items()}
 
 
 def by_image(dataset: CocoDataset, entries: list[dict]) -> dict[int, list[dict]]:
@@ -209,10 +201,10 @@ def calibration_in_words(matches: Outcomes) -> str:
 
 
 def confused(dataset: CocoDataset, sure: list[dict]) -> list[str]:
-    result = confusion(dataset.annotations, sure)
-    if result is None:
+    counts = confusion(dataset.annotations, sure)
+    if counts is None:
         return [page.text("The confusion matrix needs hotcoco (pip install hotcoco) and detections.")]
-    matrix, names = result
+    matrix, names = counts
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     share[-1] = np.nan  # the background row has no boxes to take a share of
     side = min(12, max(page.FIGURE[0], 1.2 + 0.32 * len(names)))
@@ -232,38 +224,39 @@ def confused(dataset: CocoDataset, sure: list[dict]) -> list[str]:
     return [page.figure(plot, words + "Grey row: detections without an object. Background column: missed objects.")]
 
 
-def pictures(dataset: CocoDataset, sure: list[dict], judged: dict[int, ImageErrors], count: int) -> list[str]:
+def pictures(
+    dataset: CocoDataset,
+    truth: dict[int, list[dict]],
+    detections: dict[int, list[dict]],
+    judged: dict[int, ImageErrors],
+    count: int,
+) -> list[str]:
     """The images with the most errors, each box in the colour of its kind of error."""
     errors = {
         image: Counter(kind for kind in of_image.kinds if kind in KINDS) + Counter({MISSED: len(of_image.missed)})
         for image, of_image in judged.items()
     }
     worst = sorted((image for image in errors if errors[image]), key=lambda image: -errors[image].total())[:count]
-    truth, detections = by_image(dataset, dataset.annotations.document()["annotations"]), by_image(dataset, sure)
     names = dict(zip(dataset.category_ids, dataset.class_names))  # the file may lack classes that are detected
     index_of = {image: index for index, image in enumerate(dataset.image_ids)}
     shown = []
     for image in worst:
-        number = index_of[image]
-        pixels = torch.from_numpy(read_image(dataset.folder / dataset.file_names[number], dataset.sizes[number]))
+        name, size = dataset.file_names[index_of[image]], dataset.sizes[index_of[image]]
+        pixels = torch.from_numpy(read_image(dataset.folder / name, size))
         pixels, zoom = enlarge(pixels.permute(2, 0, 1))
         drawn = [(kind, box, f" {box['score']:.2f}") for kind, box in zip(judged[image].kinds, detections[image])]
         drawn += [(MISSED, truth[image][missed], "") for missed in judged[image].missed]
         drawn.sort(key=lambda entry: -ORDER.index(entry[0]))
         captions = [names[box["category_id"]] + text for _, box, text in drawn]
         colours = [COLOURS[kind] for kind, _, _ in drawn]
-        pixels = draw_boxes(pixels, xyxy([box for _, box, _ in drawn]) * zoom, captions, colours)
+        sides = torch.tensor([box["bbox"] for _, box, _ in drawn], dtype=torch.float32)
+        pixels = draw_boxes(pixels, box_convert(sides, "xywh", "xyxy") * zoom, captions, colours)
         words = ", ".join(f"{number} {kind}" for kind, number in errors[image].most_common())
-        shown.append(page.photo(pixels.permute(1, 2, 0).numpy(), f"{dataset.file_names[number]}: {words}", "plot"))
+        shown.append(page.photo(pixels.permute(1, 2, 0).numpy(), f"{name}: {words}", "plot"))
     if not shown:
         return [page.text("No errors among these detections.")]
     legend = "".join(f'<li style="color:{colour}">{kind}</li>' for kind, colour in COLOURS.items() if kind != IGNORED)
     return [f"<ul>{legend}</ul>", page.row(shown)]
-
-
-def xyxy(boxes: list[dict[str, Any]]) -> torch.Tensor:
-    sides = torch.tensor([box["bbox"] for box in boxes], dtype=torch.float32).reshape(-1, 4)
-    return torch.cat([sides[:, :2], sides[:, :2] + sides[:, 2:]], dim=1)
 
 
 if __name__ == "__main__":

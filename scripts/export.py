@@ -23,6 +23,7 @@ import json
 import math
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.ops import batched_nms
 from tqdm import tqdm
 
 from data.assemble import open_dataset
@@ -331,16 +333,10 @@ def onnx_detections(exported: Exported, session, images: np.ndarray) -> list[Fou
     detections = []
     for of_image, scores_of_image in zip(boxes, scores):
         anchor, label = np.nonzero(scores_of_image > after.score_threshold)
-        score, box = scores_of_image[anchor, label], of_image[anchor]
-        keep = box_nms(box, score, label, after.nms_iou)[: after.max_detections]
-        detections.append((box[keep], score[keep], label[keep]))
+        found = of_image[anchor], scores_of_image[anchor, label], label
+        keep = batched_nms(*map(torch.from_numpy, found), after.nms_iou)[: after.max_detections].numpy()
+        detections.append((found[0][keep], found[1][keep], label[keep]))
     return detections
-
-
-def box_nms(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, iou: float) -> np.ndarray:
-    from torchvision.ops import batched_nms
-
-    return batched_nms(*(torch.from_numpy(value) for value in (boxes, scores, labels)), iou).numpy()
 
 
 def check(exported: Exported, session, dataset: CocoDataset, count: int) -> dict[str, float]:
@@ -373,10 +369,10 @@ def compare(theirs: Found, ours: Found, after: Postprocess, worst: dict[str, flo
         edge = max(edge, min(scores.min() for _, scores, _ in (theirs, ours) if len(scores)) + SCORE)
     alone, free = np.ones(len(theirs[0]), bool), np.ones(len(ours[0]), bool)
     for index, (box, score, label) in enumerate(zip(*theirs)):
-        gap = np.abs(ours[0] - box).max(axis=1, initial=0) if len(ours[0]) else np.zeros(0)
+        gap = np.abs(ours[0] - box).max(axis=1, initial=0)
         gap = np.where(free & (ours[2] == label) & (np.abs(ours[1] - score) <= SCORE), gap, math.inf)
-        best = int(gap.argmin()) if len(gap) else -1
-        if best >= 0 and gap[best] <= PIXELS:
+        if gap.min(initial=math.inf) <= PIXELS:
+            best = gap.argmin()
             alone[index] = free[best] = False
             worst["boxes"] += 1
             worst["pixels"] = max(worst["pixels"], float(gap[best]))
@@ -406,11 +402,15 @@ def _suppressed(box: np.ndarray, score: float, label: int, others: list, nms_iou
 def speed(exported: Exported, session, dataset: CocoDataset) -> None:
     """Print the images per second of each, one image at a time and taking turns."""
     images = list(images_of(exported, dataset, TIMED))
-    seconds: dict[str, list[float]] = {"PyTorch": [], "onnxruntime": []}
+    calls: dict[str, Callable[[np.ndarray], object]] = {
+        "PyTorch": lambda image: reference(exported, image),
+        "onnxruntime": lambda image: session.run(None, {"images": image}),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
     for image in (images[0], *images):  # the first warms up
-        for name, call in (("PyTorch", reference), ("onnxruntime", None)):
+        for name, call in calls.items():
             start = time.perf_counter()
-            call(exported, image) if call else session.run(None, {"images": image})
+            call(image)
             seconds[name].append(time.perf_counter() - start)
     rates = {name: 1 / float(np.median(taken[1:])) for name, taken in seconds.items()}
     ratio = rates["onnxruntime"] / rates["PyTorch"]

@@ -27,8 +27,8 @@ from typing import Any
 
 import cv2
 import numpy as np
-import torch
 from PIL import Image
+from torchvision.ops import box_convert
 from tqdm import tqdm
 
 from data.draw import annotate
@@ -36,7 +36,7 @@ from detector import atomic, load
 from detector.errors import UserError, run_main
 from detector.images import Remarks, read_image, remark_lines, suffixes
 from detector.inference import Detector, NamedDetections
-from scripts.conversion.found_files import Notes, kind_of, tell_unused
+from scripts.conversion.found_files import Notes, kind_of, lines_of_notes, note_unused
 from scripts.conversion.found_files import list_files as files_below
 
 VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp")
@@ -86,10 +86,8 @@ def main(argv: list[str] | None = None) -> None:
     counts = ", ".join(f"{name} {count}" for name, count in by_class.most_common(20))
     print(f"{counted} images, {len(results)} boxes ({counts}) in {seconds:.1f} s, {counted / seconds:.1f} images/s")
     print(f"written: {args.output / RESULTS} and the pictures beside it")
-    for line in remark_lines(remarks):
+    for line in remark_lines(remarks) + lines_of_notes(skipped):
         print(line)
-    for kind, where in skipped.items():
-        print(f"{kind}: {len(where)} ({'; '.join(where[:3])}{'; ...' * (len(where) > 3)})")
     errors += [UserError(f"{path}: this image format cannot be read; save it as .jpg") for path in unreadable]
     for refusal in errors:
         print(f"skipped: {refusal}", file=sys.stderr)
@@ -118,7 +116,7 @@ def list_files(sources: list[Path], output: Path, skipped: Notes) -> tuple[list[
                     paths.append(path)
             usable = [path for path in paths if path.suffix.lower() in known]
             unreadable += [path for path in paths if kind_of(path.name) == "picture"]
-            tell_unused([str(path) for path in sorted({*paths} - {*usable, *unreadable})], skipped)
+            note_unused([str(path) for path in sorted({*paths} - {*usable, *unreadable})], skipped)
             if not usable:
                 others = "".join(f"; {kind}: {where[0]}" for kind, where in skipped.items())
                 others += f"; {unreadable[0]} cannot be read, save it as .jpg" if unreadable else ""
@@ -206,8 +204,7 @@ def frames(reader: cv2.VideoCapture) -> Iterator[np.ndarray]:
 def entries(detections: NamedDetections, detector: Detector, about: dict[str, Any]) -> list[dict[str, Any]]:
     """The detections in COCO's results format, each with `about` added."""
     category = dict(zip(detector.class_names, detector.category_ids))
-    boxes = detections.boxes
-    sides = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1).double().numpy().round(3)
+    sides = box_convert(detections.boxes, "xyxy", "xywh").double().numpy().round(3)
     return [
         {**about, "category_id": category[name], "category": name, "bbox": box, "score": round(score, 5)}
         for name, box, score in zip(detections.names, sides.tolist(), detections.scores.tolist())

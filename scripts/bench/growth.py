@@ -25,8 +25,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--plot", metavar="FILE")
     args = parser.parse_args()
-    if pick_device("auto").type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(pick_device("auto"))
     state = step.backbone_weights(args.backbone)
 
     def seconds(batch: int, side: int) -> float:

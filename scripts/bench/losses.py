@@ -55,8 +55,7 @@ def main() -> None:
         logits, labels, valid = cells(rows, args.classes, mean, std, device, dtype)
         calls = class_losses(logits, labels, valid, args.slow)
         memory[rows] = {name: peak(call, logits) for name, call in calls.items()}
-    if device.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(device)
     for rows in args.rows:
         logits, labels, valid = cells(rows, args.classes, mean, std, device, dtype)
         share = (logits.sigmoid() >= 1 / 30).any(1).float().mean()

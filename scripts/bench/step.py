@@ -113,8 +113,8 @@ def serve(pipe: Connection, build: Callable, kept: bool, name: str, side: int, b
     graphs = getattr(model, "graphs", None)
     step()
     pipe.send(measure.peak(step))
-    if kept and device.type == "cpu":
-        keep_freed_memory()
+    if kept:
+        keep_freed_memory(device)
     while pipe.recv():
         step()
         measure.wait()

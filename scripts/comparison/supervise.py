@@ -93,7 +93,7 @@ def finished(run: Run) -> bool:
     then, now = flat_values(before), config.flat(run.cfg.model_dump(mode="json"))
     then["processes"], now["processes"] = kept.get("processes", 1) if kept else run.processes, run.processes
     if "auto" in (now.get("precision"), then.get("precision")):
-        now.pop("precision"), then.pop("precision")
+        then["precision"] = now.get("precision")
     changes = [
         f"{key} {then.get(key)}, now {now.get(key)}"
         for key in dict.fromkeys([*now, *then])
@@ -153,8 +153,8 @@ def train_all(
     if stop.number is not None:
         print(f"stopped by {signal.Signals(stop.number).name}; the same command continues", file=sys.stderr)
         sys.exit(128 + stop.number)
-    for line in lost:
-        print(line, file=sys.stderr)
+    for reason in lost:
+        print(reason, file=sys.stderr)
     return not lost
 
 
@@ -181,10 +181,11 @@ def start(run: Run, rest: Iterator[Run], slot: int, jobs: int) -> Child:
     if run.processes > 1:
         command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={run.processes}"]
     log = run.log.open("a", encoding="utf-8")
+    begin = log.tell()  # before the process writes, which moves it
     # In a session of its own: otherwise Ctrl-C would reach it too, and our SIGTERM would be its second signal, which
     # ends it at once.
     process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
-    return Child(run, process, log, log.tell(), rest)
+    return Child(run, process, log, begin, rest)
 
 
 def cards(slot: int, processes: int) -> list[str]:

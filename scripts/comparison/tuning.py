@@ -99,9 +99,9 @@ def described(tuning: dict[str, Any]) -> str:
     failed = sum(trial["AP"] is None for trial in tuning["trials"])
     if failed:
         words.append(f"{failed} of {len(tuning['trials'])} trials failed")
-    best = max(trial["AP"] or 0 for trial in tuning["trials"])
-    if best > 0:
-        words.append(f"best trial {100 * best:.1f} AP")
+    highest = max(trial["AP"] or 0 for trial in tuning["trials"])
+    if highest > 0:
+        words.append(f"best trial {100 * highest:.1f} AP")
     else:
         words.append("no trial scored above 0, so these are the variant's own values; give longer trials (--tune-set)")
     return ", ".join(words)

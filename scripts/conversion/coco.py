@@ -9,7 +9,7 @@ from urllib.parse import unquote
 
 from data.annotations import load_annotations
 from detector.errors import UserError
-from scripts.conversion.found_files import Index, common, folder_of, kind_of, list_files, part_of, pieces, tell_unused
+from scripts.conversion.found_files import Index, common, folder_of, kind_of, list_files, note_unused, part_of, pieces
 from scripts.conversion.label_formats import Box, Labels, Notes, bytes_of
 from scripts.conversion.source import Source
 
@@ -94,7 +94,7 @@ def read_coco(sources: list[Path], notes: Notes) -> Source:
                 "beside it or into images/ beside it, or leave the file out"
             )
     unnamed = sorted({key[name] for name in walked} - labels.keys())
-    tell_unused([name for name in unnamed if name not in pool], notes)
+    note_unused([name for name in unnamed if name not in pool], notes)
     for name in filter(pool.get, unnamed):
         notes["not used: images that no annotation file names"].append(name)
     # Paths in the new folder start where the images' paths first differ.

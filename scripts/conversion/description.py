@@ -1,5 +1,6 @@
 """A set's own description: data.yaml, or Darknet's obj.data, and lists of its class names."""
 
+import reprlib
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -87,9 +88,10 @@ def classes_of(source: Path, files: dict[str, Path], described: Described | None
         named = in_order(named, files[place])
     elif named is None:
         named = from_lists(source, {name: path for name, path in files.items() if is_names(name)})
-    if not isinstance(named, list) or len(set(map(str, named))) != len(named):
-        raise UserError(f"{source}: the names of its classes are not a list, or a name is there twice")
-    return Classes(list(map(str, named)), None if keypoints is None else shape_of(keypoints, files[place]))
+    # Only texts: a nested list of aliases may stand for more than memory holds.
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named) or len(set(named)) < len(named):
+        raise UserError(f"{source}: the names of its classes are not a list of texts, or a name is there twice")
+    return Classes(named, None if keypoints is None else shape_of(keypoints, files[place]))
 
 
 def shape_of(keypoints: object, file: Path) -> tuple[int, int]:
@@ -101,7 +103,7 @@ def shape_of(keypoints: object, file: Path) -> tuple[int, int]:
         if min(count, numbers) < 1:
             raise ValueError
     except (TypeError, ValueError):
-        shown = str(keypoints).replace("'", "")[:60]
+        shown = reprlib.repr(keypoints).replace("'", "")[:60]  # not str, which expands all aliases
         raise UserError(f"{file}: kpt_shape is {shown}; give [number of keypoints, 2 or 3], such as [17, 3]") from None
     return count, numbers
 

@@ -10,7 +10,7 @@ from PIL import Image
 from detector.errors import UserError
 from detector.images import suffixes
 from scripts.conversion.description import classes_of, describe, is_names
-from scripts.conversion.found_files import folder_of, kind_of, list_files, part_of, tell_unused
+from scripts.conversion.found_files import folder_of, kind_of, list_files, note_unused, part_of
 from scripts.conversion.label_formats import (
     READERS,
     Classes,
@@ -55,7 +55,7 @@ def read_folder(form: str, source: Path, decoded: Path, notes: Notes) -> Source:
             if name := decode(label, labels[label], decoded, notes):
                 images[name], pairs[name] = decoded / name, label
                 paired.add(label)
-    tell_unused([name for name in files if name not in images.keys() | labels.keys() | helpers], notes)
+    note_unused([name for name in files if name not in images.keys() | labels.keys() | helpers], notes)
     for name in sorted(labels.keys() - paired):
         kind = "text" if form == "yolo" else "labels"
         notes[f"not used: {kind} without an image"].append(str(labels[name]))

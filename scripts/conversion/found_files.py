@@ -12,6 +12,7 @@ from detector.errors import CONTROL
 from detector.images import OTHER_PICTURES, suffixes
 
 Notes = dict[str, list[str]]  # kind of remark -> where
+EXAMPLES = 3  # of each kind of remark
 
 # Words in the names of files and folders that say which part of a set they hold.
 PARTS = {
@@ -75,7 +76,15 @@ def kind_of(name: str) -> str:
     return "image" if suffix in suffixes() else "picture" if suffix in OTHER_PICTURES else "other"
 
 
-def tell_unused(names: list[str], notes: Notes) -> None:
+def lines_of_notes(notes: Notes) -> list[str]:
+    """A line for each kind of remark, with the first examples."""
+    return [
+        f"{kind}: {len(where)} ({'; '.join(where[:EXAMPLES])}{'; ...' * (len(where) > EXAMPLES)})"
+        for kind, where in notes.items()
+    ]
+
+
+def note_unused(names: list[str], notes: Notes) -> None:
     """Note the files that are not used, by kind."""
     for name in names:
         suffix = PurePosixPath(name).suffix.lower()

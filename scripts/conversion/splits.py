@@ -182,8 +182,8 @@ def is_list(name: str) -> bool:
 
 def holds_boxes(content: str) -> bool:
     """Whether a text has labels in YOLO's format, or is empty like the labels of an image without objects."""
-    first = content.split("\n", 1)[0].split() if content.strip() else []
-    return not content.strip() or (len(first) > 4 and all(number(word) is not None for word in first))
+    first = content.strip().partition("\n")[0].split()
+    return not first or (len(first) > 4 and all(number(word) is not None for word in first))
 
 
 def at_random(names: list[str], share: float, seed: int) -> set[str]:

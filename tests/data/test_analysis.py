@@ -5,13 +5,11 @@ import io
 
 import numpy as np
 import pytest
-import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from torchvision.ops import box_iou
 
 from data import analysis
-from data.analysis import IGNORED, RIGHT, classify_errors, costs, overlaps
+from data.analysis import IGNORED, RIGHT, classify_errors, costs
 from data.annotations import parse_annotations
 
 
@@ -51,14 +49,6 @@ def test_the_lower_score_is_the_duplicate_and_a_match_with_a_crowd_is_ignored():
         [0],
     )
     assert classify_errors([], []) == ([], [])
-
-
-def test_overlaps_equal_torchvisions_box_iou():
-    rng = np.random.default_rng(0)
-    a, b = (np.column_stack([rng.uniform(0, 50, (n, 2)), rng.uniform(1, 40, (n, 2))]) for n in (7, 5))
-    corners = [torch.tensor(np.column_stack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]])) for boxes in (a, b)]
-    np.testing.assert_allclose(overlaps(a, b), box_iou(*corners).numpy(), atol=1e-12)
-    assert overlaps([], b).shape == (0, 5) and overlaps(a, []).shape == (7, 0)
 
 
 def scenes(seed, images=12, classes=3):

@@ -16,6 +16,7 @@ from sklearn.datasets import load_digits
 from data import demo
 from data.demo import (
     CLASS_WEIGHTS,
+    FULL,
     MAX_COVERED,
     PHOTO_COLUMNS,
     QUICK,
@@ -23,6 +24,7 @@ from data.demo import (
     plan_scenes,
     render,
     split_digits,
+    styled,
     write_demo,
 )
 from detector.configure import configure
@@ -202,6 +204,12 @@ def test_options_set_the_image_size_and_the_number_and_size_of_digits(tmp_path):
         write_demo(tmp_path, **options | dict(objects=(2, 5)))
     with pytest.raises(UserError, match="another data set"):
         write_demo(tmp_path, **SMALL)
+
+
+def test_a_digit_size_also_limits_crowded_scenes():
+    style = styled(FULL._replace(kinds=(0, 1, 0)), size=None, objects=None, digit_size=(8, 12))
+    sides = [side for scene in plan_scenes("val", 3, 0, style) for digit in scene.digits for side in digit.box[2:]]
+    assert len(sides) > 40 and max(sides) <= 15
 
 
 def test_scenes_may_be_larger_than_the_photos():

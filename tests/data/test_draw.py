@@ -82,7 +82,7 @@ def test_no_detection_is_drawn_for_a_set_without_boxes(dataset):
 
 def test_a_contact_sheet_has_room_for_all_pictures(dataset):
     pictures = [side_by_side(pair) for pair in validation_pictures(dataset, nothing(dataset), 3)]
-    sheet = contact_sheet(pictures, columns=2)
+    sheet = contact_sheet(pictures)
     assert sheet.shape[2] == 2 * 2 * WIDTH + 5 * GAP and sheet.shape[1] > sheet.shape[2] / 4
 
 

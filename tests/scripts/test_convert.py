@@ -277,6 +277,15 @@ def test_commands_can_be_pasted(known, folder, command):
     assert cfg.data.val.annotations == str(folder / "a b/val.json")
 
 
+def test_the_current_folder_can_be_the_target(known, folder, command, monkeypatch):
+    as_yolo(folder / "src", known)
+    (folder / "hands").mkdir()
+    monkeypatch.chdir(folder / "hands")
+    code, out, err = command(convert.main, "yolo", folder / "src", ".")
+    assert code == 0 and f"run=hands data.train.annotations={folder}/hands/train.json " in out, err
+    assert (folder / "hands" / "train.json").exists()
+
+
 def test_unused_data_is_reported(known, folder, command):
     as_yolo(folder / "src", known)
     labels = folder / "src" / "labels"

@@ -567,6 +567,17 @@ def test_an_invalid_kpt_shape_is_one_line(run, folder, shape):
     assert code == 2 and err.startswith("error: ") and "kpt_shape is " in err and "such as [17, 3]" in err
 
 
+@pytest.mark.parametrize("key", ["names", "kpt_shape"])
+def test_aliases_that_expand_to_a_billion_values_are_refused_in_one_line(run, folder, key):
+    make(folder / "src", "yolo", numbered("{}.jpg", "{}.txt"))
+    lines = [f"a0: &a0 [{', '.join('x' * 30)}]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 30)}]" for n in range(1, 7)]
+    values = {"names": "[cat]"} | {key: "[cat, *a6]"}
+    text(folder / "src" / "data.yaml", "\n".join([*lines, *(f"{name}: {value}" for name, value in values.items())]))
+    code, _, err, _ = run("yolo")
+    assert code == 2 and err.startswith("error: ") and len(err) < 500 and "\n" not in err, err[:500]
+
+
 def test_class_lists_that_disagree_are_refused(run, folder):
     make(folder / "src", "yolo", numbered("a/{}.jpg", "a/{}.txt"))
     text(folder / "src" / "a" / "classes.txt", "cat\ndog\n")
