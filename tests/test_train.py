@@ -366,7 +366,12 @@ def test_full_shared_memory_ends_the_run_and_loses_no_step(tiny, folder, monkeyp
     step, finished_steps = Solver.step, []
     monkeypatch.setattr(Solver, "step", lambda solver: finished_steps.append(step(solver)))
     monkeypatch.setattr(CocoDataset, "__getitem__", fill)
-    code, _, err = command(train.main, "--config", tiny(folder, data={"workers": 1}))
+    method = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("fork", force=True)  # the loading process inherits `fill`
+    try:
+        code, _, err = command(train.main, "--config", tiny(folder, data={"workers": 1}))
+    finally:
+        multiprocessing.set_start_method(method, force=True)
     assert code == 2 and "Traceback" not in err
     last = err.splitlines()[-1]
     assert last.startswith("error: shared memory is full") and "--shm-size" in last and "--resume" in last

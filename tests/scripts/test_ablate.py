@@ -440,7 +440,7 @@ def test_a_set_option_holds_for_every_variant(base, tmp_path, command):
 def test_a_study_stopped_by_a_signal_saves_and_continues(base, tmp_path):
     argv = [sys.executable, str(Path(ablate.__file__)), "--config", str(base), "--variants", "focal", "--seeds", "1"]
     argv += ["--output", str(tmp_path / "out"), "--set"]
-    argv += ["solver.epochs=5", "evaluation.every=5", "checkpoint.every=1"]
+    argv += ["solver.epochs=20", "evaluation.every=20", "checkpoint.every=1"]
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     checkpoint = tmp_path / "out" / "focal-s0" / "last.pt"  # of the first epoch
     deadline = time.monotonic() + 120
@@ -452,5 +452,5 @@ def test_a_study_stopped_by_a_signal_saves_and_continues(base, tmp_path):
     assert checkpoint.exists() and not list((tmp_path / "out").glob("results/*.json"))
     rerun = subprocess.run(argv, capture_output=True, text=True, timeout=300)
     assert rerun.returncode == 0, rerun.stderr
-    assert result.read(tmp_path / "out" / "results" / "focal-s0.json")["metrics"]["step"] == 10
+    assert result.read(tmp_path / "out" / "results" / "focal-s0.json")["metrics"]["step"] == 40
     assert "from step" in (tmp_path / "out" / "configs" / "focal-s0.log").read_text()

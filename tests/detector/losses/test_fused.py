@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import warnings
 from functools import cache, partial
 from pathlib import Path
@@ -63,7 +64,10 @@ LOSSES = {
 }
 every = pytest.mark.parametrize("name", LOSSES)
 ROOT = Path(__file__).resolve().parents[3]
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+HEADER = Path(sysconfig.get_path("include"), "Python.h")
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None or not HEADER.exists(), reason="needs a C++ compiler and Python's header files"
+)
 
 
 def batch(rows=300, classes=20, seed=0, spread=2.0, dtype=torch.float32):
