@@ -10,10 +10,11 @@ from scripts.comparison.tuning import budget, described
 LOSS = ("class_loss", "box_loss", "model.head.prior")
 VARIED = ("run", "output", "seed", *LOSS)  # may differ between compared runs
 MUST_AGREE = ("step", "epoch", "images")  # metrics that say what was scored, and when
+RISE = 2.0  # AP between the last two evaluations: with more, a training may be too short to compare
 
 
 def remarks(rows: list[Row]) -> list[str]:
-    """A line for each failed run, on the tuning of the rows, and for each tuned setting in which the runs differ."""
+    """A line for each failed run, on tuning and length, and for each tuned setting in which the runs differ."""
     lines = [f"- failed: {row.name}, {failure}" for row in rows for failure in row.failures]
     for row in rows:
         if row.runs and "tuning" in row.runs[0]:
@@ -23,6 +24,13 @@ def remarks(rows: list[Row]) -> list[str]:
     if too_short := [row.name for row in rows if _short_trials(row)]:
         remark = "no trial reached two thirds of the runs' AP, so longer ones (--tune-set) or cleaner labels may choose"
         lines.append(f"- {', '.join(too_short)}: {remark} other values")
+    rises = {row.name: rise for row in rows if (rise := _last_rise(row)) is not None and rise > RISE}
+    if rises:
+        by = " to ".join(dict.fromkeys(f"{rise:.1f}" for rise in (min(rises.values()), max(rises.values()))))
+        remark = (
+            f"AP still rose by {by} between the last two evaluations, so longer trainings may change the differences"
+        )
+        lines.append(f"- {', '.join(rises)}: {remark}")
     return [*lines, *(f"- {line}" for line in differing(rows)[0])]
 
 
@@ -74,6 +82,13 @@ def _mixed_losses(row: Row) -> list[str]:
     losses = [{k: v for k, v in flat_values(run["config"]).items() if k.startswith(LOSS)} for run in row.runs]
     mixed = [k for k in losses[0] if any(of_run.get(k) != losses[0][k] for of_run in losses)] if losses else []
     return [f"not a fair comparison, the seeds of {row.name} differ in {', '.join(mixed)}"] if mixed else []
+
+
+def _last_rise(row: Row) -> float | None:
+    """By how much AP rose between the last two evaluations, in percent, mean over the runs that have two."""
+    ends = [[point.get("AP") for point in run.get("curve", ())[-2:]] for run in row.runs]
+    rises = [100 * (known[1] - known[0]) for known in ends if len(known) == 2 and None not in known]
+    return statistics.fmean(rises) if rises else None
 
 
 def _short_trials(row: Row) -> bool:

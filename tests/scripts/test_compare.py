@@ -452,6 +452,20 @@ def test_failed_runs_and_tuned_values_at_an_end_of_their_range_are_reported(tmp_
     assert "no trial reached" not in capsys.readouterr().out
 
 
+def test_rows_whose_ap_still_rises_are_named(tmp_path, capsys):
+    def curve(*aps):
+        return {"curve": [{"step": step, "AP": ap} for step, ap in enumerate(aps)]}
+
+    files = [kept(tmp_path, "ce", seed, 0.3, **curve(0.1, 0.27 + seed / 100, 0.3)) for seed in range(2)]  # by 3 and 2
+    files += [kept(tmp_path, "focal", 0, 0.3, **curve(0.1, 0.281, 0.3)), kept(tmp_path, "ghm_c", 0, 0.3, **curve(0.3))]
+    files += [kept(tmp_path, "qfl", 0, 0.3, **curve(0.1, 0.3)), kept(tmp_path, "ohem", 0, 0.3, **curve(None, 0.3))]
+    main(files)
+    out = capsys.readouterr().out
+    assert "\n- ce, qfl: AP still rose by 2.5 to 20.0 between the last two evaluations, so longer trainings may" in out
+    main(files[:3])
+    assert "\n- ce: AP still rose by 2.5 between the last two evaluations" in capsys.readouterr().out
+
+
 def test_pairs_that_differ_are_listed_with_the_better_row_first(tmp_path, capsys):
     means = {"ce": 0.3, "focal": 0.5, "ghm_c": 0.301}
     files = [kept(tmp_path, name, seed, mean + 0.001 * seed) for name, mean in means.items() for seed in range(3)]
