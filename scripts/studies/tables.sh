@@ -1,6 +1,6 @@
 #!/bin/bash
 # Tuned losses on BCCD and on playing cards with MobileNetV2 from ImageNet weights, and on BCCD with ResNet-18 from
-# scratch, at 240 px; then GHM-C with a prior count on each. datasets/bccd and datasets/playing_cards hold train.json,
+# scratch, at 240 px; then GHM-C with a prior count on each, and playing cards for three times as many epochs. datasets/bccd and datasets/playing_cards hold train.json,
 # val.json and images/. Stop it at any time; the same command continues. Argument: runs at once (1).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -37,6 +37,15 @@ done
 # The same weights with a higher limit.
 "${of_cards[@]}" class_loss.weight=2.45 box_loss.weight=0.01 --seeds 3 --variants ghm_c \
     --grid class_loss.max_weight=100 --output runs/cards_weights --results results/cards_weights
+# Three times as many epochs on playing cards, with the weights tuned for 20 epochs: class weight, box weight, options.
+while read -r variant class box options; do
+    # shellcheck disable=SC2086  # no options are no argument
+    "${of_cards[@]}" solver.epochs=60 class_loss.weight="$class" box_loss.weight="$box" --seeds 2 \
+        --variants "$variant" $options --output runs/cards_long --results results/cards_long </dev/null
+done <<'VARIANTS'
+ghm_c 2.45 0.01 --grid class_loss.prior_count=1000
+ce 1.26 2.61
+VARIANTS
 
 python scripts/compare.py results/laptop/*.json results/cards/*.json --baseline ce
 python scripts/compare.py results/scratch/*.json --baseline ce
