@@ -26,11 +26,9 @@ def remarks(rows: list[Row]) -> list[str]:
         lines.append(f"- {', '.join(too_short)}: {remark} other values")
     rises = {row.name: rise for row in rows if (rise := _last_rise(row)) is not None and rise > RISE}
     if rises:
-        by = " to ".join(dict.fromkeys(f"{rise:.1f}" for rise in (min(rises.values()), max(rises.values()))))
-        remark = (
-            f"AP still rose by {by} between the last two evaluations, so longer trainings may change the differences"
-        )
-        lines.append(f"- {', '.join(rises)}: {remark}")
+        by_row = ", ".join(f"{name} {rise:.1f}" for name, rise in rises.items())
+        remark = f"AP still rose between the last two evaluations ({by_row})"
+        lines.append(f"- {remark}, so longer trainings may change the differences")
     return [*lines, *(f"- {line}" for line in differing(rows)[0])]
 
 

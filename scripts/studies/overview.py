@@ -58,6 +58,7 @@ def main() -> None:
 
 def rows_of(folders: tuple[str, ...]) -> list[Row]:
     """CE and LOSSES in a study, by their common names and in this order."""
+    # By name, because the folders of prior counts link to the runs with a limit.
     files = {path.name: str(path) for folder in folders for path in sorted((RESULTS / folder).glob("*-s*.json"))}
     rows = {row.name: row for row in read_rows(list(files.values()))}
     return [
@@ -97,8 +98,8 @@ def draw(labels: list[str], results: list[list[Difference]]) -> plt.Figure:
     axes[0].set_yticks(range(len(labels)), labels)
     axes[0].invert_yaxis()
     figure.supxlabel("AP minus that of CE. Bars: 95% intervals, not corrected", fontsize=10)
-    labels_of = {"better": "better than CE", "worse": "worse than CE", "undecided": "undecided"}
-    dots = [plt.Line2D([], [], marker=MARKERS[of], color=COLOURS[of], label=label) for of, label in labels_of.items()]
+    words = {"better": "better than CE", "worse": "worse than CE", "undecided": "undecided"}
+    dots = [plt.Line2D([], [], marker=MARKERS[of], color=COLOURS[of], label=word) for of, word in words.items()]
     figure.legend(handles=dots, loc="outside upper right", ncols=3, frameon=False)
     return figure
 

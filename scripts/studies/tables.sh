@@ -1,7 +1,8 @@
 #!/bin/bash
 # Tuned losses on BCCD and on playing cards with MobileNetV2 from ImageNet weights, and on BCCD with ResNet-18 from
-# scratch, at 240 px; then GHM-C with a prior count on each, and playing cards for three times as many epochs. datasets/bccd and datasets/playing_cards hold train.json,
-# val.json and images/. Stop it at any time; the same command continues. Argument: runs at once (1).
+# scratch, at 240 px; then GHM-C with a prior count on each, and playing cards for three times as many epochs.
+# datasets/bccd and datasets/playing_cards hold train.json, val.json and images/. Stop it at any time; the same command
+# continues. Argument: runs at once (1).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 jobs=${1:-1}
