@@ -96,7 +96,7 @@ def _blocks(anchors: Tensor, gt_boxes: Tensor) -> Iterator[tuple[slice, Tensor]]
 class ATSSAssigner:
     """Adaptive training sample selection: every box sets its own threshold.
 
-    A box's candidates on each level are the anchors at the `cells` positions nearest its centre. A candidate is
+    A box's candidates on each level are the anchors at the `topk` positions nearest its centre. A candidate is
     positive if its centre is in the box and its IoU is at least mean + standard deviation of all candidates' IoUs. If
     several boxes claim an anchor, it learns the one it overlaps most. All others are background; none is ignored.
 
@@ -104,10 +104,10 @@ class ATSSAssigner:
     arXiv 1912.02424, algorithm 1, with every anchor shape of a position a candidate, as in its section 4.4.
     """
 
-    def __init__(self, cells: int = 9):
-        if cells < 1:
-            raise ValueError(f"cells {cells}: must be at least 1")
-        self.cells = cells
+    def __init__(self, topk: int = 9):
+        if topk < 1:
+            raise ValueError(f"topk {topk}: must be at least 1")
+        self.topk = topk
 
     @torch.no_grad()
     def __call__(self, anchors: Tensor, gt_boxes: Tensor, levels: tuple[int, ...], per_position: int) -> Assignment:
@@ -140,7 +140,7 @@ class ATSSAssigner:
         nearest, start = [], 0
         for distance in away.split([count // per_position for count in levels], dim=-1):
             positions = distance.shape[-1]
-            nearest.append(start + distance.topk(min(self.cells, positions), largest=False, sorted=False).indices)
+            nearest.append(start + distance.topk(min(self.topk, positions), largest=False, sorted=False).indices)
             start += positions
         shapes = torch.arange(per_position, device=anchors.device)
         return (torch.cat(nearest, dim=-1)[..., None] * per_position + shapes).flatten(-2)

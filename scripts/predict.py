@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.score is not None and not 0 <= args.score <= 1:
         raise UserError(f"--score {args.score}: give a number from 0 to 1")
     if (args.output / "config.yaml").exists():
-        raise UserError(f"--output {args.output}: is a run folder, whose files would be overwritten; give another")
+        raise UserError(f"--output {args.output}: has files of train.py or eval.py, which would be lost; give another")
     skipped: Notes = defaultdict(list)
     files, unreadable = list_files(args.sources, args.output, skipped)
     detector = load(args.checkpoint, args.device)

@@ -56,7 +56,8 @@ class GradientDensity(nn.Module):
         max_weight      limit of beta, in neither the paper nor its code. A region has the same total weight with three
                         examples as with a million, so in small batches a few outliers may dominate.
         prior_count     k in beta_j = N / ((S_j + k) n): a region with S_j cells then gets S_j / (S_j + k) of a full
-                        region's weight. For GHM-C with "unit_region"; 0 is the paper's form.
+                        region's weight, and beta stays below N / (k n). For GHM-C with "unit_region"; 0 is the paper's
+                        form.
         scope           "batch": the caller calls it once on all cells. "level": the caller calls it once for each
                         pyramid level and adds the values; all calls share one moving average.
         local_counts    each process counts its own examples only, and the processes' losses are averaged.

@@ -67,7 +67,7 @@ def first_step(config: str, settings: list[str], caches: str) -> tuple[float, fl
             taken = time.perf_counter() - start
             _, errors = process.communicate()
     if alone is None:
-        sys.exit(f"{config}: {errors.strip().splitlines()[-1]}")
+        sys.exit(f"{config}: {(errors.strip() or 'it printed nothing').splitlines()[-1]}")
     return taken, alone
 
 

@@ -23,7 +23,7 @@ def anchors_and_boxes(seed, count, octaves=1, ratios=(1.0,)):
     return anchors, boxes, levels, anchor_generator.per_position
 
 
-def by_hand(anchors, boxes, levels, per_position, cells):
+def by_hand(anchors, boxes, levels, per_position, topk):
     """Index of the box of each anchor, or -1 for background."""
     iou = box_iou(anchors.double(), boxes.double()).tolist()
     owner, best_iou = [-1] * len(anchors), [0.0] * len(anchors)
@@ -34,7 +34,7 @@ def by_hand(anchors, boxes, levels, per_position, cells):
             level = range(start, start + size)
             centre = (x1 + x2) / 2, (y1 + y2) / 2
             level = sorted(level, key=lambda a: (centres[a][0] - centre[0]) ** 2 + (centres[a][1] - centre[1]) ** 2)
-            candidates += level[: cells * per_position]
+            candidates += level[: topk * per_position]
             start += size
         ious = [iou[a][g] for a in candidates]
         threshold = statistics.mean(ious) + statistics.stdev(ious)
@@ -47,12 +47,12 @@ def by_hand(anchors, boxes, levels, per_position, cells):
 
 @pytest.mark.parametrize("shapes", [{}, {"octaves": 3, "ratios": (0.5, 1.0, 2.0)}], ids=["1 shape", "9 shapes"])
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("cells", [1, 9])
-def test_equals_plain_loops(seed, cells, shapes):
+@pytest.mark.parametrize("topk", [1, 9])
+def test_equals_plain_loops(seed, topk, shapes):
     anchors, boxes, levels, per_position = anchors_and_boxes(seed, 12, **shapes)
-    assignment = ATSSAssigner(cells)(anchors, boxes, levels, per_position)
+    assignment = ATSSAssigner(topk)(anchors, boxes, levels, per_position)
     ours = torch.where(assignment.positive, assignment.gt_index, -1).tolist()
-    assert ours == by_hand(anchors, boxes, levels, per_position, cells)
+    assert ours == by_hand(anchors, boxes, levels, per_position, topk)
     assert max(ours) >= 0
     assert not assignment.ignored.any()
 
@@ -74,5 +74,5 @@ def test_without_boxes_all_is_background():
 
 
 def test_refuses_no_candidates():
-    with pytest.raises(ValueError, match="cells"):
-        ATSSAssigner(cells=0)
+    with pytest.raises(ValueError, match="topk"):
+        ATSSAssigner(topk=0)

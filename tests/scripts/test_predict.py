@@ -172,7 +172,7 @@ def test_no_original_is_overwritten(learnt, folder, command):
     assert code == 0, err
     assert (place / "2.jpg").read_bytes() == original and (place / "2_2.jpg").exists() and (place / "0.jpg").exists()
     code, _, err = command(predict.main, *arguments, learnt[0].parent)
-    assert code == 2 and "is a run folder" in err
+    assert code == 2 and "has files of train.py or eval.py" in err
 
 
 @pytest.mark.parametrize("output", ["src", "src/out", ".", "other"])

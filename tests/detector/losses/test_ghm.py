@@ -93,8 +93,10 @@ def test_ghm_r_equals_the_loop_over_bins(options, boxes):
 def test_a_prior_count_takes_weight_from_sparse_regions():
     loss = GHMC(bins=4, momentum=0.0, prior_count=10.0)
     counts = torch.tensor([990, 10, 0, 1])
-    total = loss.region_shares(counts) * counts * 3  # three regions hold cells
+    share = loss.region_shares(counts)
+    total = share * counts * 3  # three regions hold cells
     assert total.tolist() == pytest.approx([990 / 1000, 10 / 20, 0, 1 / 11])
+    assert 0.9 / (10 * 3) < share.max() < 1 / (10 * 3)  # beta stays below N / (k n), and comes close to it
 
 
 def test_beta_is_constant_for_the_backward_pass(cells):
