@@ -38,21 +38,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from data.annotations import load_annotations
 from data.image_folder import find_folder
 from detector import atomic, config, config_files
-from detector.configure import configure
+from detector.configure import resolve
 from detector.device import pick_device
 from detector.errors import UserError, counted, run_main
 from detector.option_errors import suggestion
 from scripts.comparison import result, tuning
+from scripts.comparison.fairness import LOSS as VARIANT_KEYS  # what a variant may set: keys that start so
 from scripts.comparison.supervise import Run, finished, train_all
 from scripts.comparison.timing import time_steps
 from scripts.comparison.tuning import Trial
 
-VARIANT_KEYS = ("class_loss", "box_loss", "model.head.prior")  # what a variant may set: keys that start so
 HELD_OUT = 0.25  # of the training images, to tune on
 
 Values = dict[str, Any]  # the nested values of a config
@@ -64,7 +63,7 @@ def main() -> None:
     on_variants = [setting for setting in args.set if setting.startswith(VARIANT_KEYS)]
     common = [setting for setting in args.set if setting not in on_variants]
     study = Study(args.config, common, args.output, args.results, args.processes)
-    gpus = 0 if study.common.device == "cpu" else torch.cuda.device_count()
+    gpus = torch.cuda.device_count() if study.common.device in ("auto", "cuda") else 0  # cuda:1 is one
     jobs = args.jobs or max(1, gpus // args.processes)
     variants = read_variants(study.base, args.variants, on_variants, args.grid)
     runs = study.runs(variants, args.seeds)
@@ -87,7 +86,8 @@ def main() -> None:
     all_finished = train_all([[run] for run in runs], len(runs), jobs)
     add_notes(runs, study.notes)
     if not any(run.kept.exists() and score(run.kept) is not None for run in runs):
-        print(f"no run has finished; {study.results} says why: delete its files to try again", file=sys.stderr)
+        if all_finished:
+            print(f"all runs failed; {study.results} says why: delete its files to try again", file=sys.stderr)
         sys.exit(1)
     if args.time:
         add_timing(runs)
@@ -160,7 +160,8 @@ class Study:
 
     def __init__(self, base: str, settings: list[str], output: Path | None, results: Path | None, processes: int = 1):
         self.base = Path(base)
-        self.common = configure(base, settings)
+        self.values = config_files.read(base)
+        self.common = resolve(self.values, base, settings)
         self.settings = settings
         self.output = output or Path("runs") / self.base.resolve().parent.name
         self.results = results or self.output / "results"
@@ -219,23 +220,12 @@ class Study:
         return self.run(name, changes, notes)
 
     def run(self, name: str, changes: Values, notes: Values) -> Run:
-        values = config_files.merge(config_files.with_settings({}, self.settings), changes)
-        values |= {"base": str(self.base.resolve()), "run": name, "output": str(self.output)}
-        file = self.output / "configs" / f"{name}.yaml"
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--output: {file} cannot be written ({error.strerror})") from None
-        return Run(
-            file,
-            configure(str(file)),
-            self.results / f"{name}.json",
-            notes
-            | self.notes.get(notes["variant"], {})
-            | {"processes": self.processes, "annotations": self.annotations},
-            self.processes,
-        )
+        changes = config_files.merge(config_files.with_settings({}, self.settings), changes)
+        values = config_files.merge(self.values, changes) | {"run": name, "output": str(self.output)}
+        notes = notes | self.notes.get(notes["variant"], {})
+        notes |= {"processes": self.processes, "annotations": self.annotations}
+        file, kept = self.output / "configs" / f"{name}.yaml", self.results / f"{name}.json"
+        return Run(file, resolve(values, f"variant {notes['variant']}", []), kept, notes, self.processes)
 
     @cached_property
     def images(self) -> str:
@@ -271,7 +261,7 @@ def tune(
 ) -> dict[str, Values]:
     """Train the tuning runs; return the variants with their best values. Exits if a tuning run has no result."""
     study.hold_out()
-    small: dict[str, list] = {"curve": [], "probability": [], "resampled": []}
+    small: dict[str, list | dict] = {"curve": [], "probability": [], "resampled": {}}
     if not train_all(searches, trials * len(searches), jobs, keep=lambda full: full | small):
         sys.exit(1)
     tuned = dict(variants)

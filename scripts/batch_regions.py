@@ -18,10 +18,6 @@ import csv
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")  # draws into files and needs no display
-
 import torch
 from matplotlib import pyplot as plt
 from torch import Tensor
@@ -37,6 +33,7 @@ from detector.losses.cells import logits_against_truth
 from detector.losses.density import GradientDensity
 from detector.randomness import seed_everything
 from detector.solver import PRECISIONS
+from scripts.comparison import page
 
 BINS = 30  # a multiple of each form's
 STEPS, FIRST = 300, 100  # batches that the average runs over, and the first that is shown
@@ -110,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
         results.append((measured, forms))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        draw(results).savefig(folder / "batch_regions.png", dpi=110)
+        page.save(draw(results), folder / "batch_regions.png", dpi=110)
         write(folder / "batch_regions.csv", results)
         (folder / "batch_regions.md").write_text("\n".join(tables).lstrip(), encoding="utf-8")
     except OSError as error:

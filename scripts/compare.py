@@ -9,7 +9,7 @@ deviation over its seeds. AP is in percent. ECE is the expected calibration erro
 AP, AP50, AP75, AP80 and AP90 the highest value is marked if it is better than each other row beyond chance.
 
 Below are the differences in AP (--metric) from the first row (or --baseline), each with its 95% interval over other
-seeds and other validation images. They hold for these loss weights; chance in tuning is not in them. "better" and
+seeds and other validation images. They hold for these loss weights and leave out the chance in tuning. "better" and
 "worse" are corrected for the number of rows: at most one list in 20 has any false one. A row with one seed gets no
 verdict. The line below says how large a difference these runs can detect, and how many seeds a smaller one takes.
 --pairs prints which of all pairs of rows differ, without any baseline. The formulas are in
@@ -25,7 +25,6 @@ every other setting in which the runs differ, besides the losses, the seed and t
 import argparse
 import csv
 import io
-import statistics
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
@@ -47,7 +46,7 @@ from scripts.comparison.differences import (
     named,
 )
 from scripts.comparison.fairness import LOSS, remarks, warnings
-from scripts.comparison.rows import AP, METRICS, Costs, Result, Row, costs, numbers, read_sets
+from scripts.comparison.rows import AP, METRICS, Costs, Result, Row, costs, mean_and_spread, numbers, read_sets
 
 HEADER = ("run", "class loss", "box loss", *AP, "ECE", "s/step", "GB")
 LEFT = 3  # the first columns are text, aligned to the left
@@ -180,8 +179,7 @@ def cells(row: Row, cost: Costs) -> list[str]:
     for column in (*AP, "ECE"):
         values = [run[column] for run in known if column in run]
         digits = 1 if column in AP else 3
-        spread = f"±{statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-        line.append(f"{statistics.fmean(values):.{digits}f}{spread}" if values else "-")
+        line.append(mean_and_spread(values, digits))
     seconds, memory = cost.seconds.get(row.name), cost.memory.get(row.name)
     return [*line, "-" if seconds is None else f"{seconds:.3f}", "-" if memory is None else f"{memory / 1e9:.2f}"]
 

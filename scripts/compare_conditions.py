@@ -29,11 +29,10 @@ from scripts.comparison.differences import (
     differences,
     differences_by_condition,
     differences_in_change,
-    known_value,
     same_images,
 )
 from scripts.comparison.fairness import differing
-from scripts.comparison.rows import Row, read_rows
+from scripts.comparison.rows import Row, known_values, mean_and_spread, read_rows
 
 Conditions = dict[float, dict[str, Row]]  # the rows of each condition by name, in ascending order of the condition
 
@@ -61,8 +60,9 @@ def main(argv: list[str] | None = None) -> None:
     by_condition = dict(
         zip(with_baseline, differences_by_condition(list(with_baseline.values()), baseline), strict=True)
     )
+    figure = draw(conditions, by_condition, baseline, args.condition, args.log)
     try:
-        page.save(draw(conditions, by_condition, baseline, args.condition, args.log), args.output, dpi=150)
+        page.save(figure, args.output, dpi=150)
     except (OSError, ValueError) as error:
         raise UserError(f"--output {args.output}: cannot be written ({error})") from None
     print("\n".join([*table(conditions, names), "", *verdicts(conditions, by_condition, baseline)]))
@@ -95,7 +95,7 @@ def read(folder: Path) -> Conditions:
                 print(f"failed: {row.name} at {value:g}, {failure}", file=sys.stderr)
         for line in differing(rows)[1]:
             print(f"warning: at {value:g} {line}", file=sys.stderr)
-        if known := {row.name: row for row in rows if aps(row)}:  # else all have failed
+        if known := {row.name: row for row in rows if known_values(row)}:  # else all have failed
             conditions[value] = known
     return conditions
 
@@ -108,23 +108,18 @@ def number_of(path: Path) -> float | None:
     return value if abs(value) < float("inf") else None
 
 
-def aps(row: Row) -> list[float]:
-    """AP of each seed, in percent."""
-    return [known for run in row.runs if (known := known_value(run, "AP")) is not None]
-
-
 def comparable(conditions: Conditions) -> bool:
     """Whether all conditions are scored on the same images."""
     return same_images([run for rows in conditions.values() for row in rows.values() for run in row.runs])
 
 
 def table(conditions: Conditions, names: list[str]) -> list[str]:
-    first, last = min(conditions), max(conditions)
-    heads = ["run", *(f"{value:g}" for value in conditions), *[f"lost at {last:g}"] * comparable(conditions)]
+    first, last, loses = min(conditions), max(conditions), comparable(conditions)
+    heads = ["run", *(f"{value:g}" for value in conditions), *[f"lost at {last:g}"] * loses]
     lines = ["| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (len(heads) - 1)]
     for name in names:
-        cells = [mean_and_spread(aps(rows[name])) if name in rows else "-" for rows in conditions.values()]
-        if comparable(conditions):
+        cells = [mean_and_spread(known_values(rows[name])) if name in rows else "-" for rows in conditions.values()]
+        if loses:
             both = name in conditions[first] and name in conditions[last]
             cells.append(loss_of_ap(conditions[first][name], conditions[last][name]) if both else "-")
         lines.append("| " + " | ".join([name, *cells]) + " |")
@@ -140,13 +135,8 @@ def loss_of_ap(first: Row, last: Row) -> str:
     images_only = " over images only" if result.p is None else ""  # one seed
     low, high = result.interval
     interval = f"[{-high:.1f}, {-low:.1f}]{images_only}"
-    of_first = statistics.fmean(aps(first))
+    of_first = statistics.fmean(known_values(first))
     return f"{lost:.1f} {interval}" + (f", {lost / of_first:.0%}" if of_first else "")
-
-
-def mean_and_spread(values: list[float]) -> str:
-    spread = f"±{statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.1f}{spread}"
 
 
 def verdicts(conditions: Conditions, by_condition: dict[float, list[Difference]], baseline: str) -> list[str]:
@@ -162,11 +152,13 @@ def verdicts(conditions: Conditions, by_condition: dict[float, list[Difference]]
     changes, detectable = differences_in_change(first, last, baseline)
     what = f"Change of AP from {min(conditions):g} to {max(conditions):g}"
     lines += ["", *describe(changes, baseline, what)]
-    left_out = [row.name for row in first if row.name not in [baseline, *(result.name for result in changes)]]
+    names = dict.fromkeys(row.name for row in (*first, *last))
+    left_out = [name for name in names if name not in [baseline, *(result.name for result in changes)]]
     if left_out:
-        others = ", ".join(left_out)
+        takes = "the same seeds" if comparable(conditions) else "runs"
         lines.append(
-            f"- no verdict on the change of {others}: it takes runs in both conditions, with the seeds of {baseline}"
+            f"- no verdict on the change of {', '.join(left_out)}: it takes {takes} at {min(conditions):g} and at "
+            f"{max(conditions):g}, for the row and for {baseline}"
         )
     return [*lines, "", *detectable, *[""] * bool(detectable)]
 
@@ -179,7 +171,7 @@ def draw(
     colours = {name: f"C{place}" for place, name in enumerate(names)}
     for place, name in enumerate(names):
         values = [value for value, rows in conditions.items() if name in rows]
-        of_seeds = [aps(conditions[value][name]) for value in values]
+        of_seeds = [known_values(conditions[value][name]) for value in values]
         means = [statistics.fmean(known) for known in of_seeds]
         spread = [statistics.stdev(known) if len(known) > 1 else 0 for known in of_seeds]
         style = dict(marker="o", capsize=3, color=colours[name], label=page.label(name))
@@ -197,7 +189,7 @@ def draw(
             relative.errorbar(at, [mean for _, mean, _ in points], [reach for _, _, reach in points], **style)
     relative.axhline(0, color=colours[baseline], linewidth=1)
     absolute.set(ylabel="AP, percent: mean and deviation over seeds")
-    relative.set(ylabel=f"AP minus that of {page.label(baseline)},\n95% interval")
+    relative.set(ylabel=f"AP minus that of {baseline},\n95% interval")
     for axis in (absolute, relative):
         axis.set(xlabel=label, xscale="log" if log else "linear")
         axis.set_xticks(list(conditions), [f"{value:,g}" for value in conditions])

@@ -136,9 +136,7 @@ def main(argv: list[str] | None = None) -> None:
     model, cfg = checkpoint.build_model(content, args.checkpoint)
     dataset = open_dataset(args.checkpoint, content, cfg, args.data)
     postprocess = assemble.build_postprocess(cfg)
-    exported = Exported(
-        model.eval(), postprocess, preprocessing=args.preprocessing == "inside", nms=args.nms == "inside"
-    )
+    exported = Exported(model, postprocess, preprocessing=args.preprocessing == "inside", nms=args.nms == "inside")
     about = metadata(content, cfg, args)
     target = args.output or Path(args.checkpoint).with_suffix(".onnx")
     if target.is_dir():

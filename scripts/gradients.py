@@ -19,10 +19,6 @@ import argparse
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")  # draws into files and needs no display
-
 import torch
 from matplotlib import pyplot as plt
 from torch import Tensor
@@ -37,6 +33,7 @@ from detector.criterion import Matches
 from detector.device import keep_freed_memory, pick_device, place
 from detector.errors import UserError, run_main
 from detector.gradients import MU, Regions, observe
+from scripts.comparison import page
 
 FINE = 300  # regions in the figures: a multiple of the numbers below
 BARS = 50  # of the histograms: with more, few images leave gaps
@@ -69,7 +66,7 @@ def main() -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, figure in figures.items():
-            figure.savefig(folder / name, dpi=150)
+            page.save(figure, folder / name, dpi=150)
     except OSError as error:
         raise UserError(f"--output: {folder} cannot be written ({error.strerror})") from None
     print(probabilities.medians())

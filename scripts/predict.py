@@ -84,7 +84,10 @@ def main(argv: list[str] | None = None) -> None:
     seconds = time.perf_counter() - start
     by_class = Counter(entry["category"] for entry in results)
     counts = ", ".join(f"{name} {count}" for name, count in by_class.most_common(20))
-    print(f"{counted} images, {len(results)} boxes ({counts}) in {seconds:.1f} s, {counted / seconds:.1f} images/s")
+    boxes = f"{len(results)} boxes ({counts})" if results else "no boxes"
+    print(f"{counted} images, {boxes} in {seconds:.1f} s, {counted / seconds:.1f} images/s")
+    if not results:
+        print("no score reached that of its class; a lower --score shows more")
     print(f"written: {args.output / RESULTS} and the pictures beside it")
     for line in remark_lines(remarks) + lines_of_notes(skipped):
         print(line)

@@ -19,9 +19,9 @@ from matplotlib import pyplot as plt
 
 from detector.errors import UserError, run_main
 from scripts.comparison import page
-from scripts.comparison.differences import Difference, differences, in_brackets, known_value, named
+from scripts.comparison.differences import Difference, differences, in_brackets, named
 from scripts.comparison.fairness import differing
-from scripts.comparison.rows import Row, read_rows
+from scripts.comparison.rows import Row, gradient_shares, known_values, mean_and_spread, read_rows
 
 METRICS = ("AP", "AP50", "AP75")
 GREY = "#6e7781"
@@ -43,40 +43,30 @@ def main(argv: list[str] | None = None) -> None:
     for line in differing(rows)[1]:
         print(f"warning: {line}", file=sys.stderr)
     baseline = named(rows, args.baseline)
-    known = sorted((row for row in rows if values(row, "AP")), key=mean_ap, reverse=True)
+    known = sorted((row for row in rows if known_values(row)), key=mean_ap, reverse=True)
     if baseline not in known:
         raise UserError(f"{baseline.name}: no run of it has an AP; name another row by --baseline")
     by_name = {difference.name: difference for difference in differences(rows, baseline.name)}
+    figure = draw(known, baseline, by_name)
     try:
-        page.save(draw(known, baseline, by_name), args.output, dpi=160)
+        page.save(figure, args.output, dpi=160)
     except (OSError, ValueError) as error:
         raise UserError(f"--output {args.output}: cannot be written ({error})") from None
     print("\n".join(table(known, baseline, by_name)))
     print(f"written: {args.output}")
 
 
-def values(row: Row, metric: str) -> list[float]:
-    """The metric of each seed in percent, without seeds for which it is unknown."""
-    return [known for run in row.runs if (known := known_value(run, metric)) is not None]
-
-
 def mean_ap(row: Row) -> float:
-    return statistics.fmean(values(row, "AP"))
+    return statistics.fmean(known_values(row))
 
 
 def table(rows: list[Row], baseline: Row, by_name: dict[str, Difference]) -> list[str]:
     lines = [f"| run | AP | AP50 | AP75 | against {escaped(baseline.name)} |", "| --- | ---: | ---: | ---: | --- |"]
     for row in rows:
-        cells = [escaped(row.name), *(mean_and_spread(values(row, metric)) for metric in METRICS)]
+        cells = [escaped(row.name), *(mean_and_spread(known_values(row, metric)) for metric in METRICS)]
         cells.append("baseline" if row is baseline else in_brief(by_name[row.name]))
         lines.append("| " + " | ".join(cells) + " |")
     return lines
-
-
-def mean_and_spread(known: list[float]) -> str:
-    if not known:
-        return "-"
-    return f"{statistics.fmean(known):.1f}" + (f"±{statistics.stdev(known):.1f}" if len(known) > 1 else "")
 
 
 def in_brief(difference: Difference) -> str:
@@ -85,14 +75,6 @@ def in_brief(difference: Difference) -> str:
 
 def escaped(text: str) -> str:
     return text.replace("|", r"\|")
-
-
-def shares(row: Row) -> dict[str, float] | None:
-    """The mean share of the classification gradient from each of BANDS; None if no run observed it."""
-    observed = [point for run in row.runs for point in run.get("gradient", ()) if "class_easy" in point]
-    return (
-        {band: statistics.fmean(point[f"class_{band}"] for point in observed) for band in BANDS} if observed else None
-    )
 
 
 def draw(rows: list[Row], baseline: Row, by_name: dict[str, Difference]) -> plt.Figure:
@@ -111,7 +93,7 @@ def draw(rows: list[Row], baseline: Row, by_name: dict[str, Difference]) -> plt.
             left.plot(ends, [place, place], color=colour, linewidth=2.5)
         (dots[verdict],) = left.plot([mean_ap(row)], [place], "o", color=colour, markersize=6.5)
         start = 0.0
-        for band, share in (shares(row) or {}).items():
+        for band, share in (gradient_shares(row, "class") or {}).items():
             right.barh(place, share, left=start, color=BANDS[band], height=0.72)
             start += share
     left.set_yticks(range(len(rows)), [row.name for row in rows])

@@ -14,8 +14,7 @@ import train
 from detector.configure import PARTS, configure
 from detector.losses import CrossEntropy
 from scripts import compare, compare_conditions, summarize, write_config_docs
-from scripts.compare_conditions import aps, mean_and_spread
-from scripts.comparison.rows import read_rows
+from scripts.comparison.rows import known_values, mean_and_spread, read_rows
 from scripts.studies import overview
 
 ROOT = Path(__file__).parents[1]
@@ -172,7 +171,7 @@ def test_the_table_of_short_and_long_tuning_is_current(folders):
     short, long = ({row.name: row for row in read_rows(of_folder)} for of_folder in files)
     assert len(long) >= 4
     for name in long:
-        cells = [mean_and_spread(aps(row[name])) for row in (short, long)]
+        cells = [mean_and_spread(known_values(row[name])) for row in (short, long)]
         assert f"| {name} | {' | '.join(cells)} |" in text
 
 
@@ -181,7 +180,7 @@ def test_the_table_of_prior_counts_is_current():
     rows = []
     for name in ("laptop", "cards", "scratch"):
         files = [*(ROOT / "results" / name).glob("*.json"), *(ROOT / "results/prior_count" / name).glob("*.json")]
-        rows.append({row.name: mean_and_spread(aps(row)) for row in read_rows(sorted(map(str, files)))})
+        rows.append({row.name: mean_and_spread(known_values(row)) for row in read_rows(sorted(map(str, files)))})
     for name in ("ce", "focal", "ghm_c", "ghm_c_limited", "ghm_c[prior_count=1000]"):
         assert f"| {name} | {' | '.join(row[name] for row in rows)} |" in text
 

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from detector.losses.checks import check_boxes
+
 
 class ASL1(nn.Module):
     """Authentic smooth L1.
@@ -27,6 +29,7 @@ class ASL1(nn.Module):
 
     def forward(self, deltas: Tensor, targets: Tensor, num_pos: Tensor | float) -> Tensor:
         """deltas, targets (P, 4), in encoded box coordinates; P may be 0 -> scalar."""
+        check_boxes(deltas, targets)
         dtype = torch.promote_types(deltas.dtype, torch.float32)
         d = deltas.to(dtype) - targets.to(dtype)
         # hypot, because the square of a large d would overflow. At 0 its gradient is 0.

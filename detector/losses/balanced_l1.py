@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from detector.losses.checks import check_boxes
+
 
 class BalancedL1(nn.Module):
     """Balanced L1.
@@ -37,6 +39,7 @@ class BalancedL1(nn.Module):
 
     def forward(self, deltas: Tensor, targets: Tensor, num_pos: Tensor | float) -> Tensor:
         """deltas, targets (P, 4), in encoded box coordinates; P may be 0 -> scalar."""
+        check_boxes(deltas, targets)
         dtype = torch.promote_types(deltas.dtype, torch.float32)
         distance = (deltas.to(dtype) - targets.to(dtype)).abs()
         is_near = distance < self.beta

@@ -38,7 +38,7 @@ def cell_sum(
     params: (K,) tensors first, then numbers; none gets a gradient
     quality (N,): how good each positive's box is. The curve gets it as its third argument, None where is_positive is.
     """
-    check_cells(logits, labels, valid)
+    check_cells(logits, labels, valid, quality)
     # Divide each cell, not the sum: then a gradient in half precision is rounded once. The scale is a tensor, because
     # torch.compile compiles again for each new number. full() makes it on the device, so nothing waits for a copy.
     scale = torch.full((), 1.0, dtype=compute_dtype(logits), device=logits.device) / num_pos

@@ -15,7 +15,7 @@ from detector.losses.cells import (
     sigmoid_softplus,
     sum_cells,
 )
-from detector.losses.checks import check_cells
+from detector.losses.checks import check_boxes, check_cells
 from detector.losses.density import RELEASED, Density, GradientDensity, Normalizer, Scope
 from detector.losses.fused import cell_sum
 from detector.losses.regions import count_regions
@@ -117,6 +117,7 @@ class GHMR(GradientDensity):
 
     def forward(self, deltas: Tensor, targets: Tensor, num_pos: Tensor | float, valid: Tensor | None = None) -> Tensor:
         """deltas, targets (P, 4), in encoded box coordinates; valid (P,) bool or None for all; P may be 0 -> scalar."""
+        check_boxes(deltas, targets)
         dtype = torch.promote_types(deltas.dtype, torch.float32)
         d = deltas.to(dtype) - targets.to(dtype)
         if valid is not None:  # before any other step: rows that do not count may be inf or NaN

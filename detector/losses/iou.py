@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from detector.losses.checks import check_boxes
+
 EPS = 1e-7  # added to an area or squared length in pixels, so that two points do not divide by 0
 
 
@@ -37,6 +39,7 @@ class _IoULoss(nn.Module):
 
     def forward(self, boxes: Tensor, targets: Tensor, num_pos: Tensor | float) -> Tensor:
         """boxes, targets (P, 4) x1, y1, x2, y2 in pixels; P may be 0 -> scalar."""
+        check_boxes(boxes, targets)
         pair = overlap(boxes, targets)
         return (1 - pair.iou + self.penalty(pair)).sum() / num_pos
 

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from detector.losses.checks import check_boxes
+
 
 class L1(nn.Module):
     """Absolute error.
@@ -16,7 +18,7 @@ class L1(nn.Module):
         targets = encode(gt_boxes[gt_index[positive]], anchors[positive])  # (P, 4)
         loss = box_loss(deltas[positive], targets, positive.sum().clamp(min=1))
 
-    Raises no errors itself.
+    Raises ValueError where deltas and targets are not both (P, 4), as all box losses do.
     """
 
     def __init__(self) -> None:  # its signature shows that there are no options
@@ -24,5 +26,6 @@ class L1(nn.Module):
 
     def forward(self, deltas: Tensor, targets: Tensor, num_pos: Tensor | float) -> Tensor:
         """deltas, targets (P, 4), in encoded box coordinates; P may be 0 -> scalar."""
+        check_boxes(deltas, targets)
         dtype = torch.promote_types(deltas.dtype, torch.float32)
         return F.l1_loss(deltas.to(dtype), targets.to(dtype), reduction="sum") / num_pos

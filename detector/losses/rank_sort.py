@@ -58,7 +58,7 @@ class RankSort(nn.Module):
 
         Without `quality`, every positive has quality 1.
         """
-        check_cells(logits, labels, valid)
+        check_cells(logits, labels, valid, quality)
         return _ErrorDriven.apply(logits, labels, valid, quality, num_pos)
 
 

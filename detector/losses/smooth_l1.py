@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from detector.losses.checks import check_boxes
+
 
 class SmoothL1(nn.Module):
     """Smooth L1.
@@ -28,5 +30,6 @@ class SmoothL1(nn.Module):
 
     def forward(self, deltas: Tensor, targets: Tensor, num_pos: Tensor | float) -> Tensor:
         """deltas, targets (P, 4), in encoded box coordinates; P may be 0 -> scalar."""
+        check_boxes(deltas, targets)
         dtype = torch.promote_types(deltas.dtype, torch.float32)
         return F.smooth_l1_loss(deltas.to(dtype), targets.to(dtype), reduction="sum", beta=self.beta) / num_pos

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from detector.losses.cells import power, sigmoid_softplus
+from detector.losses.checks import check_cells
 from detector.losses.fused import cell_sum
 
 
@@ -43,8 +44,9 @@ class Varifocal(nn.Module):
         """
         if quality is None:
             quality = torch.ones_like(labels, dtype=torch.float32)
+        check_cells(logits, labels, valid, quality)  # before other shapes broadcast
         # An anchor whose box misses its object altogether is background.
-        labels = torch.where(quality > 0, labels, logits.shape[1])
+        labels = torch.where(quality <= 0, logits.shape[1], labels)  # not NaN, which has to reach the loss
         options = self.alpha, self.gamma
         return cell_sum(_curve, logits, labels, valid, *options, num_pos=num_pos, quality=quality.detach())
 

@@ -12,6 +12,8 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
+from detector.errors import run_main
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs/benchmarks.md"
 SECTIONS = {  # title and command
@@ -68,4 +70,4 @@ def write(path: Path, section: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -20,6 +20,7 @@ from detector.assigner import ATSSAssigner, IoUAssigner
 from detector.box_coder import BoxCoder
 from detector.criterion import Criterion
 from detector.device import keep_freed_memory, pick_device
+from detector.errors import run_main
 from detector.structures import Assignment, Grid, Target
 from scripts.bench import measure
 
@@ -90,4 +91,4 @@ def matches(assignment: Assignment) -> Tensor:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -21,6 +21,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from detector.errors import run_main
 from scripts.bench import measure
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -139,7 +140,7 @@ def run(program: str, folder: Path, images: int) -> list[float]:
         shell = 'STARTED=$(date +%s.%N) exec "$@"'  # the clock starts before Python does
         environment = os.environ | files | {"IMAGES": str(folder / "images"), "PYTHONPATH": str(ROOT)}
         words = ["bash", "-c", shell, "bash", *command]
-        done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, encoding="utf-8")
+        done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, encoding="utf-8")
     lines = [line for line in done.stdout.splitlines() if line.startswith("FIGURES ")]
     if not lines:
         sys.exit((done.stderr.strip() or "it printed no figures").splitlines()[-1])
@@ -203,4 +204,4 @@ def annotations(rng: np.random.Generator, count: int, images: int) -> Iterator[d
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

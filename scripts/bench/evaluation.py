@@ -27,6 +27,7 @@ from pycocotools.cocoeval import COCOeval
 
 from data.annotations import Annotations, parse_annotations
 from data.coco_eval import score
+from detector.errors import run_main
 from detector.structures import Detections
 from scripts.bench import measure
 
@@ -153,4 +154,4 @@ CALLS = {"ours": ours, "pycocotools": pycocotools}
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -124,7 +124,7 @@ def faults(folder: Path, wanted: int, steps: int, rng: random.Random) -> int:
             life = start(config, name, processes, workers, every)
             lives += 1
             hit = strike(life, how, phase, lasts[processes], rng)
-            finish(life)
+            finish(life, struck=bool(hit))
             done = not any(life.codes.values())
             label = f"{name}: {how} in {PHASES.get(hit, 'none')}, {processes} process(es), {workers} workers"
             complaints = [*left_behind(life)]
@@ -138,7 +138,6 @@ def faults(folder: Path, wanted: int, steps: int, rng: random.Random) -> int:
                 log = life.log.read_text(encoding="utf-8")
                 print(f"WRONG {label}: {complaint}, codes {list(life.codes.values())}\n{log}")
             print(f"{struck.total()} {label}: {list(life.codes.values())}", flush=True)
-            os.close(life.pipe)
         if not equal(state(folder / "runs" / name / "last.pt"), truth[processes]):
             wrong.append("lost: other weights")
             print(f"WRONG {name}: its end differs from that of the uninterrupted run", flush=True)
@@ -192,21 +191,22 @@ def complaints_about(life: Life, how: str, hit: str, done: bool, before: int, af
     return complaints
 
 
-def finish(life: Life) -> None:
-    """Wait for the end. Like torchrun, end the other processes if one has failed."""
-    failed_at = None
+def finish(life: Life, struck: bool = False) -> None:
+    """Wait for the end. Like torchrun, end the other processes if one has failed; kill them if that takes too long."""
+    failed_at, struck_at = None, time.monotonic() if struck else None
     while not life.over:
         life.poll()
         now = time.monotonic()
         if failed_at is None and any(life.codes.values()):
             failed_at = now
         for process in set(life.processes) - life.codes.keys():
-            if failed_at and now - failed_at > PATIENCE:
+            if (start := failed_at or struck_at) and now - start > PATIENCE:
                 os.kill(process, signal.SIGKILL)
             elif failed_at and now - failed_at > 5:
                 os.kill(process, signal.SIGTERM)
         time.sleep(0.01)
     life.poll()
+    os.close(life.pipe)
 
 
 def left_behind(life: Life) -> list[str]:
@@ -360,4 +360,4 @@ def equal(first: object, second: object) -> bool:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

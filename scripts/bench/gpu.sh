@@ -8,11 +8,10 @@
 # limit and may fail without stopping the others. The last parts get the seconds that are left of LIMIT (480). QUICK=1
 # tries the script itself on a CPU.
 set -u
-out=${1:-.} data=${2:+$(realpath "$2")}
-mkdir -p "$out"
+mkdir -p "${1:-.}" && out=$(realpath "${1:-.}") data=${2:+$(realpath "$2")}
 page=$out/gpu.md
 python=${PYTHON:-python}
-cd "$(dirname "$0")/../.." && out=$(realpath "$out")
+cd "$(dirname "$0")/../.."
 export NO_ALBUMENTATIONS_UPDATE=1
 
 part() { # TITLE SECONDS COMMAND...

@@ -18,7 +18,9 @@ study() { # NAME CONDITIONS...
     local name=$1
     shift
     for condition in "$@"; do
-        timeout "$limit" bash "scripts/studies/$name.sh" 2 "" "$condition" > "$logs/$name-${condition//\//-}.log" 2>&1 &
+        # With the trap, bash, and so timeout and wait, wait until ablate.py has saved.
+        timeout "$limit" bash -c 'trap "exit 143" TERM; . "$0" "$@"' "scripts/studies/$name.sh" 2 "" "$condition" \
+            > "$logs/$name-${condition//\//-}.log" 2>&1 &
     done
 }
 study batches 4 16 64

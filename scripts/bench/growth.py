@@ -11,6 +11,7 @@ import argparse
 import matplotlib.pyplot as plt
 
 from detector.device import keep_freed_memory, pick_device
+from detector.errors import run_main
 from scripts.bench import evaluation, measure, step
 
 DETECTIONS = (10, 20, 50, 100)
@@ -76,4 +77,4 @@ def draw_growth(axes: plt.Axes, sizes: list[float], taken: list[float]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from detector import assemble
 from detector.device import autocast, keep_freed_memory, pick_device, pick_precision
+from detector.errors import run_main
 from detector.model import RetinaNet
 from detector.solver import PRECISIONS
 from detector.structures import Detections, Predictions
@@ -35,9 +36,9 @@ def main() -> None:
     keep_freed_memory(device)
     print(f"{measure.environment()}\nprecision of ours: {', '.join(pick_precision('auto', device))}")
     for work in args.work:
-        name, side, batch = work.split(":")
+        name, side, batch = step.parse(work)
         for trained in (False, True):
-            compare(name, int(side), int(batch), trained, args.repeats)
+            compare(name, side, batch, trained, args.repeats)
 
 
 def compare(name: str, side: int, batch: int, trained: bool, repeats: int) -> None:
@@ -98,4 +99,4 @@ def peer_logits(peer: step.TorchvisionRetinaNet, images: Tensor) -> Tensor:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -38,6 +38,7 @@ from data.coco import CocoDataset
 from data.loader import collate, train_loader
 from data.transforms import TrainTransform, flip, resize
 from detector.device import keep_freed_memory
+from detector.errors import run_main
 from detector.images import read_image
 from scripts.bench import measure
 
@@ -203,4 +204,4 @@ def write_images(folder: Path, count: int) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -23,6 +23,7 @@ from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss
 
 from detector.device import keep_freed_memory, pick_device
+from detector.errors import run_main
 from detector.losses import ASL1, GHMC, GHMR, OHEM, CrossEntropy, Focal, QualityFocal, RankSort, Varifocal
 from scripts.bench import measure
 from scripts.bench import step as training
@@ -229,4 +230,4 @@ def peak(call: Callable[[], Tensor], logits: Tensor) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

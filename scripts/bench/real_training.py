@@ -23,6 +23,7 @@ import train
 from detector.config import Config
 from detector.configure import configure
 from detector.device import pick_device
+from detector.errors import run_main
 from scripts.bench import measure
 from scripts.bench.step import backbone_weights
 from scripts.comparison.timing import training_steps
@@ -98,4 +99,4 @@ def repeat(coco: dict, count: int) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

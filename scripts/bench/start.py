@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from detector.errors import run_main
 from scripts.bench import measure
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,4 +77,4 @@ def spread(seconds: Sequence[float]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

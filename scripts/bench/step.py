@@ -32,6 +32,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from detector import assemble
 from detector.configure import configure
 from detector.device import autocast, keep_freed_memory, pick_device, pick_precision, place
+from detector.errors import UserError, run_main
 from detector.graphs import speed_up
 from detector.model import RetinaNet
 from detector.solver import PRECISIONS
@@ -59,7 +60,7 @@ def main() -> None:
     device = pick_device("auto")
     print(f"{measure.environment()}\nprecision of ours: {', '.join(pick_precision('auto', device))}")
     for workload in args.work:
-        name, side, batch = workload.split(":")
+        name, side, batch = parse(workload)
         builders: dict[str, Callable] = {}
         if not args.ours:
             builders["torchvision"] = torchvision_step
@@ -67,7 +68,15 @@ def main() -> None:
             builders["ours, float32"] = partial(our_step, settings=["precision=float32"])
         builders["ours"] = our_step
         builders |= {f"ours, {settings}": partial(our_step, settings=settings.split()) for settings in args.also}
-        compare(builders, name, int(side), int(batch), args.boxes, args.repeats)
+        compare(builders, name, side, batch, args.boxes, args.repeats)
+
+
+def parse(workload: str) -> tuple[str, int, int]:
+    """Split BACKBONE:SIDE:BATCH."""
+    parts = workload.split(":")
+    if len(parts) != 3 or not all(part.isdecimal() and int(part) for part in parts[1:]):
+        raise UserError(f"--work {workload}: write it as BACKBONE:SIDE:BATCH, such as resnet18:512:2")
+    return parts[0], int(parts[1]), int(parts[2])
 
 
 def compare(builders: dict[str, Callable], name: str, side: int, batch: int, boxes: int, repeats: int) -> None:
@@ -209,4 +218,4 @@ def torchvision_step(
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

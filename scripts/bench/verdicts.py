@@ -9,14 +9,12 @@ drawn at random, so that the variances differ widely.
 
 For each number of seeds, in percent:
 
-    false               equal losses that are called better or worse by compare.py
-    false, bootstrap    the same with a bootstrap over seeds and images, which compare.py used before
-    covered             intervals that contain the true difference (with one seed: over images only)
-    sees                the difference in AP that 4 of 5 studies should detect, as compare.py prints it
-    seen                how often it is detected
-    family              studies of five equal losses and a baseline with any false verdict after the correction
-    family, bootstrap   the same with the bootstrap, without a correction
-    family, one t       the same with Holm's correction and one Satterthwaite t for seeds and images together
+    false           equal losses that are called better or worse by compare.py
+    covered         intervals that contain the true difference (with one seed: over images only)
+    sees            the difference in AP that 4 of 5 studies should detect, as compare.py prints it
+    seen            how often it is detected
+    family          studies of five equal losses and a baseline with any false verdict after the correction
+    family, one t   the same with Holm's correction and one Satterthwaite t for seeds and images together
 """
 
 import argparse
@@ -45,7 +43,7 @@ variance look well known. The price is that two seeds detect only large differen
 which has Holm's limits but starts from the largest p; it misses fewer differences if several rows differ.
 """
 DRAWS = 100  # of images; results have 500, which takes five times as long here and changes nothing
-COLUMNS = ("false", "false, bootstrap", "covered", "sees", "seen", "family", "family, bootstrap", "family, one t")
+COLUMNS = ("false", "covered", "sees", "seen", "family", "family, one t")
 COCO_IMAGES, COCO_SPREAD = 5000, 0.2  # AP
 
 
@@ -93,14 +91,14 @@ def fit(folder: str) -> Setting:
 def like_coco(setting: Setting) -> Setting:
     known = setting.known
     share = known.images / COCO_IMAGES
-    both = min(known.both * share, COCO_SPREAD**2)
-    known = verdict.Variances(COCO_SPREAD**2 - both, known.image * share, both, COCO_IMAGES)
+    interaction = min(known.interaction * share, COCO_SPREAD**2)
+    known = verdict.Variances(COCO_SPREAD**2 - interaction, known.image * share, interaction, COCO_IMAGES)
     return Setting("COCO-like", known, [known.seed])
 
 
 def own_spreads(folder: str) -> Setting:
     setting = fit(folder)
-    spreads = [max(float(row.aps.var(ddof=1)) - setting.known.both, 0.0) for row in _rows(folder)]
+    spreads = [max(float(row.aps.var(ddof=1)) - setting.known.interaction, 0.0) for row in _rows(folder)]
     return Setting(f"{folder}, own spreads", setting.known, spreads)
 
 
@@ -122,9 +120,6 @@ def simulate(setting: Setting, seeds: int, simulations: int, random: np.random.G
         base, *others = draw(setting, seeds, 1 + FAMILY, random)
         estimates = [verdict.difference(row, base) for row in others]
         counts["covered"] += estimates[0].low <= 0 <= estimates[0].high
-        old = [excludes_zero(*bootstrap(row.draws, base.draws, random)) for row in others]
-        counts["false, bootstrap"] += old[0]
-        counts["family, bootstrap"] += any(old)
         if seeds > 1:
             ps = [estimate.p for estimate in estimates if estimate.p is not None]
             counts["false"] += ps[0] <= verdict.LEVEL
@@ -143,23 +138,14 @@ def simulate(setting: Setting, seeds: int, simulations: int, random: np.random.G
 def draw(setting: Setting, seeds: int, rows: int, random: np.random.Generator) -> list[verdict.Runs]:
     """The runs of `rows` equal losses on one draw of images, without what all losses share, which cancels."""
     known = setting.known
-    spread = np.sqrt(random.choice(setting.of_seeds, size=(rows, 1)) + known.both)
+    spread = np.sqrt(random.choice(setting.of_seeds, size=(rows, 1)) + known.interaction)
     aps = random.normal(0, known.image**0.5, (rows, 1)) + random.normal(0, 1, (rows, seeds)) * spread
     # The variance estimated from these images has the error of an estimate from so many images.
     trust = (random.chisquare(known.images - 1) / (known.images - 1)) ** 0.5
     of_loss = random.normal(0, known.image**0.5, (rows, 1, DRAWS))
-    of_seed = random.normal(0, known.both**0.5, (rows, seeds, DRAWS))
+    of_seed = random.normal(0, known.interaction**0.5, (rows, seeds, DRAWS))
     draws = aps[:, :, None] + trust * (of_loss + of_seed)
     return [verdict.Runs(*pair, known.images) for pair in zip(aps, draws)]
-
-
-def bootstrap(row: np.ndarray, base: np.ndarray, random: np.random.Generator) -> tuple[float, float]:
-    """The range of 95% of the differences of means (seeds, draws), with seeds drawn in pairs with replacement."""
-    draws = np.arange(row.shape[1])[:, None]
-    seeds = random.integers(len(row), size=(len(draws), len(row)))
-    gaps = row[seeds, draws].mean(axis=1) - base[seeds, draws].mean(axis=1)
-    low, high = np.percentile(gaps, (2.5, 97.5))
-    return float(low), float(high)
 
 
 def satterthwaite(row: verdict.Runs, base: verdict.Runs) -> float:
@@ -168,10 +154,6 @@ def satterthwaite(row: verdict.Runs, base: verdict.Runs) -> float:
     parts = np.array([*(side.aps.var(ddof=1) / len(side.aps) for side in (row, base)), of_images])
     df = parts.sum() ** 2 / (parts**2 / [len(row.aps) - 1, len(base.aps) - 1, row.images - 1]).sum()
     return 2 * special.stdtr(df, -abs(row.aps.mean() - base.aps.mean()) / parts.sum() ** 0.5)
-
-
-def excludes_zero(low: float, high: float) -> bool:
-    return low > 0 or high < 0
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import numpy as np
 
 from detector.errors import UserError
 from scripts.comparison import result, verdict
-from scripts.comparison.rows import METRICS, Row, scored_on
+from scripts.comparison.rows import METRICS, Row, known_value, known_values, scored_on
 
 SEEDS = 3  # the least that users are advised to train
 Correction = Callable[[Sequence[float]], list[float]]
@@ -71,7 +71,7 @@ def differences_in_change(
     changes = {}
     for row in first:
         other = at_last.get(row.name)
-        if other is None or row.seeds != other.seeds or not same_images([*row.runs, *other.runs]):
+        if other is None or row.seeds != other.seeds:
             continue
         try:
             before, after = runs_of(row, "AP"), runs_of(other, "AP")
@@ -153,7 +153,7 @@ def _difference(sets: Sequence[tuple[Row, Row]], metric: str, weights: Sequence[
     try:
         estimate = verdict.mean_difference([_comparable(row, base, metric) for row, base in sets], weights)
     except ValueError as error:
-        values = [[_known_values(side, metric) for side in pair] for pair in sets]
+        values = [[known_values(side, metric) for side in pair] for pair in sets]
         known = all(side for pair in values for side in pair)
         means = [statistics.fmean(of_row) - statistics.fmean(of_base) for of_row, of_base in values] if known else []
         mean = sum(weight * of_set for weight, of_set in zip(weights, means)) if known else None
@@ -183,8 +183,7 @@ def runs_of(row: Row, metric: str) -> verdict.Runs:
         raise ValueError(f"{metric} of {row.name} is not known for each run")
     draws = [result.draws(run, metric) for run in row.runs]
     if not all(draws):
-        kept = "; its results have draws of AP only" if metric != "AP" and result.draws(row.runs[0], "AP") else ""
-        raise ValueError(f"{metric} of {row.name} on resampled images is not known{kept}")
+        raise ValueError(f"{metric} of {row.name} on resampled images is not known")
     if len(set(map(len, draws))) > 1 or len({run["metrics"].get("images") for run in row.runs}) > 1:
         raise ValueError(f"the runs of {row.name} were scored on different images")
     array = np.array(draws, dtype=float)
@@ -196,16 +195,6 @@ def runs_of(row: Row, metric: str) -> verdict.Runs:
     return verdict.Runs(np.array(aps), 100 * array, images)
 
 
-def known_value(run: dict, metric: str) -> float | None:
-    """The metric in percent; None if it is absent, null, NaN or -1."""
-    value = run["metrics"].get(metric)
-    return 100 * value if isinstance(value, int | float) and value >= 0 else None
-
-
-def _known_values(row: Row, metric: str) -> list[float]:
-    return [known for run in row.runs if (known := known_value(run, metric)) is not None]
-
-
 def best_rows(rows: Sequence[Row]) -> dict[str, str]:
     """{metric: the row that is better than each other row beyond chance}, for the metrics that have such a row.
 
@@ -213,7 +202,7 @@ def best_rows(rows: Sequence[Row]) -> dict[str, str]:
     """
     best = {}
     for metric in METRICS:
-        means = {row.name: statistics.fmean(values) for row in rows if (values := _known_values(row, metric))}
+        means = {row.name: statistics.fmean(values) for row in rows if (values := known_values(row, metric))}
         if len(means) > 1:
             top = max(means, key=means.__getitem__)
             others = differences(rows, top, metric)
@@ -233,18 +222,21 @@ def describe(results: Sequence[Difference], baseline: str, metric: str = "AP", s
 
 
 def _line(result: Difference) -> str:
-    interval = in_brackets(result)
     if result.mean is None:
         return f"- {result.name}: no verdict: {result.reason}"
+    start = f"- {result.name}: {result.mean:+.1f}{in_brackets(result)}"
     if result.p is None:
-        images = " over images only" if interval else ""
-        return f"- {result.name}: {result.mean:+.1f}{interval}{images}; no verdict: {result.reason}"
-    return f"- {result.name}: {result.mean:+.1f}{interval}, p {in_digits(result.p)}, {result.verdict}"
+        return f"{start}; no verdict: {result.reason}"
+    return f"{start}, p {in_digits(result.p)}, {result.verdict}"
 
 
 def in_brackets(result: Difference) -> str:
     """The interval after a blank; empty without one."""
-    return " [{:+.1f}, {:+.1f}]".format(*result.interval) if result.interval else ""
+    if result.interval is None:
+        return ""
+    images_only = " over images only" if result.p is None else ""  # a row has one seed
+    low, high = result.interval
+    return f" [{low:+.1f}, {high:+.1f}]{images_only}"
 
 
 def in_digits(p: float) -> str:
@@ -266,21 +258,26 @@ def _detectable(compared: list[verdict.Runs], results: Sequence[Difference], met
     if not comparisons or known is None:
         return []
     seeds = min(len(runs.aps) for runs in compared)
-    alone = verdict.detectable(known, seeds, comparisons)
-    only = f" ({alone:.1f} if only one of these {comparisons} rows differs, because of the correction)"
+    corrected = verdict.detectable(known, seeds, comparisons)
+    only = f" ({corrected:.1f} if only one of these {comparisons} rows differs, because of the correction)"
     lines = [
         f"With {seeds} seeds a row and these {known.images:,} images, 4 of 5 studies detect a difference of "
         f"{verdict.detectable(known, seeds):.1f} {metric} between two rows"
         f"{only if comparisons > 1 else ''}, at these rows' mean spread."
     ]
     for wanted in WANTED:
-        needed = verdict.seeds_needed(known, wanted)
-        images = verdict.images_needed(known, wanted)
-        if needed is not None:
-            takes = f"{needed:,} seeds a row"
-        elif images > known.images:
-            takes = f"at least {images:,} images, with any number of seeds"
-        else:
-            takes = f"more than {verdict.MOST_SEEDS:,} seeds a row"
-        lines.append(f"Detecting {wanted} takes {takes}.")
+        number, unit = _takes(known, wanted)
+        corrected_number, corrected_unit = _takes(known, wanted, comparisons)
+        needed = corrected_number if corrected_unit == unit else f"{corrected_number} {corrected_unit}"
+        only = f" ({needed} if only one row differs)" if needed != number else ""
+        lines.append(f"Detecting {wanted} takes {number} {unit}{only}.")
     return [" ".join(lines)]
+
+
+def _takes(known: verdict.Variances, wanted: float, comparisons: int = 1) -> tuple[str, str]:
+    """The number of seeds or images that a study needs to detect the difference `wanted`, and its unit."""
+    if (seeds := verdict.seeds_needed(known, wanted, comparisons)) is not None:
+        return f"{seeds:,}", "seeds a row"
+    if (images := verdict.images_needed(known, wanted, comparisons)) > known.images:
+        return f"at least {images:,}", "images with any number of seeds"
+    return f"more than {verdict.MOST_SEEDS:,}", "seeds a row"

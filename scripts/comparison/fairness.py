@@ -1,4 +1,4 @@
-"""In what else than their losses compared runs differ."""
+"""What differs between compared runs besides their losses."""
 
 import json
 import statistics
@@ -22,8 +22,8 @@ def remarks(rows: list[Row]) -> list[str]:
     if sum(bool(row.runs) for row in rows) > 1 and not any("tuning" in run for row in rows for run in row.runs):
         lines.append("- no row was tuned, so the weights may favour some losses (scripts/ablate.py --tune)")
     if too_short := [row.name for row in rows if _short_trials(row)]:
-        remark = "no trial reached two thirds of the runs' AP, so longer ones (--tune-set) or cleaner labels may choose"
-        lines.append(f"- {', '.join(too_short)}: {remark} other values")
+        remark = "no trial reached two thirds of the runs' AP; longer trials (--tune-set) or cleaner labels may lead"
+        lines.append(f"- {', '.join(too_short)}: {remark} to other values")
     rises = {row.name: rise for row in rows if (rise := _last_rise(row)) is not None and rise > RISE}
     if rises:
         by_row = ", ".join(f"{name} {rise:.1f}" for name, rise in rises.items())
@@ -38,21 +38,22 @@ def warnings(rows: list[Row]) -> list[str]:
 
 
 def differing(rows: list[Row]) -> tuple[list[str], list[str]]:
-    """A line for each tuned setting in which the runs differ; one for all untuned settings that divide them alike."""
+    """A line for each tuned setting in which the runs differ, and for each group of others that split them alike."""
     about_tuned: list[str] = []
     divisions: dict[tuple, dict[str, str]] = {}  # the runs with each value -> key -> these values
     settings = []
     for row in rows:
-        for run in row.runs:
+        for seed, run in zip(row.seeds, row.runs):
             of_run = {k: v for k, v in flat_values(run["config"]).items() if not k.startswith(VARIED)}
             of_run |= {f"metrics.{key}": run["metrics"][key] for key in MUST_AGREE if key in run["metrics"]}
             of_run["seeds"] = row.seeds
-            of_run["machine"] = run["machine"]["device"] if "machine" in run else None
+            if all("machine" in every for row in rows for every in row.runs):  # run folders do not say it
+                of_run["machine"] = run["machine"]["device"]
             of_run["processes"] = run.get("processes", 1)
             if all("annotations" in every for row in rows for every in row.runs):  # older results do not have it
                 of_run |= {f"SHA-256 of {key}": value for key, value in run["annotations"].items()}
             of_run["tuning"] = budget(run["tuning"]) if "tuning" in run else None
-            settings.append((row.name if len(row.runs) == 1 else f"{row.name} seed {run['config']['seed']}", of_run))
+            settings.append((row.name if len(row.runs) == 1 else f"{row.name} seed {seed}", of_run))
     keys = [set(run["tuning"]["keys"]) if "tuning" in run else set() for row in rows for run in row.runs]
     tuned = set.intersection(*keys) if keys else set()
     for key in dict.fromkeys(key for _, of_run in settings for key in of_run):

@@ -128,7 +128,7 @@ def write(path: Path, title: str, sections: Iterable[tuple[str, Sequence[str]]])
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic.write(path, "\n".join([document, *parts, "</body></html>\n"]))
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); give another file with --output") from None
+        raise UserError(f"{path}: cannot be written ({error.strerror}); give another file") from None
 
 
 def _picture(data: bytes, kind: str, caption: str, shown: str) -> str:

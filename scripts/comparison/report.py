@@ -20,14 +20,13 @@ from data.transforms import EvalTransform
 from detector.errors import UserError
 from scripts.comparison import page, result, tuning
 from scripts.comparison.differences import Difference, in_digits
-from scripts.comparison.rows import Costs, Row
+from scripts.comparison.rows import Costs, Row, gradient_shares
 
 PICTURES = 4  # validation images
 COLUMNS, CHARACTERS = 3, 70  # of a legend: at most so many columns, and characters beside each other
 BANDS = {"easy": "#9ecae1", "medium": "#3182bd", "outlier": "#d62728"}
 NO_GRADIENTS = (
-    "No run has observed its gradient: that happens every tensorboard.gradients steps (0 is never), and a run may be "
-    "shorter."
+    "No run recorded its gradient. Training records it every tensorboard.gradients steps (0: never) and at the end."
 )
 IOUS = [round(0.5 + 0.05 * i, 2) for i in range(10)]
 
@@ -75,6 +74,8 @@ def of_set(comparison: Any, header: Sequence[str]) -> list[tuple[str, list[str]]
 
 
 def summary(rows: list[Row]) -> str:
+    if not rows:
+        return "All runs failed."
     runs = [run for row in rows for run in row.runs]
     machines = dict.fromkeys(
         f"{run['machine']['device']}, torch {run['machine']['torch']}" for run in runs if "machine" in run
@@ -92,15 +93,6 @@ def differences(results: list[Difference], heading: str, detectable: list[str]) 
     if not results:
         return []
     drawn = [(diff, diff.mean, diff.interval) for diff in results if diff.mean is not None and diff.interval]
-    plot, axis = plt.subplots(figsize=(page.FIGURE[0], 1 + 0.35 * len(drawn)), layout="constrained")
-    colours = {"better": "#2ca02c", "worse": "#d62728"}
-    for place, (diff, mean, interval) in enumerate(reversed(drawn)):
-        colour = colours.get(diff.verdict, "#7f7f7f")
-        axis.plot(interval, [place, place], color=colour, linewidth=3)
-        axis.plot([mean], [place], "o", color=colour)
-    axis.axvline(0, color="black", linewidth=0.8)
-    axis.set_yticks(range(len(drawn)), [diff.name for diff, _, _ in reversed(drawn)])
-    axis.set_xlabel("difference from the baseline, percent")
     lines = [
         (
             diff.name,
@@ -112,14 +104,23 @@ def differences(results: list[Difference], heading: str, detectable: list[str]) 
         for diff in results
     ]
     table = page.table(("run", "verdict", "difference", "from", "to", "p"), lines, left=2)
+    parts = [page.text(heading), table, *map(page.text, detectable)]
+    if not drawn:
+        return parts
+    plot, axis = plt.subplots(figsize=(page.FIGURE[0], 1 + 0.35 * len(drawn)), layout="constrained")
+    colours = {"better": "#2ca02c", "worse": "#d62728"}
+    for place, (diff, mean, interval) in enumerate(reversed(drawn)):
+        colour = colours.get(diff.verdict, "#7f7f7f")
+        axis.plot(interval, [place, place], color=colour, linewidth=3)
+        axis.plot([mean], [place], "o", color=colour)
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_yticks(range(len(drawn)), [diff.name for diff, _, _ in reversed(drawn)])
+    axis.set_xlabel("difference from the baseline, percent")
     words = (
         "Difference from the baseline and its 95% interval over other seeds and other images (over images only if a "
         "row has one seed). Green is better and red is worse, after the correction."
     )
-    picture = [page.figure(plot, words)] if drawn else []
-    if not drawn:
-        plt.close(plot)
-    return [page.text(heading), table, *map(page.text, detectable), *picture]
+    return [*parts, page.figure(plot, words)]
 
 
 def axes_of(rows: list[Row], xlabel: str, ylabel: str):
@@ -216,11 +217,7 @@ def costs(rows: list[Row], cost: Costs) -> list[str]:
 def gradients(rows: list[Row]) -> list[str]:
     drawn = []
     for kind, words in (("class", "cells"), ("box", "box coordinates")):
-        shares = {}
-        for row in rows:
-            points = [point for run in row.runs for point in run.get("gradient", ()) if f"{kind}_easy" in point]
-            if points:
-                shares[row.name] = {band: statistics.fmean(p[f"{kind}_{band}"] for p in points) for band in BANDS}
+        shares = {row.name: known for row in rows if (known := gradient_shares(row, kind))}
         if not shares:
             continue
         plot, axis = plt.subplots(figsize=(page.FIGURE[0], 1.3 + 0.3 * len(shares)), layout="constrained")

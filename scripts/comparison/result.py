@@ -12,7 +12,7 @@ The keys of a result:
     probability        that the model gives the true class of positive anchors: means of some 50 parts of the training
     calibration_error
     resampled          {metric: its value on each of DRAWS draws of the validation images}; all runs on a set share them
-    machine
+    machine            from scripts/ablate.py: what it was trained on
     failure            one line, instead of metrics, if the run failed
     jobs, timing       from scripts/ablate.py: how many runs shared the machine, and what --time measured
     tuning             from scripts/ablate.py: what --tune tried and chose, see tuning.py
@@ -55,7 +55,7 @@ def collect(folder: Path) -> dict[str, Any]:
             raise UserError(f"{folder / 'config.yaml'}: no {loss}.name; give a run folder that train.py wrote")
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
-    result = {"config": config, "metrics": metrics, "machine": machine(config.get("device", "auto"))}
+    result = {"config": config, "metrics": metrics}
     result |= {"curve": points(events, "eval", CURVE), "gradient": points(events, "gradient", SHARES)}
     result["probability"] = means(points(events, "diagnostics", (PROBABILITY,)), PARTS)
     if (folder / "detections.json").exists():
@@ -71,8 +71,7 @@ def collect(folder: Path) -> dict[str, Any]:
 
 def draws(result: dict[str, Any], metric: str) -> list[float]:
     """The metric on each draw of images; empty if the result does not have it."""
-    resampled = result.get("resampled") or {}
-    return (resampled if isinstance(resampled, dict) else {"AP": resampled}).get(metric, [])  # older results: AP only
+    return (result.get("resampled") or {}).get(metric, [])
 
 
 def points(events: EventAccumulator, group: str, names: tuple[str, ...]) -> list[dict[str, float]]:
@@ -125,8 +124,6 @@ def read(path: str | Path) -> dict[str, Any]:
     )
     if not losses or not isinstance(about, dict if "metrics" in result else str):
         raise UserError(f"{path}: not a result of a run; give a file that scripts/ablate.py wrote, or a run folder")
-    if "trials" not in (result.get("tuning") or {"trials": []}):
-        raise UserError(f"{path}: tuned by an earlier version; delete the file and train again")
     return {key: value for key, value in result.items() if value is not None}  # null means unknown
 
 

@@ -1,10 +1,12 @@
 """Runs as the rows of a comparison: one for each loss, over its seeds."""
 
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from detector.errors import UserError
+from detector.gradients import BANDS
 from scripts.comparison import result
 
 METRICS = ("AP", "AP50", "AP75", "AP80", "AP90")  # known on each draw of images, so they can get a verdict
@@ -156,11 +158,33 @@ def _row(name: str, runs: list[Result]) -> Row:
 
 def numbers(run: Result) -> dict[str, float]:
     """AP in percent and ECE, without those that are null or -1 (nothing to measure them on)."""
-    metrics = run["metrics"]
-    known = {k: 100 * metrics[k] for k in AP if isinstance(metrics.get(k), int | float) and metrics[k] >= 0}
+    known = {metric: value for metric in AP if (value := known_value(run, metric)) is not None}
     if run.get("calibration_error", -1) >= 0:
         known["ECE"] = run["calibration_error"]
     return known
+
+
+def known_value(run: Result, metric: str) -> float | None:
+    """The metric in percent; None if it is absent, null, NaN or -1."""
+    value = run["metrics"].get(metric)
+    return 100 * value if isinstance(value, int | float) and value >= 0 else None
+
+
+def known_values(row: Row, metric: str = "AP") -> list[float]:
+    """The metric of each seed in percent, without seeds for which it is unknown."""
+    return [known for run in row.runs if (known := known_value(run, metric)) is not None]
+
+
+def mean_and_spread(values: Sequence[float], digits: int = 1) -> str:
+    """`41.2±0.3`, the mean and standard deviation; "-" without values."""
+    spread = f"±{statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{spread}" if values else "-"
+
+
+def gradient_shares(row: Row, kind: str) -> dict[str, float] | None:
+    """The mean share of the gradient by kind of example; None if no run observed it. kind: "class" or "box"."""
+    points = [point for run in row.runs for point in run.get("gradient", ()) if f"{kind}_easy" in point]
+    return {band: statistics.fmean(point[f"{kind}_{band}"] for point in points) for band in BANDS} if points else None
 
 
 def costs(rows: list[Row]) -> Costs:

@@ -170,6 +170,11 @@ def queue_next(sequence: Iterator[Run], waiting: list[tuple[Run, Iterator[Run]]]
 
 
 def start(run: Run, rest: Iterator[Run], slot: int, jobs: int) -> Child:
+    try:
+        run.file.parent.mkdir(parents=True, exist_ok=True)
+        run.file.write_text(config.dump(run.cfg), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--output: {run.file} cannot be written ({error.strerror})") from None
     environment = os.environ | {"PYTHONIOENCODING": "utf-8"}  # the encoding that the log is read in
     cores = max(1, usable_cores() // jobs)  # divide cores and GPUs among the runs
     environment["PYTHON_CPU_COUNT"] = str(cores)  # for data.workers
@@ -204,8 +209,8 @@ def ended(child: Child, jobs: int, keep: Callable[[dict], dict], lost: list[str]
     reason, title = last_line(log_tail), run.title or run.name
     if code == 0:
         # For a resumed run we do not know what it shared the machine with before.
-        alone = {"jobs": jobs} if child.start == 0 else {}
-        result.write(run.kept, keep(result.collect(run.cfg.folder) | run.notes | alone))
+        about = {"machine": result.machine(run.cfg.device)} | ({"jobs": jobs} if child.start == 0 else {})
+        result.write(run.kept, keep(result.collect(run.cfg.folder) | run.notes | about))
         for name in (checkpoint.LAST, checkpoint.PREVIOUS, *[checkpoint.BEST] * (not run.keep_best)):
             (run.cfg.folder / name).unlink(missing_ok=True)
         tqdm.write(f"{title}: AP {result.read(run.kept)['metrics']['AP']:.3f}")

@@ -24,6 +24,7 @@ scripts/bench/verdicts.py measures all this.
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
 
@@ -61,7 +62,7 @@ class Variances(NamedTuple):
 
     seed: float
     image: float  # the drawn images favour one loss over another, for all seeds
-    both: float  # the drawn images favour one seed of a loss over another
+    interaction: float  # the drawn images favour one seed of a loss over another
     images: int  # the number of images that these variances belong to
 
 
@@ -87,14 +88,14 @@ def mean_difference(sets: Sequence[tuple[Runs, Runs]], weights: Sequence[float] 
     if single := min(len(row.aps) for _, row in rows) == 1:
         of_seeds, df = 0.0, 1.0
     else:
-        counted = [sum(_seed_by_image(row.draws) / len(row.aps) for row in pair) for pair in sets]
+        counted = [sum(_interaction(row.draws) / len(row.aps) for row in pair) for pair in sets]
         of_images = [max(part - also, 0.0) for part, also in zip(of_images, counted)]
         parts = [w**2 * row.aps.var(ddof=1) / len(row.aps) for w, row in rows]
         of_seeds, df = sum(parts), _welch(parts, [len(row.aps) - 1 for _, row in rows])
     of_images = [w**2 * part for w, part in zip(weights, of_images)]  # the sets are independent, so variances add up
     known = of_seeds, df, sum(of_images), max(_welch(of_images, images_df), 1)
-    reach = float(_reach(LEVEL, *known))
-    return Estimate(mean, mean - reach, mean + reach, None if single else _share_that_reaches(abs(mean), *known))
+    reach = float(_half_width(LEVEL, *known))
+    return Estimate(mean, mean - reach, mean + reach, None if single else _p_value(abs(mean), *known))
 
 
 def _welch(parts: Sequence[Numbers], dfs: Sequence[int]) -> Numbers:
@@ -102,17 +103,17 @@ def _welch(parts: Sequence[Numbers], dfs: Sequence[int]) -> Numbers:
     return sum(parts) ** 2 / np.maximum(sum(part**2 / df for part, df in zip(parts, dfs)), 1e-300)
 
 
-def _reach(level: float, of_seeds: Numbers, df: Numbers, of_images: float, images_df: float) -> Numbers:
+def _half_width(level: float, of_seeds: Numbers, df: Numbers, of_images: float, images_df: float) -> Numbers:
     """Half the width of the interval at `level`; `df` are the degrees of freedom of the seeds."""
     seeds, images = special.stdtrit(np.maximum(df, 1), level / 2), special.stdtrit(images_df, level / 2)
     return np.sqrt(seeds**2 * of_seeds + images**2 * of_images)
 
 
-def _share_that_reaches(mean: float, *known: float) -> float:
+def _p_value(mean: float, *known: float) -> float:
     """The level at which half the interval's width is `mean`; 0 below TINY."""
-    if mean == 0 or _reach(TINY, *known) <= mean:
+    if mean == 0 or _half_width(TINY, *known) <= mean:
         return float(mean == 0)
-    return math.exp(optimize.brentq(lambda x: _reach(math.exp(x), *known) - mean, math.log(TINY), 0))
+    return math.exp(optimize.brentq(lambda x: _half_width(math.exp(x), *known) - mean, math.log(TINY), 0))
 
 
 def hochberg(ps: Sequence[float]) -> list[float]:
@@ -143,20 +144,20 @@ def variances(rows: Sequence[Runs]) -> Variances | None:
     rows = [row for row in rows if len(row.aps) > 1]
     if len(rows) < 2:
         return None
-    both = np.array([_seed_by_image(row.draws) for row in rows])
-    total = np.array([row.aps.var(ddof=1) for row in rows])  # the spread over seeds includes `both`
+    interaction = np.array([_interaction(row.draws) for row in rows])
+    total = np.array([row.aps.var(ddof=1) for row in rows])  # the spread over seeds includes `interaction`
     means = np.array([row.draws.mean(axis=0) for row in rows])
     means -= means.mean(axis=1, keepdims=True)
     means -= means.mean(axis=0)  # removes the luck that all rows share
     image = (means**2).sum() / ((means.shape[0] - 1) * (means.shape[1] - 1))
     image -= np.mean(
-        [part / len(row.aps) for part, row in zip(both, rows)]
+        [part / len(row.aps) for part, row in zip(interaction, rows)]
     )  # the part that remains in a mean over seeds
-    shared = min(float(both.mean()), float(total.mean()))
+    shared = min(float(interaction.mean()), float(total.mean()))
     return Variances(float(total.mean()) - shared, max(float(image), 0.0), shared, rows[0].images)
 
 
-def _seed_by_image(draws: np.ndarray) -> float:
+def _interaction(draws: np.ndarray) -> float:
     """Variance of AP (S, D) after the mean of each seed and of each draw is subtracted."""
     rest = draws - draws.mean(axis=1, keepdims=True)
     rest -= rest.mean(axis=0)
@@ -168,11 +169,11 @@ def detectable(known: Variances, seeds: int, comparisons: int = 1) -> float:
 
     With several comparisons it is the only true difference, the case in which the correction is strictest.
     """
-    of_seeds, of_images = (known.seed + known.both) / seeds, 2 * known.image
+    of_seeds, of_images = (known.seed + known.interaction) / seeds, 2 * known.image
     # A study's estimates of its two seed variances vary, so average over many studies, the same ones in each call.
     of_row, of_base = of_seeds * np.random.default_rng(0).chisquare(seeds - 1, size=(2, STUDIES)) / (seeds - 1)
     df = _welch((of_row, of_base), (seeds - 1, seeds - 1))
-    reach = _reach(LEVEL / comparisons, of_row + of_base, df, of_images, known.images - 1)
+    reach = _half_width(LEVEL / comparisons, of_row + of_base, df, of_images, known.images - 1)
     error = math.sqrt(2 * of_seeds + of_images)
     if error == 0:
         return 0.0
@@ -183,20 +184,14 @@ def detectable(known: Variances, seeds: int, comparisons: int = 1) -> float:
     return optimize.brentq(lambda gap: seen(gap) - POWER, 0, float(reach.max()) + 10 * error)
 
 
-def seeds_needed(known: Variances, gap: float) -> int | None:
+def seeds_needed(known: Variances, gap: float, comparisons: int = 1) -> int | None:
     """The number of seeds a row needs to detect a difference of `gap`; None if MOST_SEEDS are too few."""
-    low, high = 1, 2
-    while detectable(known, high) > gap:
-        low, high = high, 2 * high
-        if low >= MOST_SEEDS:
-            return None
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if detectable(known, middle) <= gap else (middle, high)
-    return high
+    seeds = range(2, MOST_SEEDS + 1)
+    place = bisect_left(seeds, True, key=lambda count: detectable(known, count, comparisons) <= gap)
+    return seeds[place] if place < len(seeds) else None
 
 
-def images_needed(known: Variances, gap: float) -> int:
+def images_needed(known: Variances, gap: float, comparisons: int = 1) -> int:
     """The number of validation images needed to detect a difference of `gap` with any number of seeds."""
-    reach = stats.norm.isf(LEVEL / 2) + stats.norm.ppf(POWER)
+    reach = stats.norm.isf(LEVEL / comparisons / 2) + stats.norm.ppf(POWER)
     return math.ceil(known.images * 2 * known.image * (reach / gap) ** 2)

@@ -1,8 +1,8 @@
 #!/bin/bash
 # Focal, GHM-C and GHM-C with a limit in batches of 4, 16 and 64 images, and forms and weights of GHM-C in batches of 4.
-# Each run sees 9,000 images, in parts of 4, so that BatchNorm sees the same; lr grows with the root of the batch, as is
-# usual for AdamW. GHM-C counts the whole batch, however it is split. Stop it at any time; the same command continues.
-# Arguments: runs at once (1), seeds (3), and the only batch to train with (all).
+# Each run sees 9,000 images, in parts of 4, so that BatchNorm sees the same; lr grows with the square root of the batch
+# size, as is usual for AdamW. GHM-C counts the whole batch, however it is split. Stop it at any time; the same command
+# continues. Arguments: runs at once (1), seeds (3), and the only batch to train with (all).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 jobs=${1:-1} seeds=${2:-3} only=${3:-}

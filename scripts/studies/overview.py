@@ -12,10 +12,9 @@ from pathlib import Path
 from matplotlib import pyplot as plt
 
 from detector.errors import run_main
-from scripts.compare_conditions import aps
 from scripts.comparison import page
 from scripts.comparison.differences import Difference, differences_by_condition, in_brackets, in_digits
-from scripts.comparison.rows import Row, read_rows
+from scripts.comparison.rows import Row, known_values, read_rows
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 LOSSES = {  # the names of a loss's rows in the studies, which differ where a study varied an option
@@ -47,7 +46,7 @@ def main() -> None:
     args = parser.parse_args()
     studies = [rows_of(folders) for folders in STUDIES.values()]
     results = differences_by_condition(studies, "CE")
-    labels = [f"{name} (CE: {statistics.fmean(aps(rows[0])):.1f} AP)" for name, rows in zip(STUDIES, studies)]
+    labels = [f"{name} (CE: {statistics.fmean(known_values(rows[0])):.1f} AP)" for name, rows in zip(STUDIES, studies)]
     for label, of_study in zip(labels, results):
         for of in of_study:
             assert of.mean is not None and of.p is not None  # each row has several seeds

@@ -31,9 +31,9 @@ def test_the_tables_by_eye(small):
         "    AR1   AR10  AR100    ARs    ARm    ARl",
         "   85.0   85.0   85.0      -   85.0      -",
         "",
-        "APs and ARs are -1: the validation set has no small boxes (area < 32^2 px)",
-        "APl and ARl are -1: the validation set has no large boxes (area > 96^2 px)",
-        "AP of a class is -1, and not in the mean: the validation set has no boxes of c",
+        "no APs and ARs (-1 in the files): the validation set has no small boxes (area < 32^2 px)",
+        "no APl and ARl (-1 in the files): the validation set has no large boxes (area > 96^2 px)",
+        "not in the mean (-1 in the files): the validation set has no boxes of c",
     ]
     assert per_class_table(small).splitlines() == [
         "class            boxes     AP   AP50   AP75",

@@ -15,7 +15,6 @@ import pytest
 import yaml
 
 from detector import config
-from detector.configure import configure
 from detector.errors import UserError
 from scripts import ablate, compare
 from scripts.comparison import result, supervise, timing
@@ -85,7 +84,7 @@ def test_a_device_that_is_not_there_is_refused_before_the_runs(base, command, mo
 
 def test_a_study_without_any_finished_run_has_failed(scored, tmp_path):
     code, out, err, _ = scored(lambda values: None, "--output", tmp_path / "all")
-    assert code == 1 and "compare.py" not in out and f"no run has finished; {tmp_path}" in err
+    assert code == 1 and "compare.py" not in out and f"all runs failed; {tmp_path}" in err
     one = scored(lambda values: 0.3 if values["box_loss.name"] == "ghm_r" else None, "--output", tmp_path / "one")
     assert one[0] == 0 and "compare.py" in one[1]
 
@@ -94,6 +93,14 @@ def test_counts_of_one_are_singular(scored, base, tmp_path, command):
     _, out, _ = command(ablate.main, "--config", base, "--variants", "focal", "--seeds", 1, "--dry-run")
     assert out.startswith("1 run of 1 variant\n")
     assert scored(lambda values: 0.3, "--output", tmp_path)[1].startswith("2 runs of 2 variants; they differ in run, ")
+
+
+def test_a_dry_run_writes_nothing_and_a_refused_study_neither(base, tmp_path, command):
+    arguments = ["--config", base, "--variants", "focal", "--output", tmp_path / "out"]
+    assert command(ablate.main, *arguments, "--dry-run")[0] == 0
+    code, _, err = command(ablate.main, *arguments, "--set", "class_loss.gama=1")
+    assert code == 2 and err.startswith("error: variant focal: class_loss.gama: unknown option")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_variant_may_be_based_on_another_one(base):
@@ -132,8 +139,8 @@ def test_tuning_finds_images_that_are_beside_the_whole_file(base, tmp_path, comm
     base.write_text(yaml.safe_dump(values))
     code, _, err, _ = scored(lambda values: 0.5, "--tune", 2, "--output", tmp_path / "out")
     assert code == 0, err
-    cfg = configure(str(tmp_path / "out" / "configs" / "tune-focal-1.yaml"))
-    assert cfg.data.train.images == cfg.data.val.images == str(tmp_path / "data" / "images")
+    data = result.read(tmp_path / "out" / "results" / "tune-focal-1.json")["config"]["data"]
+    assert data["train"]["images"] == data["val"]["images"] == str(tmp_path / "data" / "images")
 
 
 def test_a_second_start_keeps_the_results_of_tuned_runs(base, tmp_path, command):
@@ -188,7 +195,7 @@ def scored(base, tmp_path, command, monkeypatch):
             if len(run_names) == stop_after:
                 raise UserError("stopped")
             run_names.append(run.name)
-            run.log.touch()
+            run.log.parent.mkdir(parents=True, exist_ok=True)
             return supervise.Child(run, Ended(), run.log.open("a"), 0, rest)
 
         def ended(child, *_):
@@ -289,6 +296,8 @@ def test_a_continued_run_does_not_claim_the_machine_to_itself(base, tmp_path, co
     arguments = ["--config", base, "--variants", "focal", "--seeds", 1, "--output", tmp_path / "out"]
     result_file = tmp_path / "out" / "results" / "focal-s0.json"
     assert command(ablate.main, *arguments)[0] == 0 and result.read(result_file)["jobs"] == 1
+    assert "torch" in result.read(result_file)["machine"]
+    assert "machine" not in result.collect(tmp_path / "out" / "focal-s0")  # a folder may come from elsewhere
     result_file.unlink()  # as after a stop, since its log still exists
     code, _, err = command(ablate.main, *arguments)
     assert code == 0 and "jobs" not in result.read(result_file), err
@@ -365,6 +374,7 @@ def test_results_with_other_data_or_precision_do_not_count_as_finished(base, tmp
 )
 def test_only_an_expected_failure_is_a_result(base, tmp_path, log, failure):
     (run,) = ablate.Study(str(base), [], tmp_path / "out", None).runs({"focal": {}}, 1)
+    run.log.parent.mkdir(parents=True)
     run.log.write_text(log)
     lost_runs = []
     process = SimpleNamespace(returncode=1)
@@ -424,17 +434,17 @@ def test_a_grid_makes_a_variant_for_each_value(base, tmp_path, command):
     assert code == 0 and "12 runs of 6 variants" in out and "focal[gamma=2][weight=4]-s1" in out, err
 
 
-def test_a_set_option_holds_for_every_variant(base, tmp_path, command):
+def test_a_set_option_holds_for_every_variant(base, tmp_path, scored):
     """Whatever the base file and the variants' own files say."""
     with (base.parent / "ghm_r.yaml").open("a") as file:
         file.write("model: {head: {prior: 0.5}}\n")
     options = ["--set", "class_loss.weight=3", "box_loss.weight=5", "model.head.prior=0.02", "solver.lr=0.001"]
-    arguments = ["--config", base, "--variants", "focal", "ghm_r", "--seeds", 1, *options]
-    code, _, err = command(ablate.main, *arguments, "--output", tmp_path / "out", "--dry-run")
+    code, _, err, _ = scored(lambda values: 0.3, "--variants", "focal", "ghm_r", *options, "--output", tmp_path / "out")
     assert code == 0, err
     for name in ("focal", "ghm_r"):
-        cfg = configure(str(tmp_path / "out" / "configs" / f"{name}-s0.yaml"))
-        assert (cfg.class_loss.weight, cfg.box_loss.weight, cfg.model.head.prior, cfg.solver.lr) == (3, 5, 0.02, 0.001)
+        values = config.flat(result.read(tmp_path / "out" / "results" / f"{name}-s0.json")["config"])
+        known = [values[key] for key in ("class_loss.weight", "box_loss.weight", "model.head.prior", "solver.lr")]
+        assert known == [3, 5, 0.02, 0.001]
 
 
 def test_a_study_stopped_by_a_signal_saves_and_continues(base, tmp_path):

@@ -4,7 +4,7 @@ import pytest
 
 from scripts import summarize
 from scripts.comparison import result
-from scripts.comparison.rows import read_rows
+from scripts.comparison.rows import gradient_shares, read_rows
 
 LOSSES = {"class_loss": {"name": "ce"}, "box_loss": {"name": "smooth_l1"}}
 SHARES = ({"step": 200, "class_easy": 0.2, "class_medium": 0.5, "class_outlier": 0.3}, {"step": 400, "box_easy": 0.1})
@@ -42,6 +42,12 @@ def test_rows_are_sorted_best_first_and_have_verdicts(files, folder, command):
     assert (folder / "plot.png").stat().st_size > 5000
 
 
+def test_an_interval_without_seeds_says_so(files, folder, command):
+    single = write(folder, "single", 0, 0.6)
+    code, out, _ = command(summarize.main, *files, single, "--baseline", "ce", "--output", folder / "plot.png")
+    assert code == 0 and "| single | 60.0 | 90.0 | - | no verdict: +9.0 [+9.0, +9.0] over images only |" in out
+
+
 def test_the_legend_has_the_verdicts_of_the_rows_alone(files):
     rows = read_rows(list(map(str, files)))
     baseline = next(row for row in rows if row.name == "ce")
@@ -66,8 +72,8 @@ def test_shares_are_the_mean_of_the_observed_ones(folder):
     write(folder, "ce", 1, 0.5, gradient=[second])
     write(folder, "none", 0, 0.5, gradient=[])
     by_name = {row.name: row for row in read_rows(sorted(map(str, folder.glob("*.json"))))}
-    assert summarize.shares(by_name["ce"]) == pytest.approx({"easy": 0.3, "medium": 0.5, "outlier": 0.2})
-    assert summarize.shares(by_name["none"]) is None
+    assert gradient_shares(by_name["ce"], "class") == pytest.approx({"easy": 0.3, "medium": 0.5, "outlier": 0.2})
+    assert gradient_shares(by_name["none"], "class") is None
 
 
 def test_runs_that_differ_in_more_than_the_losses_are_named(folder, command):

@@ -21,7 +21,7 @@ def example():
 
 # Every loss that a config can name must obey these laws, and so must settings that run other code.
 CLASS_LOSSES = losses.CLASS_LOSSES | {
-    "gce": example(),
+    "docs_example": example(),
     "ce_balanced": lambda: CrossEntropy(alpha=0.25),
     "ohem_top_k": lambda: OHEM(top_k=17),
     "focal_gamma_half": lambda: Focal(gamma=0.5),
@@ -94,11 +94,39 @@ def test_a_label_that_is_no_class_and_other_shapes_are_refused(make, cells):
             loss(*arguments, num_pos)
     with pytest.raises(ValueError, match="must be bool"):
         loss(logits, labels, valid.to(torch.uint8), num_pos)
+    with pytest.raises(ValueError, match="must be int64"):
+        loss(logits, labels.float(), valid, num_pos)
     assert all(torch.equal(buffer, before[name]) for name, buffer in loss.state_dict().items())
 
 
-@pytest.mark.parametrize("make", [make for make in CLASS_LOSSES.values() if getattr(make(), "takes_quality", False)])
-def test_quality_is_read_only_on_positives(make, cells):
+with_quality = pytest.mark.parametrize("name", [k for k, v in CLASS_LOSSES.items() if getattr(v(), "takes_quality", 0)])
+
+
+@with_quality
+def test_quality_of_another_shape_is_refused(name, cells):
+    logits, labels, valid, num_pos = cells()
+    for shape in ((2,), (len(labels), 1), logits.shape, ()):
+        with pytest.raises(ValueError, match=r"quality \(.*\): must be"):
+            CLASS_LOSSES[name]()(logits, labels, valid, num_pos, torch.rand(shape))
+
+
+@with_quality
+def test_a_quality_of_nan_on_a_positive_reaches_the_loss(name, cells):
+    logits, labels, valid, num_pos = cells()
+    assert CLASS_LOSSES[name]()(logits, labels, valid, num_pos, torch.full(labels.shape, torch.nan)).isnan()
+
+
+@pytest.mark.parametrize("make", losses.BOX_LOSSES.values(), ids=losses.BOX_LOSSES)
+def test_boxes_that_would_broadcast_are_refused(make):
+    boxes = torch.rand(3, 4)
+    for targets in (boxes[:1], boxes[:, :1], boxes[None], boxes[0]):
+        with pytest.raises(ValueError, match=r"both must be \(P, 4\)"):
+            make()(boxes, targets, 3)
+
+
+@with_quality
+def test_quality_is_read_only_on_positives(name, cells):
+    make = CLASS_LOSSES[name]
     logits, labels, valid, num_pos = cells()
     quality = torch.rand(len(labels), generator=torch.Generator().manual_seed(0))
     dirty_quality = torch.where(

@@ -11,7 +11,7 @@ from scripts.comparison import verdict
 from scripts.comparison.verdict import Runs, Variances
 
 NO_IMAGES = np.zeros((3, 50))  # nothing depends on which images are drawn
-SEEDS_VARY = Variances(seed=4.1, image=0.12, both=0.14, images=150)  # as in results/switches
+SEEDS_VARY = Variances(seed=4.1, image=0.12, interaction=0.14, images=150)  # as in results/switches
 
 
 def runs(aps, draws=NO_IMAGES[:1], images=100):
@@ -103,7 +103,7 @@ def test_holm_s_correction_matches_its_definition():
 
 
 def test_variances_of_simulated_studies_are_recovered():
-    true_variances = Variances(seed=2.0, image=0.5, both=0.8, images=500)
+    true_variances = Variances(seed=2.0, image=0.5, interaction=0.8, images=500)
     rng = np.random.default_rng(0)
     setting = verdicts.Setting("", true_variances, [true_variances.seed])
     estimates = [verdict.variances(verdicts.draw(setting, 4, 6, rng)) for _ in range(200)]
@@ -116,16 +116,20 @@ def test_variances_need_two_rows_with_two_seeds():
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 5])
-def test_verdicts_err_no_more_often_than_they_claim_unlike_the_bootstrap(seeds):
+def test_verdicts_err_no_more_often_than_they_claim(seeds):
     """The losses are equal, so 5% of verdicts may be wrong. 600 studies measure that share to 0.9%."""
     setting = verdicts.Setting("", SEEDS_VARY, [SEEDS_VARY.seed])
-    rng, false_positives, family_errors, bootstrap_errors, studies = np.random.default_rng(seeds), 0, 0, 0, 600
+    rng, false_positives, family_errors, studies = np.random.default_rng(seeds), 0, 0, 600
+    bootstrap_errors = 0
     for _ in range(studies):
         base, *rows = verdicts.draw(setting, seeds, 4, rng)
         differences = [verdict.difference(row, base) for row in rows]
         false_positives += differences[0].p <= verdict.LEVEL
         family_errors += min(verdict.hochberg([difference.p for difference in differences])) <= verdict.LEVEL
-        bootstrap_errors += verdicts.excludes_zero(*verdicts.bootstrap(rows[0].draws, base.draws, rng))
+        drawn = rng.integers(seeds, size=(seeds, verdicts.DRAWS))  # a bootstrap over seeds and images, which errs
+        gaps = [np.take_along_axis(row.draws, drawn, axis=0).mean(axis=0) for row in (rows[0], base)]
+        low, high = np.percentile(gaps[0] - gaps[1], (2.5, 97.5))
+        bootstrap_errors += not low <= 0 <= high
     assert false_positives / studies < 0.06 and family_errors / studies < 0.06
     assert bootstrap_errors / studies > 0.1  # so the simulation exposes a bad method
 
@@ -149,6 +153,10 @@ def test_more_seeds_detect_smaller_differences_and_seeds_needed_is_the_smallest_
     assert verdict.seeds_needed(Variances(0.15**2, 0.0, 0.0, 5000), 0.2) in (9, 10, 11)
     # With any number of seeds, a variance of 2 x 0.12 is 1.37 points. One point takes (1.37 / 1)^2 x 150 images.
     assert verdict.seeds_needed(SEEDS_VARY, 1.0) is None
+    for comparisons in (2, 7):
+        needed = verdict.seeds_needed(SEEDS_VARY, 4.0, comparisons)
+        sizes = [verdict.detectable(SEEDS_VARY, seeds, comparisons) for seeds in (needed - 1, needed)]
+        assert sizes[1] <= 4.0 < sizes[0]
     assert verdict.images_needed(SEEDS_VARY, 1.0) == pytest.approx(150 * 1.3725**2, rel=0.01)
 
 
