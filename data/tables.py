@@ -44,15 +44,17 @@ def per_class_table(metrics: Metrics) -> str:
 def explain_missing(metrics: Metrics) -> list[str]:
     """One line for each reason why numbers are missing; empty if none is."""
     if metrics["images"] == 0:
-        return ["no numbers (-1 in the files): no images were scored"]
+        return ["all numbers are unknown (-1 in the files): no images were scored"]
     if metrics["AP"] < 0:
-        return ["no numbers (-1 in the files): the validation set has no boxes (crowd boxes are not counted)"]
-    absent = "the validation set has"
-    lines = [f"no {ap} and {ar} (-1 in the files): {absent} {reason}" for ap, ar, reason in SIZES if metrics[ap] < 0]
+        return ["all numbers are unknown (-1 in the files): the validation set has no boxes, apart from crowds"]
+    unknown = "unknown (-1 in the files)"
+    lines = [
+        f"{ap} and {ar} are {unknown}: the validation set has {reason}" for ap, ar, reason in SIZES if metrics[ap] < 0
+    ]
     empty = [name for name, values in metrics["per_class"].items() if values["AP"] < 0]
     if empty:
         names = ", ".join(empty[:5]) + (f" and {len(empty) - 5} more" if len(empty) > 5 else "")
-        lines.append(f"not in the mean (-1 in the files): {absent} no boxes of {names}")
+        lines.append(f"AP of {names} is {unknown} and not in the mean: the validation set has no such boxes")
     return lines
 
 

@@ -241,6 +241,8 @@ def draw(results: list[tuple[Measured, dict[int, dict[str, Form]]]]) -> plt.Figu
             of_counts.axhline(few, color="black", linewidth=0.5, alpha=0.5)
         of_counts.set(title=measured.name, yscale="log", xlim=(0, 1), xlabel="gradient norm of a cell, |p - p*|")
         of_weights.set(yscale="log", xlim=(0, 1), xlabel="gradient norm of a cell, |p - p*|")
+        page.logarithmic(of_counts.yaxis)
+        page.logarithmic(of_weights.yaxis)
         of_shares.set(xlabel="images a batch", ylim=(0, 100))
         of_shares.set_xticks(range(len(forms)), list(forms))
     for axis, label in zip(

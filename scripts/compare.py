@@ -11,7 +11,8 @@ AP, AP50, AP75, AP80 and AP90 the highest value is marked if it is better than e
 Below are the differences in AP (--metric) from the first row (or --baseline), each with its 95% interval over other
 seeds and other validation images. They hold for these loss weights and leave out the chance in tuning. "better" and
 "worse" are corrected for the number of rows: at most one list in 20 has any false one. A row with one seed gets no
-verdict. The line below says how large a difference these runs can detect, and how many seeds a smaller one takes.
+verdict. The line below says how large a difference these runs can detect, and how many seeds or images a smaller one
+takes; in brackets, after the correction, if only one row differs.
 --pairs prints which of all pairs of rows differ, without any baseline. The formulas are in
 scripts/comparison/verdict.py.
 

@@ -155,7 +155,7 @@ def verdicts(conditions: Conditions, by_condition: dict[float, list[Difference]]
     names = dict.fromkeys(row.name for row in (*first, *last))
     left_out = [name for name in names if name not in [baseline, *(result.name for result in changes)]]
     if left_out:
-        takes = "the same seeds" if comparable(conditions) else "runs"
+        takes = "the same seeds, each with an AP," if comparable(conditions) else "runs"
         lines.append(
             f"- no verdict on the change of {', '.join(left_out)}: it takes {takes} at {min(conditions):g} and at "
             f"{max(conditions):g}, for the row and for {baseline}"

@@ -170,6 +170,7 @@ def draw_norms(cells: Regions, boxes: Regions, positives: Tensor) -> plt.Figure:
         counts = regions.counts.view(BARS, -1).sum(1)
         axis.stairs(counts.numpy(), edges, fill=True, color="#9ecae1", label="all")
         axis.set(xlabel=label, ylabel="count", yscale="log", xlim=(0, 1), title=f"{int(counts.sum()):,} {title}")
+        page.logarithmic(axis.yaxis)
     of_positives = torch.histc(positives, BARS, 0, 1).numpy()
     axes[0].stairs(of_positives, edges, color="#d62728", linewidth=1.5, label=f"{len(positives):,} positive")
     axes[0].legend()
@@ -184,6 +185,7 @@ def draw_curves(regions: Regions, curves: dict[str, Tensor], label: str) -> plt.
         drawn = (curve * total / curve_total).where(curve > 0, torch.nan) if curve_total > 0 else curve * torch.nan
         axis.plot(norms(regions).numpy(), drawn.numpy(), label=name, color=COLOURS[name], drawstyle="steps-mid")
     axis.set(xlabel=label, ylabel="gradient norm under each loss, same total", yscale="log", xlim=(0, 1))
+    page.logarithmic(axis.yaxis)
     axis.legend()
     return figure
 

@@ -86,8 +86,8 @@ def main(argv: list[str] | None = None) -> None:
     counts = ", ".join(f"{name} {count}" for name, count in by_class.most_common(20))
     boxes = f"{len(results)} boxes ({counts})" if results else "no boxes"
     print(f"{counted} images, {boxes} in {seconds:.1f} s, {counted / seconds:.1f} images/s")
-    if not results:
-        print("no score reached that of its class; a lower --score shows more")
+    if counted and not results and args.score != 0:
+        print("no box reached the score that its class needs (see above); a lower --score shows more")
     print(f"written: {args.output / RESULTS} and the pictures beside it")
     for line in remark_lines(remarks) + lines_of_notes(skipped):
         print(line)

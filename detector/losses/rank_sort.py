@@ -42,7 +42,7 @@ class RankSort(nn.Module):
 
     Only differences of logits count, so a score alone means nothing: start the class bias at 0 (`prior`), otherwise a
     score threshold drops most objects. Without positives the loss is 0. On a GPU it waits for the device several times
-    a step. Raises no errors itself.
+    a step. Raises ValueError for arguments of other shapes, as all class losses do.
     """
 
     takes_quality = True

@@ -60,6 +60,7 @@ class Life:
     pipe: int
     marks: list[tuple[float, str]] = field(default_factory=list)
     codes: dict[int, int] = field(default_factory=dict)
+    hung: bool = False
 
     def poll(self) -> None:
         """Read new marks, and the exit codes of processes that have ended."""
@@ -127,7 +128,7 @@ def faults(folder: Path, wanted: int, steps: int, rng: random.Random) -> int:
             finish(life, struck=bool(hit))
             done = not any(life.codes.values())
             label = f"{name}: {how} in {PHASES.get(hit, 'none')}, {processes} process(es), {workers} workers"
-            complaints = [*left_behind(life)]
+            complaints = [*left_behind(life), *["exit: had to be killed"] * life.hung]
             if hit:
                 struck[how, PHASES[hit]] += 1
                 complaints += complaints_about(life, how, hit, done, before, saved(folder / "runs" / name))
@@ -200,7 +201,9 @@ def finish(life: Life, struck: bool = False) -> None:
         if failed_at is None and any(life.codes.values()):
             failed_at = now
         for process in set(life.processes) - life.codes.keys():
-            if (start := failed_at or struck_at) and now - start > PATIENCE:
+            since = failed_at or struck_at
+            if since and now - since > PATIENCE:
+                life.hung = True
                 os.kill(process, signal.SIGKILL)
             elif failed_at and now - failed_at > 5:
                 os.kill(process, signal.SIGTERM)
@@ -293,6 +296,7 @@ def live(words: list[str], environment: dict[str, str], born: list[int], log: Pa
     """In the new process: run train.py and mark its phases; never returns."""
     code = 1
     try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as in a new Python, without the handler of our run_main
         os.setpgid(0, born[0] if born else 0)
         output = os.open(log, os.O_WRONLY | os.O_APPEND)
         for stream in (1, 2):

@@ -8,7 +8,8 @@
 # limit and may fail without stopping the others. The last parts get the seconds that are left of LIMIT (480). QUICK=1
 # tries the script itself on a CPU.
 set -u
-mkdir -p "${1:-.}" && out=$(realpath "${1:-.}") data=${2:+$(realpath "$2")}
+mkdir -p "${1:-.}" || exit
+out=$(realpath "${1:-.}") data=${2:+$(realpath "$2")}
 page=$out/gpu.md
 python=${PYTHON:-python}
 cd "$(dirname "$0")/../.."

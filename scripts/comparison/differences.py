@@ -266,8 +266,8 @@ def _detectable(compared: list[verdict.Runs], results: Sequence[Difference], met
         f"{only if comparisons > 1 else ''}, at these rows' mean spread."
     ]
     for wanted in WANTED:
-        number, unit = _takes(known, wanted)
-        corrected_number, corrected_unit = _takes(known, wanted, comparisons)
+        number, unit = alone = _takes(known, wanted)
+        corrected_number, corrected_unit = _takes(known, wanted, comparisons) if comparisons > 1 else alone
         needed = corrected_number if corrected_unit == unit else f"{corrected_number} {corrected_unit}"
         only = f" ({needed} if only one row differs)" if needed != number else ""
         lines.append(f"Detecting {wanted} takes {number} {unit}{only}.")

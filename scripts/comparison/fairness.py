@@ -42,19 +42,22 @@ def differing(rows: list[Row]) -> tuple[list[str], list[str]]:
     about_tuned: list[str] = []
     divisions: dict[tuple, dict[str, str]] = {}  # the runs with each value -> key -> these values
     settings = []
+    all_runs = [run for row in rows for run in row.runs]
+    # Run folders have neither key, and older results no annotations.
+    known = {key for key in ("machine", "annotations") if all(key in run for run in all_runs)}
     for row in rows:
         for seed, run in zip(row.seeds, row.runs):
             of_run = {k: v for k, v in flat_values(run["config"]).items() if not k.startswith(VARIED)}
             of_run |= {f"metrics.{key}": run["metrics"][key] for key in MUST_AGREE if key in run["metrics"]}
             of_run["seeds"] = row.seeds
-            if all("machine" in every for row in rows for every in row.runs):  # run folders do not say it
+            if "machine" in known:
                 of_run["machine"] = run["machine"]["device"]
             of_run["processes"] = run.get("processes", 1)
-            if all("annotations" in every for row in rows for every in row.runs):  # older results do not have it
+            if "annotations" in known:
                 of_run |= {f"SHA-256 of {key}": value for key, value in run["annotations"].items()}
             of_run["tuning"] = budget(run["tuning"]) if "tuning" in run else None
             settings.append((row.name if len(row.runs) == 1 else f"{row.name} seed {seed}", of_run))
-    keys = [set(run["tuning"]["keys"]) if "tuning" in run else set() for row in rows for run in row.runs]
+    keys = [set(run["tuning"]["keys"]) if "tuning" in run else set() for run in all_runs]
     tuned = set.intersection(*keys) if keys else set()
     for key in dict.fromkeys(key for _, of_run in settings for key in of_run):
         runs_by_value: dict[str, list[str]] = {}

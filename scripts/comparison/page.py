@@ -18,6 +18,7 @@ import matplotlib
 matplotlib.use("Agg")  # draws into files and needs no display
 
 import numpy as np
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, fontManager
 from matplotlib.text import Text
@@ -91,6 +92,12 @@ def save(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # data/fonts.py reports them once
         plot.savefig(target, dpi=dpi, format=format, bbox_inches=bbox_inches)
+
+
+def logarithmic(axis: Axis) -> None:
+    """Plain numbers on a logarithmic axis. Matplotlib's own are TeX, which is off because of names such as $x."""
+    axis.axes.minorticks_off()
+    axis.set_major_formatter("{x:,g}")
 
 
 def label(name: str) -> str:

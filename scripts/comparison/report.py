@@ -26,7 +26,8 @@ PICTURES = 4  # validation images
 COLUMNS, CHARACTERS = 3, 70  # of a legend: at most so many columns, and characters beside each other
 BANDS = {"easy": "#9ecae1", "medium": "#3182bd", "outlier": "#d62728"}
 NO_GRADIENTS = (
-    "No run recorded its gradient. Training records it every tensorboard.gradients steps (0: never) and at the end."
+    "No run recorded its gradient. Training records it every tensorboard.gradients steps and at the end, unless that "
+    "is 0."
 )
 IOUS = [round(0.5 + 0.05 * i, 2) for i in range(10)]
 

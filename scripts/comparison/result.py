@@ -99,8 +99,10 @@ def machine(device: str) -> dict[str, str]:
         processor = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), processor)
     except OSError:
         pass
-    on_gpu = device != "cpu" and torch.cuda.is_available()
-    name = torch.cuda.get_device_name() if on_gpu else f"{os.cpu_count()} cores of {processor}"
+    if device != "cpu" and torch.cuda.is_available():
+        name = torch.cuda.get_device_name(device if ":" in device else None)
+    else:
+        name = f"{os.cpu_count()} cores of {processor}"
     return {"device": name, "torch": torch.__version__, "python": platform.python_version(), "os": sys.platform}
 
 

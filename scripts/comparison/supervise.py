@@ -180,7 +180,7 @@ def start(run: Run, rest: Iterator[Run], slot: int, jobs: int) -> Child:
     environment["PYTHON_CPU_COUNT"] = str(cores)  # for data.workers
     if jobs * run.processes > 1:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // run.processes)))
-    if jobs > 1 and torch.cuda.device_count() > 1:
+    if jobs > 1 and run.cfg.device in ("auto", "cuda") and torch.cuda.device_count() > 1:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(cards(slot, run.processes))
     command = [sys.executable, str(TRAIN), "--config", str(run.file), "--resume"]
     if run.processes > 1:

@@ -31,9 +31,9 @@ def test_the_tables_by_eye(small):
         "    AR1   AR10  AR100    ARs    ARm    ARl",
         "   85.0   85.0   85.0      -   85.0      -",
         "",
-        "no APs and ARs (-1 in the files): the validation set has no small boxes (area < 32^2 px)",
-        "no APl and ARl (-1 in the files): the validation set has no large boxes (area > 96^2 px)",
-        "not in the mean (-1 in the files): the validation set has no boxes of c",
+        "APs and ARs are unknown (-1 in the files): the validation set has no small boxes (area < 32^2 px)",
+        "APl and ARl are unknown (-1 in the files): the validation set has no large boxes (area > 96^2 px)",
+        "AP of c is unknown (-1 in the files) and not in the mean: the validation set has no such boxes",
     ]
     assert per_class_table(small).splitlines() == [
         "class            boxes     AP   AP50   AP75",
@@ -50,4 +50,4 @@ def test_the_table_of_eighty_classes_is_aligned_and_names_few_missing_ones():
     lines = per_class_table(metrics).splitlines()
     assert len(lines) == 81 and len({len(line) for line in lines}) == 1
     (line,) = explain_missing(metrics)
-    assert line.endswith("no boxes of class 2, class 3, class 4, class 5, class 6 and 74 more")
+    assert line.startswith("AP of class 2, class 3, class 4, class 5, class 6 and 74 more is unknown")

@@ -386,7 +386,9 @@ def test_only_an_expected_failure_is_a_result(base, tmp_path, log, failure):
         assert result.read(run.kept)["failure"] == failure
 
 
-@pytest.mark.parametrize(("device", "processes", "expected"), [("cpu", 1, 1), ("cuda", 1, 4), ("cuda", 2, 2)])
+@pytest.mark.parametrize(
+    ("device", "processes", "expected"), [("cpu", 1, 1), ("cuda:1", 1, 1), ("cuda", 1, 4), ("cuda", 2, 2)]
+)
 def test_by_default_each_gpu_has_a_run_and_a_cpu_has_one(
     base, tmp_path, command, monkeypatch, device, processes, expected
 ):

@@ -38,7 +38,7 @@ def test_the_table_has_the_mean_of_each_condition_and_the_lost_ap(folder, comman
     assert "| focal | 60.0±0.0 | - | - | - |" in out
     # At 0 the difference is 9. Only one row varies, so there are 2 degrees of freedom: 4.303 sqrt(1/3).
     assert "- focal at 0: +9.0 [+6.5, +11.5], p 0.004, better" in out
-    assert "no verdict on the change of focal: it takes the same seeds at 0 and at 20, for the row and for ce" in out
+    assert "no verdict on the change of focal: it takes the same seeds, each with an AP, at 0 and at 20" in out
     assert "ghm" not in out
     assert (folder / "plot.png").stat().st_size > 5000
 

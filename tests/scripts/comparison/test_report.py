@@ -131,10 +131,10 @@ def test_a_search_is_shown_with_its_ranges_and_unequal_budgets_cause_a_warning(f
     assert "not a fair comparison, ce / focal differ in tuning (" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("device", "name"), [("cpu", "cores of"), ("auto", "a GPU"), ("cuda:1", "a GPU")])
+@pytest.mark.parametrize(("device", "name"), [("cpu", "cores of"), ("auto", "GPU None"), ("cuda:1", "GPU cuda:1")])
 def test_a_run_on_the_cpu_and_one_on_the_gpu_beside_it_had_different_machines(device, name, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "a GPU")
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: f"GPU {device}")
     assert name in result.machine(device)["device"]
 
 
