@@ -87,6 +87,7 @@ def test_the_example_of_a_new_loss_trains(tiny, tmp_path, monkeypatch):
         ("results", ["laptop/*"], "ce"),
         ("results", ["cards/*"], "ce"),
         ("results", ["scratch/*"], "ce"),
+        ("results", ["cards_long/*"], "ce"),
         ("results_ghm", ["batches/4/*", "forms/demo/*"], "ghm_c[max_weight=null]"),
         ("results_ghm", ["imbalance/350/*", "forms/imbalance/350/*"], "ghm_c[max_weight=null]"),
         (

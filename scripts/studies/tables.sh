@@ -46,6 +46,7 @@ while read -r variant class box options; do
 done <<'VARIANTS'
 ghm_c 2.45 0.01 --grid class_loss.prior_count=1000
 ce 1.26 2.61
+focal 10 0.1
 VARIANTS
 
 python scripts/compare.py results/laptop/*.json results/cards/*.json --baseline ce
