@@ -63,7 +63,7 @@ def main() -> None:
     on_variants = [setting for setting in args.set if setting.startswith(VARIANT_KEYS)]
     common = [setting for setting in args.set if setting not in on_variants]
     study = Study(args.config, common, args.output, args.results, args.processes)
-    gpus = torch.cuda.device_count() if study.common.device in ("auto", "cuda") else 0  # cuda:1 names one
+    gpus = torch.cuda.device_count() if study.common.device in ("auto", "cuda") else 0  # cuda:1 is a single GPU
     jobs = args.jobs or max(1, gpus // args.processes)
     variants = read_variants(study.base, args.variants, on_variants, args.grid)
     runs = study.runs(variants, args.seeds)

@@ -38,7 +38,7 @@ def warnings(rows: list[Row]) -> list[str]:
 
 
 def differing(rows: list[Row]) -> tuple[list[str], list[str]]:
-    """A line for each tuned setting in which the runs differ, and for each group of others that split them alike."""
+    """A line for each tuned setting in which the runs differ; one for all others that split the runs the same way."""
     about_tuned: list[str] = []
     divisions: dict[tuple, dict[str, str]] = {}  # the runs with each value -> key -> these values
     settings = []
