@@ -10,8 +10,9 @@ variant with each of these values; two --grid options train it with each pair of
 a tenth to ten times its file's values: the first run has the file's values, and Optuna proposes the others. If the best
 value is at an end of the range, the range is extended, still within 8 runs. Tuning runs train on three quarters of the
 training images and are scored on the rest, never on the validation set. `--tune-set solver.epochs=4` makes them
-shorter. The variant is then trained with its best values. docs/new_loss.md says what tuning costs and when it is not
-worth it.
+shorter. The variant is then trained with its best values. With `--tune-each-seed`, each seed of a variant gets 8 tuning
+runs with this seed, so that the intervals of compare.py cover the chance in tuning too. docs/new_loss.md says what
+tuning costs and when it is not worth it.
 
 Stop it at any time; the same command continues. Finished runs are kept, interrupted runs are resumed. A run that
 diverges is a result too, with its reason; delete the result to try again. `--processes 2` trains each run with two
@@ -21,7 +22,8 @@ compare.py shows these seconds.
 The folder --output holds
 
     VARIANT-sSEED/     the run folder of train.py, with best.pt
-    tune-VARIANT-N/    those of the tuning runs, without best.pt; tune_train.json and tune_val.json: their images
+    tune-VARIANT-N/    those of the tuning runs, without best.pt; tune_train.json and tune_val.json: their images.
+                       With --tune-each-seed also tune-VARIANT-s1-N/ and so on
     results/*.json     a small file for each run, all that scripts/compare.py needs
     configs/           the config and log of each run
 """
@@ -67,13 +69,14 @@ def main() -> None:
     jobs = args.jobs or max(1, gpus // args.processes)
     variants = read_variants(study.base, args.variants, on_variants, args.grid)
     runs = study.runs(variants, args.seeds)
-    short = f", {args.tune} tuning runs of each" if args.tune else ""
+    short = f", {args.tune} tuning runs of each{' with each seed' * args.tune_each_seed}" if args.tune else ""
     differing = differences(runs)
     varied = f"; they differ in {', '.join(differing)}" if differing else ""
     print(f"{counted(len(runs), 'run')} of {counted(len(variants), 'variant')}{short}{varied}")
     if not torch.cuda.is_available():  # else asking for a GPU would take its memory beside the runs
         pick_device(study.common.device)
-    searches = study.searches(variants, runs, args.tune_keys, args.tune, args.tune_set) if args.tune else []
+    tuned = [run for run in runs if args.tune and (args.tune_each_seed or run.notes["seed"] == 0)]
+    searches = study.searches(variants, tuned, args.tune_keys, args.tune, args.tune_set)
     if args.dry_run:
         first = [next(search) for search in searches]
         for run in first or runs:  # tuned runs will have other weights than now
@@ -82,9 +85,12 @@ def main() -> None:
         return
 
     if searches:
-        runs = study.runs(tune(study, variants, searches, args.tune, jobs), args.seeds)
+        for seed in {run.notes["seed"] for run in tuned}:
+            study.hold_out(seed)
+        tune(study, searches, args.tune, jobs)
+        runs = study.runs(variants, args.seeds)
     all_finished = train_all([[run] for run in runs], len(runs), jobs)
-    add_notes(runs, study.notes)
+    add_tuning(runs)
     if not any(run.kept.exists() and score(run.kept) is not None for run in runs):
         if all_finished:
             print(f"all runs failed; {study.results} says why: delete its files to try again", file=sys.stderr)
@@ -128,6 +134,9 @@ def parse_arguments() -> argparse.Namespace:
         "--tune-set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="options for the tuning runs"
     )
     parser.add_argument(
+        "--tune-each-seed", action="store_true", help="tune again for each seed (default: once, with seed 0)"
+    )
+    parser.add_argument(
         "--output", type=Path, metavar="FOLDER", help="default: runs/ and the name of the config's folder"
     )
     parser.add_argument(
@@ -150,6 +159,8 @@ def parse_arguments() -> argparse.Namespace:
     for flag, settings in (("--set", args.set), ("--grid", args.grid), ("--tune-set", args.tune_set)):
         for setting in settings:
             check_setting(flag, setting)
+    if args.tune is None and args.tune_each_seed:
+        raise UserError("--tune-each-seed: give --tune N too, the number of tuning runs")
     if args.tune is not None:
         check_tuning(args.tune, args.tune_keys, args.grid, args.tune_set)
     return args
@@ -166,8 +177,8 @@ class Study:
         self.output = output or Path("runs") / self.base.resolve().parent.name
         self.results = results or self.output / "results"
         self.processes = processes
-        self.notes: dict[str, Values] = {}  # by variant, added to its results
-        self.tried: dict[str, list[Trial]] = {}  # by variant, its finished tuning runs
+        self.tried: dict[tuple[str, int], list[Trial]] = {}  # finished tuning runs, by variant and seed
+        self.tunings: dict[tuple[str, int], Values] = {}  # what they found
         data = self.common.data
         files = {"data.train": Path(data.train.annotations), "data.val": Path(data.val.annotations)}
         self.annotations = {key: hash_of(file) for key, file in files.items() if file.is_file()}
@@ -175,55 +186,60 @@ class Study:
     def runs(self, variants: dict[str, Values], seeds: int) -> list[Run]:
         """Every variant with one seed, then with the next, so that runs that stop early still compare."""
         return [
-            self.run(f"{name}-s{seed}", config_files.merge(changes, {"seed": seed}), {"variant": name, "seed": seed})
+            self.whole_run(name, changes, seed, self.tunings.get((name, seed), self.tunings.get((name, 0))))
             for seed in range(seeds)
             for name, changes in variants.items()
         ]
 
+    def whole_run(self, variant: str, changes: Values, seed: int, tuned: Values | None) -> Run:
+        notes = {"variant": variant, "seed": seed}
+        if tuned:
+            changes, notes = with_values(changes, tuned["chosen"]), notes | {"tuning": tuned}
+        return self.run(f"{variant}-s{seed}", config_files.merge(changes, {"seed": seed}), notes)
+
     def searches(
         self, variants: dict[str, Values], runs: list[Run], tuned_keys: list[str], count: int, settings: list[str]
     ) -> list[Iterator[Run]]:
-        """A `search` for each variant. The first of the `runs` are those of the variants, in the same order."""
+        """A `search` for each of the runs, for its variant and with its seed."""
         keys = [key for key in tuning.KEYS if key in tuned_keys]  # in one order, which the search depends on
         searches = []
-        for (name, changes), run in zip(variants.items(), runs):
-            values = config.flat(run.cfg.model_dump(mode="json"))
+        for run in runs:
+            name, seed, values = run.notes["variant"], run.notes["seed"], config.flat(run.cfg.model_dump(mode="json"))
             initial = {key: values[key] for key in keys}
-            searches.append(self.search(name, changes, initial, count, settings))
+            searches.append(self.search(name, variants[name], seed, initial, count, settings))
         return searches
 
     def search(
-        self, variant: str, changes: Values, initial: dict[str, float], count: int, settings: list[str]
+        self, variant: str, changes: Values, seed: int, initial: dict[str, float], count: int, settings: list[str]
     ) -> Iterator[Run]:
         """The `count` tuning runs of a variant, beginning with its `initial` values, which are added to `tried`.
 
         Each must have a result before the next is asked for. One that has a result already keeps its values.
         """
-        tried = self.tried.setdefault(variant, [])
+        tried = self.tried.setdefault((variant, seed), [])
         for number in range(1, count + 1):
-            name = f"tune-{variant}-{number}"
+            name = f"tune-{variant}{of_seed(seed)}-{number}"
             kept = self.results / f"{name}.json"
             if tried and kept.exists():
                 values = kept_values(kept, list(initial))
             else:
-                values = tuning.propose(tried) if tried else initial
+                values = tuning.propose(tried, seed) if tried else initial
             best = f"; best so far {tuning.best(tried).AP or 0:.3f}" if tried else ""
-            title = f"{variant}, trial {number}/{count} ({shown(values)}{best})"
-            run = self.trial(name, with_values(changes, values), {"variant": variant, "tried": values}, settings)
+            title = f"{variant}{of_seed(seed)}, trial {number}/{count} ({shown(values)}{best})"
+            run = self.trial(name, with_values(changes, values), seed, {"variant": variant, "tried": values}, settings)
             yield replace(run, title=title, keep_best=False)
             tried.append(Trial(values, score(run.kept)))
 
-    def trial(self, name: str, changes: Values, notes: Values, settings: list[str]) -> Run:
+    def trial(self, name: str, changes: Values, seed: int, notes: Values, settings: list[str]) -> Run:
         """A tuning run that trains on a part of the training set and is scored on the rest."""
-        files = {split: {"annotations": str(self.part(split)), "images": self.images} for split in ("train", "val")}
-        changes = config_files.with_settings(config_files.merge(changes, {"data": files}), settings)
-        return self.run(name, changes, notes)
+        files = {s: {"annotations": str(self.part(s, seed)), "images": self.images} for s in ("train", "val")}
+        changes = config_files.merge(changes, {"data": files, "seed": seed})
+        return self.run(name, config_files.with_settings(changes, settings), notes)
 
     def run(self, name: str, changes: Values, notes: Values) -> Run:
         changes = config_files.merge(config_files.with_settings({}, self.settings), changes)
         values = config_files.merge(self.values, changes) | {"run": name, "output": str(self.output)}
-        notes = notes | self.notes.get(notes["variant"], {})
-        notes |= {"processes": self.processes, "annotations": self.annotations}
+        notes = notes | {"processes": self.processes, "annotations": self.annotations}
         file, kept = self.output / "configs" / f"{name}.yaml", self.results / f"{name}.json"
         return Run(file, resolve(values, f"variant {notes['variant']}", []), kept, notes, self.processes)
 
@@ -233,21 +249,21 @@ class Study:
         train = self.common.data.train
         return train.images or str(find_folder(train.annotations, load_annotations(train.annotations).file_names))
 
-    def part(self, split: str) -> Path:
-        return self.output / f"tune_{split}.json"
+    def part(self, split: str, seed: int) -> Path:
+        return self.output / f"tune_{split}{of_seed(seed)}.json"
 
-    def hold_out(self) -> None:
+    def hold_out(self, seed: int) -> None:
         """Split the training set's annotation file by images, the same way each time."""
         annotations = load_annotations(self.common.data.train.annotations)
         indices = list(range(len(annotations.image_ids)))
-        random.Random(0).shuffle(indices)
+        random.Random(seed).shuffle(indices)
         count = max(1, round(HELD_OUT * len(indices)))
         for split, part in (("val", indices[:count]), ("train", indices[count:])):
             try:
                 self.output.mkdir(parents=True, exist_ok=True)
-                atomic.write(self.part(split), json.dumps(annotations.document(part)))
+                atomic.write(self.part(split, seed), json.dumps(annotations.document(part)))
             except OSError as error:
-                raise UserError(f"--output: {self.part(split)} cannot be written ({error.strerror})") from None
+                raise UserError(f"--output: {self.part(split, seed)} cannot be written ({error.strerror})") from None
 
 
 def hash_of(file: Path) -> str:
@@ -256,28 +272,28 @@ def hash_of(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()[:16]
 
 
-def tune(
-    study: Study, variants: dict[str, Values], searches: list[Iterator[Run]], trials: int, jobs: int
-) -> dict[str, Values]:
-    """Train the tuning runs; return the variants with their best values. Exits if a tuning run has no result."""
-    study.hold_out()
+def tune(study: Study, searches: list[Iterator[Run]], trials: int, jobs: int) -> None:
+    """Train the tuning runs and add what they found to the study. Exits if a tuning run has no result."""
     small: dict[str, list | dict] = {"curve": [], "probability": [], "resampled": {}}
     if not train_all(searches, trials * len(searches), jobs, keep=lambda full: full | small):
         sys.exit(1)
-    tuned = dict(variants)
-    for name, tried in study.tried.items():
-        summary = tuning.summary(tried)
-        tuned[name] = with_values(variants[name], summary["chosen"])
-        study.notes[name] = {"tuning": summary}
-        print(f"{name}: {tuning.described(summary)}")
-    return tuned
+    for (name, seed), tried in study.tried.items():
+        study.tunings[name, seed] = tuning.summary(tried)
+        print(f"{name}{of_seed(seed)}: {tuning.described([study.tunings[name, seed]])}")
 
 
-def add_notes(runs: list[Run], notes: dict[str, Values]) -> None:
-    """Add the notes on each variant to the results of its runs."""
-    for run in runs:  # those that were finished before may have been tuned with fewer trials
-        if run.kept.exists() and (kept := result.read(run.kept)) | notes.get(run.notes["variant"], {}) != kept:
-            result.write(run.kept, kept | notes[run.notes["variant"]])
+def of_seed(seed: int) -> str:
+    """For names of tuning runs. Without --tune-each-seed all have seed 0, and later seeds can be added."""
+    return f"-s{seed}" if seed else ""
+
+
+def add_tuning(runs: list[Run]) -> None:
+    """Add what tuning found to the results of runs that were finished before, maybe after fewer trials."""
+    for run in runs:
+        if "tuning" in run.notes and run.kept.exists():
+            kept = result.read(run.kept)
+            if kept.get("tuning") != run.notes["tuning"]:
+                result.write(run.kept, kept | {"tuning": run.notes["tuning"]})
 
 
 def add_timing(runs: list[Run]) -> None:

@@ -9,11 +9,11 @@ deviation over its seeds. AP is in percent. ECE is the expected calibration erro
 AP, AP50, AP75, AP80 and AP90 the highest value is marked if it is better than each other row beyond chance.
 
 Below are the differences in AP (--metric) from the first row (or --baseline), each with its 95% interval over other
-seeds and other validation images. They hold for these loss weights and leave out the chance in tuning. "better" and
-"worse" are corrected for the number of rows: at most one list in 20 has any false one. A row with one seed gets no
-verdict. The line below says how large a difference these runs can detect, and how many seeds or images a smaller one
-takes; in brackets, after the correction, if only one row differs.
---pairs prints which of all pairs of rows differ, without any baseline. The formulas are in
+seeds and other validation images. They hold for these loss weights, unless each seed was tuned (ablate.py
+--tune-each-seed): then they cover the chance in tuning too. "better" and "worse" are corrected for the number of rows:
+at most one list in 20 has any false one. A row with one seed gets no verdict. The line below says how large a
+difference these runs can detect, and how many seeds or images a smaller one takes; in brackets, after the correction,
+if only one row differs. --pairs prints which of all pairs of rows differ, without any baseline. The formulas are in
 scripts/comparison/verdict.py.
 
 Runs of several validation sets, such as results/laptop/*.json results/cards/*.json, get a table for each set and then

@@ -5,7 +5,7 @@ import statistics
 
 from detector.configure import flat_values
 from scripts.comparison.rows import Row, numbers
-from scripts.comparison.tuning import budget, described
+from scripts.comparison.tuning import budget, described, highest
 
 LOSS = ("class_loss", "box_loss", "model.head.prior")
 VARIED = ("run", "output", "seed", *LOSS)  # may differ between compared runs
@@ -17,9 +17,9 @@ def remarks(rows: list[Row]) -> list[str]:
     """A line for each failed run, on tuning and length, and for each tuned setting in which the runs differ."""
     lines = [f"- failed: {row.name}, {failure}" for row in rows for failure in row.failures]
     for row in rows:
-        if row.runs and "tuning" in row.runs[0]:
-            lines.append(f"- {row.name} was tuned: {described(row.runs[0]['tuning'])}")
-    if sum(bool(row.runs) for row in rows) > 1 and not any("tuning" in run for row in rows for run in row.runs):
+        if row.tunings:
+            lines.append(f"- {row.name} was tuned{_for_each_seed(row)}: {described(row.tunings)}")
+    if sum(bool(row.runs) for row in rows) > 1 and not any(row.tunings for row in rows):
         lines.append("- no row was tuned, so the weights may favour some losses (scripts/ablate.py --tune)")
     if too_short := [row.name for row in rows if _short_trials(row)]:
         remark = "no trial reached two thirds of the runs' AP; longer trials (--tune-set) or cleaner labels may lead"
@@ -55,7 +55,7 @@ def differing(rows: list[Row]) -> tuple[list[str], list[str]]:
             of_run["processes"] = run.get("processes", 1)
             if "annotations" in known:
                 of_run |= {f"SHA-256 of {key}": value for key, value in run["annotations"].items()}
-            of_run["tuning"] = budget(run["tuning"]) if "tuning" in run else None
+            of_run["tuning"] = budget(run["tuning"]) + _for_each_seed(row) if "tuning" in run else None
             settings.append((row.name if len(row.runs) == 1 else f"{row.name} seed {seed}", of_run))
     keys = [set(run["tuning"]["keys"]) if "tuning" in run else set() for run in all_runs]
     tuned = set.intersection(*keys) if keys else set()
@@ -79,10 +79,16 @@ def differing(rows: list[Row]) -> tuple[list[str], list[str]]:
     return about_tuned, unfair
 
 
+def _for_each_seed(row: Row) -> str:
+    return " for each seed" if len(row.tunings) > 1 else ""
+
+
 def _mixed_losses(row: Row) -> list[str]:
     """A line if the runs of a row, which should differ in their seeds alone, have other losses."""
+    tuned = row.tunings[0]["keys"] if len(row.tunings) > 1 else []
     losses = [{k: v for k, v in flat_values(run["config"]).items() if k.startswith(LOSS)} for run in row.runs]
     mixed = [k for k in losses[0] if any(of_run.get(k) != losses[0][k] for of_run in losses)] if losses else []
+    mixed = [key for key in mixed if key not in tuned]
     return [f"not a fair comparison, the seeds of {row.name} differ in {', '.join(mixed)}"] if mixed else []
 
 
@@ -95,8 +101,7 @@ def _last_rise(row: Row) -> float | None:
 
 def _short_trials(row: Row) -> bool:
     """Whether a row was tuned by trials so short that they may rank values unlike whole runs do."""
-    if not row.runs or "tuning" not in row.runs[0]:
-        return False
-    best = max(trial["AP"] or 0 for trial in row.runs[0]["tuning"]["trials"])
     known = [of_run["AP"] for run in row.runs if "AP" in (of_run := numbers(run))]
-    return bool(known) and 100 * best < 2 / 3 * statistics.fmean(known)
+    if not row.tunings or not known:
+        return False
+    return statistics.fmean(map(highest, row.tunings)) < 2 / 3 * statistics.fmean(known)

@@ -238,15 +238,18 @@ def gradients(rows: list[Row]) -> list[str]:
 
 
 def tuned(rows: list[Row]) -> list[str]:
-    tunings = {row.name: run["tuning"] for row in rows for run in row.runs[:1] if "tuning" in run}
+    tunings = {}
+    for row in rows:
+        for seed, of_seed in zip(row.seeds, row.tunings):
+            tunings[f"{row.name} seed {seed}" if len(row.tunings) > 1 else row.name] = of_seed
     if not tunings:
         return []
-    count = max(len(of_row["trials"]) for of_row in tunings.values())
+    count = max(len(found["trials"]) for found in tunings.values())
     lines = []
-    for name, of_row in tunings.items():
-        aps = [trial["AP"] for trial in of_row["trials"]]
+    for name, found in tunings.items():
+        aps = [trial["AP"] for trial in found["trials"]]
         cells = (f"{100 * ap:.1f}" if ap is not None else "-" for ap in aps + [None] * (count - len(aps)))
-        lines.append([name, ", ".join(of_row["keys"]), *cells, tuning.described(of_row)])
+        lines.append([name, ", ".join(found["keys"]), *cells, tuning.described([found])])
     words = (
         "AP of tuning runs, trained on three quarters of the training images and scored on the rest. If the best value "
         "is at an end of the range, a wider range may hold a better one. Trial 1 has the values of the variant's file."

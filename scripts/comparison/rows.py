@@ -1,5 +1,6 @@
 """Runs as the rows of a comparison: one for each loss, over its seeds."""
 
+import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,17 @@ class Row(NamedTuple):
     @property
     def seeds(self) -> list[int]:
         return [run["config"].get("seed", 0) for run in self.runs]
+
+    @property
+    def tunings(self) -> list[Result]:
+        """What tuning found: once for the row, or for each of its runs (ablate.py --tune-each-seed); [] without tuning.
+
+        If only some runs share a tuning, it is the first run's. Then their losses differ, which `fairness` reports.
+        """
+        found = [run["tuning"] for run in self.runs if "tuning" in run]
+        different = {json.dumps(tuning["trials"]) for tuning in found}
+        same_keys = all(tuning["keys"] == found[0]["keys"] for tuning in found)
+        return found if same_keys and len(different) == len(self.runs) else found[:1]
 
 
 class Costs(NamedTuple):

@@ -3,8 +3,8 @@
 The values of all keys are searched together, evenly in their logarithms, from a tenth to ten times the variant's own
 values. The first trial has its own values, the next three are random places in the range, the same for each variant
 while their ranges are the same, and then Optuna's Gaussian process proposes. A trial depends only on the trials before
-it: `propose` makes a fresh Optuna study of them, with a seed that is the trial's number. A search that was stopped
-continues as if it had not stopped.
+it and on the search's seed: `propose` makes a fresh Optuna study of them. A search that was stopped continues as if it
+had not stopped.
 
 If the best value so far lies in the outer tenth of a range, this side is extended by half a decade, to a hundredth or
 a hundred times at most. The number of trials stays the same, so that every variant has the same budget.
@@ -20,6 +20,7 @@ STEP = 0.5  # decades of an extension
 LIMIT = 2.0  # decades it may grow at most
 END = 0.1  # the share of a range, in decades, that counts as one of its ends
 RANDOM = 4  # trials before the Gaussian process, with the first
+SEEDS = 1000  # Optuna's seeds for each seed of a search, one a trial
 
 Range = tuple[float, float]
 
@@ -31,7 +32,7 @@ class Trial(NamedTuple):
     AP: float | None  # None if it failed
 
 
-def propose(trials: Sequence[Trial]) -> dict[str, float]:
+def propose(trials: Sequence[Trial], seed: int = 0) -> dict[str, float]:
     """The values of the next trial. The first, which has the variant's own values, must be among `trials`."""
     import optuna  # takes a second, and only tuning needs it
 
@@ -41,7 +42,7 @@ def propose(trials: Sequence[Trial]) -> dict[str, float]:
     distributions: dict[str, optuna.distributions.BaseDistribution] = {
         key: optuna.distributions.FloatDistribution(*span) for key, span in spans.items()
     }
-    sampler = optuna.samplers.GPSampler(seed=len(trials), n_startup_trials=RANDOM)
+    sampler = optuna.samplers.GPSampler(seed=SEEDS * seed + len(trials), n_startup_trials=RANDOM)
     study = optuna.create_study(direction="maximize", sampler=sampler)
     for trial in trials:
         # The clamp is for values that were rounded to just outside of the range.
@@ -88,23 +89,35 @@ def budget(tuning: dict[str, Any]) -> str:
     return f"{', '.join(tuning['keys'])} in {len(tuning['trials'])} trials"
 
 
-def described(tuning: dict[str, Any]) -> str:
-    """The chosen values of a summary with their ranges, and a remark if they may not be the best."""
+def described(tunings: Sequence[dict[str, Any]]) -> str:
+    """The chosen values of summaries of one variant with their ranges, and remarks if they may not be the best.
+
+    Values of several summaries, one for each seed, are separated by slashes; a range is that of all.
+    """
     words = []
-    for key, value in tuning["chosen"].items():
-        low, high = tuning["range"][key]
-        extended = ", extended" if key in tuning["extended"] else ""
-        at_end = ", at an end of it" if key in tuning["at_an_end"] else ""
-        words.append(f"{key} {value:g} (range {low:g} to {high:g}{extended}{at_end})")
-    failed = sum(trial["AP"] is None for trial in tuning["trials"])
-    if failed:
-        words.append(f"{failed} of {len(tuning['trials'])} trials failed")
-    highest = max(trial["AP"] or 0 for trial in tuning["trials"])
-    if highest > 0:
-        words.append(f"best trial {100 * highest:.1f} AP")
-    else:
-        words.append("no trial scored above 0, so these are the variant's own values; give longer trials (--tune-set)")
+    for key in tunings[0]["chosen"]:
+        values = " / ".join(f"{tuning['chosen'][key]:g}" for tuning in tunings)
+        low, high = min(tuning["range"][key][0] for tuning in tunings), max(t["range"][key][1] for t in tunings)
+        remark = ", extended" if any(key in tuning["extended"] for tuning in tunings) else ""
+        if ends := sum(key in tuning["at_an_end"] for tuning in tunings):
+            remark += f", at an end of its own in {ends} of {len(tunings)}" if len(tunings) > 1 else ", at an end of it"
+        words.append(f"{key} {values} (range {low:g} to {high:g}{remark})")
+    trials = [trial for tuning in tunings for trial in tuning["trials"]]
+    if failed := sum(trial["AP"] is None for trial in trials):
+        words.append(f"{failed} of {len(trials)} trials failed")
+    best_trials = [highest(tuning) for tuning in tunings]
+    if any(best_trials):
+        words.append(f"best trial {' / '.join(f'{AP:.1f}' for AP in best_trials)} AP")
+    if not all(best_trials):
+        of_seeds = " of some seeds" if any(best_trials) else ""
+        words.append(f"no trial{of_seeds} scored above 0, so these are the variant's own values")
+        words[-1] += "; give longer trials (--tune-set)"
     return ", ".join(words)
+
+
+def highest(tuning: dict[str, Any]) -> float:
+    """The AP of a summary's best trial, in percent."""
+    return 100 * max(0, *(trial["AP"] or 0 for trial in tuning["trials"]))
 
 
 def _decades(trial: Trial, key: str, start: dict[str, float]) -> float:

@@ -64,6 +64,7 @@ def test_a_variant_that_changes_more_than_the_loss_is_refused(base):
         (("--variants", "focal", "--tune", "8", "--tune-set", "solver.epoch=1"), "solver.epoch: unknown option"),
         (("--variants", "focal", "--tune", "8", "--tune-set", "class_loss.name=ce"), "--variants names the losses"),
         (("--variants", "focal", "--tune", "8", "--grid", "class_loss.weight=1,2"), "is what --tune searches"),
+        (("--variants", "focal", "--tune-each-seed"), "--tune-each-seed: give --tune N too"),
         (("--variants", "focal", "--set", "seed=7"), "--seeds sets it"),
         (("--variants", "focal", "--grid", "seed=7,8"), "--seeds sets it"),
         (("--variants", "focal", "--tune", "8", "--tune-set", "output=x"), "--output sets it"),
@@ -245,6 +246,43 @@ def test_more_trials_continue_the_earlier_search(scored, tmp_path):
     assert code == 0 and run_names == ["tune-focal-3", "tune-focal+ghm_r-3"], err
     final = result.read(tmp_path / "out" / "results" / "focal-s0.json")
     assert [trial["AP"] for trial in final["tuning"]["trials"]] == [0.3, 0.3, 0.2] and final["metrics"]["AP"] == 0.3
+
+
+def test_each_seed_can_have_a_search_of_its_own(scored, tmp_path, command):
+    """It has its own images to tune on and its own proposals. Seed 0 has those of a study that tunes once."""
+
+    def score(values):
+        best = 0.5 * 3 ** values["seed"]
+        return 0.5 - 0.1 * abs(math.log10(values["class_loss.weight"] / best))
+
+    out, names = tmp_path / "out", ("focal", "focal+ghm_r")
+    assert scored(score, "--tune", 3, "--output", out)[0] == 0
+    arguments = ["--seeds", 3, "--tune", 3, "--tune-each-seed", "--output", out]
+    code, text, err, run_names = scored(score, *arguments)
+    assert code == 0 and "6 runs of 2 variants, 3 tuning runs of each with each seed; they differ in" in text, err
+    assert run_names[:12] == [f"tune-{name}-s{seed}-{n}" for n in (1, 2, 3) for seed in (1, 2) for name in names]
+    assert run_names[12:] == [f"{name}-s{seed}" for seed in (1, 2) for name in names]
+
+    tried, images = {}, {}
+    for seed in range(3):
+        of_seed = f"-s{seed}" if seed else ""
+        trials = [result.read(out / "results" / f"tune-focal{of_seed}-{n}.json") for n in (1, 2, 3)]
+        whole = result.read(out / "results" / f"focal-s{seed}.json")
+        assert {trial["config"]["seed"] for trial in trials} == {seed} and "seed" not in trials[0]
+        assert [trial["values"] for trial in whole["tuning"]["trials"]] == [trial["tried"] for trial in trials]
+        best = max(trials, key=lambda trial: trial["metrics"]["AP"])
+        assert whole["tuning"]["chosen"] == best["tried"]
+        assert whole["config"]["class_loss"]["weight"] == best["tried"]["class_loss.weight"]
+        tried[seed] = [list(trial["tried"].values()) for trial in trials]
+        file = trials[0]["config"]["data"]["val"]["annotations"]
+        images[seed] = {image["id"] for image in json.loads(Path(file).read_text())["images"]}
+    assert tried[0][0] == tried[1][0] == tried[2][0]  # the file's values
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        assert tried[one][1:] != tried[other][1:] and images[one] != images[other]
+
+    code, text, _ = command(compare.main, out)
+    assert code == 0 and "- focal was tuned for each seed: class_loss.weight " in text, text
+    assert "not a fair comparison" not in text
 
 
 def test_a_variant_whose_trials_all_fail_is_reported_in_one_line(scored, tmp_path):

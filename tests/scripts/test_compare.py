@@ -439,6 +439,29 @@ def test_failed_runs_and_tuned_values_at_an_end_of_their_range_are_reported(tmp_
     assert "no trial reached" not in capsys.readouterr().out
 
 
+def test_each_seed_of_a_row_may_have_tuned_weights_of_its_own(tmp_path, capsys):
+    def tuned(variant, seed, weight, found, best=0.3):
+        config = {"run": f"{variant}-s{seed}", "seed": seed, "class_loss": {"name": variant, "weight": weight}}
+        search = {"keys": ["class_loss.weight"], "trials": [{"values": {"class_loss.weight": found}, "AP": best}]}
+        search |= {"chosen": {"class_loss.weight": found}, "range": {"class_loss.weight": [0.1 * found, 10]}}
+        search |= {"extended": [], "at_an_end": []}
+        return kept(tmp_path, variant, seed, 0.3, config=config | {"box_loss": {"name": "l1"}}, tuning=search)
+
+    each = [tuned("ce", seed, weight, weight) for seed, weight in enumerate((1, 2, 4))]
+    main([*each, *(tuned("focal", seed, weight, weight) for seed, weight in enumerate((3, 3.1, 1)))])
+    out = capsys.readouterr().out
+    assert "- ce was tuned for each seed: class_loss.weight 1 / 2 / 4 (range 0.1 to 10), best trial 30.0 / 30.0" in out
+    assert "not a fair comparison" not in out
+    main([*each, *(tuned("focal", seed, 3, 3) for seed in range(3))])
+    out = capsys.readouterr().out
+    assert "- focal was tuned: class_loss.weight 3 (" in out and "1 trials for each seed" in out
+    assert "- warning: not a fair comparison, ce seed 0, ce seed 1, ce seed 2 / focal seed 0" in out
+    main([*each[:2], tuned("ce", 2, 4, 2), tuned("focal", 0, 1, 1)])  # 4 is not from a search of its own
+    assert "not a fair comparison, the seeds of ce differ in class_loss.weight" in capsys.readouterr().out
+    main([tuned("ce", 0, 1, 1, best=0.1), tuned("ce", 1, 2, 2, best=0.29)])  # 19.5 and 30 AP
+    assert "no trial reached two thirds of the runs' AP" in capsys.readouterr().out
+
+
 def test_rows_whose_ap_still_rises_are_named(tmp_path, capsys):
     def curve(*aps):
         return {"curve": [{"step": step, "AP": ap} for step, ap in enumerate(aps)]}

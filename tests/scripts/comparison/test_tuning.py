@@ -54,7 +54,7 @@ def test_a_best_value_at_an_end_extends_the_range_but_not_the_budget(outside):
     assert summary["range"]["class_loss.weight"][1] in (126, 400)
     assert summary["range"]["box_loss.weight"] == [0.2, 20]
     assert 40 < summary["chosen"]["class_loss.weight"] < 200 and tuning.best(outside).AP > 0.97
-    assert "class_loss.weight" in tuning.described(summary) and ", extended" in tuning.described(summary)
+    assert "class_loss.weight" in tuning.described([summary]) and ", extended" in tuning.described([summary])
 
 
 def at(*decades, AP):
@@ -74,13 +74,26 @@ def test_the_outer_tenth_is_counted_in_decades():
 def test_an_end_that_only_the_last_trial_reached_is_not_reported_as_extended():
     summary = tuning.summary([at(0, 0, AP=0.1), at(0.95, 0, AP=0.2)])
     assert summary["range"]["class_loss.weight"] == [0.1, 10] and summary["extended"] == []
-    assert summary["at_an_end"] == ["class_loss.weight"] and "at an end of it" in tuning.described(summary)
+    assert summary["at_an_end"] == ["class_loss.weight"] and "at an end of it" in tuning.described([summary])
 
 
 def test_a_trial_depends_only_on_those_before_it(inside):
     """So a stopped search continues the same, and parallel searches change nothing."""
     for count in (1, 5, 11):
         assert tuning.propose(inside[:count]) == inside[count].values
+
+
+def test_searches_with_other_seeds_propose_other_values(inside):
+    proposed = [tuning.propose(inside[:1], seed) for seed in (0, 1, 2)]
+    assert proposed[0] == tuning.propose(inside[:1]) == inside[1].values
+    assert all(len({values[key] for values in proposed}) == 3 for key in OWN)
+
+
+def test_summaries_of_several_seeds_are_one_line():
+    trials = [at(0, 0, AP=0.1), at(0.95, 0.5, AP=0.2)], [at(0, 0, AP=0.3), at(0.2, 0.5, AP=None)], [at(0, 0, AP=None)]
+    line = tuning.described([tuning.summary(of_seed) for of_seed in trials])
+    assert "class_loss.weight 8.91251 / 1 / 1 (range 0.1 to 10, at an end of its own in 1 of 3)" in line
+    assert "2 of 5 trials failed, best trial 20.0 / 30.0 / 0.0 AP, no trial of some seeds scored above 0, so" in line
 
 
 def test_failed_trials_are_never_best_and_do_not_end_the_search():
@@ -92,7 +105,7 @@ def test_failed_trials_are_never_best_and_do_not_end_the_search():
     failed_trials = [Trial(OWN, None), Trial({key: 2 * value for key, value in OWN.items()}, None)]
     summary = tuning.summary(failed_trials)
     assert summary["chosen"] == OWN and tuning.propose(failed_trials).keys() == OWN.keys()
-    assert "2 of 2 trials failed, no trial scored above 0" in tuning.described(summary)
+    assert "2 of 2 trials failed, no trial scored above 0" in tuning.described([summary])
 
 
 def test_every_variant_starts_with_the_same_multiples():
