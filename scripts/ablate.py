@@ -29,34 +29,19 @@ The folder --output holds
 """
 
 import argparse
-import hashlib
-import json
-import random
 import sys
-from collections.abc import Iterator
-from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from data.annotations import load_annotations
-from data.image_folder import find_folder
-from detector import atomic, config, config_files
-from detector.configure import resolve
+from detector import config
 from detector.device import pick_device
 from detector.errors import UserError, counted, run_main
-from detector.option_errors import suggestion
 from scripts.comparison import result, tuning
-from scripts.comparison.fairness import LOSS as VARIANT_KEYS  # what a variant may set: keys that start so
+from scripts.comparison.study import Study, score
 from scripts.comparison.supervise import Run, finished, train_all
 from scripts.comparison.timing import time_steps
-from scripts.comparison.tuning import Trial
-
-HELD_OUT = 0.25  # of the training images, to tune on
-
-Values = dict[str, Any]  # the nested values of a config
+from scripts.comparison.variants import VARIANT_KEYS, differences, read_variants
 
 
 def main() -> None:
@@ -87,7 +72,7 @@ def main() -> None:
     if searches:
         for seed in {run.notes["seed"] for run in tuned}:
             study.hold_out(seed)
-        tune(study, searches, args.tune, jobs)
+        study.tune(searches, args.tune, jobs)
         runs = study.runs(variants, args.seeds)
     all_finished = train_all([[run] for run in runs], len(runs), jobs)
     add_tuning(runs)
@@ -166,127 +151,6 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-class Study:
-    """The folders of a comparison, and the config that its runs share."""
-
-    def __init__(self, base: str, settings: list[str], output: Path | None, results: Path | None, processes: int = 1):
-        self.base = Path(base)
-        self.values = config_files.read(base)
-        self.common = resolve(self.values, base, settings)
-        self.settings = settings
-        self.output = output or Path("runs") / self.base.resolve().parent.name
-        self.results = results or self.output / "results"
-        self.processes = processes
-        self.tried: dict[tuple[str, int], list[Trial]] = {}  # finished tuning runs, by variant and seed
-        self.tunings: dict[tuple[str, int], Values] = {}  # what they found
-        data = self.common.data
-        files = {"data.train": Path(data.train.annotations), "data.val": Path(data.val.annotations)}
-        self.annotations = {key: hash_of(file) for key, file in files.items() if file.is_file()}
-
-    def runs(self, variants: dict[str, Values], seeds: int) -> list[Run]:
-        """Every variant with one seed, then with the next, so that runs that stop early still compare."""
-        return [
-            self.whole_run(name, changes, seed, self.tunings.get((name, seed), self.tunings.get((name, 0))))
-            for seed in range(seeds)
-            for name, changes in variants.items()
-        ]
-
-    def whole_run(self, variant: str, changes: Values, seed: int, tuned: Values | None) -> Run:
-        notes = {"variant": variant, "seed": seed}
-        if tuned:
-            changes, notes = with_values(changes, tuned["chosen"]), notes | {"tuning": tuned}
-        return self.run(f"{variant}-s{seed}", config_files.merge(changes, {"seed": seed}), notes)
-
-    def searches(
-        self, variants: dict[str, Values], runs: list[Run], tuned_keys: list[str], count: int, settings: list[str]
-    ) -> list[Iterator[Run]]:
-        """A `search` for each of the runs, for its variant and with its seed."""
-        keys = [key for key in tuning.KEYS if key in tuned_keys]  # in one order, which the search depends on
-        searches = []
-        for run in runs:
-            name, seed, values = run.notes["variant"], run.notes["seed"], config.flat(run.cfg.model_dump(mode="json"))
-            initial = {key: values[key] for key in keys}
-            searches.append(self.search(name, variants[name], seed, initial, count, settings))
-        return searches
-
-    def search(
-        self, variant: str, changes: Values, seed: int, initial: dict[str, float], count: int, settings: list[str]
-    ) -> Iterator[Run]:
-        """The `count` tuning runs of a variant, beginning with its `initial` values, which are added to `tried`.
-
-        Each must have a result before the next is asked for. One that has a result already keeps its values.
-        """
-        tried = self.tried.setdefault((variant, seed), [])
-        for number in range(1, count + 1):
-            name = f"tune-{variant}{of_seed(seed)}-{number}"
-            kept = self.results / f"{name}.json"
-            if tried and kept.exists():
-                values = kept_values(kept, list(initial))
-            else:
-                values = tuning.propose(tried, seed) if tried else initial
-            best = f"; best so far {tuning.best(tried).AP or 0:.3f}" if tried else ""
-            title = f"{variant}{of_seed(seed)}, trial {number}/{count} ({shown(values)}{best})"
-            run = self.trial(name, with_values(changes, values), seed, {"variant": variant, "tried": values}, settings)
-            yield replace(run, title=title, keep_best=False)
-            tried.append(Trial(values, score(run.kept)))
-
-    def trial(self, name: str, changes: Values, seed: int, notes: Values, settings: list[str]) -> Run:
-        """A tuning run that trains on a part of the training set and is scored on the rest."""
-        files = {s: {"annotations": str(self.part(s, seed)), "images": self.images} for s in ("train", "val")}
-        changes = config_files.merge(changes, {"data": files, "seed": seed})
-        return self.run(name, config_files.with_settings(changes, settings), notes)
-
-    def run(self, name: str, changes: Values, notes: Values) -> Run:
-        changes = config_files.merge(config_files.with_settings({}, self.settings), changes)
-        values = config_files.merge(self.values, changes) | {"run": name, "output": str(self.output)}
-        notes = notes | {"processes": self.processes, "annotations": self.annotations}
-        file, kept = self.output / "configs" / f"{name}.yaml", self.results / f"{name}.json"
-        return Run(file, resolve(values, f"variant {notes['variant']}", []), kept, notes, self.processes)
-
-    @cached_property
-    def images(self) -> str:
-        """The folder of the training images, which is searched beside the whole file, not beside a part of it."""
-        train = self.common.data.train
-        return train.images or str(find_folder(train.annotations, load_annotations(train.annotations).file_names))
-
-    def part(self, split: str, seed: int) -> Path:
-        return self.output / f"tune_{split}{of_seed(seed)}.json"
-
-    def hold_out(self, seed: int) -> None:
-        """Split the training set's annotation file by images, the same way each time."""
-        annotations = load_annotations(self.common.data.train.annotations)
-        indices = list(range(len(annotations.image_ids)))
-        random.Random(seed).shuffle(indices)
-        count = max(1, round(HELD_OUT * len(indices)))
-        for split, part in (("val", indices[:count]), ("train", indices[count:])):
-            try:
-                self.output.mkdir(parents=True, exist_ok=True)
-                atomic.write(self.part(split, seed), json.dumps(annotations.document(part)))
-            except OSError as error:
-                raise UserError(f"--output: {self.part(split, seed)} cannot be written ({error.strerror})") from None
-
-
-def hash_of(file: Path) -> str:
-    """The start of the file's SHA-256: a result belongs to the data of its training."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()[:16]
-
-
-def tune(study: Study, searches: list[Iterator[Run]], trials: int, jobs: int) -> None:
-    """Train the tuning runs and add what they found to the study. Exits if a tuning run has no result."""
-    small: dict[str, list | dict] = {"curve": [], "probability": [], "resampled": {}}
-    if not train_all(searches, trials * len(searches), jobs, keep=lambda full: full | small):
-        sys.exit(1)
-    for (name, seed), tried in study.tried.items():
-        study.tunings[name, seed] = tuning.summary(tried)
-        print(f"{name}{of_seed(seed)}: {tuning.described([study.tunings[name, seed]])}")
-
-
-def of_seed(seed: int) -> str:
-    """For names of tuning runs. Without --tune-each-seed all have seed 0, and later seeds can be added."""
-    return f"-s{seed}" if seed else ""
-
-
 def add_tuning(runs: list[Run]) -> None:
     """Add what tuning found to the results of runs that were finished before, maybe after fewer trials."""
     for run in runs:
@@ -309,81 +173,6 @@ def add_timing(runs: list[Run]) -> None:
         print(f"{name}: {timing['seconds']:.3f} s/step")
 
 
-def read_variants(base: Path, names: list[str], settings: list[str], grids: list[str]) -> dict[str, Values]:
-    """What each variant changes in the config `base`, by name, with settings ("class_loss.weight=2") on top.
-
-    With grids, each variant with each of their values.
-    """
-    variants = {name: config_files.with_settings(read_variant(base, name), settings) for name in names}
-    for grid in grids:
-        key, values = parse_grid(grid)
-        short = key.rpartition(".")[2]
-        variants = {f"{n}[{short}={v}]": with_values(c, {key: v}) for n, c in variants.items() for v in values}
-    known: dict[str, str] = {}
-    for name, changes in variants.items():
-        other = known.setdefault(json.dumps(changes, sort_keys=True, default=str), name)
-        if other != name:
-            raise UserError(f"--variants {name}: has the losses of {other}; leave one of them out")
-    return variants
-
-
-def read_variant(base: Path, name: str) -> Values:
-    """What a variant changes in the config `base`. Raises UserError if that is more than the loss."""
-    changes: Values = {}
-    parts = name.split("+")
-    if len(parts) > 2:
-        raise UserError(f"--variants {name}: name one file, or two as CLASS+BOX for the class and the box loss")
-    for number, part in enumerate(parts):
-        file = base.parent / f"{part}.yaml"
-        if not file.exists():
-            known = sorted(other.stem for other in base.parent.glob("*.yaml") if other.name != base.name)
-            raise UserError(f"--variants {name}: no file {file}; {suggestion(part, known)}")
-        below = bases(file)
-        if below and base.resolve() not in [other.resolve() for other in below]:
-            raise UserError(f"{file} starts from {below[0]}, not from {base}: give --config {below[0]}")
-        values = changes_to(base, file)
-        for key in config.flat(values):
-            if not key.startswith(VARIANT_KEYS):
-                raise UserError(
-                    f"{file}: {key}: a variant may set only {', '.join(VARIANT_KEYS)}; set it in {base} or with --set"
-                )
-        changes = config_files.merge(changes, values if number == 0 else {"box_loss": values.get("box_loss", {})})
-    return changes
-
-
-def bases(file: Path) -> list[Path]:
-    """The files that a config file is based on, the nearest first."""
-    config_files.read(file)  # a UserError if its bases lead back to itself
-    _, below = config_files.read_file(file)
-    return [] if below is None else [below, *bases(below)]
-
-
-def changes_to(base: Path, file: Path) -> Values:
-    """What a config file and the files it is based on, up to `base`, set."""
-    values, below = config_files.read_file(file)
-    values.pop("run", None)
-    if below is None or below.resolve() == base.resolve():
-        return values
-    return config_files.merge(changes_to(base, below), values)
-
-
-def parse_grid(text: str) -> tuple[str, list[str]]:
-    """Split KEY=A,B,C into the key and its values."""
-    key, _, values = text.partition("=")
-    if not key or not all(values.split(",")):
-        raise UserError(f"--grid {text}: write it as KEY=A,B,C, such as class_loss.bins=5,10,20")
-    return key, values.split(",")
-
-
-def with_values(changes: Values, values: dict[str, Any]) -> Values:
-    """`changes` with values on top, by dotted key."""
-    return config_files.with_settings(changes, [f"{key}={value}" for key, value in values.items()])
-
-
-def shown(values: dict[str, float]) -> str:
-    return ", ".join(f"{key} {value:g}" for key, value in values.items())
-
-
 def check_setting(flag: str, setting: str) -> None:
     """Raises UserError for a setting that another option makes."""
     key = setting.partition("=")[0]
@@ -401,33 +190,6 @@ def check_tuning(trials: int, keys: list[str], grids: list[str], settings: list[
         for setting in given:
             if (key := setting.partition("=")[0]) in keys:
                 raise UserError(f"{flag} {setting}: {key} is what --tune searches; leave it out here or in --tune-keys")
-
-
-def kept_values(kept: Path, keys: list[str]) -> dict[str, float]:
-    """What a finished trial tried. Raises UserError if those are other keys."""
-    values = result.read(kept).get("tried")
-    if not isinstance(values, dict) or list(values) != keys:
-        raise UserError(f"{kept}: has not tried {', '.join(keys)}: delete it, or give another --results")
-    return values
-
-
-def differences(runs: list[Run]) -> list[str]:
-    """The keys in which the runs differ. Raises UserError if one of them does not belong to the loss."""
-    values = [config.flat(run.cfg.model_dump(mode="json")) for run in runs]
-    differing = [
-        key
-        for key in dict.fromkeys(key for of_run in values for key in of_run)
-        if len({repr(of_run.get(key)) for of_run in values}) > 1
-    ]
-    for key in differing:
-        if key not in ("run", "seed") and not key.startswith(VARIANT_KEYS):
-            raise UserError(f"{key} differs between the runs: a fair comparison varies only {', '.join(VARIANT_KEYS)}")
-    return differing
-
-
-def score(kept: Path) -> float | None:
-    """The AP of a result; None if the run failed."""
-    return result.read(kept).get("metrics", {}).get("AP")
 
 
 if __name__ == "__main__":

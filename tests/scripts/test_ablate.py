@@ -18,6 +18,8 @@ from detector import config
 from detector.errors import UserError
 from scripts import ablate, compare
 from scripts.comparison import result, supervise, timing
+from scripts.comparison.study import Study
+from scripts.comparison.variants import read_variant
 
 pytestmark = pytest.mark.usefixtures("warm_starts")
 
@@ -38,7 +40,7 @@ def base(tmp_path, tiny):
 
 
 def test_a_plus_takes_the_second_file_s_box_loss(base):
-    changes = ablate.read_variant(base, "focal+ghm_r")
+    changes = read_variant(base, "focal+ghm_r")
     assert changes["class_loss"] == {"name": "focal"}
     assert changes["box_loss"]["name"] == "ghm_r" and changes["box_loss"]["mu"] == 0.1
 
@@ -46,7 +48,7 @@ def test_a_plus_takes_the_second_file_s_box_loss(base):
 def test_a_variant_that_changes_more_than_the_loss_is_refused(base):
     (base.parent / "cheat.yaml").write_text("base: base.yaml\nclass_loss: {name: ce}\nsolver: {epochs: 99}\n")
     with pytest.raises(UserError, match=r"cheat\.yaml: solver\.epochs: a variant may set only"):
-        ablate.read_variant(base, "cheat")
+        read_variant(base, "cheat")
 
 
 @pytest.mark.parametrize(
@@ -106,18 +108,18 @@ def test_a_dry_run_writes_nothing_and_a_refused_study_neither(base, tmp_path, co
 
 def test_a_variant_may_be_based_on_another_one(base):
     (base.parent / "twice.yaml").write_text("base: focal.yaml\nbox_loss: {weight: 4}\n")
-    changes = ablate.read_variant(base, "twice")
+    changes = read_variant(base, "twice")
     assert changes == {"class_loss": {"name": "focal"}, "box_loss": {"name": "smooth_l1", "weight": 4}}
     (base.parent / "other.yaml").write_text("solver: {epochs: 9}\n")
     (base.parent / "stray.yaml").write_text("base: other.yaml\nclass_loss: {name: ce}\n")
     with pytest.raises(
         UserError, match=r"stray\.yaml starts from \S+other\.yaml, not from \S+base\.yaml: give --config \S+other"
     ):
-        ablate.read_variant(base, "stray")
+        read_variant(base, "stray")
     with pytest.raises(
         UserError, match=r"ghm_r\.yaml starts from \S+base\.yaml, not from \S+focal\.yaml: give --config"
     ):
-        ablate.read_variant(base.with_name("focal.yaml"), "ghm_r")
+        read_variant(base.with_name("focal.yaml"), "ghm_r")
 
 
 def test_a_stopped_run_of_another_length_is_not_continued(base, tmp_path, command):
@@ -320,8 +322,8 @@ def test_timed_steps_take_turns_and_each_uses_the_losses_of_its_variant(base, mo
         return lambda batch: (order.append(type(criterion.box_loss).__name__), step(batch))
 
     monkeypatch.setattr(timing, "training_step", noted)
-    study = ablate.Study(str(base), [], base.parent / "out", None)
-    variants = {name: ablate.read_variant(base, name) for name in ("focal", "focal+ghm_r")}
+    study = Study(str(base), [], base.parent / "out", None)
+    variants = {name: read_variant(base, name) for name in ("focal", "focal+ghm_r")}
     configs = {run.notes["variant"]: run.cfg for run in study.runs(variants, 1)}
     times = timing.time_steps(configs, rounds=3)
     assert order == ["SmoothL1", "GHMR"] * 5  # two rounds warm up
@@ -370,8 +372,8 @@ def test_a_mistake_found_in_training_ends_the_study_in_one_line(base, tmp_path, 
 
 def test_another_number_of_processes_is_a_different_run(base, tmp_path, command):
     result_file = tmp_path / "out" / "results" / "focal-s0.json"
-    study = ablate.Study(str(base), [], tmp_path / "out", None)
-    (run,) = study.runs({"focal": ablate.read_variant(base, "focal")}, 1)
+    study = Study(str(base), [], tmp_path / "out", None)
+    (run,) = study.runs({"focal": read_variant(base, "focal")}, 1)
     values = run.cfg.model_dump(mode="json")
     del values["class_loss"]["gamma"]  # an option that is newer than the run counts as its default
     result.write(result_file, {"config": values, "failure": "none", **run.notes})
@@ -411,7 +413,7 @@ def test_results_with_other_data_or_precision_do_not_count_as_finished(base, tmp
     ],
 )
 def test_only_an_expected_failure_is_a_result(base, tmp_path, log, failure):
-    (run,) = ablate.Study(str(base), [], tmp_path / "out", None).runs({"focal": {}}, 1)
+    (run,) = Study(str(base), [], tmp_path / "out", None).runs({"focal": {}}, 1)
     run.log.parent.mkdir(parents=True)
     run.log.write_text(log)
     lost_runs = []
@@ -449,7 +451,7 @@ def test_parallel_runs_get_different_gpus(monkeypatch):
 
 
 def test_parallel_runs_share_the_cores(base, tmp_path, monkeypatch):
-    (run,) = ablate.Study(str(base), [], tmp_path / "out", None).runs({"focal": {}}, 1)
+    (run,) = Study(str(base), [], tmp_path / "out", None).runs({"focal": {}}, 1)
     monkeypatch.setenv("PYTHON_CPU_COUNT", "12")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     environments = []
