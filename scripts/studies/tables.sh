@@ -41,7 +41,7 @@ done
 # Three times as many epochs on playing cards, with the weights tuned for 20 epochs: class weight, box weight, options.
 while read -r variant class box options; do
     # shellcheck disable=SC2086  # no options are no argument
-    "${of_cards[@]}" solver.epochs=60 class_loss.weight="$class" box_loss.weight="$box" --seeds 2 \
+    "${of_cards[@]}" solver.epochs=60 class_loss.weight="$class" box_loss.weight="$box" --seeds 3 \
         --variants "$variant" $options --output runs/cards_long --results results/cards_long </dev/null
 done <<'VARIANTS'
 ghm_c 2.45 0.01 --grid class_loss.prior_count=1000
