@@ -109,7 +109,7 @@ class Study:
         return self.output / f"tune_{split}{of_seed(seed)}.json"
 
     def hold_out(self, seed: int) -> None:
-        """Split the training set's annotation file by images, the same way each time."""
+        """Split the training set's annotation file by images, at random with this seed."""
         annotations = load_annotations(self.common.data.train.annotations)
         indices = list(range(len(annotations.image_ids)))
         random.Random(seed).shuffle(indices)
